@@ -1,0 +1,6423 @@
+# SPDX-License-Identifier: MIT
+"""The tests of flowstore: every promise of its contract, on every engine that there is."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import copy
+import ctypes
+import dataclasses
+import datetime as dt
+import dis
+import doctest
+import faulthandler
+import gc
+import inspect
+import itertools
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta, timezone
+from decimal import Decimal
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import IO, Any, NoReturn
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
+
+import flowstore
+from flowstore import (
+    AlreadyExists,
+    DeadLetter,
+    EventType,
+    ExecutionStatus,
+    Flow,
+    FlowStoreError,
+    InvalidData,
+    LeaseLost,
+    NotFound,
+    ReclaimResult,
+    SchemaError,
+    SequenceConflict,
+    Snapshot,
+    StorageError,
+    Store,
+    StoreBusy,
+    StoreClosed,
+    StoreCorrupt,
+    StoredEvent,
+    TenantMismatch,
+    WorkflowExecution,
+    WorkItem,
+    WorkItemStatus,
+)
+
+# ==========================================================================================================
+# Conventions, opening, transactions, the log, executions, the queue
+# ==========================================================================================================
+
+ENGINES = ["memory", "file"]
+START = datetime(2030, 1, 1, tzinfo=UTC)
+EVENT = {"type": "custom"}
+MAX_INT = 2**63 - 1
+
+a_few = settings(
+    max_examples=30, deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+class Clock:
+    """A clock that stands still until it is told to advance."""
+
+    def __init__(self, now: datetime = START) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> datetime:
+        self.now += timedelta(seconds=seconds)
+        return self.now
+
+
+def seconds(count: float) -> timedelta:
+    return timedelta(seconds=count)
+
+
+MakeStore = Callable[..., Store]
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(params=ENGINES)
+def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeStore]:
+    """A function that opens a new, empty database of the engine; keywords are those of `open`."""
+    opened: list[Store] = []
+
+    def make(**options: Any) -> Store:
+        target = ":memory:" if request.param == "memory" else tmp_path / f"store-{len(opened)}.db"
+        opened.append(flowstore.open(target, **{"synchronous": "OFF", **options}))
+        return opened[-1]
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture
+def store(make_store: MakeStore, clock: Clock) -> Store:
+    return make_store(clock=clock, backoff=float, lease_seconds=10)
+
+
+@pytest.fixture(params=["memory", "file"])
+def sqlite_store(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Store]:
+    target = ":memory:" if request.param == "memory" else tmp_path / "sqlite.db"
+    with flowstore.open(target, clock=clock, synchronous="OFF") as opened:
+        yield opened
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a file store may be created; nothing is there yet."""
+    return tmp_path / "app.db"
+
+
+@pytest.fixture
+def file_store(path: Path, clock: Clock) -> Iterator[Store]:
+    with flowstore.open(path, clock=clock, backoff=float, lease_seconds=10, busy_timeout=60) as opened:
+        yield opened
+
+
+class Background:
+    """A call in a thread of its own; `result()` waits for it and returns what it returned, or raises."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._outcome: list[Any] = []
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome = [self._call(), None]
+        except BaseException as error:
+            self._outcome = [None, error]
+
+    def result(self) -> Any:
+        self._thread.join(60)
+        assert not self._thread.is_alive(), "the call does not return"
+        value, error = self._outcome
+        if error is not None:
+            raise error
+        return value
+
+
+def in_thread(call: Callable[[], Any]) -> Any:
+    return Background(call).result()
+
+
+def together(calls: list[Callable[[], Any]]) -> list[Any]:
+    """All calls at once, each in a thread; what they returned, or the FlowStoreError they raised."""
+    barrier = threading.Barrier(len(calls))
+
+    def started(call: Callable[[], Any]) -> Any:
+        barrier.wait(60)
+        try:
+            return call()
+        except FlowStoreError as error:
+            return error
+
+    threads = [Background(partial(started, call)) for call in calls]
+    return [thread.result() for thread in threads]
+
+
+forking = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+
+
+def in_fork(call: Callable[[], Any]) -> Any:
+    """The call in a forked child; what it returned, or raises what it raised."""
+    receiver, sender = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions warn of a fork while threads run
+        child = os.fork()
+    if child == 0:
+        outcome: tuple[Any, BaseException | None]
+        try:
+            outcome = (call(), None)
+        except BaseException as failure:
+            outcome = (None, failure)
+        with os.fdopen(sender, "wb") as stream:
+            stream.write(pickle.dumps(outcome))
+        os._exit(0)
+    os.close(sender)
+    with os.fdopen(receiver, "rb") as stream:
+        value, error = pickle.loads(stream.read())
+    os.waitpid(child, 0)
+    if error is not None:
+        raise error
+    return value
+
+
+def script(source: str, *arguments: object) -> subprocess.Popen[str]:
+    """A Python process that runs `source` with `flowstore` at hand."""
+    folder = str(Path(flowstore.__file__ or "").parent)
+    environment = os.environ | {"PYTHONPATH": folder}
+    command = [sys.executable, "-c", "import os, signal, sys, flowstore\n" + source, *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finished(process: subprocess.Popen[str], status: int = 0) -> str:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    return out
+
+
+def create(store: Store, execution_id: str = "e1", **fields: Any) -> WorkflowExecution:
+    return store.state.create_execution(
+        WorkflowExecution(**{"workflow_id": "w", "execution_id": execution_id, **fields})
+    )
+
+
+def enqueue(store: Store, **fields: Any) -> str:
+    """A work item of execution e1 (made on demand) in queue q, unless the fields say otherwise; its id."""
+    fields = {"execution_id": "e1", "queue_type": "q", **fields}
+    if not store.events.execution_exists(fields["execution_id"]):
+        create(store, fields["execution_id"])
+    return store.state.enqueue_work_item(WorkItem(**fields))
+
+
+def claim(store: Store, *queues: str, worker: str = "w1", **options: Any) -> WorkItem:
+    item = store.state.claim_work_item(worker, list(queues or ("q",)), **options)
+    assert item is not None
+    return item
+
+
+def claimed(store: Store, **fields: Any) -> WorkItem:
+    """A new work item, claimed."""
+    item_id = enqueue(store, **fields)
+    item = claim(store, fields.get("queue_type", "q"))
+    assert item.id == item_id
+    return item
+
+
+def pickled(protocol: int) -> Callable[[Any], Any]:
+    return lambda value: pickle.loads(pickle.dumps(value, protocol))
+
+
+def look(store: Store, item_id: str) -> WorkItem:
+    item = store.state.get_work_item(item_id)
+    assert item is not None
+    return item
+
+
+def contents(store: Store) -> dict[str, Any]:
+    """Everything that the core can show of a store, to see that a refused call changed nothing."""
+    return {
+        "tables": store.stats()["tables"], "log": store.events.read_all(limit=10_000),
+        "executions": store.state.list_executions(limit=10_000),
+        "known": store.events.list_executions(limit=10_000),
+        "items": store.state.list_work_items(limit=10_000),
+        "dead": store.state.list_dead_letters(limit=10_000),
+        "snapshots": [
+            store.state.latest_snapshot(known) for known in store.events.list_executions(limit=10_000)
+        ],
+    }
+
+
+def types_in(log: list[StoredEvent]) -> list[str]:
+    return [stored.event["type"] for stored in log]
+
+
+# ============================================================================================================
+# Conventions: records and enums
+# ============================================================================================================
+
+FIELDS = """
+Flow id controller_id goal owner_session_key requester_origin current_step state wait status cancel_requested
+    revision created_at updated_at
+FlowStep id flow_id runtime child_session_key run_id task status result created_at updated_at
+WorkflowDefinition workflow_id version ir created_at tenant_id
+WorkflowExecution execution_id workflow_id workflow_version status initial_input current_state started_at
+    updated_at completed_at tenant_id
+Snapshot execution_id at_sequence state id created_at
+WorkItem execution_id node_id queue_type payload attempt max_attempts id created_at available_at
+    lease_expires_at worker_id lease_fence status last_error tenant_id
+Tenant id name status policy limits created_at updated_at
+TenantLimits max_concurrent_executions max_workflows max_tokens_per_month max_cost_per_month_usd
+WorkflowInstance id name workflow_definition_id version description reference root_workflow_id
+    execution_pointers next_execution status data create_time complete_time
+ExecutionPointer id step_id active status sleep_until persistence_data start_time end_time event_name
+    event_key event_published event_data step_name retry_count children context_item predecessor_id outcome
+    scope extension_attributes
+Event id event_name event_key event_data event_time is_processed
+EventSubscription id workflow_id step_id execution_pointer_id event_name event_key subscribe_as_of
+    subscription_data external_token external_worker_id external_token_expiry
+ScheduledCommand command_name data execute_time
+ExecutionError workflow_id execution_pointer_id message error_time
+"""
+# Facts of which nothing may be left out.
+FACTS: dict[str, dict[str, Any]] = {
+    "FlowEvent": {"id": 1, "flow_id": "f", "kind": "k", "payload": {}, "at": START},
+    "StoredEvent": {
+        "execution_id": "e", "sequence": 1, "tenant_id": "default", "event": EVENT, "timestamp": START,
+        "id": None, "position": 1,
+    },
+    "ApiToken": {
+        "id": "t", "name": "n", "role": "r", "created_at": START, "expires_at": None, "revoked_at": None,
+        "tenant_id": "default",
+    },
+    "DeadLetter": {
+        "execution_id": "e", "node_id": "", "queue_type": "q", "payload": {}, "attempt": 3, "max_attempts": 3,
+        "id": "i", "created_at": START, "available_at": START, "lease_expires_at": None, "worker_id": None,
+        "lease_fence": 3, "status": WorkItemStatus.DEAD_LETTERED, "last_error": "boom",
+        "tenant_id": "default", "dead_lettered_at": START,
+    },
+    "ArtifactRef": {"hash": "0" * 64, "size": 1, "media_type": None},
+    "ReclaimResult": {"retryable": [], "exhausted": []},
+}
+# Every record: its fields, and the values without which it cannot be made.
+RECORDS: dict[str, tuple[set[str], dict[str, Any]]] = {
+    name: (set(fields.split()), {}) for name, fields in re.findall(r"([A-Z]\w+)([^A-Z]+)", FIELDS)
+} | {name: (set(fields), fields) for name, fields in FACTS.items()}
+_required: dict[str, dict[str, Any]] = {
+    "FlowStep": {"flow_id": "f", "run_id": "r"},
+    "WorkflowDefinition": {"workflow_id": "w", "version": "1", "ir": {"steps": []}},
+    "WorkflowExecution": {"workflow_id": "w"},
+    "Snapshot": {"execution_id": "e", "at_sequence": 1, "state": {}},
+    "WorkItem": {"execution_id": "e", "queue_type": "q"},
+    "Tenant": {"id": "acme"},
+    "WorkflowInstance": {"workflow_definition_id": "d"},
+    "ExecutionPointer": {"step_id": 0},
+    "Event": {"event_name": "n", "event_key": "k"},
+    "EventSubscription": {
+        "workflow_id": "w", "step_id": 0, "execution_pointer_id": "p", "event_name": "n", "event_key": "k",
+    },
+    "ScheduledCommand": {"command_name": "ProcessWorkflow", "data": "w", "execute_time": 0},
+    "ExecutionError": {"workflow_id": "w", "execution_pointer_id": "p", "message": "m"},
+}
+for _name, _fields in _required.items():
+    RECORDS[_name][1].update(_fields)
+FROZEN = {*FACTS, "Snapshot", "ExecutionError"}
+OWN_IDS = [
+    "Flow", "FlowStep", "Snapshot", "WorkItem", "WorkflowInstance", "ExecutionPointer", "Event",
+    "EventSubscription",
+]
+TENANT = {"tenant_id": "default"}
+UNSET = {"created_at": None, "updated_at": None}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "Flow": UNSET
+    | dict.fromkeys(["controller_id", "goal", "owner_session_key", "requester_origin", "current_step"], "")
+    | {"state": {}, "wait": None, "status": "created", "cancel_requested": False, "revision": 0},
+    "FlowStep": UNSET
+    | {"runtime": "managed", "child_session_key": None, "task": "", "status": "pending", "result": None},
+    "WorkflowDefinition": TENANT | {"created_at": None},
+    "WorkflowExecution": TENANT
+    | dict.fromkeys(["started_at", "updated_at", "completed_at"])
+    | {"workflow_version": "1", "status": "pending", "initial_input": {}, "current_state": {}},
+    "Snapshot": {"created_at": None},
+    "WorkItem": TENANT
+    | dict.fromkeys(["created_at", "available_at", "lease_expires_at", "worker_id", "last_error"])
+    | {"node_id": "", "payload": {}, "attempt": 0, "max_attempts": 3, "lease_fence": 0, "status": "pending"},
+    "Tenant": UNSET | {"status": "active"}, "TenantLimits": dict.fromkeys(RECORDS["TenantLimits"][0]),
+    "WorkflowInstance": dict.fromkeys(["create_time", "complete_time"])
+    | {"status": "Runnable", "next_execution": 0, "version": 1, "data": {}, "execution_pointers": []},
+    "ExecutionPointer": dict.fromkeys(["sleep_until", "start_time", "end_time"])
+    | {"active": True, "status": "Pending"},
+    "Event": {"event_time": None}, "EventSubscription": {"subscribe_as_of": None},
+    "ExecutionError": {"error_time": None},
+}
+
+
+def record(name: str, **fields: Any) -> Any:
+    return getattr(flowstore, name)(**{**RECORDS[name][1], **fields})
+
+
+every_record = pytest.mark.parametrize("name", RECORDS)
+
+
+@every_record
+def test_a_record_has_the_fields_of_the_contract(name: str) -> None:
+    assert {field.name for field in dataclasses.fields(record(name))} == RECORDS[name][0]
+
+
+@every_record
+def test_a_record_is_keyword_only(name: str) -> None:
+    assert all(field.kw_only for field in dataclasses.fields(record(name)))
+    with pytest.raises(TypeError):
+        getattr(flowstore, name)(*RECORDS[name][1].values(), "positional")
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"), [(n, f) for n in RECORDS if n not in FACTS for f in RECORDS[n][1]]
+)
+def test_a_required_field_cannot_be_left_out(name: str, missing: str) -> None:
+    fields = {field: value for field, value in RECORDS[name][1].items() if field != missing}
+    with pytest.raises(TypeError, match=missing):
+        getattr(flowstore, name)(**fields)
+
+
+@pytest.mark.parametrize(("name", "field"), [(n, f) for n, fields in DEFAULTS.items() for f in fields])
+def test_a_field_left_out_has_its_default(name: str, field: str) -> None:
+    assert getattr(record(name), field) == DEFAULTS[name][field]
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [*((name, "id") for name in OWN_IDS), ("WorkflowExecution", "execution_id")]
+)
+def test_a_records_own_id_is_a_new_one_by_default(name: str, field: str) -> None:
+    first, second = getattr(record(name), field), getattr(record(name), field)
+    assert first != second
+    assert uuid.UUID(first).version == 7
+
+
+@every_record
+def test_records_are_equal_by_value(name: str) -> None:
+    given = (
+        {"id": "same"} if name in OWN_IDS else {"execution_id": "same"} if name == "WorkflowExecution" else {}
+    )
+    some = next(iter(dataclasses.fields(record(name)))).name
+    assert record(name, **given) == record(name, **given)
+    assert record(name, **given) != record(name, **{**given, some: "another"})
+    assert record(name, **given) != RECORDS[name][1]
+
+
+@every_record
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.copy, copy.deepcopy, dataclasses.replace,
+        *map(pickled, range(6)),
+    ],
+)
+def test_a_record_can_be_copied_and_pickled(name: str, copied: Callable[[Any], Any]) -> None:
+    original = record(name)
+    twin = copied(original)
+    assert twin == original
+    assert twin is not original
+    assert type(twin) is type(original)
+
+
+@every_record
+def test_facts_are_frozen_and_other_records_can_be_edited(name: str) -> None:
+    edited = record(name)
+    field = dataclasses.fields(edited)[0].name
+    if name in FROZEN:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(edited, field, "changed")
+    else:
+        setattr(edited, field, "changed")
+        assert getattr(edited, field) == "changed"
+
+
+@every_record
+def test_the_repr_of_a_record_is_one_short_line(name: str) -> None:
+    field = dataclasses.fields(record(name))[0].name
+    for shown in (record(name), record(name, **{field: "long\n" * 100_000})):
+        assert repr(shown).startswith(f"{name}(")
+        assert "\n" not in repr(shown)
+        assert len(repr(shown)) < 2000
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("Flow", "state"), ("WorkflowExecution", "current_state"), ("WorkItem", "payload"),
+        ("WorkflowInstance", "data"),
+    ],
+)
+def test_records_do_not_share_their_defaults(name: str, field: str) -> None:
+    assert getattr(record(name), field) is not getattr(record(name), field)
+
+
+ENUMS = {
+    "FlowStatus": "created running waiting cancelled finished failed", "StepRuntime": "managed mirrored",
+    "FlowStepStatus": "pending running succeeded failed cancelled",
+    "EventType": """execution_started step_started step_completed step_failed execution_paused
+        execution_resumed execution_completed execution_failed execution_cancelled artifact_stored
+        step_discovered tool_call_started tool_call_completed checkpoint_saved goal_evaluated custom""",
+    "ExecutionStatus": "pending running paused completed failed cancelled limit_exceeded",
+    "WorkItemStatus": "pending claimed completed failed dead_lettered",
+    "TenantStatus": "active suspended archived", "WorkflowStatus": "Runnable Suspended Complete Terminated",
+    "PointerStatus": "Pending Running Complete Skipped Sleeping WaitingForEvent Failed Compensated Cancelled "
+    "PendingPredecessor", "CommandName": "ProcessWorkflow ProcessEvent",
+}
+
+
+@pytest.mark.parametrize("name", ENUMS)
+def test_an_enum_has_the_seeds_spellings_under_upper_snake_case_names(name: str) -> None:
+    enum: type[StrEnum] = getattr(flowstore, name)
+    assert issubclass(enum, StrEnum)
+    assert {member.name: member.value for member in enum} == {
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "_", value).upper(): value for value in ENUMS[name].split()
+    }
+
+
+def test_four_execution_statuses_are_terminal() -> None:
+    assert {status.value for status in ExecutionStatus if status.is_terminal} == {
+        "completed", "failed", "cancelled", "limit_exceeded",
+    }
+
+
+def test_every_public_name_is_exported_except_open() -> None:
+    space: dict[str, Any] = {}
+    exec("from flowstore import *", space)
+    assert "open" not in flowstore.__all__
+    assert "open" not in space
+    assert {*RECORDS, *ENUMS, *ERRORS, "FlowStoreError", "Store", "new_id", "DEFAULT_TENANT"} <= space.keys()
+
+
+def test_new_id_is_a_uuid7_of_the_present_millisecond_as_text() -> None:
+    before = time.time_ns() // 1_000_000
+    made = [flowstore.new_id() for _ in range(1000)]
+    after = time.time_ns() // 1_000_000
+    ids = [uuid.UUID(text) for text in made]
+    assert [str(number) for number in ids] == made
+    assert {number.version for number in ids} == {7}
+    assert len(set(made)) == 1000
+    assert all(before <= number.int >> 80 <= after for number in ids)
+
+
+def test_ids_made_in_later_milliseconds_sort_later() -> None:
+    made = [flowstore.new_id() for _ in range(20_000)]
+    stamps = [text[:13] for text in made]
+    assert stamps == sorted(stamps)
+    assert stamps[0] < stamps[-1]
+
+
+# ============================================================================================================
+# Conventions: values that come back as they were given
+# ============================================================================================================
+
+good_ids = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=255)
+json_leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20)
+)
+json_values = st.recursive(
+    json_leaves,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+)
+
+
+def nested(levels: int, of: str = "[") -> Any:
+    """`levels` lists (or dicts), one in the other."""
+    value: Any = [] if of == "[" else {}
+    for _ in range(levels - 1):
+        value = [value] if of == "[" else {"k": value}
+    return value
+
+
+def through_event(store: Store, execution_id: str, value: Any) -> Any:
+    store.events.append(execution_id, "default", {"type": "t", "value": value})
+    return store.events.load_events(execution_id)[0].event["value"]
+
+
+def through_input(store: Store, execution_id: str, value: Any) -> Any:
+    create(store, execution_id, initial_input=value)
+    found = store.state.get_execution(execution_id)
+    assert found is not None
+    return found.initial_input
+
+
+def through_state(store: Store, execution_id: str, value: Any) -> Any:
+    create(store, execution_id)
+    store.state.update_execution_current_state(execution_id, value)
+    found = store.state.get_execution(execution_id)
+    assert found is not None
+    return found.current_state
+
+
+def through_patch(store: Store, execution_id: str, value: Any) -> Any:
+    create(store, execution_id)
+    store.state.patch_append_array(execution_id, "list", value)
+    found = store.state.get_execution(execution_id)
+    assert found is not None
+    return found.current_state["list"][0]
+
+
+def through_snapshot(store: Store, execution_id: str, value: Any) -> Any:
+    create(store, execution_id)
+    store.state.write_snapshot(Snapshot(execution_id=execution_id, at_sequence=0, state=value))
+    snapshot = store.state.latest_snapshot(execution_id)
+    assert snapshot is not None
+    return snapshot.state
+
+
+def through_payload(store: Store, execution_id: str, value: Any) -> Any:
+    item_id = enqueue(store, execution_id=execution_id, queue_type=execution_id, payload=value)
+    item = claim(store, execution_id)
+    assert item.payload == look(store, item_id).payload
+    return item.payload
+
+
+PLACES = [through_event, through_input, through_state, through_patch, through_snapshot, through_payload]
+every_place = pytest.mark.parametrize("through", PLACES, ids=[place.__name__[8:] for place in PLACES])
+Through = Callable[[Store, str, Any], Any]
+
+
+@every_place
+@given(value=json_values)
+@a_few
+def test_json_comes_back_as_it_was_given(store: Store, through: Through, value: Any) -> None:
+    back = through(store, flowstore.new_id(), value)
+    assert repr(back) == repr(value)
+
+
+@every_place
+@pytest.mark.parametrize(
+    ("value", "back"),
+    [
+        ((1, (2, ())), [1, [2, []]]), ({1: "a", 2.5: "b", -3: ()}, {"1": "a", "2.5": "b", "-3": []}),
+        (10**4299, 10**4299), (-(10**4299), -(10**4299)),
+        ({"nul\0": "\0", "quote'\"\\": "\u2028\x7f"}, {"nul\0": "\0", "quote'\"\\": "\u2028\x7f"}),
+        ([-0.0, 5e-324, 1.7976931348623157e308, 1.0], [-0.0, 5e-324, 1.7976931348623157e308, 1.0]),
+        ("[{" * 1000, "[{" * 1000),
+        ([[] for _ in range(1000)], [[] for _ in range(1000)]), (nested(200), nested(200)),
+        (nested(200, "{"), nested(200, "{")),
+    ],
+    ids=[
+        "tuple", "number-keys", "big-int", "small-int", "odd-text", "floats", "brackets", "wide", "deep",
+        "deep-dict",
+    ],
+)
+def test_json_at_the_edge_of_what_is_allowed(store: Store, through: Through, value: Any, back: Any) -> None:
+    assert repr(through(store, "e1", value)) == repr(back)
+
+
+@every_place
+def test_json_goes_256_levels_deep_and_no_deeper(store: Store, through: Through) -> None:
+    around = {"through_event": 1, "through_patch": 2}.get(through.__name__, 0)
+    assert through(store, "fits", nested(256 - around)) == nested(256 - around)
+    with pytest.raises(InvalidData):
+        through(store, "too-deep", nested(257 - around))
+
+
+@given(value=good_ids)
+@a_few
+def test_any_text_of_1_to_255_characters_is_an_id(store: Store, value: str) -> None:
+    assume(not store.events.execution_exists(value))
+    assert store.events.append(value, value, EVENT, event_id=value) == 1
+    stored = store.events.load_events(value)[0]
+    assert (stored.execution_id, stored.tenant_id, stored.id) == (value, value, value)
+    assert enqueue(store, execution_id=value, id=value, queue_type=value) == value
+    item = claim(store, value, worker=value)
+    assert (item.id, item.execution_id, item.queue_type, item.worker_id) == (value, value, value, value)
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 255, "\N{BLACK LARGE CIRCLE}" * 255, "\U0001f300" * 255, " ", "'; --", "%s?"]
+)
+def test_an_ids_length_counts_characters_not_bytes(store: Store, text: str) -> None:
+    create(store, text)
+    assert store.events.execution_exists(text)
+
+
+def test_a_uuid_means_its_text_in_records_and_look_ups(store: Store) -> None:
+    ids: list[Any] = [uuid.uuid4() for _ in range(4)]
+    execution, item, event, snapshot = ids
+    created = store.state.create_execution(WorkflowExecution(execution_id=execution, workflow_id="w"))
+    assert created.execution_id == str(execution)
+    assert store.events.append(execution, "default", EVENT, event_id=event) == 1
+    assert store.events.append(str(execution), "default", EVENT, event_id=str(event)) == 1
+    assert store.events.load_events(execution) == store.events.load_events(str(execution))
+    assert store.events.load_events(execution)[0].id == str(event)
+    assert store.state.get_execution(execution) == created
+    enqueued = WorkItem(execution_id=execution, queue_type=execution, id=item)
+    assert store.state.enqueue_work_item(enqueued) == str(item)
+    held = store.state.claim_work_item(execution, [execution])
+    assert held is not None
+    assert (held.id, held.execution_id, held.queue_type, held.worker_id) == (str(item), *[str(execution)] * 3)
+    assert store.state.complete_work_item(item).status == "completed"
+    store.state.write_snapshot(Snapshot(execution_id=execution, at_sequence=1, state=1, id=snapshot))
+    latest = store.state.latest_snapshot(execution)
+    assert latest is not None
+    assert latest.id == str(snapshot)
+
+
+@given(text=st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+@a_few
+def test_text_fields_hold_any_text(store: Store, text: str) -> None:
+    item_id = enqueue(store, node_id=text)
+    assert store.state.fail_work_item(item_id, text).last_error == text
+    assert look(store, item_id).node_id == text
+
+
+def test_text_fields_hold_text_of_any_length(store: Store) -> None:
+    item_id = enqueue(store, node_id="n" * 1_000_000)
+    assert store.state.move_to_dead_letter(item_id, "e" * 1_000_000).last_error == "e" * 1_000_000
+    assert len(look(store, item_id).node_id) == 1_000_000
+
+
+zones = st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes))) | st.timezones()
+
+
+@given(when=st.datetimes(datetime(2, 1, 1), datetime(9998, 12, 31), timezones=zones))
+@a_few
+def test_times_come_back_in_utc_to_the_microsecond(store: Store, when: datetime) -> None:
+    item = look(store, enqueue(store, created_at=when, available_at=when))
+    execution = create(store, flowstore.new_id(), started_at=when, updated_at=when, completed_at=when)
+    for time_back in (
+        item.created_at, item.available_at, execution.started_at, execution.updated_at,
+        execution.completed_at,
+    ):
+        assert time_back is not None
+        assert time_back.replace(tzinfo=None) == when.astimezone(UTC).replace(tzinfo=None)
+        assert time_back.tzinfo is UTC
+
+
+@pytest.mark.parametrize("when", [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)])
+def test_the_first_and_the_last_time_can_be_stored(store: Store, when: datetime) -> None:
+    assert look(store, enqueue(store, created_at=when, available_at=when)).available_at == when
+
+
+@pytest.mark.parametrize("name", ["created_at", "available_at"])
+@pytest.mark.parametrize(
+    "edge",
+    [
+        datetime.min.replace(tzinfo=timezone(seconds(3600))),
+        datetime.max.replace(tzinfo=timezone(seconds(-3600))),
+    ],
+)
+def test_a_time_that_utc_cannot_express_is_invalid(store: Store, name: str, edge: datetime) -> None:
+    with pytest.raises(InvalidData, match=name):
+        enqueue(store, **{name: edge})
+
+
+def test_times_left_out_are_the_clocks(store: Store, clock: Clock) -> None:
+    execution = create(store)
+    item = look(store, enqueue(store))
+    store.state.write_snapshot(Snapshot(execution_id="e1", at_sequence=0, state={}))
+    snapshot = store.state.latest_snapshot("e1")
+    assert snapshot is not None
+    assert (execution.started_at, execution.updated_at, execution.completed_at) == (START, START, None)
+    assert (item.created_at, item.available_at, item.lease_expires_at) == (START, START, None)
+    assert snapshot.created_at == START
+
+
+def test_available_at_is_the_creation_time_unless_set(store: Store) -> None:
+    early, late = START - seconds(60), START + seconds(60)
+    assert look(store, enqueue(store, created_at=late)).available_at == late
+    item = look(store, enqueue(store, created_at=late, available_at=early))
+    assert (item.created_at, item.available_at) == (late, early)
+
+
+def test_a_record_that_is_passed_is_not_changed(store: Store) -> None:
+    passed: list[Any] = [
+        WorkflowExecution(execution_id="e1", workflow_id="w"),
+        record("WorkItem", execution_id="e1", lease_fence=7, status="failed", tenant_id="other"),
+        Snapshot(execution_id="e1", at_sequence=0, state=(1, {2: 3})),
+    ]
+    before = copy.deepcopy(passed)
+    store.state.create_execution(passed[0])
+    store.state.enqueue_work_item(passed[1])
+    store.state.write_snapshot(passed[2])
+    assert passed == before
+
+
+def test_a_stored_value_does_not_follow_the_callers_later_changes(store: Store) -> None:
+    payload: dict[str, Any] = {"list": [1]}
+    item_id = enqueue(store, payload=payload)
+    payload["list"].append(2)
+    look(store, item_id).payload["list"].append(3)
+    assert look(store, item_id).payload == {"list": [1]}
+
+
+@pytest.mark.parametrize("status", ["running", ExecutionStatus.RUNNING])
+def test_a_plain_string_is_taken_for_an_enum_and_comes_back_as_one(store: Store, status: Any) -> None:
+    assert create(store, "e1", status=status).status is ExecutionStatus.RUNNING
+    create(store, "e2")
+    store.state.update_execution_status("e2", status)
+    assert {execution.execution_id for execution in store.state.list_executions(status)} == {"e1", "e2"}
+    assert {type(execution.status) for execution in store.state.list_executions(status)} == {ExecutionStatus}
+
+
+def test_work_items_are_listed_by_a_plain_status_too(store: Store) -> None:
+    item_id = enqueue(store)
+    for status in ("pending", WorkItemStatus.PENDING):
+        listed = store.state.list_work_items(status=status)
+        assert [(item.id, item.status) for item in listed] == [(item_id, WorkItemStatus.PENDING)]
+        assert type(listed[0].status) is WorkItemStatus
+
+
+ODD_ORDER = ["B", "a", "\u00e9", "\uffff", "\U0001f300", "b", "A", "10", "9"]
+
+
+def test_executions_known_at_the_same_time_are_listed_by_id_downwards(store: Store) -> None:
+    for execution_id in ODD_ORDER:
+        create(store, execution_id)
+    assert store.events.list_executions() == sorted(ODD_ORDER, reverse=True)
+    assert [found.execution_id for found in store.state.list_executions()] == sorted(ODD_ORDER, reverse=True)
+
+
+def test_items_available_at_the_same_time_are_listed_and_claimed_by_id_upwards(store: Store) -> None:
+    for item_id in ODD_ORDER:
+        enqueue(store, id=item_id)
+    assert [item.id for item in store.state.list_work_items()] == sorted(ODD_ORDER)
+    assert [claim(store).id for _ in ODD_ORDER] == sorted(ODD_ORDER)
+
+
+def test_letters_dead_at_the_same_time_are_listed_by_id_downwards(store: Store) -> None:
+    for item_id in ODD_ORDER:
+        store.state.move_to_dead_letter(enqueue(store, id=item_id), "boom")
+    assert [letter.id for letter in store.state.list_dead_letters()] == sorted(ODD_ORDER, reverse=True)
+
+
+def test_the_log_is_ordered_by_its_numbers_whatever_the_clock_did(store: Store, clock: Clock) -> None:
+    for step in (5, -10, 3):
+        clock.advance(step)
+        store.events.append("e1", "default", {"type": f"after {step}"})
+    assert types_in(store.events.load_events("e1")) == ["after 5", "after -10", "after 3"]
+    assert types_in(store.events.read_all()) == ["after 5", "after -10", "after 3"]
+
+
+LISTS: dict[str, Callable[..., list[Any]]] = {
+    "events.list_executions": lambda s, **page: s.events.list_executions(**page),
+    "events.read_all": lambda s, limit=3, offset=0: s.events.read_all(limit=limit)[max(offset, 0) :],
+    "state.list_executions": lambda s, **page: s.state.list_executions(**page),
+    "state.list_work_items": lambda s, **page: s.state.list_work_items(**page),
+    "state.list_dead_letters": lambda s, **page: s.state.list_dead_letters(**page),
+}
+
+
+@pytest.fixture
+def three_of_each(store: Store, clock: Clock) -> Store:
+    for number in range(3):
+        clock.advance(1)
+        create(store, f"e{number}")
+        store.events.append(f"e{number}", "default", EVENT)
+        store.state.move_to_dead_letter(enqueue(store, execution_id=f"e{number}"), "boom")
+    return store
+
+
+@pytest.mark.parametrize("lister", LISTS.values(), ids=list(LISTS))
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 1000, MAX_INT])
+@pytest.mark.parametrize("offset", [0, 1, 3, MAX_INT])
+def test_limit_and_offset_cut_a_list(
+    three_of_each: Store, lister: Callable[..., list[Any]], limit: int, offset: int
+) -> None:
+    whole = lister(three_of_each)
+    assert len(whole) == 3
+    expected = whole[offset:][:limit] if lister is not LISTS["events.read_all"] else whole[:limit][offset:]
+    assert lister(three_of_each, limit=limit, offset=offset) == expected
+
+
+@pytest.mark.parametrize("lister", LISTS.values(), ids=list(LISTS))
+def test_a_negative_limit_or_offset_counts_as_0(
+    three_of_each: Store, lister: Callable[..., list[Any]]
+) -> None:
+    assert lister(three_of_each, limit=-1) == []
+    assert lister(three_of_each, limit=-(2**63)) == []
+    assert lister(three_of_each, offset=-5) == lister(three_of_each)
+
+
+READS_OF_NOTHING: dict[str, tuple[Callable[[Store], Any], Any]] = {
+    "load_events": (lambda s: s.events.load_events("no"), []),
+    "load_events_after": (lambda s: s.events.load_events_after("no", 0), []),
+    "get_latest_sequence": (lambda s: s.events.get_latest_sequence("no"), None),
+    "events.list_executions": (lambda s: s.events.list_executions("no"), []),
+    "execution_exists": (lambda s: s.events.execution_exists("no"), False),
+    "count_events": (lambda s: s.events.count_events("no"), 0),
+    "iter_events": (lambda s: list(s.events.iter_events("no")), []),
+    "read_all": (lambda s: s.events.read_all(), []),
+    "get_execution": (lambda s: s.state.get_execution("no"), None),
+    "state.list_executions": (lambda s: s.state.list_executions(), []),
+    "get_events": (lambda s: s.state.get_events("no"), []),
+    "get_events_since": (lambda s: s.state.get_events_since("no", 0), []),
+    "latest_sequence": (lambda s: s.state.latest_sequence("no"), 0),
+    "latest_snapshot": (lambda s: s.state.latest_snapshot("no"), None),
+    "replay": (lambda s: s.state.replay("no", lambda state, event: 1, "start"), ("start", 0)),
+    "get_work_item": (lambda s: s.state.get_work_item("no"), None),
+    "list_work_items": (lambda s: s.state.list_work_items(execution_id="no"), []),
+    "claim_work_item": (lambda s: s.state.claim_work_item("w1", ["no"]), None),
+    "reclaim_expired_leases": (
+        lambda s: s.state.reclaim_expired_leases(),
+        ReclaimResult(retryable=[], exhausted=[]),
+    ),
+    "list_dead_letters": (lambda s: s.state.list_dead_letters(), []),
+}
+
+
+@pytest.mark.parametrize("name", READS_OF_NOTHING)
+def test_a_call_that_finds_nothing_to_return_says_so(store: Store, name: str) -> None:
+    call, nothing = READS_OF_NOTHING[name]
+    assert call(store) == nothing
+
+
+WRITES_OF_NOTHING: dict[str, tuple[str, Callable[[Store], Any]]] = {
+    "update_execution_status": ("execution", lambda s: s.state.update_execution_status("no", "running")),
+    "update_execution_current_state": (
+        "execution",
+        lambda s: s.state.update_execution_current_state("no", {}),
+    ),
+    "patch_append_array": ("execution", lambda s: s.state.patch_append_array("no", "key", 1)),
+    "append_event": ("execution", lambda s: s.state.append_event("no", EVENT)),
+    "write_snapshot": (
+        "execution",
+        lambda s: s.state.write_snapshot(Snapshot(execution_id="no", at_sequence=0, state={})),
+    ),
+    "enqueue_work_item": (
+        "execution",
+        lambda s: s.state.enqueue_work_item(WorkItem(execution_id="no", queue_type="q")),
+    ),
+    "renew_lease": ("work item", lambda s: s.state.renew_lease("no", "w1")),
+    "complete_work_item": ("work item", lambda s: s.state.complete_work_item("no")),
+    "complete_work_item, fenced": ("work item", lambda s: s.state.complete_work_item("no", lease_fence=1)),
+    "fail_work_item": ("work item", lambda s: s.state.fail_work_item("no", "boom")),
+    "retry_work_item": ("work item", lambda s: s.state.retry_work_item("no")),
+    "move_to_dead_letter": ("work item", lambda s: s.state.move_to_dead_letter("no", "boom")),
+    "create_execution of an unknown tenant": (
+        "tenant",
+        lambda s: s.state.create_execution(WorkflowExecution(workflow_id="w", tenant_id="no")),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITES_OF_NOTHING)
+def test_a_write_that_finds_nothing_is_not_found_and_writes_nothing(store: Store, name: str) -> None:
+    kind, call = WRITES_OF_NOTHING[name]
+    before = contents(store)
+    with pytest.raises(NotFound) as caught:
+        call(store)
+    assert (caught.value.kind, caught.value.id) == (kind, "no")
+    assert contents(store) == before
+
+
+# ============================================================================================================
+# Conventions: values that are refused
+# ============================================================================================================
+
+NOT_UTF8 = "\ud800"
+A_TIME = datetime(2030, 1, 1)
+
+
+def circular() -> Any:
+    loop: list[Any] = []
+    loop.append(loop)
+    return loop
+
+
+BAD_LEAVES: dict[str, Any] = {
+    "NaN": float("nan"), "infinity": float("inf"), "-infinity": float("-inf"), "surrogate": NOT_UTF8,
+    "bytes": b"bytes", "set": {1, 2}, "object": object(), "datetime": A_TIME, "date": A_TIME.date(),
+    "Decimal": Decimal("1.5"), "complex": 1j, "UUID": uuid.UUID(int=0), "4301 digits": 10**4300,
+    "-4301 digits": -(10**4300), "tuple key": {("tuple",): 1}, "bytes key": {b"key": 1},
+    "surrogate key": {NOT_UTF8: 1}, "NaN key": {float("nan"): 1}, "4301 digits key": {10**4300: 1},
+    "circle": circular(), "257 deep": nested(257),
+    "257 deep dicts": nested(257, "{"),
+    "100,000 deep": nested(100_000), "record": Flow(), "function": len,
+}
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A bad leaf (by name: some have no repr) in the lists (by index) and dicts (by key) of `way`."""
+
+    leaf: str
+    way: tuple[int | str, ...]
+
+    def value(self) -> Any:
+        value = BAD_LEAVES[self.leaf]
+        for step in self.way:
+            value = [EVENT] * step + [value] if isinstance(step, int) else {"type": "t", "a": 1, step: value}
+        return value
+
+
+def bad_json_at(*end: int | str) -> st.SearchStrategy[Any]:
+    way = st.lists(st.integers(0, 3) | st.text(max_size=3), max_size=5).map(lambda way: (*way, *end))
+    return st.builds(Bad, st.sampled_from([*BAD_LEAVES]), way)
+
+
+bad_json = bad_json_at()
+no_events: list[Any] = [{}, [], None, 5, "custom", b"", {"type": ""}, {"type": None}, {"type": 5}]
+no_events += [[EVENT], {"Type": "t"}, {"type": NOT_UTF8}]
+bad_events = st.sampled_from(no_events) | bad_json | bad_json_at("value")
+bad_texts = st.sampled_from(
+    [None, 5, 1.5, True, b"x", [], {}, object(), "nul\0", NOT_UTF8, "a\udfffb"]
+) | st.builds(lambda a, b: a + "\0" + b, st.text(), st.text())
+bad_ids = (
+    bad_texts
+    | st.sampled_from(["", "x" * 256, "\U0001f300" * 256])
+    | st.text("ab", min_size=256, max_size=300)
+)
+bad_numbers = st.sampled_from(
+    ["1", "", 1.5, float("nan"), float("inf"), b"1", [], {}, object(), 2**63, 2**64, 10**4000]
+)
+bad_attempts = bad_numbers | st.none() | st.integers(max_value=-1) | st.integers(min_value=2**31)
+bad_sequences = bad_numbers | st.none() | st.integers(max_value=-1)
+bad_times = (
+    st.sampled_from(
+        [
+            A_TIME, datetime.min, date(2030, 1, 1), 0, 1.5, "2030-01-01T00:00:00+00:00", b"", [], object(),
+            seconds(1),
+        ]
+    )
+    | st.datetimes()
+)
+bad_seconds = st.sampled_from(
+    [float("nan"), float("inf"), "1", b"", [], {}, object(), 1e300, 10**400, seconds(1)]
+)
+bad_statuses = st.sampled_from(
+    ["", "Pending", "PENDING", "unknown", "pending ", 5, b"pending", [], object(), NOT_UTF8]
+)
+bad_chunks = bad_numbers | st.integers(max_value=0)
+
+
+def some(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """The same for an argument that may be None."""
+    return strategy.filter(lambda value: value is not None)
+
+
+bad_records = st.sampled_from(
+    [None, 5, "x", {}, {"id": "i"}, object(), Flow(), Flow, record("DeadLetter"), []]
+)
+bad_queues = st.sampled_from(
+    ["q", None, 5, b"q", [""], [5], [None], ["q", "x" * 256], [["q"]], ["q\0"], [NOT_UTF8]]
+)
+bad_batches = st.sampled_from([[], (), None, 5, "custom", EVENT, [EVENT, {}], [[EVENT]]])
+bad_batches |= bad_json_at("value", 1)
+no_reduce: Callable[[Any, Any], Any] = lambda state, event: state  # noqa: E731
+
+
+def in_record(field: str, method: str, kind: type, **fields: Any) -> Callable[[Store, Any], Any]:
+    def call(store: Store, value: Any) -> Any:
+        return getattr(store.state, method)(kind(**{**fields, field: value}))
+
+    return call
+
+
+def execution_with(field: str) -> Callable[[Store, Any], Any]:
+    return in_record(field, "create_execution", WorkflowExecution, workflow_id="w")
+
+
+def snapshot_with(field: str) -> Callable[[Store, Any], Any]:
+    return in_record(field, "write_snapshot", Snapshot, execution_id="e1", at_sequence=1, state={})
+
+
+def item_with(field: str) -> Callable[[Store, Any], Any]:
+    return in_record(field, "enqueue_work_item", WorkItem, execution_id="e1", queue_type="q")
+
+
+@every_place
+@pytest.mark.parametrize("leaf", BAD_LEAVES)
+def test_what_is_not_json_is_refused_wherever_json_goes(store: Store, through: Through, leaf: str) -> None:
+    for way in ((), (2, "key"), ("key", 0, "type")):
+        execution_id = flowstore.new_id()
+        with pytest.raises(InvalidData):
+            through(store, execution_id, Bad(leaf, way).value())
+        assert contents(store)["log"] == contents(store)["items"] == []
+
+
+# Every argument of every method here: (method, argument, values it refuses, the call with such a value).
+Argument = tuple[str, str, st.SearchStrategy[Any], Callable[[Store, Any], Any]]
+ARGUMENTS: list[Argument] = [
+    ("events.append", "execution_id", bad_ids, lambda s, v: s.events.append(v, "default", EVENT)),
+    ("events.append", "tenant_id", bad_ids, lambda s, v: s.events.append("new", v, EVENT)),
+    ("events.append", "event", bad_events, lambda s, v: s.events.append("new", "new", v)),
+    (
+        "events.append", "expected_sequence", some(bad_numbers),
+        lambda s, v: s.events.append("new", "default", EVENT, expected_sequence=v),
+    ),
+    (
+        "events.append", "event_id", some(bad_ids),
+        lambda s, v: s.events.append("e1", "default", EVENT, event_id=v),
+    ),
+    (
+        "events.append_batch", "execution_id", bad_ids,
+        lambda s, v: s.events.append_batch(v, "default", [EVENT]),
+    ),
+    ("events.append_batch", "tenant_id", bad_ids, lambda s, v: s.events.append_batch("new", v, [EVENT])),
+    ("events.append_batch", "events", bad_batches, lambda s, v: s.events.append_batch("new", "default", v)),
+    (
+        "events.append_batch", "expected_sequence", some(bad_numbers),
+        lambda s, v: s.events.append_batch("new", "default", [EVENT], expected_sequence=v),
+    ),
+    ("events.load_events", "execution_id", bad_ids, lambda s, v: s.events.load_events(v)),
+    ("events.load_events_after", "execution_id", bad_ids, lambda s, v: s.events.load_events_after(v, 0)),
+    ("events.load_events_after", "after_seq", bad_numbers, lambda s, v: s.events.load_events_after("e1", v)),
+    ("events.get_latest_sequence", "execution_id", bad_ids, lambda s, v: s.events.get_latest_sequence(v)),
+    ("events.list_executions", "tenant_id", bad_ids, lambda s, v: s.events.list_executions(v)),
+    ("events.list_executions", "limit", bad_numbers, lambda s, v: s.events.list_executions(limit=v)),
+    ("events.list_executions", "offset", bad_numbers, lambda s, v: s.events.list_executions(offset=v)),
+    ("events.execution_exists", "execution_id", bad_ids, lambda s, v: s.events.execution_exists(v)),
+    ("events.count_events", "execution_id", bad_ids, lambda s, v: s.events.count_events(v)),
+    ("events.iter_events", "execution_id", bad_ids, lambda s, v: list(s.events.iter_events(v))),
+    ("events.iter_events", "after_seq", bad_numbers, lambda s, v: list(s.events.iter_events("e1", v))),
+    ("events.iter_events", "chunk", bad_chunks, lambda s, v: list(s.events.iter_events("e1", chunk=v))),
+    ("events.read_all", "after_position", bad_numbers, lambda s, v: s.events.read_all(v)),
+    ("events.read_all", "limit", bad_numbers, lambda s, v: s.events.read_all(limit=v)),
+    ("events.read_all", "tenant_id", some(bad_ids), lambda s, v: s.events.read_all(tenant_id=v)),
+    ("state.create_execution", "execution", bad_records, lambda s, v: s.state.create_execution(v)),
+    ("state.create_execution", "execution_id", bad_ids, execution_with("execution_id")),
+    ("state.create_execution", "workflow_id", bad_ids, execution_with("workflow_id")),
+    ("state.create_execution", "workflow_version", bad_texts, execution_with("workflow_version")),
+    (
+        "state.create_execution", "status", bad_statuses | st.sampled_from([None, *WorkItemStatus]),
+        execution_with("status"),
+    ),
+    ("state.create_execution", "initial_input", bad_json, execution_with("initial_input")),
+    ("state.create_execution", "current_state", bad_json, execution_with("current_state")),
+    ("state.create_execution", "started_at", bad_times, execution_with("started_at")),
+    ("state.create_execution", "updated_at", bad_times, execution_with("updated_at")),
+    ("state.create_execution", "completed_at", bad_times, execution_with("completed_at")),
+    ("state.create_execution", "tenant_id", bad_ids, execution_with("tenant_id")),
+    ("state.get_execution", "id", bad_ids, lambda s, v: s.state.get_execution(v)),
+    (
+        "state.list_executions", "status", bad_statuses | st.sampled_from([*WorkItemStatus]),
+        lambda s, v: s.state.list_executions(v),
+    ),
+    ("state.list_executions", "limit", bad_numbers, lambda s, v: s.state.list_executions(limit=v)),
+    ("state.list_executions", "offset", bad_numbers, lambda s, v: s.state.list_executions(offset=v)),
+    (
+        "state.update_execution_status", "id", bad_ids,
+        lambda s, v: s.state.update_execution_status(v, "running"),
+    ),
+    (
+        "state.update_execution_status", "status", bad_statuses | st.sampled_from([None, *WorkItemStatus]),
+        lambda s, v: s.state.update_execution_status("e1", v),
+    ),
+    (
+        "state.update_execution_current_state", "id", bad_ids,
+        lambda s, v: s.state.update_execution_current_state(v, {}),
+    ),
+    (
+        "state.update_execution_current_state", "state", bad_json,
+        lambda s, v: s.state.update_execution_current_state("e1", v),
+    ),
+    ("state.patch_append_array", "id", bad_ids, lambda s, v: s.state.patch_append_array(v, "key", 1)),
+    (
+        "state.patch_append_array", "key", st.sampled_from([None, 5, b"key", [], object(), NOT_UTF8]),
+        lambda s, v: s.state.patch_append_array("e1", v, 1),
+    ),
+    ("state.patch_append_array", "value", bad_json, lambda s, v: s.state.patch_append_array("e1", "key", v)),
+    ("state.append_event", "execution_id", bad_ids, lambda s, v: s.state.append_event(v, EVENT)),
+    ("state.append_event", "event", bad_events, lambda s, v: s.state.append_event("e1", v)),
+    (
+        "state.append_event", "expected_sequence", some(bad_numbers),
+        lambda s, v: s.state.append_event("e1", EVENT, expected_sequence=v),
+    ),
+    (
+        "state.append_event", "event_id", some(bad_ids),
+        lambda s, v: s.state.append_event("e1", EVENT, event_id=v),
+    ),
+    ("state.get_events", "execution_id", bad_ids, lambda s, v: s.state.get_events(v)),
+    ("state.get_events_since", "execution_id", bad_ids, lambda s, v: s.state.get_events_since(v, 0)),
+    ("state.get_events_since", "since_sequence", bad_numbers, lambda s, v: s.state.get_events_since("e1", v)),
+    ("state.latest_sequence", "execution_id", bad_ids, lambda s, v: s.state.latest_sequence(v)),
+    ("state.write_snapshot", "snapshot", bad_records, lambda s, v: s.state.write_snapshot(v)),
+    ("state.write_snapshot", "execution_id", bad_ids, snapshot_with("execution_id")),
+    ("state.write_snapshot", "at_sequence", bad_sequences, snapshot_with("at_sequence")),
+    ("state.write_snapshot", "state", bad_json, snapshot_with("state")),
+    ("state.write_snapshot", "id", bad_ids, snapshot_with("id")),
+    ("state.write_snapshot", "created_at", bad_times, snapshot_with("created_at")),
+    ("state.latest_snapshot", "execution_id", bad_ids, lambda s, v: s.state.latest_snapshot(v)),
+    ("state.prune_snapshots", "execution_id", bad_ids, lambda s, v: s.state.prune_snapshots(v)),
+    ("state.prune_snapshots", "keep", bad_numbers, lambda s, v: s.state.prune_snapshots("e1", v)),
+    ("state.replay", "execution_id", bad_ids, lambda s, v: s.state.replay(v, no_reduce)),
+    ("state.enqueue_work_item", "item", bad_records, lambda s, v: s.state.enqueue_work_item(v)),
+    ("state.enqueue_work_item", "execution_id", bad_ids, item_with("execution_id")),
+    ("state.enqueue_work_item", "node_id", bad_texts, item_with("node_id")),
+    ("state.enqueue_work_item", "queue_type", bad_ids, item_with("queue_type")),
+    ("state.enqueue_work_item", "payload", bad_json, item_with("payload")),
+    ("state.enqueue_work_item", "attempt", bad_attempts, item_with("attempt")),
+    ("state.enqueue_work_item", "max_attempts", bad_attempts, item_with("max_attempts")),
+    ("state.enqueue_work_item", "id", bad_ids, item_with("id")),
+    ("state.enqueue_work_item", "created_at", bad_times, item_with("created_at")),
+    ("state.enqueue_work_item", "available_at", bad_times, item_with("available_at")),
+    ("state.get_work_item", "item_id", bad_ids, lambda s, v: s.state.get_work_item(v)),
+    (
+        "state.list_work_items", "status", bad_statuses | st.sampled_from([*ExecutionStatus]),
+        lambda s, v: s.state.list_work_items(status=v),
+    ),
+    (
+        "state.list_work_items", "queue_type", some(bad_ids),
+        lambda s, v: s.state.list_work_items(queue_type=v),
+    ),
+    (
+        "state.list_work_items", "execution_id", some(bad_ids),
+        lambda s, v: s.state.list_work_items(execution_id=v),
+    ),
+    ("state.list_work_items", "limit", bad_numbers, lambda s, v: s.state.list_work_items(limit=v)),
+    ("state.list_work_items", "offset", bad_numbers, lambda s, v: s.state.list_work_items(offset=v)),
+    ("state.claim_work_item", "worker_id", bad_ids, lambda s, v: s.state.claim_work_item(v, ["q"])),
+    ("state.claim_work_item", "queue_types", bad_queues, lambda s, v: s.state.claim_work_item("w1", v)),
+    (
+        "state.claim_work_item", "lease_seconds", bad_seconds,
+        lambda s, v: s.state.claim_work_item("w1", ["q"], lease_seconds=v),
+    ),
+    (
+        "state.claim_work_item", "wait",
+        st.sampled_from([float("nan"), "1", b"", [], object(), seconds(1), None]),
+        lambda s, v: s.state.claim_work_item("w1", ["q"], wait=v),
+    ),
+    ("state.renew_lease", "item_id", bad_ids, lambda s, v: s.state.renew_lease(v, "w1")),
+    ("state.renew_lease", "worker_id", some(bad_ids), lambda s, v: s.state.renew_lease("held", v)),
+    (
+        "state.renew_lease", "lease_fence", some(bad_numbers),
+        lambda s, v: s.state.renew_lease("held", "w1", lease_fence=v),
+    ),
+    (
+        "state.renew_lease", "lease_seconds", bad_seconds,
+        lambda s, v: s.state.renew_lease("held", "w1", lease_seconds=v),
+    ),
+    ("state.complete_work_item", "item_id", bad_ids, lambda s, v: s.state.complete_work_item(v)),
+    (
+        "state.complete_work_item", "lease_fence", some(bad_numbers),
+        lambda s, v: s.state.complete_work_item("held", lease_fence=v),
+    ),
+    ("state.fail_work_item", "item_id", bad_ids, lambda s, v: s.state.fail_work_item(v, "boom")),
+    ("state.fail_work_item", "error", bad_texts, lambda s, v: s.state.fail_work_item("held", v)),
+    (
+        "state.fail_work_item", "lease_fence", some(bad_numbers),
+        lambda s, v: s.state.fail_work_item("held", "boom", lease_fence=v),
+    ),
+    ("state.retry_work_item", "item_id", bad_ids, lambda s, v: s.state.retry_work_item(v)),
+    ("state.retry_work_item", "error", some(bad_texts), lambda s, v: s.state.retry_work_item("held", v)),
+    ("state.retry_work_item", "delay", bad_seconds, lambda s, v: s.state.retry_work_item("held", delay=v)),
+    (
+        "state.retry_work_item", "lease_fence", some(bad_numbers),
+        lambda s, v: s.state.retry_work_item("held", lease_fence=v),
+    ),
+    ("state.move_to_dead_letter", "item_id", bad_ids, lambda s, v: s.state.move_to_dead_letter(v, "boom")),
+    (
+        "state.move_to_dead_letter", "last_error", bad_texts,
+        lambda s, v: s.state.move_to_dead_letter("held", v),
+    ),
+    ("state.list_dead_letters", "limit", bad_numbers, lambda s, v: s.state.list_dead_letters(v)),
+    ("state.list_dead_letters", "offset", bad_numbers, lambda s, v: s.state.list_dead_letters(offset=v)),
+]
+
+
+@pytest.fixture
+def furnished(store: Store) -> Store:
+    """Execution e1, an event, a snapshot, item `held` (claimed by w1) and item `waiting`, both in queue q."""
+    create(store)
+    store.events.append("e1", "default", EVENT)
+    store.state.write_snapshot(Snapshot(execution_id="e1", at_sequence=1, state={"seen": 1}))
+    claimed(store, id="held")
+    enqueue(store, id="waiting")
+    return store
+
+
+def argument_id(argument: Argument) -> str:
+    return f"{argument[0]}-{argument[1]}"
+
+
+@pytest.mark.parametrize("argument", ARGUMENTS, ids=argument_id)
+@given(data=st.data())
+@a_few
+def test_what_cannot_be_stored_is_invalid_data_and_nothing_is_written(
+    furnished: Store, argument: Argument, data: st.DataObject
+) -> None:
+    _, name, bad_values, call = argument
+    value = data.draw(bad_values)
+    before = contents(furnished)
+    with pytest.raises(InvalidData) as caught:
+        call(furnished, value.value() if isinstance(value, Bad) else value)
+    assert name in str(caught.value)
+    assert contents(furnished) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda s: enqueue(s, payload={"items": [1, 2, 3, {"when": A_TIME}]}),
+            "payload.items[3].when: datetime is not",
+        ),
+        (
+            lambda s: s.events.append("e", "default", {"type": "t", "a": [{"b": {1}}]}),
+            "event.a[0].b: set is not",
+        ),
+        (lambda s: s.state.update_execution_current_state("e1", [float("nan")]), "state[0]"),
+        (lambda s: s.events.append_batch("e", "default", [EVENT, {"type": "t", "x": b""}]), "events[1].x"),
+        (lambda s: create(s, "e2", initial_input={"a": NOT_UTF8}), "initial_input"),
+    ],
+    ids=["payload", "event", "state", "events", "initial_input"],
+)
+def test_the_message_names_the_argument_and_the_path_in_it(furnished: Store, call: Any, message: str) -> None:
+    with pytest.raises(InvalidData, match=re.escape(message)):
+        call(furnished)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2**31 - 1])
+def test_attempts_fit_31_bits(store: Store, number: int) -> None:
+    item = look(store, enqueue(store, attempt=number, max_attempts=number))
+    assert (item.attempt, item.max_attempts) == (number, number)
+
+
+SIGNATURES = {
+    "events.append": "execution_id, tenant_id, event, *, expected_sequence=None, event_id=None",
+    "events.append_batch": "execution_id, tenant_id, events, *, expected_sequence=None",
+    "events.load_events": "execution_id", "events.load_events_after": "execution_id, after_seq",
+    "events.get_latest_sequence": "execution_id",
+    "events.list_executions": "tenant_id='default', limit=100, offset=0",
+    "events.execution_exists": "execution_id", "events.count_events": "execution_id",
+    "events.iter_events": "execution_id, after_seq=0, *, chunk=1000",
+    "events.read_all": "after_position=0, limit=1000, *, tenant_id=None",
+    "state.create_execution": "execution", "state.get_execution": "id",
+    "state.list_executions": "status=None, limit=100, offset=0",
+    "state.update_execution_status": "id, status", "state.update_execution_current_state": "id, state",
+    "state.patch_append_array": "id, key, value",
+    "state.append_event": "execution_id, event, *, expected_sequence=None, event_id=None",
+    "state.get_events": "execution_id", "state.get_events_since": "execution_id, since_sequence",
+    "state.latest_sequence": "execution_id", "state.write_snapshot": "snapshot",
+    "state.latest_snapshot": "execution_id", "state.prune_snapshots": "execution_id, keep=1",
+    "state.replay": "execution_id, reducer, initial=None", "state.enqueue_work_item": "item",
+    "state.get_work_item": "item_id",
+    "state.list_work_items": "*, status=None, queue_type=None, execution_id=None, limit=100, offset=0",
+    "state.claim_work_item": "worker_id, queue_types, *, lease_seconds=None, wait=0.0",
+    "state.renew_lease": "item_id, worker_id=None, *, lease_fence=None, lease_seconds=None",
+    "state.hold": "item, *, lease_seconds=None", "state.complete_work_item": "item_id, *, lease_fence=None",
+    "state.fail_work_item": "item_id, error, *, lease_fence=None",
+    "state.retry_work_item": "item_id, error=None, *, delay=None, lease_fence=None",
+    "state.reclaim_expired_leases": "", "state.move_to_dead_letter": "item_id, last_error",
+    "state.list_dead_letters": "limit=100, offset=0",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_a_method_shows_the_contracts_signature_and_a_docstring(store: Store, name: str) -> None:
+    facet, method = name.split(".")
+    bound = getattr(getattr(store, facet), method)
+    signature = inspect.signature(bound)
+    plain = [
+        parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()
+    ]
+    shown = signature.replace(parameters=plain, return_annotation=inspect.Signature.empty)
+    assert str(shown) == f"({SIGNATURES[name]})"
+    assert inspect.getdoc(bound)
+
+
+# ============================================================================================================
+# Errors
+# ============================================================================================================
+
+ERRORS: dict[str, dict[str, Any]] = {
+    "NotFound": {"kind": "execution", "id": "e1"}, "AlreadyExists": {"kind": "work item", "id": "i1"},
+    "RevisionMismatch": {"expected": 3, "actual": 4},
+    "SequenceConflict": {"execution_id": "e1", "expected": 3, "actual": 4}, "LeaseLost": {"item_id": "i1"},
+    "IllegalTransition": {"id": "f1", "from_status": "created", "to_status": "finished"},
+    "AlreadyTerminal": {"id": "f1", "status": "finished"}, "CancelPending": {"id": "f1", "status": "running"},
+    "TenantMismatch": {"execution_id": "e1", "tenant_id": "acme"}, "TenantInactive": {"tenant_id": "acme"},
+    "LimitExceeded": {"tenant_id": "acme"}, "InvalidData": {}, "StorageError": {}, "StoreBusy": {},
+    "StoreFull": {}, "StoreCorrupt": {}, "StoreClosed": {}, "SchemaError": {},
+}
+
+
+def error(name: str) -> Any:
+    return getattr(flowstore, name)(*(ERRORS[name].values() or ["it went wrong"]))
+
+
+every_error = pytest.mark.parametrize("name", ERRORS)
+
+
+@every_error
+def test_an_error_carries_its_facts_in_the_order_of_the_contract(name: str) -> None:
+    raised = error(name)
+    assert isinstance(raised, FlowStoreError)
+    assert {attribute: getattr(raised, attribute) for attribute in ERRORS[name]} == ERRORS[name]
+
+
+@every_error
+def test_an_errors_message_is_readable_and_tells_its_facts(name: str) -> None:
+    message = str(error(name))
+    assert "\n" not in message
+    assert not message.startswith("(")
+    for fact in ERRORS[name].values() or ["it went wrong"]:
+        assert str(fact) in message
+
+
+@every_error
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, *map(pickled, range(6))]
+)
+def test_an_error_can_be_copied_and_pickled(name: str, copied: Callable[[Any], Any]) -> None:
+    original = error(name)
+    twin = copied(original)
+    assert type(twin) is type(original)
+    assert (str(twin), vars(twin), twin.args) == (str(original), vars(original), original.args)
+
+
+@pytest.mark.parametrize(
+    ("name", "base"),
+    [
+        ("FlowStoreError", Exception), ("NotFound", LookupError), ("InvalidData", ValueError),
+        *(
+            (name, StorageError)
+            for name in ("StoreBusy", "StoreFull", "StoreCorrupt", "StoreClosed", "SchemaError")
+        ),
+    ],
+)
+def test_an_error_is_also_what_the_contract_says(name: str, base: type[Exception]) -> None:
+    assert issubclass(getattr(flowstore, name), base)
+
+
+def test_a_not_found_tells_what_is_not_there(store: Store) -> None:
+    with pytest.raises(LookupError) as caught:
+        store.state.complete_work_item("missing")
+    assert isinstance(caught.value, NotFound)
+    assert "missing" in str(caught.value)
+
+
+# ============================================================================================================
+# Opening and closing
+# ============================================================================================================
+
+
+def one_sentence(error: BaseException) -> bool:
+    return bool(str(error).strip()) and "\n" not in str(error).strip()
+
+
+def folder_contents(folder: Path) -> dict[str, bytes]:
+    return {found.name: found.read_bytes() for found in sorted(folder.iterdir()) if found.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        ("app.db", "app.db"), (Path("app.db"), "app.db"), ("{here}/app.db", "app.db"),
+        ("sqlite:app.db", "app.db"), ("sqlite://app.db", "app.db"), ("sqlite://{here}/app.db", "app.db"),
+        ("sqlite:///{here}/app.db", "app.db"), ("sqlite:a%20b.db", "a b.db"),
+        ("a b#%20?.db", "a b#%20?.db"),
+    ],
+)
+def test_sqlite_targets_name_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str | Path, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with flowstore.open(target.format(here=tmp_path) if isinstance(target, str) else target) as store:
+        store.events.append("e1", "default", EVENT)
+        assert (tmp_path / name).is_file()
+    with flowstore.open(tmp_path / name) as store:
+        assert store.events.count_events("e1") == 1
+
+
+@pytest.mark.parametrize("target", [":memory:", "sqlite::memory:"])
+def test_sqlite_memory_is_private_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with flowstore.open(target) as store, flowstore.open(target) as other:
+        store.events.append("e1", "default", EVENT)
+        assert not other.events.execution_exists("e1")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "target", ["sqlite:app.db?mode=ro", "sqlite:///{here}/app.db?cache=shared", None, 5, b"app.db", "a\0b"]
+)
+def test_sqlite_targets_that_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InvalidData, match="target"):
+        flowstore.open(target.format(here=tmp_path) if isinstance(target, str) else target)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["mysql://host/db", "https://example.org/app.db", "no/folder/app.db", "sqlite:///no/app.db", "."],
+)
+def test_what_cannot_be_opened_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError) as caught:
+        flowstore.open(target)
+    assert one_sentence(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"synchronous": "EXTRA"}, {"synchronous": ""}, {"synchronous": 2}, {"synchronous": None},
+        {"busy_timeout": float("nan")}, {"busy_timeout": "30"}, {"lease_seconds": float("inf")},
+        {"lease_seconds": "30"}, {"lease_seconds": 1e300}, {"clock": 5}, {"backoff": "2"},
+    ],
+    ids=str,
+)
+def test_bad_options_are_invalid_and_create_nothing(path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidData, match=next(iter(options))):
+        flowstore.open(path, **options)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("word", ["FULL", "full", "Normal", "OFF"])
+def test_synchronous_is_taken_in_any_case(make_store: MakeStore, word: str) -> None:
+    assert make_store(synchronous=word).events.append("e1", "default", EVENT) == 1
+
+
+def test_options_are_keyword_only(path: Path) -> None:
+    with pytest.raises(TypeError):
+        flowstore.open(path, "FULL")  # type: ignore[call-arg]
+
+
+def test_sqlite_file_is_in_wal_mode(path: Path, file_store: Store) -> None:
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA journal_mode").fetchall() == [("wal",)]
+    connection.close()
+
+
+def test_what_was_written_is_there_after_opening_again(path: Path, clock: Clock) -> None:
+    with flowstore.open(path, clock=clock) as store:
+        held = claimed(store)
+        store.events.append("e1", "default", EVENT)
+        before = contents(store)
+    with flowstore.open(path, clock=clock) as store:
+        assert contents(store) == before
+        assert store.state.complete_work_item(held).status == "completed"
+
+
+def test_an_empty_file_counts_as_new(path: Path) -> None:
+    path.touch()
+    with flowstore.open(path) as store:
+        assert store.events.append("e1", "default", EVENT) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda good: b"this is no database\n",
+        lambda good: random.Random(1).randbytes(20_000),
+        lambda good: good[:100] + b"\xff" * (len(good) - 100),
+        lambda good: good[:700],
+    ],
+    ids=["text", "noise", "header-only", "truncated"],
+)
+def test_sqlite_refuses_what_is_no_database_and_leaves_it(
+    path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    flowstore.open(path).close()
+    path.write_bytes(damage(path.read_bytes()))
+    before = folder_contents(path.parent)
+    with pytest.raises(StorageError) as caught:
+        flowstore.open(path)
+    assert one_sentence(caught.value)
+    assert folder_contents(path.parent) == before
+
+
+@pytest.mark.parametrize("table", ["flowstore_meta", "flows", "events", "execution_errors"])
+def test_sqlite_refuses_a_file_whose_own_table_clashes(path: Path, table: str) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript(f"CREATE TABLE {table}(mine TEXT); INSERT INTO {table} VALUES ('kept')")
+    before = list(connection.iterdump())
+    with pytest.raises(SchemaError, match=table) as caught:
+        flowstore.open(path)
+    assert one_sentence(caught.value)
+    assert list(connection.iterdump()) == before
+    connection.close()
+
+
+def test_sqlite_lives_beside_the_users_own_tables(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.executescript("CREATE TABLE orders(id INTEGER PRIMARY KEY); INSERT INTO orders VALUES (7)")
+    connection.close()
+    with flowstore.open(path) as store, store.transaction() as tx:
+        assert tx.execute("SELECT id FROM orders") == [(7,)]
+
+
+def set_schema_version(path: Path, version: int) -> None:
+    """Write `version` over every number that flowstore_meta holds."""
+    connection = sqlite3.connect(path)
+    columns = [row[1] for row in connection.execute("PRAGMA table_info(flowstore_meta)")]
+    changed = 0
+    for column in columns:
+        where = f"CAST({column} AS TEXT) GLOB '[0-9]*' AND CAST({column} AS TEXT) NOT GLOB '*[^0-9]*'"
+        changed += connection.execute(
+            f"UPDATE flowstore_meta SET {column} = ? WHERE {where}", (version,)
+        ).rowcount
+    connection.commit()
+    connection.close()
+    assert changed
+
+
+@pytest.mark.parametrize(("version", "read_only"), [(999_999, False), (999_999, True), (0, True)])
+def test_sqlite_refuses_a_schema_it_does_not_know(path: Path, version: int, read_only: bool) -> None:
+    with flowstore.open(path) as store:
+        store.events.append("e1", "default", EVENT)
+    set_schema_version(path, version)
+    before = path.read_bytes()
+    with pytest.raises(SchemaError) as caught:
+        flowstore.open(path, read_only=read_only)
+    assert one_sentence(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_threads_may_open_a_new_file_at_once(path: Path) -> None:
+    def run() -> None:
+        with flowstore.open(path, busy_timeout=60) as store:
+            store.events.append("e1", "default", EVENT)
+
+    assert together([run] * 8) == [None] * 8
+    with flowstore.open(path) as store:
+        assert store.events.count_events("e1") == 8
+
+
+def test_processes_may_open_a_new_file_at_once_and_share_a_log(path: Path) -> None:
+    source = """
+with flowstore.open(sys.argv[1], synchronous="OFF", busy_timeout=60) as store:
+    for _ in range(50):
+        store.events.append("e1", "default", {"type": "by " + sys.argv[2]})
+"""
+    for process in [script(source, path, number) for number in range(4)]:
+        finished(process)
+    with flowstore.open(path) as store:
+        log = store.events.load_events("e1")
+    assert [stored.sequence for stored in log] == list(range(1, 201))
+    assert {name: types_in(log).count(name) for name in types_in(log)} == {
+        f"by {number}": 50 for number in range(4)
+    }
+
+
+def test_a_killed_process_loses_nothing_that_was_acknowledged(path: Path) -> None:
+    source = """
+store = flowstore.open(sys.argv[1])
+for _ in range(20):
+    acknowledged = store.events.append("e1", "default", {"type": "custom"})
+print(acknowledged, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert finished(script(source, path), -signal.SIGKILL).strip() == "20"
+    with flowstore.open(path) as store:
+        assert store.events.count_events("e1") == 20
+        assert store.check() == []
+
+
+# --- read-only ---
+
+WRITES: dict[str, Callable[[Store], Any]] = {
+    "events.append": lambda s: s.events.append("e1", "default", EVENT),
+    "events.append_batch": lambda s: s.events.append_batch("e1", "default", [EVENT]),
+    "create_execution": lambda s: create(s, "new"),
+    "update_execution_status": lambda s: s.state.update_execution_status("e1", "running"),
+    "update_execution_current_state": lambda s: s.state.update_execution_current_state("e1", {}),
+    "patch_append_array": lambda s: s.state.patch_append_array("e1", "key", 1),
+    "append_event": lambda s: s.state.append_event("e1", EVENT),
+    "write_snapshot": lambda s: s.state.write_snapshot(Snapshot(execution_id="e1", at_sequence=0, state={})),
+    "prune_snapshots": lambda s: s.state.prune_snapshots("e1", 0),
+    "enqueue_work_item": lambda s: s.state.enqueue_work_item(WorkItem(execution_id="e1", queue_type="q")),
+    "claim_work_item": lambda s: s.state.claim_work_item("w1", ["q"]),
+    "renew_lease": lambda s: s.state.renew_lease("held", "w1"),
+    "complete_work_item": lambda s: s.state.complete_work_item("held"),
+    "fail_work_item": lambda s: s.state.fail_work_item("held", "boom"),
+    "retry_work_item": lambda s: s.state.retry_work_item("held"),
+    "reclaim_expired_leases": lambda s: s.state.reclaim_expired_leases(),
+    "move_to_dead_letter": lambda s: s.state.move_to_dead_letter("held", "boom"),
+}
+READS: dict[str, Callable[[Store], Any]] = {
+    "load_events": lambda s: s.events.load_events("e1"),
+    "load_events_after": lambda s: s.events.load_events_after("e1", 0),
+    "get_latest_sequence": lambda s: s.events.get_latest_sequence("e1"),
+    "events.list_executions": lambda s: s.events.list_executions(),
+    "execution_exists": lambda s: s.events.execution_exists("e1"),
+    "count_events": lambda s: s.events.count_events("e1"),
+    "iter_events": lambda s: list(s.events.iter_events("e1")), "read_all": lambda s: s.events.read_all(),
+    "get_execution": lambda s: s.state.get_execution("e1"),
+    "state.list_executions": lambda s: s.state.list_executions(),
+    "get_events": lambda s: s.state.get_events("e1"),
+    "get_events_since": lambda s: s.state.get_events_since("e1", 0),
+    "latest_sequence": lambda s: s.state.latest_sequence("e1"),
+    "latest_snapshot": lambda s: s.state.latest_snapshot("e1"),
+    "replay": lambda s: s.state.replay("e1", no_reduce),
+    "get_work_item": lambda s: s.state.get_work_item("held"),
+    "list_work_items": lambda s: s.state.list_work_items(),
+    "list_dead_letters": lambda s: s.state.list_dead_letters(), "stats": lambda s: s.stats()["tables"],
+    "check": lambda s: s.check(),
+}
+
+
+@pytest.fixture
+def at_rest(path: Path, clock: Clock) -> Path:
+    """A file that no store has open, with what `furnished` has."""
+    with flowstore.open(path, clock=clock) as store:
+        create(store)
+        store.events.append("e1", "default", EVENT)
+        store.state.write_snapshot(Snapshot(execution_id="e1", at_sequence=1, state={"seen": 1}))
+        claimed(store, id="held")
+        enqueue(store, id="waiting")
+    return path
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_read_only_store_refuses_every_write(at_rest: Path, name: str) -> None:
+    before = at_rest.read_bytes()
+    with flowstore.open(at_rest, read_only=True) as store:
+        with pytest.raises(StorageError) as caught:
+            WRITES[name](store)
+        assert type(caught.value) is StorageError
+        with store.transaction(), pytest.raises(StorageError):
+            WRITES[name](store)
+    assert at_rest.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_read_only_store_answers_every_read(at_rest: Path, clock: Clock, name: str) -> None:
+    with flowstore.open(at_rest, clock=clock) as store:
+        expected = READS[name](store)
+    before = at_rest.read_bytes()
+    with flowstore.open(at_rest, clock=clock, read_only=True) as store:
+        assert store.read_only is True
+        assert READS[name](store) == expected
+        with store.transaction():
+            if name != "check":
+                assert READS[name](store) == expected
+    assert at_rest.read_bytes() == before
+
+
+def test_a_read_only_store_refuses_the_users_own_writes(at_rest: Path) -> None:
+    before = at_rest.read_bytes()
+    with flowstore.open(at_rest, read_only=True) as store, store.transaction() as tx:
+        assert tx.execute("SELECT 1 + 1") == [(2,)]
+        for sql in ("CREATE TABLE mine(id INTEGER)", "DELETE FROM flows"):
+            with pytest.raises(StorageError):
+                tx.execute(sql)
+        with pytest.raises(StorageError):
+            tx.executemany("DELETE FROM flows WHERE id = ?", [("f",)])
+    assert at_rest.read_bytes() == before
+
+
+def test_a_read_only_store_is_not_compacted(at_rest: Path) -> None:
+    before = at_rest.read_bytes()
+    with flowstore.open(at_rest, read_only=True) as store, pytest.raises(StorageError):
+        store.compact()
+    assert at_rest.read_bytes() == before
+
+
+def test_a_missing_file_cannot_be_read(path: Path) -> None:
+    with pytest.raises(StorageError) as caught:
+        flowstore.open(path, read_only=True)
+    assert one_sentence(caught.value)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_an_empty_file_cannot_be_read(path: Path) -> None:
+    path.touch()
+    with pytest.raises(StorageError) as caught:
+        flowstore.open(path, read_only=True)
+    assert one_sentence(caught.value)
+    assert path.read_bytes() == b""
+
+
+def test_a_read_only_store_follows_a_live_writer(path: Path, file_store: Store) -> None:
+    with flowstore.open(path, read_only=True) as reader:
+        for sequence in (1, 2, 3):
+            file_store.events.append("e1", "default", EVENT)
+            assert reader.events.count_events("e1") == sequence
+
+
+def test_a_read_only_transaction_is_one_snapshot(path: Path, file_store: Store) -> None:
+    file_store.events.append("e1", "default", EVENT)
+    with flowstore.open(path, read_only=True) as reader:
+        with reader.transaction():
+            assert reader.events.count_events("e1") == 1
+            file_store.events.append("e1", "default", EVENT)
+            assert reader.events.count_events("e1") == 1
+            assert len(reader.events.read_all()) == 1
+        assert reader.events.count_events("e1") == 2
+
+
+@pytest.fixture
+def crashed(tmp_path: Path) -> Path:
+    """A file as a crash leaves it: part of what was written is in its -wal only, and there is no -shm."""
+    source, image = tmp_path / "live.db", tmp_path / "crashed"
+    image.mkdir()
+    with flowstore.open(source) as store:
+        store.events.append_batch("e1", "default", [EVENT] * 20)
+        for suffix in ("", "-wal"):
+            (image / f"app.db{suffix}").write_bytes(Path(f"{source}{suffix}").read_bytes())
+    assert (image / "app.db-wal").stat().st_size
+    return image / "app.db"
+
+
+def test_sqlite_reads_what_a_crash_left_without_a_checkpoint(crashed: Path) -> None:
+    before = folder_contents(crashed.parent)
+    with flowstore.open(crashed, read_only=True) as store:
+        assert store.events.count_events("e1") == 20
+    after = folder_contents(crashed.parent)
+    assert {name: after[name] for name in before} == before
+
+
+@forking
+@pytest.mark.parametrize("wal", [True, False], ids=["crashed", "at rest"])
+def test_sqlite_reads_in_a_folder_that_cannot_be_written(crashed: Path, wal: bool) -> None:
+    if not wal:
+        flowstore.open(crashed).close()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for found in crashed.parent.iterdir():
+            (folder / found.name).write_bytes(found.read_bytes())
+        before = folder_contents(folder)
+
+        def read() -> int:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            assert not os.access(folder, os.W_OK)
+            with flowstore.open(folder / "app.db", read_only=True) as store:
+                return store.events.count_events("e1")
+
+        folder.chmod(0o555)
+        try:
+            assert in_fork(read) == 20
+            assert folder_contents(folder) == before
+        finally:
+            folder.chmod(0o755)
+
+
+# --- backup, check, compact, stats, now ---
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_sqlite_backup_holds_everything(sqlite_store: Store, tmp_path: Path, clock: Clock, kind: Any) -> None:
+    claimed(sqlite_store)
+    sqlite_store.events.append("e1", "default", EVENT)
+    sqlite_store.backup(kind(tmp_path / "copy.db"))
+    with flowstore.open(tmp_path / "copy.db", clock=clock) as copied:
+        assert contents(copied) == contents(sqlite_store)
+        assert copied.check() == []
+        assert copied.events.append("e1", "default", EVENT) == 2
+    assert sqlite_store.events.count_events("e1") == 1
+
+
+def test_sqlite_backup_does_not_overwrite(sqlite_store: Store, tmp_path: Path) -> None:
+    existing = tmp_path / "existing"
+    existing.write_bytes(b"precious")
+    with pytest.raises(StorageError) as caught:
+        sqlite_store.backup(existing)
+    assert one_sentence(caught.value)
+    assert existing.read_bytes() == b"precious"
+
+
+def test_sqlite_backup_that_fails_leaves_nothing(sqlite_store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StorageError):
+        sqlite_store.backup(tmp_path / "no folder" / "copy.db")
+    assert not (tmp_path / "no folder").exists()
+    assert sqlite_store.events.append("e1", "default", EVENT) == 1
+
+
+@pytest.mark.parametrize("target", [None, 5, b"copy.db", "a\0b"])
+def test_sqlite_backup_to_what_is_no_path_is_invalid(sqlite_store: Store, target: Any) -> None:
+    with pytest.raises(InvalidData, match="path"):
+        sqlite_store.backup(target)
+
+
+def test_sqlite_backup_is_consistent_while_others_write(sqlite_store: Store, tmp_path: Path) -> None:
+    stop = threading.Event()
+
+    def write() -> int:
+        for count in itertools.count(1):
+            with sqlite_store.transaction():
+                sqlite_store.events.append("e1", "default", EVENT)
+                sqlite_store.events.append("e2", "default", EVENT)
+            if stop.is_set() and count >= 20:
+                return count
+        raise AssertionError
+
+    writer = Background(write)
+    for number in range(5):
+        sqlite_store.backup(tmp_path / f"{number}.db")
+    stop.set()
+    count = writer.result()
+    assert sqlite_store.events.count_events("e1") == count
+    for number in range(5):
+        with flowstore.open(tmp_path / f"{number}.db") as copied:
+            assert copied.events.count_events("e1") == copied.events.count_events("e2")
+
+
+def test_a_sound_store_checks_without_a_problem(furnished: Store) -> None:
+    assert furnished.check() == []
+
+
+@pytest.fixture
+def damaged(path: Path) -> Path:
+    """A file whose second half was overwritten."""
+    with flowstore.open(path) as store:
+        store.events.append_batch("e1", "default", [{"type": "t", "text": "x" * 500}] * 1000)
+        store.compact()
+    whole = path.read_bytes()
+    half = len(whole) // 8192 * 4096
+    path.write_bytes(whole[:half] + b"\x5a" * (len(whole) - half))
+    return path
+
+
+def test_sqlite_check_tells_the_problems_of_a_damaged_file(damaged: Path) -> None:
+    with flowstore.open(damaged) as store:
+        problems = store.check()
+    assert problems
+    assert all(isinstance(problem, str) and problem for problem in problems)
+
+
+def test_sqlite_damage_is_store_corrupt(damaged: Path) -> None:
+    with flowstore.open(damaged) as store, pytest.raises(StoreCorrupt) as caught:
+        store.events.load_events("e1")
+    assert isinstance(caught.value.__cause__, sqlite3.Error)
+
+
+def test_sqlite_compact_gives_space_back(path: Path, file_store: Store) -> None:
+    with file_store.transaction() as tx:
+        tx.execute("CREATE TABLE ballast(text TEXT)")
+        tx.executemany("INSERT INTO ballast VALUES (?)", [("x" * 1000,)] * 3000)
+    file_store.events.append("e1", "default", EVENT)
+    file_store.compact()
+    full = path.stat().st_size
+    with file_store.transaction() as tx:
+        tx.execute("DELETE FROM ballast")
+    file_store.compact()
+    assert path.stat().st_size < full - 2_000_000
+    assert Path(f"{path}-wal").stat().st_size == 0
+    assert file_store.stats()["file_bytes"] == path.stat().st_size
+    assert file_store.stats()["wal_bytes"] == 0
+    assert file_store.events.count_events("e1") == 1
+    assert file_store.check() == []
+
+
+def test_stats_count_executions_items_and_rows(store: Store) -> None:
+    create(store, "e1")
+    create(store, "e2", status="running")
+    enqueue(store, id="i1")
+    enqueue(store, id="i2")
+    enqueue(store, id="i3", queue_type="other")
+    claim(store, "other")
+    stats = store.stats()
+    assert json.loads(json.dumps(stats, allow_nan=False)) == stats
+    assert {"tables", "flows", "executions", "workflows", "queues", "file_bytes", "wal_bytes"} <= stats.keys()
+    assert {status: count for status, count in stats["executions"].items() if count} == {
+        "pending": 1, "running": 1,
+    }
+    queues = {queue: {status: n for status, n in by.items() if n} for queue, by in stats["queues"].items()}
+    assert queues == {"q": {"pending": 2}, "other": {"claimed": 1}}
+    assert all(type(count) is int for count in stats["tables"].values())
+    assert {"flows", "flow_steps", "flow_events"} <= stats["tables"].keys()
+
+
+def test_stats_count_rows_per_table(store: Store) -> None:
+    before = store.stats()["tables"]
+    store.events.append("e1", "default", EVENT)
+    store.events.append_batch("e1", "default", [EVENT] * 4)
+    after = store.stats()["tables"]
+    assert 5 in [after[table] - before[table] for table in before]
+
+
+def test_now_is_the_clocks_time_in_utc(make_store: MakeStore) -> None:
+    clock = Clock(datetime(2030, 1, 1, 12, tzinfo=timezone(seconds(-5 * 3600))))
+    now = make_store(clock=clock).now()
+    assert now == datetime(2030, 1, 1, 17, tzinfo=UTC)
+    assert now.tzinfo is UTC
+
+
+def test_now_is_the_real_time_without_a_clock(make_store: MakeStore) -> None:
+    before = datetime.now(UTC)
+    now = make_store().now()
+    assert before <= now <= datetime.now(UTC)
+
+
+@pytest.mark.parametrize("bad", [datetime(2030, 1, 1), 5, None, "now"])
+def test_a_clock_that_gives_no_aware_time_writes_nothing(make_store: MakeStore, bad: Any) -> None:
+    clock = Clock()
+    store = make_store(clock=clock)
+    clock.now = bad
+    with pytest.raises(InvalidData):
+        store.events.append("e1", "default", EVENT)
+    clock.now = START
+    assert not store.events.execution_exists("e1")
+
+
+def test_an_interrupt_inside_a_call_leaves_it_undone_and_the_store_usable(make_store: MakeStore) -> None:
+    strikes = iter([False] * 3)
+
+    def clock() -> datetime:
+        if next(strikes, True):
+            raise KeyboardInterrupt
+        return START
+
+    store = make_store(clock=clock)
+    strikes = iter([])
+    with pytest.raises(KeyboardInterrupt):
+        store.events.append("e1", "default", EVENT)
+    with pytest.raises(KeyboardInterrupt), store.transaction():
+        store.events.append("e1", "default", EVENT)
+    strikes = iter([False] * 1000)
+    assert not store.events.execution_exists("e1")
+    assert store.events.append("e1", "default", EVENT) == 1
+
+
+def test_the_target_names_what_was_opened(path: Path) -> None:
+    with flowstore.open(path) as store, flowstore.open(":memory:") as memory:
+        assert path.name in str(store.target)
+        assert ":memory:" in str(memory.target)
+        assert (store.read_only, memory.read_only) == (False, False)
+
+
+# --- closing ---
+
+
+def test_closing_twice_is_fine(store: Store) -> None:
+    store.close()
+    store.close()
+
+
+@pytest.mark.parametrize("name", [*WRITES, *READS])
+def test_every_call_on_a_closed_store_raises_store_closed(furnished: Store, name: str) -> None:
+    furnished.close()
+    with pytest.raises(StoreClosed):
+        (WRITES | READS)[name](furnished)
+
+
+@pytest.mark.parametrize(
+    "call", [lambda s: s.transaction().__enter__(), lambda s: s.backup("copy.db"), lambda s: s.compact()]
+)
+def test_the_stores_own_calls_raise_store_closed_too(store: Store, call: Callable[[Store], Any]) -> None:
+    store.close()
+    with pytest.raises(StoreClosed):
+        call(store)
+
+
+def test_a_with_block_closes_the_store(make_store: MakeStore) -> None:
+    with make_store() as store:
+        store.events.append("e1", "default", EVENT)
+    with pytest.raises(StoreClosed):
+        store.events.count_events("e1")
+
+
+def test_closing_wakes_a_waiting_claim(store: Store) -> None:
+    waiting = Background(lambda: store.state.claim_work_item("w1", ["q"], wait=3600))
+    store.close()
+    with pytest.raises(StoreClosed):
+        waiting.result()
+
+
+def test_closing_rolls_another_threads_transaction_back(file_store: Store, path: Path) -> None:
+    opened, closed = threading.Event(), threading.Event()
+    later: list[BaseException] = []
+
+    def other() -> None:
+        with file_store.transaction():
+            file_store.events.append("e1", "default", EVENT)
+            opened.set()
+            closed.wait(60)
+            try:
+                file_store.events.append("e1", "default", EVENT)
+            except StoreClosed as error:
+                later.append(error)
+
+    thread = Background(other)
+    assert opened.wait(60)
+    file_store.close()
+    closed.set()
+    with pytest.raises(StoreClosed):
+        thread.result()
+    assert later
+    with flowstore.open(path) as store:
+        assert not store.events.execution_exists("e1")
+
+
+@pytest.mark.parametrize("call", [Store.close, Store.compact, Store.check, lambda s: s.backup("copy.db")])
+def test_inside_ones_own_transaction_these_calls_are_refused(
+    store: Store, call: Callable[[Store], Any]
+) -> None:
+    with store.transaction():
+        store.events.append("e1", "default", EVENT)
+        with pytest.raises(StorageError):
+            call(store)
+        assert store.events.append("e1", "default", EVENT) == 2
+    assert store.events.count_events("e1") == 2
+    assert not Path("copy.db").exists()
+
+
+# --- busy ---
+
+
+def test_sqlite_waits_only_so_long_for_another_connection(path: Path) -> None:
+    with flowstore.open(path, busy_timeout=0.05) as store:
+        holder = sqlite3.connect(path, isolation_level=None)
+        holder.execute("BEGIN IMMEDIATE")
+        with pytest.raises(StoreBusy):
+            store.events.append("e1", "default", EVENT)
+        with pytest.raises(StoreBusy), store.transaction():
+            store.events.append("e1", "default", EVENT)
+        assert store.events.load_events("e1") == []
+        holder.execute("ROLLBACK")
+        assert store.events.append("e1", "default", EVENT) == 1
+        holder.close()
+
+
+def test_who_waits_too_long_for_another_threads_transaction_gets_store_busy(make_store: MakeStore) -> None:
+    store = make_store(busy_timeout=0.05)
+    with store.transaction():
+        store.events.append("e1", "default", EVENT)
+        with pytest.raises(StoreBusy):
+            in_thread(lambda: store.events.append("e1", "default", EVENT))
+    assert store.events.count_events("e1") == 1
+    assert in_thread(lambda: store.events.append("e1", "default", EVENT)) == 2
+
+
+def test_sqlite_a_file_limit_is_a_storage_error_that_passes(path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    with flowstore.open(path) as store:
+        store.events.append("e1", "default", EVENT)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+        try:
+            acknowledged = 1
+            with pytest.raises(StorageError):
+                for _ in range(100):
+                    store.events.append("e1", "default", {"type": "big", "text": "x" * 20_000})
+                    acknowledged += 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert store.events.count_events("e1") == acknowledged
+        assert store.events.append("e1", "default", EVENT) == acknowledged + 1
+        assert store.check() == []
+
+
+# --- fork ---
+
+
+@forking
+def test_both_sides_of_a_fork_use_a_file_and_lose_nothing(path: Path) -> None:
+    with flowstore.open(path) as store:
+        store.events.append("e1", "default", EVENT)
+
+        def child() -> list[int]:
+            return [store.events.append("e1", "default", {"type": "child"}) for _ in range(5)]
+
+        for _ in range(5):
+            assert len(in_fork(child)) == 5
+            store.events.append("e1", "default", {"type": "parent"})
+        store.close()
+    with flowstore.open(path) as store:
+        assert (
+            types_in(store.events.load_events("e1"))
+            == [*["custom"], *["child"] * 5, "parent"] + [*["child"] * 5, "parent"] * 4
+        )
+        assert store.check() == []
+
+
+@forking
+def test_a_memory_store_forks_into_two() -> None:
+    with flowstore.open(":memory:") as store:
+        store.events.append("e1", "default", EVENT)
+        assert in_fork(lambda: store.events.append("e1", "default", EVENT)) == 2
+        assert store.events.append("e1", "default", EVENT) == 2
+        assert store.events.count_events("e1") == 2
+
+
+@forking
+def test_a_transaction_open_at_the_fork_stays_the_parents(path: Path, file_store: Store) -> None:
+    def child() -> list[str]:
+        outcomes = []
+        for call in (
+            lambda: file_store.events.append("e1", "default", EVENT),
+            file_store.events.read_all,
+        ):
+            try:
+                call()
+                outcomes.append("done")
+            except StorageError:
+                outcomes.append("refused")
+        try:
+            flowstore.open(path)
+            outcomes.append("opened")
+        except StorageError:
+            outcomes.append("refused")
+        return outcomes
+
+    with file_store.transaction():
+        file_store.events.append("e1", "default", EVENT)
+        assert in_fork(child) == ["refused"] * 3
+        file_store.events.append("e1", "default", EVENT)
+    assert file_store.events.count_events("e1") == 2
+    assert file_store.check() == []
+
+
+@forking
+def test_a_fork_does_not_wait_for_a_waiting_claim(file_store: Store) -> None:
+    create(file_store)
+    waiting = Background(lambda: file_store.state.claim_work_item("w1", ["q"], wait=3600))
+    assert in_fork(lambda: file_store.events.append("e1", "default", EVENT)) == 1
+    item_id = enqueue(file_store)
+    assert waiting.result().id == item_id
+
+
+@forking
+def test_a_fork_between_two_items_of_a_generator_disturbs_neither_side(file_store: Store) -> None:
+    file_store.events.append_batch("e1", "default", [EVENT] * 5)
+    events = file_store.events.iter_events("e1", chunk=2)
+    assert next(events).sequence == 1
+    assert in_fork(lambda: [stored.sequence for stored in events]) == [2, 3, 4, 5]
+    assert [stored.sequence for stored in events] == [2, 3, 4, 5]
+
+
+@forking
+def test_a_fork_while_threads_write_loses_no_acknowledged_write(file_store: Store) -> None:
+    stop = threading.Event()
+
+    def write(name: str) -> int:
+        for count in itertools.count(1):
+            file_store.events.append(name, "default", EVENT)
+            if stop.is_set():
+                return count
+        raise AssertionError
+
+    writers = {name: Background(partial(write, name)) for name in ("a", "b", "c")}
+    for number in range(10):
+        assert in_fork(lambda: file_store.events.append("child", "default", EVENT)) == number + 1
+    stop.set()
+    counts = {name: writer.result() for name, writer in writers.items()}
+    assert {name: file_store.events.count_events(name) for name in counts} == counts
+    assert file_store.check() == []
+
+
+# ============================================================================================================
+# Transactions
+# ============================================================================================================
+
+
+class Stop(BaseException):
+    """What is no Exception."""
+
+
+def test_a_transaction_commits_the_facets_and_the_users_own_table_together(store: Store) -> None:
+    held = claimed(store)
+    with store.transaction() as tx:
+        tx.execute("CREATE TABLE orders(id INTEGER PRIMARY KEY, total INTEGER)")
+        tx.execute("INSERT INTO orders(id, total) VALUES (?, ?)", (7, 1250))
+        store.state.complete_work_item(held)
+        store.events.append("e1", "default", EVENT)
+    with store.transaction() as tx:
+        assert tx.execute("SELECT id, total FROM orders") == [(7, 1250)]
+    assert look(store, held.id).status == "completed"
+    assert store.events.count_events("e1") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("stop"), Stop("stop"), KeyboardInterrupt(), SystemExit(1), GeneratorExit(),
+        InvalidData("x"),
+    ],
+)
+def test_what_leaves_the_block_undoes_everything_and_propagates(store: Store, error: BaseException) -> None:
+    held = claimed(store)
+    with store.transaction() as tx:
+        tx.execute("CREATE TABLE orders(id INTEGER PRIMARY KEY)")
+    before = contents(store)
+    with pytest.raises(type(error)) as caught, store.transaction() as tx:
+        tx.execute("INSERT INTO orders VALUES (7)")
+        tx.execute("CREATE TABLE more(id INTEGER)")
+        store.state.complete_work_item(held)
+        store.events.append("e2", "acme", EVENT)
+        raise error
+    assert caught.value is error
+    assert contents(store) == before
+    with store.transaction() as tx:
+        assert tx.execute("SELECT id FROM orders") == []
+
+
+def test_reads_inside_see_the_writes_made_inside(store: Store) -> None:
+    with store.transaction() as tx:
+        store.events.append("e1", "default", EVENT)
+        assert types_in(store.events.load_events("e1")) == ["custom"]
+        assert [stored.sequence for stored in store.events.iter_events("e1", chunk=1)] == [1]
+        item_id = enqueue(store)
+        assert claim(store).id == item_id
+        tx.execute("CREATE TABLE mine(id INTEGER)")
+        tx.executemany("INSERT INTO mine VALUES (?)", [(1,), (2,)])
+        assert tx.execute("SELECT id FROM mine ORDER BY id") == [(1,), (2,)]
+
+
+def test_sqlite_readers_of_a_file_see_nothing_before_the_commit(file_store: Store, path: Path) -> None:
+    with flowstore.open(path) as other:
+        with file_store.transaction():
+            file_store.events.append("e1", "default", EVENT)
+            assert in_thread(file_store.events.read_all) == []
+            assert other.events.read_all() == []
+        assert len(other.events.read_all()) == 1
+
+
+def test_sqlite_readers_of_memory_wait_for_the_commit() -> None:
+    with flowstore.open(":memory:") as store:
+        with store.transaction():
+            store.events.append("e1", "default", EVENT)
+            reader = Background(lambda: store.events.count_events("e1"))
+            store.events.append("e1", "default", EVENT)
+        assert reader.result() == 2
+
+
+def test_another_threads_write_is_not_part_of_the_transaction(store: Store) -> None:
+    with pytest.raises(Stop), store.transaction():
+        store.events.append("e1", "default", EVENT)
+        other = Background(lambda: store.events.append("e2", "default", EVENT))
+        raise Stop
+    assert other.result() == 1
+    assert store.events.list_executions() == ["e2"]
+
+
+REFUSED_CALLS: dict[str, Callable[[Store], Any]] = {
+    "conflict": lambda s: s.events.append("new", "new-tenant", EVENT, expected_sequence=3),
+    "batch conflict": lambda s: s.events.append_batch("new", "new-tenant", [EVENT] * 3, expected_sequence=3),
+    "taken item": lambda s: s.state.enqueue_work_item(WorkItem(execution_id="e1", queue_type="q", id="held")),
+    "taken execution": lambda s: create(s, "e1"),
+    "stale fence": lambda s: s.state.complete_work_item("held", lease_fence=99),
+    "not found": lambda s: s.state.update_execution_status("no", "running"),
+    "not an array": lambda s: s.state.patch_append_array("e1", "number", 1),
+    "invalid": lambda s: s.events.append_batch("new", "new-tenant", [EVENT, {}]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_CALLS)
+def test_an_error_caught_inside_undoes_that_call_alone(furnished: Store, name: str) -> None:
+    furnished.state.update_execution_current_state("e1", {"number": 1})
+    before = contents(furnished)
+    with furnished.transaction() as tx:
+        tx.execute("CREATE TABLE mine(id INTEGER)")
+        with pytest.raises(FlowStoreError):
+            REFUSED_CALLS[name](furnished)
+    after = contents(furnished)
+    before.pop("tables")
+    after.pop("tables")
+    assert after == before
+    with furnished.transaction() as tx:
+        furnished.events.append("e1", "default", {"type": "before"})
+        with pytest.raises(FlowStoreError):
+            REFUSED_CALLS[name](furnished)
+        furnished.events.append("e1", "default", {"type": "after"})
+        assert tx.execute("SELECT id FROM mine") == []
+    assert types_in(furnished.events.load_events("e1")) == ["custom", "before", "after"]
+
+
+def test_a_failing_executemany_undoes_its_own_rows_alone(store: Store) -> None:
+    with store.transaction() as tx:
+        tx.execute("CREATE TABLE mine(id INTEGER PRIMARY KEY)")
+        tx.execute("INSERT INTO mine VALUES (1)")
+        with pytest.raises(StorageError):
+            tx.executemany("INSERT INTO mine VALUES (?)", [(2,), (3,), (1,)])
+        tx.execute("INSERT INTO mine VALUES (4)")
+    with store.transaction() as tx:
+        assert tx.execute("SELECT id FROM mine ORDER BY id") == [(1,), (4,)]
+
+
+def test_a_nested_transaction_is_a_savepoint(store: Store) -> None:
+    def step(name: str) -> None:
+        store.events.append("e1", "default", {"type": name})
+
+    with store.transaction():
+        step("outer")
+        with pytest.raises(Stop), store.transaction():
+            step("undone")
+            with store.transaction():
+                step("undone with it")
+            raise Stop
+        with store.transaction() as inner:
+            step("inner")
+            inner.execute("CREATE TABLE mine(id INTEGER)")
+            with pytest.raises(Stop), store.transaction():
+                step("undone too")
+                raise Stop
+        step("last")
+    assert types_in(store.events.load_events("e1")) == ["outer", "inner", "last"]
+
+
+def test_the_outer_block_undoes_what_a_nested_one_finished(store: Store) -> None:
+    with pytest.raises(Stop), store.transaction():
+        with store.transaction():
+            store.events.append("e1", "default", EVENT)
+        raise Stop
+    assert not store.events.execution_exists("e1")
+
+
+def test_a_deferred_constraint_fails_the_end_of_the_block_with_nothing_written(store: Store) -> None:
+    with store.transaction() as tx:
+        tx.execute("CREATE TABLE parent(id INTEGER PRIMARY KEY)")
+        tx.execute("CREATE TABLE child(parent INTEGER REFERENCES parent(id) DEFERRABLE INITIALLY DEFERRED)")
+    with pytest.raises(StorageError), store.transaction() as tx:
+        store.events.append("e1", "default", EVENT)
+        tx.execute("INSERT INTO child VALUES (1)")
+    assert not store.events.execution_exists("e1")
+    with store.transaction() as tx:
+        tx.execute("INSERT INTO child VALUES (1)")
+        tx.execute("INSERT INTO parent VALUES (1)")
+        store.events.append("e1", "default", EVENT)
+    assert store.events.count_events("e1") == 1
+
+
+ENDINGS = {
+    "OR ROLLBACK": ("INSERT OR ROLLBACK INTO mine VALUES (1)", "CREATE TABLE other(id INTEGER)"),
+    "a trigger's ROLLBACK": (
+        "DELETE FROM mine",
+        "CREATE TRIGGER no_delete BEFORE DELETE ON mine BEGIN SELECT RAISE(ROLLBACK, 'no'); END",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+@pytest.mark.parametrize("nested", [False, True])
+def test_sqlite_a_transaction_that_the_database_ends_is_over(
+    sqlite_store: Store, name: str, nested: bool
+) -> None:
+    statement, preparation = ENDINGS[name]
+    with sqlite_store.transaction() as tx:
+        tx.execute("CREATE TABLE mine(id INTEGER PRIMARY KEY)")
+        tx.execute("INSERT INTO mine VALUES (1)")
+        tx.execute(preparation)
+
+    def strike(tx: Any) -> None:
+        with pytest.raises(StorageError):
+            tx.execute(statement)
+        for later in (
+            lambda: sqlite_store.events.append("e1", "default", EVENT),
+            sqlite_store.events.read_all,
+            lambda: tx.execute("SELECT 1"),
+        ):
+            with pytest.raises(StorageError):
+                later()
+
+    with pytest.raises(StorageError), sqlite_store.transaction() as tx:
+        sqlite_store.events.append("e1", "default", EVENT)
+        if nested:
+            with pytest.raises(StorageError), sqlite_store.transaction() as inner:
+                strike(inner)
+        strike(tx)
+    assert sqlite_store.events.read_all() == []
+    assert sqlite_store.events.append("e1", "default", EVENT) == 1
+    with sqlite_store.transaction() as tx:
+        assert tx.execute("SELECT id FROM mine") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "BEGIN", "BEGIN IMMEDIATE", "COMMIT", "END", "ROLLBACK", "ROLLBACK TO a", "SAVEPOINT a", "RELEASE a",
+        "ATTACH DATABASE ':memory:' AS other", "VACUUM", "PRAGMA user_version = 7",
+    ],
+)
+@pytest.mark.parametrize(
+    "disguise",
+    [
+        "{}", " \n\t{}", "/* a comment */{}", "-- a comment\n{}", "{};", ";{}", "\ufeff{}", "/**/ -- */\n{}",
+        "SELECT 1; {}",
+    ],
+)
+def test_statements_that_end_or_leave_the_transaction_are_refused(
+    store: Store, word: str, disguise: str
+) -> None:
+    with pytest.raises(Stop), store.transaction() as tx:
+        store.events.append("e1", "default", EVENT)
+        for sql in (disguise.format(word), disguise.format(word.lower())):
+            with pytest.raises(StorageError):
+                tx.execute(sql)
+            with pytest.raises(StorageError):
+                tx.executemany(sql, [()])
+        assert store.events.append("e1", "default", EVENT) == 2
+        raise Stop
+    assert not store.events.execution_exists("e1")
+
+
+def test_the_users_sql_returns_its_rows_as_tuples(store: Store) -> None:
+    with store.transaction() as tx:
+        assert tx.execute("CREATE TABLE mine(id INTEGER PRIMARY KEY, name TEXT)") == []
+        assert tx.execute("INSERT INTO mine VALUES (?, ?) RETURNING id", (1, "one")) == [(1,)]
+        tx.executemany("INSERT INTO mine VALUES (?, ?)", ((number, "?") for number in (2, 3)))
+        assert tx.execute("SELECT id, name FROM mine ORDER BY id") == [(1, "one"), (2, "?"), (3, "?")]
+        assert tx.execute("SELECT id FROM mine WHERE name = '?' AND id > ? ORDER BY id", [2]) == [(3,)]
+        tx.execute("ALTER TABLE mine ADD COLUMN more TEXT")
+        tx.execute("DROP TABLE mine")
+
+
+@pytest.mark.parametrize(
+    ("sql", "parameters"),
+    [
+        ("SELEC 1", ()), ("", ("x",)), ("SELECT * FROM no_such_table", ()), ("SELECT ?", ()),
+        ("SELECT ?", (1, 2)), ("SELECT ?", (object(),)), ("SELECT ?", (2**70,)), ("SELECT ?", (NOT_UTF8,)),
+        ("SELECT '" + NOT_UTF8 + "'", ()), ("SELECT 1\0", ()), ("SELECT ?", 5), (None, ()), (b"SELECT 1", ()),
+        ("INSERT INTO mine VALUES (1); INSERT INTO mine VALUES (2)", ()),
+    ],
+)
+def test_an_error_in_the_users_sql_is_a_flowstore_error_and_undoes_that_call_alone(
+    store: Store, sql: Any, parameters: Any
+) -> None:
+    with store.transaction() as tx:
+        tx.execute("CREATE TABLE mine(id INTEGER)")
+        with pytest.raises((StorageError, InvalidData)):
+            tx.execute(sql, parameters)
+        with pytest.raises((StorageError, InvalidData)):
+            tx.executemany(sql, [parameters])
+        store.events.append("e1", "default", EVENT)
+        assert tx.execute("SELECT id FROM mine") == []
+    assert store.events.count_events("e1") == 1
+
+
+def test_the_drivers_error_is_the_cause(store: Store) -> None:
+    with store.transaction() as tx, pytest.raises(StorageError) as caught:
+        tx.execute("SELECT * FROM no_such_table")
+    assert caught.value.__cause__ is not None
+    assert "no_such_table" in str(caught.value)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_transaction_cannot_be_used_after_the_block(store: Store, fails: bool) -> None:
+    try:
+        with store.transaction() as tx:
+            if fails:
+                raise Stop
+    except Stop:
+        pass
+    for use in (lambda: tx.execute("SELECT 1"), lambda: tx.executemany("SELECT ?", [(1,)])):
+        with pytest.raises(StorageError):
+            use()
+        with store.transaction(), pytest.raises(StorageError):
+            use()
+
+
+def test_waiting_counts_as_0_inside_a_transaction(store: Store) -> None:
+    with store.transaction():
+        assert store.state.claim_work_item("w1", ["q"], wait=3600) is None
+
+
+def test_an_operation_that_fails_among_others_fails_alone(make_store: MakeStore) -> None:
+    store = make_store()
+    store.events.append("e1", "default", EVENT)
+
+    def work(number: int) -> list[Any]:
+        outcomes: list[Any] = []
+        for _ in range(20):
+            try:
+                expected = 99_999 if number % 2 else None
+                outcomes.append(store.events.append("e1", "default", EVENT, expected_sequence=expected))
+            except SequenceConflict:
+                outcomes.append("conflict")
+        return outcomes
+
+    results = together([partial(work, number) for number in range(8)])
+    assert [set(result) for result in results[1::2]] == [{"conflict"}] * 4
+    assert sorted(sequence for result in results[::2] for sequence in result) == list(range(2, 82))
+    assert store.events.count_events("e1") == 81
+
+
+def test_threads_with_transactions_of_their_own_keep_apart(make_store: MakeStore) -> None:
+    store = make_store(busy_timeout=60)
+
+    def work(number: int) -> None:
+        for turn in range(10):
+            try:
+                with store.transaction():
+                    last = store.events.get_latest_sequence("e1") or 0
+                    assert store.events.append("e1", "default", EVENT) == last + 1
+                    assert store.events.append("e1", "default", EVENT) == last + 2
+                    if (number + turn) % 2:
+                        raise Stop
+            except Stop:
+                pass
+
+    assert together([partial(work, number) for number in range(8)]) == [None] * 8
+    assert [stored.sequence for stored in store.events.load_events("e1")] == list(range(1, 81))
+
+
+# ============================================================================================================
+# The execution log
+# ============================================================================================================
+
+
+def test_append_numbers_each_executions_events_without_gaps(store: Store, clock: Clock) -> None:
+    assert [store.events.append("e1", "default", EVENT) for _ in range(3)] == [1, 2, 3]
+    assert store.events.append("e2", "default", EVENT) == 1
+    assert store.events.append("e1", "default", EVENT) == 4
+
+
+def test_a_stored_event_holds_what_was_appended_and_when(store: Store, clock: Clock) -> None:
+    store.events.append("e1", "acme", {"type": EventType.STEP_STARTED, "step": 1}, event_id="first")
+    later = clock.advance(1.5)
+    store.events.append("e1", "acme", {"type": "my own type"})
+    first, second = store.events.load_events("e1")
+    assert first == StoredEvent(
+        execution_id="e1", sequence=1, tenant_id="acme", event={"type": "step_started", "step": 1},
+        timestamp=START, id="first", position=first.position,
+    )
+    assert (second.sequence, second.event, second.timestamp, second.id) == (
+        2, {"type": "my own type"}, later, None,
+    )
+
+
+def test_positions_grow_over_the_whole_log(store: Store) -> None:
+    for number in range(12):
+        store.events.append(f"e{number % 3}", f"t{number % 3}", {"type": str(number)})
+    log = store.events.read_all()
+    assert types_in(log) == [str(number) for number in range(12)]
+    positions = [stored.position for stored in log]
+    assert positions == sorted(set(positions))
+    assert {stored.position for n in range(3) for stored in store.events.load_events(f"e{n}")} == set(
+        positions
+    )
+
+
+def test_another_tenants_execution_is_a_mismatch_before_anything_else(store: Store) -> None:
+    store.events.append("e1", "acme", EVENT, event_id="known")
+    before = contents(store)
+    cases: list[dict[str, Any]] = [{}, {"event_id": "known"}, {"expected_sequence": 7}]
+    for options in cases:
+        with pytest.raises(TenantMismatch) as caught:
+            store.events.append("e1", "globex", EVENT, **options)
+        assert (caught.value.execution_id, caught.value.tenant_id) == ("e1", "globex")
+    with pytest.raises(TenantMismatch):
+        store.events.append_batch("e1", "globex", [EVENT], expected_sequence=7)
+    assert contents(store) == before
+
+
+def test_the_first_append_registers_a_new_tenant(store: Store) -> None:
+    with pytest.raises(NotFound):
+        create(store, "e0", tenant_id="acme")
+    store.events.append("e1", "acme", EVENT)
+    assert create(store, "e2", tenant_id="acme").tenant_id == "acme"
+
+
+def test_expected_sequence_lets_exactly_the_log_at_that_point_grow(store: Store) -> None:
+    assert store.events.append("e1", "default", EVENT, expected_sequence=0) == 1
+    assert store.events.append_batch("e1", "default", [EVENT] * 2, expected_sequence=1) == 2
+    assert store.state.append_event("e1", EVENT, expected_sequence=3) == 4
+
+
+@pytest.mark.parametrize("expected", [0, 1, 3, 99])
+@pytest.mark.parametrize(
+    "append",
+    [
+        lambda s, n: s.events.append("e1", "default", EVENT, expected_sequence=n),
+        lambda s, n: s.events.append_batch("e1", "default", [EVENT], expected_sequence=n),
+        lambda s, n: s.state.append_event("e1", EVENT, expected_sequence=n),
+    ],
+    ids=["append", "append_batch", "append_event"],
+)
+def test_a_log_elsewhere_is_a_conflict_and_nothing_is_written(
+    store: Store, append: Callable[[Store, int], int], expected: int
+) -> None:
+    store.events.append_batch("e1", "default", [EVENT] * 2)
+    with pytest.raises(SequenceConflict) as caught:
+        append(store, expected)
+    assert (caught.value.execution_id, caught.value.expected, caught.value.actual) == ("e1", expected, 2)
+    assert store.events.count_events("e1") == 2
+
+
+def test_a_conflict_on_an_unknown_execution_makes_nothing_known(store: Store) -> None:
+    before = contents(store)
+    with pytest.raises(SequenceConflict) as caught:
+        store.events.append("e1", "acme", EVENT, expected_sequence=1)
+    assert caught.value.actual == 0
+    assert not store.events.execution_exists("e1")
+    assert contents(store) == before
+
+
+def test_a_known_event_id_returns_its_sequence_and_writes_nothing(store: Store) -> None:
+    create(store)
+    assert store.events.append("e1", "default", EVENT, event_id="once") == 1
+    assert store.events.append("e1", "default", EVENT) == 2
+    before = contents(store)
+    again = {"type": "another"}
+    assert store.events.append("e1", "default", again, event_id="once") == 1
+    assert store.events.append("e1", "default", EVENT, event_id="once", expected_sequence=99) == 1
+    assert store.state.append_event("e1", again, event_id="once", expected_sequence=99) == 1
+    assert contents(store) == before
+
+
+def test_an_event_id_counts_within_its_execution(store: Store) -> None:
+    store.events.append("e2", "default", EVENT)
+    assert store.events.append("e1", "default", EVENT, event_id="id") == 1
+    assert store.events.append("e2", "default", EVENT, event_id="id") == 2
+
+
+def test_append_batch_is_consecutive_and_returns_the_first_sequence(store: Store) -> None:
+    store.events.append("e1", "default", EVENT)
+    batch = [{"type": str(number)} for number in range(5)]
+    assert store.events.append_batch("e1", "default", batch) == 2
+    assert [(stored.sequence, stored.event) for stored in store.events.load_events_after("e1", 1)] == list(
+        zip(range(2, 7), batch, strict=True)
+    )
+
+
+def test_load_events_after_excludes_the_sequence_given(store: Store) -> None:
+    store.events.append_batch("e1", "default", [EVENT] * 5)
+    for after, expected in {-1: [1, 2, 3, 4, 5], 0: [1, 2, 3, 4, 5], 3: [4, 5], 5: [], 99: []}.items():
+        assert [stored.sequence for stored in store.events.load_events_after("e1", after)] == expected
+
+
+def test_a_known_execution_without_events_exists_and_has_none(store: Store) -> None:
+    create(store)
+    assert store.events.execution_exists("e1")
+    assert store.events.get_latest_sequence("e1") is None
+    assert store.events.count_events("e1") == 0
+    store.events.append_batch("e1", "default", [EVENT] * 3)
+    assert store.events.get_latest_sequence("e1") == 3
+    assert store.events.count_events("e1") == 3
+
+
+def test_executions_are_listed_per_tenant_newest_first(store: Store, clock: Clock) -> None:
+    for execution_id, tenant_id in [("a", "default"), ("b", "acme"), ("c", "default"), ("d", "acme")]:
+        clock.advance(1)
+        store.events.append(execution_id, tenant_id, EVENT)
+    clock.advance(1)
+    create(store, "e")
+    clock.advance(1)
+    store.events.append("a", "default", EVENT)
+    assert store.events.list_executions() == ["e", "c", "a"]
+    assert store.events.list_executions("acme") == ["d", "b"]
+    assert store.events.list_executions("acme", 1, 1) == ["b"]
+
+
+def test_create_execution_adds_the_record_to_a_known_log_once(store: Store) -> None:
+    store.events.append("e1", "default", EVENT)
+    assert store.state.get_execution("e1") is None
+    create(store, "e1")
+    assert store.state.get_execution("e1") is not None
+    assert store.events.list_executions() == ["e1"]
+    with pytest.raises(AlreadyExists) as caught:
+        create(store, "e1")
+    assert (caught.value.kind, caught.value.id) == ("execution", "e1")
+
+
+def test_an_execution_belongs_to_one_tenant_for_ever(store: Store) -> None:
+    store.events.append("e1", "acme", EVENT)
+    create(store, "e2")
+    with pytest.raises(AlreadyExists):
+        create(store, "e1", tenant_id="default")
+    with pytest.raises(AlreadyExists):
+        create(store, "e2", tenant_id="acme")
+    with pytest.raises(TenantMismatch):
+        store.events.append("e2", "acme", EVENT)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+@pytest.mark.parametrize("after", [0, 3, 7, 99])
+def test_iter_events_yields_the_log_in_order_whatever_the_chunk(store: Store, chunk: int, after: int) -> None:
+    store.events.append_batch("e1", "default", [EVENT] * 7)
+    store.events.append("e2", "default", EVENT)
+    events = store.events.iter_events("e1", after, chunk=chunk)
+    assert isinstance(events, types.GeneratorType)
+    assert list(events) == store.events.load_events_after("e1", after)
+
+
+def test_writes_go_on_between_two_items_of_iter_events(store: Store) -> None:
+    store.events.append_batch("e1", "default", [EVENT] * 3)
+    seen = []
+    for stored in itertools.islice(store.events.iter_events("e1", chunk=1), 3):
+        seen.append(stored.sequence)
+        store.events.append("e1", "default", EVENT)
+        assert in_thread(lambda: store.events.append("e2", "default", EVENT)) == len(seen)
+    assert seen == [1, 2, 3]
+
+
+def test_an_abandoned_iter_events_holds_nothing_up(store: Store) -> None:
+    store.events.append_batch("e1", "default", [EVENT] * 3)
+    events = store.events.iter_events("e1", chunk=1)
+    next(events)
+    with store.transaction():
+        store.events.append("e1", "default", EVENT)
+    store.close()
+    with pytest.raises(StoreClosed):
+        list(events)
+
+
+def test_read_all_pages_through_the_whole_log(store: Store) -> None:
+    for number in range(10):
+        store.events.append(f"e{number % 2}", ["acme", "default"][number % 2], {"type": str(number)})
+    paged: list[StoredEvent] = []
+    for _ in range(5):
+        page = store.events.read_all(paged[-1].position if paged else 0, 3)
+        assert len(page) <= 3
+        paged += page
+    assert paged == store.events.read_all()
+    assert types_in(paged) == [str(number) for number in range(10)]
+
+
+def test_read_all_keeps_to_a_tenant_when_asked(store: Store) -> None:
+    for number in range(6):
+        store.events.append(f"e{number % 2}", ["acme", "default"][number % 2], {"type": str(number)})
+    assert types_in(store.events.read_all(tenant_id="acme")) == ["0", "2", "4"]
+    first = store.events.read_all(tenant_id="acme")[0].position
+    assert types_in(store.events.read_all(first, 1, tenant_id="acme")) == ["2"]
+    assert store.events.read_all(tenant_id="nobody") == []
+
+
+def test_threads_append_to_shared_executions_without_a_gap(make_store: MakeStore) -> None:
+    store = make_store(busy_timeout=60)
+
+    def work(number: int) -> list[tuple[str, int]]:
+        return [
+            (execution_id, store.events.append(execution_id, "default", {"type": str(number)}))
+            for execution_id in ["e0", "e1", "e2"] * 10
+        ]
+
+    results = together([partial(work, number) for number in range(16)])
+    acknowledged = sorted(one for result in results for one in result)
+    assert acknowledged == sorted((f"e{n}", sequence) for n in range(3) for sequence in range(1, 161))
+    for number, result in enumerate(results):
+        for execution_id, sequence in result:
+            assert store.events.load_events_after(execution_id, sequence - 1)[0].event == {
+                "type": str(number)
+            }
+
+
+def test_read_all_skips_nothing_while_threads_append(make_store: MakeStore) -> None:
+    store = make_store(busy_timeout=60)
+
+    def write(execution_id: str) -> None:
+        for _ in range(50):
+            store.events.append(execution_id, "default", EVENT)
+
+    writers = [Background(partial(write, f"e{n}")) for n in range(6)]
+    seen: list[tuple[str, int]] = []
+    position = 0
+    while len(seen) < 300:
+        page = store.events.read_all(position, 7)
+        seen += [(stored.execution_id, stored.sequence) for stored in page]
+        position = page[-1].position if page else position
+        if not page and all(not writer._thread.is_alive() for writer in writers):
+            break
+    for writer in writers:
+        writer.result()
+    seen += [(stored.execution_id, stored.sequence) for stored in store.events.read_all(position)]
+    assert sorted(seen) == sorted((f"e{n}", sequence) for n in range(6) for sequence in range(1, 51))
+
+
+def stateful(model: type[RuleBasedStateMachine]) -> Any:
+    """The test case of a model."""
+    case: Any = model.TestCase
+    case.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+    return case
+
+
+class LogModel(RuleBasedStateMachine):
+    """The log against a dict of lists: appends, batches, expectations, known ids, tenants."""
+
+    folder: tempfile.TemporaryDirectory[str] | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.store = self.open()
+        self.logs: dict[str, list[tuple[Any, str | None]]] = {}
+        self.owner: dict[str, str] = {}
+        self.whole: list[tuple[str, Any]] = []
+
+    def open(self) -> Store:
+        return flowstore.open(":memory:", clock=self.clock)
+
+    executions = st.sampled_from(["e1", "e2", "e3"])
+    tenants = st.sampled_from(["default", "default", "acme"])
+    events = st.builds(lambda value: {"type": "t", "value": value}, json_leaves)
+
+    def write(self, execution_id: str, tenant_id: str, events: list[Any], event_id: str | None = None) -> int:
+        self.owner.setdefault(execution_id, tenant_id)
+        log = self.logs.setdefault(execution_id, [])
+        log += [(event, event_id) for event in events]
+        self.whole += [(execution_id, event) for event in events]
+        return len(log) - len(events) + 1
+
+    @rule(
+        execution_id=executions, tenant_id=tenants, event=events,
+        event_id=st.none() | st.sampled_from(["a", "b", "c"]), expected=st.none() | st.integers(0, 6),
+    )
+    def append(
+        self, execution_id: str, tenant_id: str, event: Any, event_id: str | None, expected: int | None
+    ) -> None:
+        def call() -> int:
+            return self.store.events.append(
+                execution_id, tenant_id, event, expected_sequence=expected, event_id=event_id
+            )
+
+        log = self.logs.get(execution_id, [])
+        known = [number for number, (_, id) in enumerate(log, 1) if id is not None and id == event_id]
+        if self.owner.get(execution_id, tenant_id) != tenant_id:
+            with pytest.raises(TenantMismatch):
+                call()
+        elif known:
+            assert call() == known[0]
+        elif expected is not None and expected != len(log):
+            with pytest.raises(SequenceConflict):
+                call()
+        else:
+            assert call() == self.write(execution_id, tenant_id, [event], event_id)
+
+    @rule(execution_id=executions, events=st.lists(events, min_size=1, max_size=4), undone=st.booleans())
+    def append_batch(self, execution_id: str, events: list[Any], undone: bool) -> None:
+        tenant_id = self.owner.get(execution_id, "default")
+        if undone:
+            with pytest.raises(Stop), self.store.transaction():
+                self.store.events.append_batch(execution_id, tenant_id, events)
+                raise Stop
+        else:
+            first = self.store.events.append_batch(execution_id, tenant_id, events)
+            assert first == self.write(execution_id, tenant_id, events)
+
+    @rule(execution_id=executions, after=st.integers(0, 8))
+    def read(self, execution_id: str, after: int) -> None:
+        log = [(event, event_id) for event, event_id in self.logs.get(execution_id, [])]
+        loaded = self.store.events.load_events_after(execution_id, after)
+        assert [(stored.event, stored.id) for stored in loaded] == log[after:]
+        assert [stored.sequence for stored in loaded] == list(range(after + 1, len(log) + 1))
+        assert list(self.store.events.iter_events(execution_id, after, chunk=2)) == loaded
+
+    @invariant()
+    def the_whole_log_is_the_models(self) -> None:
+        assert [(stored.execution_id, stored.event) for stored in self.store.events.read_all()] == self.whole
+        for execution_id in ("e1", "e2", "e3"):
+            count = len(self.logs.get(execution_id, []))
+            assert self.store.events.count_events(execution_id) == count
+            assert self.store.events.get_latest_sequence(execution_id) == (count or None)
+            assert self.store.events.execution_exists(execution_id) is (execution_id in self.logs)
+
+    def teardown(self) -> None:
+        self.store.close()
+        if self.folder is not None:
+            self.folder.cleanup()
+
+
+class FileLogModel(LogModel):
+    def open(self) -> Store:
+        self.folder = tempfile.TemporaryDirectory()
+        return flowstore.open(Path(self.folder.name) / "app.db", clock=self.clock, synchronous="OFF")
+
+
+TestTheLogInMemory = stateful(LogModel)
+TestTheLogInAFile = stateful(FileLogModel)
+
+
+# ============================================================================================================
+# Executions, snapshots, replay
+# ============================================================================================================
+
+
+def test_an_execution_comes_back_as_it_was_created(store: Store) -> None:
+    given = WorkflowExecution(
+        execution_id="e1", workflow_id="w", workflow_version="2", status=ExecutionStatus.PAUSED,
+        initial_input={"order": 7}, current_state=[1], started_at=START - seconds(9),
+        updated_at=START - seconds(8), completed_at=START - seconds(7), tenant_id="default",
+    )
+    assert store.state.create_execution(given) == given
+    assert store.state.get_execution("e1") == given
+
+
+def test_executions_are_listed_newest_update_first(store: Store, clock: Clock) -> None:
+    for execution_id in ("a", "b", "c"):
+        clock.advance(1)
+        create(store, execution_id)
+    clock.advance(1)
+    store.state.update_execution_status("a", "running")
+    assert [found.execution_id for found in store.state.list_executions()] == ["a", "c", "b"]
+    assert [found.execution_id for found in store.state.list_executions("pending")] == ["c", "b"]
+    assert [found.execution_id for found in store.state.list_executions("pending", 1, 1)] == ["b"]
+    assert store.state.list_executions("failed") == []
+
+
+def execution(store: Store, execution_id: str = "e1") -> WorkflowExecution:
+    found = store.state.get_execution(execution_id)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("first", [status for status in ExecutionStatus if status.is_terminal])
+def test_the_first_terminal_status_completes_an_execution(
+    store: Store, clock: Clock, first: ExecutionStatus
+) -> None:
+    create(store)
+    running = clock.advance(1)
+    store.state.update_execution_status("e1", "running")
+    assert (execution(store).updated_at, execution(store).completed_at) == (running, None)
+    ended = clock.advance(1)
+    store.state.update_execution_status("e1", first)
+    assert (execution(store).status, execution(store).completed_at) == (first, ended)
+    later = clock.advance(1)
+    store.state.update_execution_status("e1", "cancelled")
+    assert (execution(store).updated_at, execution(store).completed_at) == (later, ended)
+    assert execution(store).started_at == START
+
+
+def test_any_status_may_follow_any_other(store: Store) -> None:
+    create(store)
+    for status in [*ExecutionStatus, *reversed(ExecutionStatus)]:
+        store.state.update_execution_status("e1", status)
+        assert execution(store).status is status
+
+
+def test_the_current_state_is_replaced_and_not_merged(store: Store, clock: Clock) -> None:
+    create(store, current_state={"a": 1}, initial_input={"in": 1})
+    later = clock.advance(1)
+    store.state.update_execution_current_state("e1", {"b": 2})
+    found = execution(store)
+    assert (found.current_state, found.initial_input, found.updated_at) == ({"b": 2}, {"in": 1}, later)
+    store.state.update_execution_current_state("e1", None)
+    assert execution(store).current_state is None
+
+
+def test_patch_append_array_makes_the_array_and_appends(store: Store) -> None:
+    create(store, current_state={"other": {"kept": True}})
+    for value in (1, [2], {"three": 3}, None):
+        store.state.patch_append_array("e1", "list", value)
+    assert execution(store).current_state == {"other": {"kept": True}, "list": [1, [2], {"three": 3}, None]}
+
+
+@pytest.mark.parametrize("key", ["", "a.b", "$", '"', "'", "[0]", "\u00e9", "k" * 5000])
+def test_patch_append_array_takes_the_key_literally(store: Store, key: str) -> None:
+    create(store)
+    store.state.patch_append_array("e1", key, 1)
+    assert execution(store).current_state == {key: [1]}
+
+
+@pytest.mark.parametrize(
+    "state", [None, 5, "text", [], [1], {"list": None}, {"list": {}}, {"list": "x"}, {"list": 0}]
+)
+def test_patch_append_array_refuses_what_is_no_array(store: Store, state: Any) -> None:
+    create(store, current_state=state)
+    with pytest.raises(InvalidData):
+        store.state.patch_append_array("e1", "list", 1)
+    assert execution(store).current_state == state
+
+
+def test_racing_patches_are_all_kept(make_store: MakeStore) -> None:
+    store = make_store(busy_timeout=60)
+    create(store)
+
+    def work(number: int) -> None:
+        for turn in range(20):
+            store.state.patch_append_array("e1", "list", [number, turn])
+
+    assert together([partial(work, number) for number in range(8)]) == [None] * 8
+    assert sorted(execution(store).current_state["list"]) == [
+        [number, turn] for number in range(8) for turn in range(20)
+    ]
+
+
+def test_append_event_writes_under_the_executions_tenant(store: Store) -> None:
+    store.events.append("e1", "acme", EVENT)
+    assert store.state.append_event("e1", {"type": "t"}, event_id="id") == 2
+    stored = store.events.load_events_after("e1", 1)[0]
+    assert (stored.tenant_id, stored.id, stored.event) == ("acme", "id", {"type": "t"})
+
+
+def test_the_states_view_of_the_log_is_the_log(store: Store) -> None:
+    create(store)
+    assert store.state.latest_sequence("e1") == 0
+    store.events.append("e1", "default", EVENT)
+    store.state.append_event("e1", {"type": "second"})
+    assert store.state.get_events("e1") == store.events.load_events("e1")
+    assert store.state.get_events_since("e1", 1) == store.events.load_events_after("e1", 1)
+    assert types_in(store.state.get_events_since("e1", 1)) == ["second"]
+    assert store.state.latest_sequence("e1") == 2
+
+
+def snap(store: Store, at_sequence: int, state: Any = None, **fields: Any) -> None:
+    store.state.write_snapshot(Snapshot(execution_id="e1", at_sequence=at_sequence, state=state, **fields))
+
+
+def latest(store: Store) -> tuple[int, Any] | None:
+    found = store.state.latest_snapshot("e1")
+    return None if found is None else (found.at_sequence, found.state)
+
+
+def test_the_latest_snapshot_is_the_one_of_the_highest_sequence(store: Store, clock: Clock) -> None:
+    create(store)
+    for at_sequence in (5, MAX_INT, 0, 7):
+        clock.advance(1)
+        snap(store, at_sequence, f"at {at_sequence}")
+    assert latest(store) == (MAX_INT, f"at {MAX_INT}")
+
+
+def test_a_snapshot_comes_back_as_it_was_written(store: Store) -> None:
+    store.events.append("e1", "default", EVENT)
+    given = Snapshot(
+        execution_id="e1", at_sequence=1, state={"a": [1]}, id="s1", created_at=START - seconds(5)
+    )
+    store.state.write_snapshot(given)
+    assert store.state.latest_snapshot("e1") == given
+    store.state.write_snapshot(given)
+    assert store.state.latest_snapshot("e1") == given
+
+
+def test_a_snapshot_at_the_same_sequence_replaces(store: Store) -> None:
+    create(store)
+    snap(store, 3, "old")
+    snap(store, 3, "new")
+    assert latest(store) == (3, "new")
+    assert store.state.prune_snapshots("e1", 0) == 1
+
+
+def test_a_snapshots_id_is_unique_over_the_store(store: Store) -> None:
+    create(store, "e1")
+    create(store, "e2")
+    snap(store, 3, "first", id="s1")
+    with pytest.raises(AlreadyExists):
+        store.state.write_snapshot(Snapshot(execution_id="e2", at_sequence=1, state={}, id="s1"))
+    assert latest(store) == (3, "first")
+    assert store.state.latest_snapshot("e2") is None
+
+
+@pytest.mark.parametrize(
+    ("keep", "gone", "left"),
+    [(None, 3, 9), (1, 3, 9), (2, 2, 9), (4, 0, 9), (99, 0, 9), (0, 4, None), (-1, 4, None)],
+)
+def test_prune_snapshots_keeps_the_newest(
+    store: Store, keep: int | None, gone: int, left: int | None
+) -> None:
+    create(store, "e1")
+    create(store, "e2")
+    store.state.write_snapshot(Snapshot(execution_id="e2", at_sequence=1, state={}))
+    for at_sequence in (9, 1, 5, 3):
+        snap(store, at_sequence)
+    assert (
+        store.state.prune_snapshots("e1") if keep is None else store.state.prune_snapshots("e1", keep)
+    ) == gone
+    assert latest(store) == (None if left is None else (left, None))
+    assert store.state.prune_snapshots("e1", 0) == 4 - gone
+    assert store.state.latest_snapshot("e2") is not None
+
+
+def total(state: Any, stored: StoredEvent) -> Any:
+    return [*(state or []), stored.event["n"]]
+
+
+@pytest.fixture
+def five(store: Store) -> Store:
+    """A store whose execution e1 has the events n = 1 ... 5."""
+    store.events.append_batch("e1", "default", [{"type": "t", "n": number} for number in range(1, 6)])
+    return store
+
+
+def test_replay_folds_the_whole_log_from_the_initial_state(five: Store) -> None:
+    assert five.state.replay("e1", total) == ([1, 2, 3, 4, 5], 5)
+    assert five.state.replay("e1", total, ["start"]) == (["start", 1, 2, 3, 4, 5], 5)
+
+
+def test_replay_goes_on_from_the_latest_snapshot(five: Store) -> None:
+    snap(five, 1, ["one"])
+    snap(five, 3, ["three"])
+    assert five.state.replay("e1", total, ["start"]) == (["three", 4, 5], 5)
+
+
+def test_replay_with_nothing_after_the_snapshot_is_the_snapshot(five: Store) -> None:
+    snap(five, 5, {"all": "of it"})
+    assert five.state.replay("e1", total, ["start"]) == ({"all": "of it"}, 5)
+
+
+def test_replay_without_events_is_the_initial_state_or_a_snapshot_at_0(store: Store) -> None:
+    create(store)
+    assert store.state.replay("e1", total, ["start"]) == (["start"], 0)
+    snap(store, 0, ["snapshot"])
+    assert store.state.replay("e1", total, ["start"]) == (["snapshot"], 0)
+
+
+def test_replay_passes_over_a_snapshot_beyond_the_logs_end(five: Store) -> None:
+    snap(five, 6, ["from nowhere"])
+    assert five.state.replay("e1", total) == ([1, 2, 3, 4, 5], 5)
+    snap(five, 4, ["four"])
+    assert five.state.replay("e1", total) == (["four", 5], 5)
+
+
+def test_a_reducer_may_call_the_store_and_change_its_state(five: Store) -> None:
+    snap(five, 2, [1, 2])
+
+    def reducer(state: Any, stored: StoredEvent) -> Any:
+        state.append(stored.event["n"])
+        five.events.append("e2", "default", EVENT)
+        assert in_thread(lambda: five.events.append("e3", "default", EVENT)) == len(state) - 2
+        return state
+
+    assert five.state.replay("e1", reducer) == ([1, 2, 3, 4, 5], 5)
+    assert latest(five) == (2, [1, 2])
+    assert five.events.count_events("e2") == 3
+
+
+def test_what_a_reducer_raises_comes_through(five: Store) -> None:
+    def reducer(state: Any, stored: StoredEvent) -> Any:
+        raise Stop
+
+    with pytest.raises(Stop):
+        five.state.replay("e1", reducer)
+    assert five.events.append("e1", "default", EVENT) == 6
+
+
+# ============================================================================================================
+# The work queue
+# ============================================================================================================
+
+
+def test_an_item_is_stored_pending_whatever_the_record_says(store: Store) -> None:
+    store.events.append("e1", "acme", EVENT)
+    item = WorkItem(
+        execution_id="e1", node_id="node", queue_type="q", payload={"n": 1}, attempt=2, max_attempts=5,
+        id="i1", created_at=START - seconds(2), available_at=START - seconds(1),
+        lease_expires_at=START + seconds(99), worker_id="somebody", lease_fence=9,
+        status=WorkItemStatus.COMPLETED, last_error="old", tenant_id="default",
+    )
+    assert store.state.enqueue_work_item(item) == "i1"
+    assert look(store, "i1") == dataclasses.replace(
+        item, lease_expires_at=None, worker_id=None, lease_fence=0, status=WorkItemStatus.PENDING,
+        last_error=None, tenant_id="acme",
+    )
+
+
+FINISHES: dict[str, Callable[[Store, str], Any]] = {
+    "pending": lambda s, i: None, "claimed": lambda s, i: claim(s),
+    "completed": lambda s, i: s.state.complete_work_item(i),
+    "failed": lambda s, i: s.state.fail_work_item(i, "boom"),
+    "dead_lettered": lambda s, i: s.state.move_to_dead_letter(i, "boom"),
+}
+
+
+@pytest.mark.parametrize("status", FINISHES)
+def test_an_items_id_stays_taken(store: Store, status: str) -> None:
+    item_id = enqueue(store, id="i1")
+    FINISHES[status](store, item_id)
+    before = look(store, "i1")
+    assert before.status == status
+    with pytest.raises(AlreadyExists) as caught:
+        enqueue(store, id="i1")
+    assert (caught.value.kind, caught.value.id) == ("work item", "i1")
+    assert look(store, "i1") == before
+
+
+def test_items_are_listed_by_status_queue_and_execution(store: Store, clock: Clock) -> None:
+    create(store, "e2")
+    for number, (queue, execution_id) in enumerate(itertools.product(["q", "r"], ["e1", "e2"])):
+        enqueue(
+            store, id=f"i{number}", queue_type=queue, execution_id=execution_id,
+            available_at=START - seconds(number),
+        )
+    claim(store, "r")
+
+    def ids(**filters: Any) -> list[str]:
+        return [item.id for item in store.state.list_work_items(**filters)]
+
+    assert ids() == ["i3", "i2", "i1", "i0"]
+    assert ids(status="pending") == ["i2", "i1", "i0"]
+    assert ids(queue_type="r") == ["i3", "i2"]
+    assert ids(execution_id="e1") == ["i2", "i0"]
+    assert ids(status="claimed", queue_type="r", execution_id="e2") == ["i3"]
+    assert ids(status="claimed", queue_type="q") == []
+    assert ids(limit=2, offset=1) == ["i2", "i1"]
+
+
+# --- claiming ---
+
+
+def test_a_claimed_item_tells_who_holds_it_until_when(store: Store, clock: Clock) -> None:
+    item_id = enqueue(store, payload={"n": 1})
+    pending = look(store, item_id)
+    now = clock.advance(1)
+    item = claim(store, worker="w7", lease_seconds=2.5)
+    assert item == dataclasses.replace(
+        pending, status=WorkItemStatus.CLAIMED, worker_id="w7", lease_expires_at=now + seconds(2.5),
+        lease_fence=item.lease_fence,
+    )
+    assert item.lease_fence > 0
+    assert look(store, item_id) == item
+
+
+def test_a_lease_lasts_as_long_as_the_store_was_opened_with(make_store: MakeStore, clock: Clock) -> None:
+    assert claimed(make_store(clock=clock)).lease_expires_at == START + seconds(30)
+    assert claimed(make_store(clock=clock, lease_seconds=0.5)).lease_expires_at == START + seconds(0.5)
+
+
+def test_what_has_been_available_longest_is_claimed_first(store: Store) -> None:
+    for late, item_id in [(5, "e"), (1, "a"), (3, "c"), (2, "b"), (4, "d")]:
+        enqueue(store, id=item_id, available_at=START - seconds(10 - late))
+    assert [claim(store).id for _ in range(5)] == list("abcde")
+    assert store.state.claim_work_item("w1", ["q"]) is None
+
+
+def test_over_several_queues_the_longest_available_comes_first(store: Store) -> None:
+    for late, (item_id, queue) in enumerate([("a", "r"), ("b", "q"), ("c", "other"), ("d", "q"), ("e", "r")]):
+        enqueue(store, id=item_id, queue_type=queue, available_at=START - seconds(10 - late))
+    assert [claim(store, "q", "r").id, claim(store, "r", "q", "q").id] == ["a", "b"]
+    assert [claim(store, "q", "r").id, claim(store, "empty", "q", "r").id] == ["d", "e"]
+    assert store.state.claim_work_item("w1", ["q", "r"]) is None
+    assert claim(store, "other").id == "c"
+
+
+def test_a_delayed_item_is_not_handed_out_before_its_time(store: Store, clock: Clock) -> None:
+    item_id = enqueue(store, available_at=START + seconds(10))
+    enqueue(store, queue_type="other")
+    clock.advance(9.999999)
+    assert store.state.claim_work_item("w1", ["q"]) is None
+    clock.advance(0.000001)
+    assert claim(store).id == item_id
+
+
+def test_no_queues_give_nothing(store: Store) -> None:
+    enqueue(store)
+    assert store.state.claim_work_item("w1", []) is None
+    assert store.state.claim_work_item("w1", [], wait=3600) is None
+
+
+def test_each_claim_of_an_item_has_a_greater_fence(store: Store, clock: Clock) -> None:
+    item = claimed(store, max_attempts=100)
+    fences = [item.lease_fence]
+    for _ in range(5):
+        store.state.retry_work_item(item, delay=0)
+        item = claim(store)
+        fences.append(item.lease_fence)
+    clock.advance(3600)
+    store.state.reclaim_expired_leases()
+    clock.advance(3600)
+    fences.append(claim(store).lease_fence)
+    assert fences == sorted(set(fences))
+
+
+def test_the_status_of_an_execution_does_not_touch_its_items(store: Store) -> None:
+    item_id = enqueue(store)
+    store.state.update_execution_status("e1", "cancelled")
+    assert claim(store).id == item_id
+
+
+def test_threads_claim_each_item_exactly_once(make_store: MakeStore) -> None:
+    store = make_store(busy_timeout=60)
+    create(store)
+    with store.transaction():
+        for number in range(300):
+            enqueue(store, id=f"i{number:03}", queue_type=f"q{number % 3}")
+
+    def work() -> list[str]:
+        done = []
+        while item := store.state.claim_work_item(threading.current_thread().name, ["q0", "q1", "q2"]):
+            done.append(store.state.complete_work_item(item).id)
+        return done
+
+    results = together([work] * 16)
+    assert sorted(item_id for done in results for item_id in done) == [
+        f"i{number:03}" for number in range(300)
+    ]
+    assert len(store.state.list_work_items(status="completed", limit=1000)) == 300
+
+
+def test_processes_claim_each_item_exactly_once(path: Path, file_store: Store) -> None:
+    with file_store.transaction():
+        for number in range(120):
+            enqueue(file_store, id=f"i{number:03}", available_at=datetime(2000, 1, 1, tzinfo=UTC))
+    source = """
+with flowstore.open(sys.argv[1], synchronous="OFF", busy_timeout=60) as store:
+    while item := store.state.claim_work_item(sys.argv[2], ["q"]):
+        print(store.state.complete_work_item(item).id)
+"""
+    workers = [script(source, path, f"w{number}") for number in range(4)]
+    done = "".join(finished(worker) for worker in workers)
+    assert sorted(done.split()) == [f"i{number:03}" for number in range(120)]
+
+
+def test_claiming_takes_an_expired_lease_back_and_counts_the_attempt(store: Store, clock: Clock) -> None:
+    first = claimed(store)
+    clock.advance(10)
+    assert store.state.claim_work_item("w2", ["q"]) is None
+    taken_back = look(store, first.id)
+    assert (taken_back.status, taken_back.attempt) == ("pending", 1)
+    assert (taken_back.worker_id, taken_back.lease_expires_at) == (None, None)
+    assert taken_back.available_at == clock.now + seconds(1)
+    clock.advance(1)
+    second = claim(store, worker="w2")
+    assert (second.id, second.attempt, second.worker_id) == (first.id, 1, "w2")
+    assert second.lease_fence > first.lease_fence
+
+
+def test_claiming_leaves_the_expired_leases_of_other_queues(store: Store, clock: Clock) -> None:
+    item = claimed(store)
+    clock.advance(10)
+    assert store.state.claim_work_item("w2", ["other"]) is None
+    assert look(store, item.id) == item
+
+
+def test_claiming_takes_expired_leases_back_from_every_queue_asked(store: Store, clock: Clock) -> None:
+    items = [claimed(store, queue_type=queue) for queue in ("q", "r", "s", "other")]
+    clock.advance(10)
+    assert store.state.claim_work_item("w2", ["s", "q", "r"]) is None
+    assert [look(store, item.id).status for item in items] == ["pending"] * 3 + ["claimed"]
+
+
+def test_a_poison_item_ends_as_a_dead_letter_by_claims_alone(make_store: MakeStore, clock: Clock) -> None:
+    store = make_store(clock=clock, lease_seconds=10, backoff=lambda attempt: 0)
+    enqueue(store, id="poison", max_attempts=3)
+    fences = []
+    for _ in range(20):
+        item = store.state.claim_work_item("w1", ["q"])
+        if item is not None:
+            fences.append((item.attempt, item.lease_fence))
+            clock.advance(10)
+    assert [attempt for attempt, _ in fences] == [0, 1, 2]
+    assert [fence for _, fence in fences] == sorted({fence for _, fence in fences})
+    assert [(letter.id, letter.attempt) for letter in store.state.list_dead_letters()] == [("poison", 3)]
+    assert look(store, "poison").status == "dead_lettered"
+
+
+def test_claims_take_any_number_of_expired_leases_back_in_the_end(store: Store, clock: Clock) -> None:
+    create(store)
+    for number in range(100):
+        claimed(store, id=f"i{number}", max_attempts=2)
+    clock.advance(10)
+    for _ in range(100):
+        assert store.state.claim_work_item("w2", ["q"]) is None
+    clock.advance(1)
+    assert {claim(store).id for _ in range(100)} == {f"i{number}" for number in range(100)}
+
+
+# --- waiting ---
+
+
+def test_a_waiting_claim_gets_what_another_thread_enqueues(store: Store) -> None:
+    create(store)
+    waiting = Background(lambda: store.state.claim_work_item("w1", ["other", "q"], wait=3600))
+    item_id = enqueue(store)
+    assert waiting.result().id == item_id
+
+
+def test_a_waiting_claim_gets_what_another_thread_gives_back(store: Store) -> None:
+    item = claimed(store)
+    waiting = Background(lambda: store.state.claim_work_item("w2", ["q"], wait=3600))
+    store.state.retry_work_item(item, delay=0)
+    assert waiting.result().worker_id == "w2"
+
+
+def test_a_waiting_claim_gets_what_a_transaction_commits(store: Store) -> None:
+    create(store)
+    waiting = Background(lambda: store.state.claim_work_item("w1", ["q"], wait=3600))
+    with store.transaction():
+        item_id = enqueue(store)
+        store.events.append("e1", "default", EVENT)
+    assert waiting.result().id == item_id
+
+
+@pytest.mark.parametrize("made", ["delayed", "leased"])
+def test_a_waiting_claim_gets_what_becomes_due(make_store: MakeStore, made: str) -> None:
+    store = make_store(backoff=lambda attempt: 0)
+    if made == "delayed":
+        item_id = enqueue(store, available_at=datetime.now(UTC) + seconds(0.2))
+    else:
+        item_id = enqueue(store)
+        claim(store, lease_seconds=0.2)
+    item = in_thread(lambda: store.state.claim_work_item("w2", ["q"], wait=3600))
+    assert (item.id, item.worker_id, item.attempt) == (item_id, "w2", 1 if made == "leased" else 0)
+
+
+def test_a_waiting_claim_follows_the_stores_clock(store: Store, clock: Clock) -> None:
+    item_id = enqueue(store, available_at=START + seconds(0.5))
+    waiting = Background(lambda: store.state.claim_work_item("w1", ["q"], wait=3600))
+    clock.advance(0.5)
+    assert waiting.result().id == item_id
+
+
+@pytest.mark.parametrize("wait", [0.02, 0, -1])
+def test_a_claim_that_waited_in_vain_gives_nothing(store: Store, wait: float) -> None:
+    enqueue(store, queue_type="other")
+    assert store.state.claim_work_item("w1", ["q"], wait=wait) is None
+
+
+def test_a_waiting_claim_gets_what_another_process_enqueues(file_store: Store, path: Path) -> None:
+    create(file_store)
+    waiting = Background(lambda: file_store.state.claim_work_item("w1", ["q"], wait=3600))
+    source = """
+with flowstore.open(sys.argv[1]) as store:
+    store.state.enqueue_work_item(flowstore.WorkItem(execution_id="e1", queue_type="q", id="theirs",
+        available_at=flowstore.open(":memory:").now().replace(year=2000)))
+"""
+    finished(script(source, path))
+    assert waiting.result().id == "theirs"
+
+
+def test_several_waiting_claims_share_what_comes(store: Store) -> None:
+    create(store)
+    waiting = [Background(lambda: store.state.claim_work_item("w1", ["q"], wait=3600)) for _ in range(5)]
+    ids = {enqueue(store) for _ in range(5)}
+    assert {one.result().id for one in waiting} == ids
+
+
+# --- renewing and holding ---
+
+
+def test_renewing_moves_the_expiry(store: Store, clock: Clock) -> None:
+    item = claimed(store)
+    now = clock.advance(5)
+    assert store.state.renew_lease(item) == now + seconds(10)
+    expiry = store.state.renew_lease(item.id, "w1", lease_seconds=2.5)
+    assert (expiry, expiry.tzinfo) == (now + seconds(2.5), UTC)
+    assert store.state.renew_lease(item.id, lease_fence=item.lease_fence, lease_seconds=3) == now + seconds(3)
+    assert look(store, item.id) == dataclasses.replace(item, lease_expires_at=now + seconds(3))
+
+
+def test_an_expired_lease_still_holds_until_it_is_taken_back(store: Store, clock: Clock) -> None:
+    item = claimed(store)
+    now = clock.advance(1000)
+    assert store.state.renew_lease(item) == now + seconds(10)
+    clock.advance(1000)
+    assert store.state.complete_work_item(item).status == "completed"
+
+
+@pytest.mark.parametrize(
+    "renew",
+    [
+        lambda s, item: s.state.renew_lease(item.id, "somebody else"),
+        lambda s, item: s.state.renew_lease(item.id, lease_fence=item.lease_fence + 1),
+        lambda s, item: s.state.renew_lease(item.id, "w1", lease_fence=item.lease_fence - 1),
+        lambda s, item: s.state.renew_lease(dataclasses.replace(item, lease_fence=item.lease_fence + 1)),
+        lambda s, item: s.state.renew_lease(dataclasses.replace(item, worker_id="somebody else")),
+    ],
+    ids=["worker", "fence", "worker-and-fence", "item's fence", "item's worker"],
+)
+def test_a_lease_of_another_claim_is_not_renewed(store: Store, clock: Clock, renew: Any) -> None:
+    item = claimed(store)
+    clock.advance(1)
+    with pytest.raises(LeaseLost) as caught:
+        renew(store, item)
+    assert caught.value.item_id == item.id
+    assert look(store, item.id) == item
+
+
+@pytest.mark.parametrize("status", [status for status in FINISHES if status != "claimed"])
+def test_an_item_that_is_not_claimed_has_no_lease_to_renew(store: Store, status: str) -> None:
+    item_id = enqueue(store)
+    FINISHES[status](store, item_id)
+    before = look(store, item_id)
+    calls: list[Callable[[], Any]] = [
+        lambda: store.state.renew_lease(item_id),
+        lambda: store.state.renew_lease(item_id, "w1"),
+        lambda: store.state.renew_lease(item_id, lease_fence=before.lease_fence),
+        lambda: store.state.renew_lease(before),
+    ]
+    for call in calls:
+        with pytest.raises(LeaseLost):
+            call()
+    assert look(store, item_id) == before
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """Wait until the condition holds; fails when it never does."""
+    patience, pause = time.monotonic() + 60, threading.Event()
+    while not condition():
+        assert time.monotonic() < patience
+        pause.wait(0.005)
+
+
+def test_hold_renews_the_lease_in_the_background(store: Store, clock: Clock) -> None:
+    item = claimed(store)
+
+    def renewed_until(expiry: datetime) -> bool:
+        return look(store, item.id).lease_expires_at == expiry
+
+    with store.state.hold(item, lease_seconds=0.3) as held:
+        for _ in range(3):
+            expiry = clock.advance(0.2) + seconds(0.3)
+            eventually(partial(renewed_until, expiry))
+        assert held.lost is False
+        assert store.state.reclaim_expired_leases() == ReclaimResult(retryable=[], exhausted=[])
+    assert store.state.complete_work_item(item).status == "completed"
+
+
+def test_hold_tells_meanwhile_that_the_lease_was_lost(store: Store, clock: Clock) -> None:
+    item = claimed(store)
+    with pytest.raises(LeaseLost) as caught, store.state.hold(item, lease_seconds=0.03) as held:
+        with store.transaction():
+            clock.advance(3600)
+            assert len(store.state.reclaim_expired_leases().retryable) == 1
+        eventually(lambda: held.lost)
+    assert caught.value.item_id == item.id
+
+
+def test_a_lease_that_went_to_another_worker_is_told_at_the_end_of_the_block(store: Store) -> None:
+    item = claimed(store)
+
+    def elsewhere() -> WorkItem:
+        store.state.retry_work_item(item.id, delay=0)
+        return claim(store, worker="w2")
+
+    with pytest.raises(LeaseLost) as caught, store.state.hold(item, lease_seconds=3600):
+        assert in_thread(elsewhere).id == item.id
+    assert caught.value.item_id == item.id
+
+
+@pytest.mark.parametrize("how", ["complete_work_item", "fail_work_item", "retry_work_item"])
+def test_settling_the_item_inside_the_block_does_not_lose_its_lease(store: Store, how: str) -> None:
+    item = claimed(store)
+    with store.state.hold(item, lease_seconds=0.03) as held:
+        settled = getattr(store.state, how)(item, *(["boom"] if how == "fail_work_item" else []))
+    assert held.lost is False
+    assert look(store, item.id) == settled
+
+
+def test_a_stale_claim_cannot_be_held(store: Store) -> None:
+    item = claimed(store)
+    store.state.retry_work_item(item, delay=0)
+    claim(store, worker="w2")
+    with pytest.raises(LeaseLost), store.state.hold(item):
+        pass
+    assert look(store, item.id).worker_id == "w2"
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), Stop()])
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_the_held_block_raises_comes_through(store: Store, error: BaseException, lost: bool) -> None:
+    item = claimed(store)
+    with pytest.raises(type(error)) as caught, store.state.hold(item):
+        if lost:
+            store.state.move_to_dead_letter(item.id, "taken away")
+        raise error
+    assert caught.value is error
+
+
+# --- settling ---
+
+SETTLES: dict[str, Callable[..., Any]] = {
+    "completed": lambda s, item, **fence: s.state.complete_work_item(item, **fence),
+    "failed": lambda s, item, **fence: s.state.fail_work_item(item, "boom", **fence),
+    "pending": lambda s, item, **fence: s.state.retry_work_item(item, "boom", **fence),
+}
+every_settle = pytest.mark.parametrize("status", SETTLES)
+
+
+@every_settle
+@pytest.mark.parametrize("how", ["item", "fence", "id"])
+def test_a_claimed_item_is_settled_by_the_item_by_its_fence_or_by_its_id(
+    store: Store, status: str, how: str
+) -> None:
+    item = claimed(store)
+    if how == "item":
+        settled = SETTLES[status](store, item)
+    else:
+        settled = SETTLES[status](
+            store, item.id, **({"lease_fence": item.lease_fence} if how == "fence" else {})
+        )
+    assert isinstance(settled, WorkItem)
+    assert settled == look(store, item.id)
+    assert (settled.status, settled.payload, settled.node_id) == (status, item.payload, item.node_id)
+    assert settled.last_error == (None if status == "completed" else "boom")
+    assert store.state.claim_work_item("w2", ["q"]) is None
+
+
+@every_settle
+@pytest.mark.parametrize("how", ["item", "fence"])
+def test_a_stale_fence_settles_nothing(store: Store, clock: Clock, status: str, how: str) -> None:
+    stale = claimed(store)
+    clock.advance(10)
+    store.state.reclaim_expired_leases()
+    clock.advance(1)
+    pending = look(store, stale.id)
+
+    def settle() -> None:
+        with pytest.raises(LeaseLost) as caught:
+            if how == "item":
+                SETTLES[status](store, stale)
+            else:
+                SETTLES[status](store, stale.id, lease_fence=stale.lease_fence)
+        assert caught.value.item_id == stale.id
+
+    settle()
+    assert look(store, stale.id) == pending
+    current = claim(store, worker="w2")
+    settle()
+    assert look(store, stale.id) == current
+    assert SETTLES[status](store, current).status == status
+
+
+@every_settle
+@pytest.mark.parametrize("lease_fence", [0, 1, -1, MAX_INT])
+def test_a_pending_item_is_not_settled_by_a_fence(store: Store, status: str, lease_fence: int) -> None:
+    item_id = enqueue(store)
+    before = look(store, item_id)
+    with pytest.raises(LeaseLost):
+        SETTLES[status](store, item_id, lease_fence=lease_fence)
+    with pytest.raises(LeaseLost):
+        SETTLES[status](store, before)
+    assert look(store, item_id) == before
+
+
+@pytest.mark.parametrize("status", [status for status in FINISHES if status != "dead_lettered"])
+def test_without_a_fence_any_item_is_completed_again_and_again(store: Store, status: str) -> None:
+    item_id = enqueue(store)
+    FINISHES[status](store, item_id)
+    once = store.state.complete_work_item(item_id)
+    assert once.status == "completed"
+    assert store.state.complete_work_item(item_id) == once == look(store, item_id)
+
+
+@pytest.mark.parametrize("status", ["pending", "claimed"])
+def test_without_a_fence_an_item_is_failed_for_good(store: Store, clock: Clock, status: str) -> None:
+    item_id = enqueue(store)
+    FINISHES[status](store, item_id)
+    failed = store.state.fail_work_item(item_id, "boom")
+    assert (failed.status, failed.last_error, failed.attempt) == ("failed", "boom", 0)
+    clock.advance(1_000_000)
+    assert store.state.reclaim_expired_leases() == ReclaimResult(retryable=[], exhausted=[])
+    assert store.state.claim_work_item("w2", ["q"]) is None
+    assert look(store, item_id) == failed
+
+
+@every_settle
+def test_a_dead_letter_is_not_settled(store: Store, status: str) -> None:
+    item = claimed(store)
+    store.state.move_to_dead_letter(item.id, "dead")
+    before = look(store, item.id)
+    for passed, fence in ((item, {}), (item.id, {}), (item.id, {"lease_fence": item.lease_fence})):
+        with pytest.raises(LeaseLost):
+            SETTLES[status](store, passed, **fence)
+    assert look(store, item.id) == before
+
+
+def test_completing_with_the_item_holds_once(store: Store) -> None:
+    item = claimed(store)
+    done = store.state.complete_work_item(item)
+    with pytest.raises(LeaseLost):
+        store.state.complete_work_item(item)
+    with pytest.raises(LeaseLost):
+        store.state.fail_work_item(item, "boom")
+    assert look(store, item.id) == done
+
+
+@pytest.mark.parametrize("finish", ["completed", "pending"])
+def test_only_a_claimed_or_failed_item_is_retried(store: Store, finish: str) -> None:
+    item_id = enqueue(store)
+    FINISHES[finish](store, item_id)
+    before = look(store, item_id)
+    with pytest.raises(LeaseLost):
+        store.state.retry_work_item(item_id)
+    assert look(store, item_id) == before
+
+
+@pytest.mark.parametrize("start", ["claimed", "failed"])
+def test_a_retry_counts_the_attempt_and_delays_the_item(store: Store, clock: Clock, start: str) -> None:
+    item_id = enqueue(store)
+    FINISHES[start](store, item_id)
+    now = clock.advance(1)
+    item = store.state.retry_work_item(item_id, "again", delay=2.5)
+    assert isinstance(item, WorkItem)
+    assert (item.status, item.attempt, item.last_error) == ("pending", 1, "again")
+    assert (item.worker_id, item.lease_expires_at, item.available_at) == (None, None, now + seconds(2.5))
+    clock.advance(2)
+    assert store.state.claim_work_item("w2", ["q"]) is None
+    clock.advance(0.5)
+    assert claim(store).attempt == 1
+
+
+@pytest.mark.parametrize("delay", [0, -5, -(2**40)])
+def test_a_delay_of_0_or_less_is_none(store: Store, delay: float) -> None:
+    item = claimed(store)
+    assert store.state.retry_work_item(item, delay=delay).available_at == START
+    assert claim(store).id == item.id
+
+
+@pytest.mark.parametrize(
+    ("attempt", "max_attempts"), [(0, 0), (0, 1), (1, 2), (2, 3), (7, 3), (2**31 - 2, 2**31 - 1)]
+)
+def test_the_last_attempts_retry_is_a_dead_letter(store: Store, attempt: int, max_attempts: int) -> None:
+    item = claimed(store, attempt=attempt, max_attempts=max_attempts)
+    letter = store.state.retry_work_item(item, "the end", delay=5)
+    assert isinstance(letter, DeadLetter)
+    assert (letter.id, letter.attempt, letter.last_error) == (item.id, attempt + 1, "the end")
+    assert (letter.status, letter.dead_lettered_at) == ("dead_lettered", START)
+    assert store.state.list_dead_letters() == [letter]
+    assert look(store, item.id).status == "dead_lettered"
+
+
+def test_a_backoff_is_asked_with_the_new_attempt(make_store: MakeStore, clock: Clock) -> None:
+    asked: list[int] = []
+
+    def backoff(attempt: int) -> float:
+        asked.append(attempt)
+        return 100.5 * attempt
+
+    store = make_store(clock=clock, backoff=backoff, lease_seconds=10)
+    item = claimed(store, max_attempts=9)
+    assert store.state.retry_work_item(item).available_at == START + seconds(100.5)
+    clock.advance(100.5)
+    claim(store)
+    now = clock.advance(10)
+    assert store.state.reclaim_expired_leases().retryable[0].available_at == now + seconds(201)
+    assert set(asked) == {1, 2}
+
+
+def raising(attempt: int) -> float:
+    raise RuntimeError("no backoff today")
+
+
+@pytest.mark.parametrize(
+    "backoff",
+    [
+        None, raising,
+        *(lambda attempt, value=value: value for value in (float("nan"), float("inf"), None, "soon", b"")),
+    ],
+    ids=["none", "raises", "nan", "inf", "gives-none", "text", "bytes"],
+)
+@pytest.mark.parametrize(
+    ("attempt", "delay"), [(0, 2), (1, 4), (4, 32), (5, 64), (6, 64), (2_000_000_000, 64)]
+)
+def test_the_default_backoff_stands_in_for_one_that_fails(
+    make_store: MakeStore, clock: Clock, backoff: Any, attempt: int, delay: int
+) -> None:
+    store = make_store(clock=clock, backoff=backoff)
+    item = claimed(store, attempt=attempt, max_attempts=2**31 - 1)
+    assert store.state.retry_work_item(item).available_at == START + seconds(delay)
+
+
+# --- reclaiming and dead letters ---
+
+
+def test_a_lease_is_reclaimed_from_its_expiry_on(store: Store, clock: Clock) -> None:
+    item = claimed(store)
+    clock.advance(9.999999)
+    assert store.state.reclaim_expired_leases() == ReclaimResult(retryable=[], exhausted=[])
+    now = clock.advance(0.000001)
+    result = store.state.reclaim_expired_leases()
+    assert result.exhausted == []
+    assert result.retryable == [look(store, item.id)]
+    again = result.retryable[0]
+    assert (again.status, again.attempt, again.available_at) == ("pending", 1, now + seconds(1))
+    assert (again.worker_id, again.lease_expires_at) == (None, None)
+    assert store.state.reclaim_expired_leases() == ReclaimResult(retryable=[], exhausted=[])
+
+
+def test_reclaiming_sorts_what_may_be_retried_from_what_is_exhausted(store: Store, clock: Clock) -> None:
+    for number in range(40):
+        claimed(store, id=f"i{number:02}", queue_type=f"q{number % 3}", max_attempts=1 + number % 2)
+    enqueue(store, id="pending")
+    clock.advance(10)
+    result = store.state.reclaim_expired_leases()
+    assert {item.id for item in result.retryable} == {f"i{number:02}" for number in range(1, 40, 2)}
+    assert {letter.id for letter in result.exhausted} == {f"i{number:02}" for number in range(0, 40, 2)}
+    assert {type(letter) for letter in result.exhausted} == {DeadLetter}
+    assert {letter.attempt for letter in result.exhausted} == {1}
+    assert sorted(letter.id for letter in store.state.list_dead_letters()) == sorted(
+        letter.id for letter in result.exhausted
+    )
+    assert look(store, "pending").attempt == 0
+
+
+def test_reclaiming_inside_a_transaction_is_undone_with_it(store: Store, clock: Clock) -> None:
+    item = claimed(store, max_attempts=1)
+    clock.advance(10)
+    with pytest.raises(Stop), store.transaction():
+        assert len(store.state.reclaim_expired_leases().exhausted) == 1
+        raise Stop
+    assert look(store, item.id) == item
+    assert store.state.list_dead_letters() == []
+
+
+@pytest.mark.parametrize("status", ["pending", "claimed", "failed"])
+def test_an_item_is_moved_to_the_dead_letters(store: Store, clock: Clock, status: str) -> None:
+    item_id = enqueue(store, payload={"n": 1}, node_id="node")
+    FINISHES[status](store, item_id)
+    before = look(store, item_id)
+    now = clock.advance(1)
+    letter = store.state.move_to_dead_letter(item_id, "dead")
+    assert isinstance(letter, DeadLetter)
+    assert (letter.dead_lettered_at, letter.last_error, letter.status) == (now, "dead", "dead_lettered")
+    kept = (
+        "id", "execution_id", "node_id", "queue_type", "payload", "attempt", "max_attempts", "created_at",
+        "tenant_id",
+    )
+    assert [getattr(letter, name) for name in kept] == [getattr(before, name) for name in kept]
+    assert store.state.list_dead_letters() == [letter]
+    clock.advance(1_000_000)
+    assert store.state.claim_work_item("w2", ["q"]) is None
+
+
+def test_the_worker_whose_item_was_moved_away_is_told(store: Store) -> None:
+    item = claimed(store)
+    assert store.state.move_to_dead_letter(item, "dead").id == item.id
+    for call in (store.state.complete_work_item, store.state.renew_lease, store.state.retry_work_item):
+        with pytest.raises(LeaseLost):
+            call(item)
+
+
+def test_a_stale_claim_moves_nothing_to_the_dead_letters(store: Store) -> None:
+    stale = claimed(store)
+    store.state.retry_work_item(stale, delay=0)
+    current = claim(store, worker="w2")
+    with pytest.raises(LeaseLost):
+        store.state.move_to_dead_letter(stale, "dead")
+    assert look(store, stale.id) == current
+    assert store.state.list_dead_letters() == []
+
+
+def test_dead_letters_are_listed_newest_first(store: Store, clock: Clock) -> None:
+    for item_id in ("b", "a", "c"):
+        clock.advance(1)
+        store.state.move_to_dead_letter(enqueue(store, id=item_id), item_id)
+    assert [letter.id for letter in store.state.list_dead_letters()] == ["c", "a", "b"]
+    assert [letter.id for letter in store.state.list_dead_letters(1, 1)] == ["a"]
+
+
+def test_get_work_item_takes_the_item_too_and_gives_its_present_state(store: Store) -> None:
+    item = claimed(store)
+    done = store.state.complete_work_item(item)
+    assert store.state.get_work_item(item) == done
+
+
+def test_a_killed_workers_item_goes_to_another(path: Path) -> None:
+    with flowstore.open(path) as store:
+        enqueue(store, id="i1")
+    source = """
+item = flowstore.open(sys.argv[1]).state.claim_work_item("killed", ["q"], lease_seconds=60)
+print(item.lease_fence, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    stale = int(finished(script(source, path), -signal.SIGKILL))
+    clock = Clock(datetime.now(UTC) + seconds(3600))
+    with flowstore.open(path, clock=clock, backoff=lambda attempt: 0) as store:
+        store.state.reclaim_expired_leases()
+        item = claim(store)
+        assert (item.id, item.attempt) == ("i1", 1)
+        assert item.lease_fence > stale
+        with pytest.raises(LeaseLost):
+            store.state.complete_work_item("i1", lease_fence=stale)
+        assert store.state.complete_work_item(item).status == "completed"
+
+
+# --- the queue against a model ---
+
+
+@dataclass
+class Modelled:
+    """What the model knows of a work item; `last_error` None means that any will do."""
+
+    queue: str
+    available_at: datetime
+    max_attempts: int
+    attempt: int = 0
+    status: str = "pending"
+    fence: int = 0
+    worker: str | None = None
+    expires: datetime | None = None
+    last_error: str | None = None
+    dead_at: datetime | None = None
+
+
+class QueueModel(RuleBasedStateMachine):
+    """The work queue against a dict of items; the backoff of an attempt is that many seconds."""
+
+    folder: tempfile.TemporaryDirectory[str] | None = None
+    claims: Bundle[WorkItem] = Bundle("claims")
+    ids: Bundle[str] = Bundle("ids")
+    leases = st.integers(1, 12)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.store = self.open()
+        self.items: dict[str, Modelled] = {}
+        create(self.store)
+
+    def open(self) -> Store:
+        return flowstore.open(":memory:", clock=self.clock, backoff=float)
+
+    def count_attempt(self, item: Modelled, delay: float | None, error: str | None = None) -> bool:
+        """The reclaim rule; True when the item may be tried again."""
+        item.attempt += 1
+        item.last_error = error
+        if item.attempt >= item.max_attempts:
+            item.status, item.dead_at = "dead_lettered", self.clock.now
+            return False
+        item.status, item.worker, item.expires = "pending", None, None
+        item.available_at = self.clock.now + seconds(item.attempt if delay is None else delay)
+        return True
+
+    def take_back(self, queues: list[str]) -> tuple[set[str], set[str]]:
+        """Every expired lease of the queues, by the rule: what may be retried, what is exhausted."""
+        outcome: tuple[set[str], set[str]] = (set(), set())
+        for item_id, item in self.items.items():
+            if (
+                item.status == "claimed"
+                and item.queue in queues
+                and item.expires
+                and item.expires <= self.clock.now
+            ):
+                outcome[0 if self.count_attempt(item, None) else 1].add(item_id)
+        return outcome
+
+    def holds(self, claim: WorkItem) -> bool:
+        item = self.items[claim.id]
+        return item.status == "claimed" and item.fence == claim.lease_fence
+
+    @precondition(lambda self: len(self.items) < 12)
+    @rule(target=ids, queue=st.sampled_from("ab"), delay=st.integers(-5, 15), most=st.integers(0, 3))
+    def enqueue(self, queue: str, delay: int, most: int) -> str:
+        item_id = f"i{random.Random(len(self.items)).randrange(1000):03}-{len(self.items)}"
+        available_at = self.clock.now + seconds(delay)
+        enqueue(self.store, id=item_id, queue_type=queue, available_at=available_at, max_attempts=most)
+        self.items[item_id] = Modelled(queue, available_at, most)
+        return item_id
+
+    @rule(step=st.integers(0, 12))
+    def time_goes_by(self, step: int) -> None:
+        self.clock.advance(step)
+
+    @rule(
+        target=claims, worker=st.sampled_from(["w1", "w2"]),
+        queues=st.sampled_from([["a"], ["b"], ["a", "b"], ["b", "a", "c"], ["c"], []]), lease=leases,
+    )
+    def claim(self, worker: str, queues: list[str], lease: int) -> Any:
+        self.take_back(queues)
+        due = [
+            (item.available_at, item_id)
+            for item_id, item in self.items.items()
+            if item.status == "pending" and item.queue in queues and item.available_at <= self.clock.now
+        ]
+        got = self.store.state.claim_work_item(worker, queues, lease_seconds=lease)
+        if not due:
+            assert got is None
+            return multiple()
+        assert got is not None
+        assert got.id == min(due)[1]
+        item = self.items[got.id]
+        assert got.lease_fence > item.fence
+        item.status, item.worker, item.fence = "claimed", worker, got.lease_fence
+        item.expires = self.clock.now + seconds(lease)
+        return got
+
+    @rule(claim=claims, lease=leases)
+    def renew(self, claim: WorkItem, lease: int) -> None:
+        if self.holds(claim):
+            self.items[claim.id].expires = self.clock.now + seconds(lease)
+            assert self.store.state.renew_lease(claim, lease_seconds=lease) == self.items[claim.id].expires
+        else:
+            with pytest.raises(LeaseLost):
+                self.store.state.renew_lease(claim, lease_seconds=lease)
+
+    @rule(claim=claims, error=st.none() | st.sampled_from(["boom", "bang"]))
+    def settle(self, claim: WorkItem, error: str | None) -> None:
+        def call() -> WorkItem:
+            if error is None:
+                return self.store.state.complete_work_item(claim)
+            return self.store.state.fail_work_item(claim, error)
+
+        if self.holds(claim):
+            item = self.items[claim.id]
+            item.status, item.last_error = ("completed", None) if error is None else ("failed", error)
+            assert call().status == item.status
+        else:
+            with pytest.raises(LeaseLost):
+                call()
+
+    @rule(item_id=ids)
+    def complete_by_id(self, item_id: str) -> None:
+        item = self.items[item_id]
+        if item.status == "dead_lettered":
+            with pytest.raises(LeaseLost):
+                self.store.state.complete_work_item(item_id)
+        else:
+            item.status, item.last_error = "completed", None
+            assert self.store.state.complete_work_item(item_id).status == "completed"
+
+    @rule(claim=claims, error=st.sampled_from(["boom", "bang"]), delay=st.none() | st.integers(0, 5))
+    def retry(self, claim: WorkItem, error: str, delay: int | None) -> None:
+        if self.holds(claim):
+            again = self.count_attempt(self.items[claim.id], delay, error)
+            outcome = self.store.state.retry_work_item(claim, error, delay=delay)
+            assert isinstance(outcome, WorkItem if again else DeadLetter)
+        elif self.items[claim.id].status != "failed":
+            with pytest.raises(LeaseLost):
+                self.store.state.retry_work_item(claim, error, delay=delay)
+
+    @rule(item_id=ids, error=st.sampled_from(["boom", "bang"]), delay=st.none() | st.integers(0, 5))
+    def retry_by_id(self, item_id: str, error: str, delay: int | None) -> None:
+        item = self.items[item_id]
+        if item.status in ("claimed", "failed"):
+            again = self.count_attempt(item, delay, error)
+            outcome = self.store.state.retry_work_item(item_id, error, delay=delay)
+            assert isinstance(outcome, WorkItem if again else DeadLetter)
+        else:
+            with pytest.raises(LeaseLost):
+                self.store.state.retry_work_item(item_id, error, delay=delay)
+
+    @rule(undone=st.booleans())
+    def reclaim(self, undone: bool) -> None:
+        if undone:
+            with pytest.raises(Stop), self.store.transaction():
+                self.store.state.reclaim_expired_leases()
+                raise Stop
+        result = self.store.state.reclaim_expired_leases()
+        expected = self.take_back(["a", "b"])
+        assert (
+            {item.id for item in result.retryable}, {letter.id for letter in result.exhausted},
+        ) == expected
+
+    @rule(item_id=ids)
+    def give_up(self, item_id: str) -> None:
+        item = self.items[item_id]
+        if item.status in ("pending", "claimed", "failed"):
+            item.status, item.dead_at, item.last_error = "dead_lettered", self.clock.now, "given up"
+            assert self.store.state.move_to_dead_letter(item_id, "given up").dead_lettered_at == item.dead_at
+
+    @invariant()
+    def the_items_are_the_models(self) -> None:
+        stored = {item.id: item for item in self.store.state.list_work_items(limit=1000)}
+        assert stored.keys() == self.items.keys()
+        for item_id, item in self.items.items():
+            found = stored[item_id]
+            assert found == self.store.state.get_work_item(item_id)
+            assert (found.status, found.attempt, found.lease_fence) == (item.status, item.attempt, item.fence)
+            if item.last_error is not None:
+                assert found.last_error == item.last_error
+            if item.status in ("pending", "claimed"):
+                assert (found.worker_id, found.lease_expires_at) == (item.worker, item.expires)
+                assert found.available_at == item.available_at
+
+    @invariant()
+    def the_lists_are_the_models(self) -> None:
+        letters = self.store.state.list_dead_letters(limit=1000)
+        dead = [(item.dead_at, item_id) for item_id, item in self.items.items() if item.dead_at]
+        assert [(letter.dead_lettered_at, letter.id) for letter in letters] == sorted(dead, reverse=True)
+        pending = [
+            (item.available_at, item_id) for item_id, item in self.items.items() if item.status == "pending"
+        ]
+        listed = self.store.state.list_work_items(status="pending", limit=1000)
+        assert [(item.available_at, item.id) for item in listed] == sorted(pending)
+
+    def teardown(self) -> None:
+        self.store.close()
+        if self.folder is not None:
+            self.folder.cleanup()
+
+
+class FileQueueModel(QueueModel):
+    def open(self) -> Store:
+        self.folder = tempfile.TemporaryDirectory()
+        return flowstore.open(
+            Path(self.folder.name) / "app.db", clock=self.clock, backoff=float, synchronous="OFF"
+        )
+
+
+TestTheQueueInMemory = stateful(QueueModel)
+TestTheQueueInAFile = stateful(FileQueueModel)
+
+
+# ==========================================================================================================
+# The engine when everything happens at once
+# ==========================================================================================================
+
+WATCHDOG = 40  # seconds after which whatever has not ended counts as hanging
+KILL_ROUNDS = int(os.environ.get("FLOWSTORE_KILL_ROUNDS", "4"))
+STRIKES = int(os.environ.get("FLOWSTORE_STRIKES", "3000"))
+STEPS = int(os.environ.get("FLOWSTORE_STEPS", "80"))
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no os.fork")
+needs_kill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
+needs_sigint = pytest.mark.skipif(os.name != "posix", reason="only POSIX sends SIGINT to one process")
+# a strike may hit a finalizer, which can only report it
+swallows = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+# ---------------------------------------------------------------- helpers, for this process and for children
+
+
+class Caller(threading.Thread):
+    """A thread that makes one call; `outcome()` is what it returned or raised."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        super().__init__(daemon=True)
+        self.call = call
+        self.result: Any = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.result = self.call()
+        except BaseException as error:
+            self.result = error
+
+    def outcome(self) -> Any:
+        self.join(WATCHDOG)
+        if self.is_alive():
+            stack = "".join(traceback.format_stack(sys._current_frames()[self.ident or 0]))
+            raise AssertionError(f"a call hangs\n{stack}")
+        return self.result
+
+    def waits(self) -> bool:
+        """Whether its call has been going on inside the library for some time: long enough to wait there."""
+        for _ in range(20):
+            frame = sys._current_frames().get(self.ident or 0)
+            while frame is not None and frame.f_code.co_filename != flowstore.__file__:
+                frame = frame.f_back
+            if frame is None:
+                return False
+            time.sleep(0.001)
+        return True
+
+
+def outcomes(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each call returned or raised, all made at once in threads of their own."""
+    return [caller.outcome() for caller in [Caller(call) for call in calls]]
+
+
+def until(condition: Callable[[], Any], what: str = "") -> None:
+    """Waits for the condition, up to the watchdog's time."""
+    deadline = time.monotonic() + WATCHDOG
+    while not condition():
+        if time.monotonic() > deadline:
+            faulthandler.dump_traceback()
+            raise AssertionError(f"waited in vain {what}")
+        time.sleep(0.001)
+
+
+def event(key: str, **more: Any) -> dict[str, Any]:
+    return {"type": "custom", "key": key, **more}
+
+
+def write(store_engine: flowstore.Store, run: str, key: str) -> int:
+    return store_engine.events.append(run, "default", event(key))
+
+
+def write_pair(store_engine: flowstore.Store, run: str, key: str) -> int:
+    return store_engine.events.append_batch(run, "default", [event(key), event(key)])
+
+
+def write_pair_in_block(store_engine: flowstore.Store, run: str, key: str) -> None:
+    with store_engine.transaction():
+        write(store_engine, run, key)
+        write(store_engine, run, key)
+
+
+def keys(store_engine: flowstore.Store, run: str) -> list[str]:
+    """The keys written to a log, which must have no gap."""
+    log = store_engine.events.load_events(run)
+    assert [stored.sequence for stored in log] == list(range(1, len(log) + 1)), "the log has a gap"
+    return [stored.event["key"] for stored in log]
+
+
+def pairs(store_engine: flowstore.Store, run: str) -> list[str]:
+    """The keys of a log that is written in pairs, none of which may be torn or there twice."""
+    found = keys(store_engine, run)
+    assert found[::2] == found[1::2], "a write is half there"
+    assert len(set(found)) * 2 == len(found), "a write is there twice"
+    return found[::2]
+
+
+def meet(store_engine: flowstore.Store, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """The outcomes of calls that queue behind an open transaction, and so are committed as one group."""
+    callers: list[Caller] = []
+    with store_engine.transaction():
+        for call in calls:
+            callers.append(Caller(call))
+            until(lambda: len(store_engine._engine.queue) >= len(callers), "for the call to queue")
+    return [caller.outcome() for caller in callers]
+
+
+def leave(body: Callable[[], None]) -> NoReturn:
+    """In a forked child: runs the body and ends the process, with status 0 if nothing was raised."""
+    status = 1
+    try:
+        signal.alarm(WATCHDOG // 2)
+        body()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def forked(body: Callable[[], None]) -> int:
+    """Forks a child that runs the body."""
+    return os.fork() or leave(body)
+
+
+def reap(pid: int) -> None:
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, "a forked child failed or hung"
+
+
+def refused(call: Callable[[], Any]) -> None:
+    try:
+        result = call()
+    except flowstore.StorageError:
+        return
+    raise AssertionError(f"not refused: {result!r}")
+
+
+def fill(store_engine: flowstore.Store, stop: Callable[[], bool]) -> tuple[list[str], list[Exception]]:
+    """Four threads write pairs until each meets an error: what was acknowledged, and the errors."""
+    acknowledged: list[str] = []
+
+    def work(me: int) -> None:
+        number = 0
+        while not stop():
+            number += 1
+            store_engine.events.append_batch("fill", "default", [event(f"{me}.{number}", text="x" * 3000)] * 2)
+            acknowledged.append(f"{me}.{number}")
+
+    errors = outcomes([partial(work, me) for me in range(4)])
+    assert None not in errors, "the disk was never full"
+    return acknowledged, errors
+
+
+class Striker:
+    """Raises KeyboardInterrupt at the n-th place of a call where the interpreter could, and perhaps again.
+
+    CPython looks for signals where a function begins, after a call of a C function, where a loop turns back.
+    A function that raises while it traces is not called again, so the second strike is the profiler's.
+    """
+
+    def __init__(self, strike_at: int, again_after: int = 0) -> None:
+        self.strike_at, self.again_after, self.places, self.where = strike_at, again_after, 0, ""
+        self.previous: tuple[FrameType, str] | None = None
+        self.names: dict[CodeType, dict[int, str]] = {}
+
+    def __call__(self, frame: FrameType, what: str, _arg: object) -> Striker:
+        here = what == "call"
+        if here:
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if what == "opcode":
+            if frame.f_code not in self.names:
+                self.names[frame.f_code] = {i.offset: i.opname for i in dis.get_instructions(frame.f_code)}
+            last, self.previous = self.previous, (frame, self.names[frame.f_code].get(frame.f_lasti, ""))
+            here = last is not None and last[0] is frame and last[1].startswith(("CALL", "JUMP_BACKWARD"))
+        else:
+            self.previous = None
+        if here:
+            self.places += 1
+            if self.places == self.strike_at:
+                self.where = "".join(traceback.format_stack(frame, 4))
+                if self.again_after:
+                    sys.setprofile(self.again)
+                raise KeyboardInterrupt
+        return self
+
+    def again(self, frame: FrameType, what: str, _arg: object) -> None:
+        if what in ("call", "c_return"):
+            self.again_after -= 1
+            if not self.again_after:
+                self.where += f"and then at\n{''.join(traceback.format_stack(frame, 4))}"
+                raise KeyboardInterrupt
+
+    def run(self, call: Callable[[], Any]) -> bool:
+        """Makes the call; returns whether it came to its end."""
+        usual = sys.gettrace()
+        sys.settrace(self)
+        try:
+            call()
+        except KeyboardInterrupt:
+            return False
+        finally:
+            sys.setprofile(None)
+            sys.settrace(usual)
+            self.previous = None
+        return True
+
+
+# ------------------------------------------------------------------------------- helpers, for this process
+
+
+CHILD = f"""
+from __future__ import annotations
+import contextlib, dis, faulthandler, os, random, signal, sys, threading, time, traceback
+from functools import partial
+import flowstore
+WATCHDOG = {WATCHDOG}
+if hasattr(signal, "alarm"):
+    faulthandler.register(signal.SIGALRM, chain=True)
+    signal.alarm(WATCHDOG)
+"""
+TOOLS: list[Any] = [Caller, outcomes, until, event, write, write_pair, write_pair_in_block, keys, pairs, meet]
+TOOLS += [leave, forked, reap, refused, fill, Striker]
+
+
+class Process:
+    """A Python process that runs one of this file's functions; killed at the block's end if it still runs."""
+
+    def __init__(self, function: Callable[..., None], *args: object) -> None:
+        source = CHILD + "".join(inspect.getsource(tool) for tool in [*TOOLS, function])
+        home = str(Path(flowstore.__file__).parent)
+        path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+        self.popen = subprocess.Popen(
+            [sys.executable, "-c", f"{source}\n{function.__name__}(*sys.argv[1:])", *map(str, args)],
+            env={**os.environ, "PYTHONPATH": path}, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def pipe(self, name: str) -> IO[str]:
+        stream: IO[str] | None = getattr(self.popen, name)
+        assert stream is not None
+        return stream
+
+    def read(self) -> str:
+        line = self.pipe("stdout").readline()
+        assert line, f"the child ended early: {self.pipe('stderr').read()}"
+        return line.rstrip("\n")
+
+    def tell(self, line: str = "go") -> None:
+        print(line, file=self.pipe("stdin"), flush=True)
+
+    def kill(self) -> str:
+        """Kills it, if it still runs; returns what was left of its output."""
+        self.popen.kill()
+        return self.popen.communicate()[0]
+
+    def finish(self) -> str:
+        """Its remaining output, once it has ended well."""
+        output, errors = self.popen.communicate(timeout=WATCHDOG + 5)
+        assert self.popen.returncode == 0, errors
+        return output
+
+
+@pytest.fixture(autouse=True)
+def watchdog() -> Iterator[None]:
+    """A test that hangs fails."""
+
+    def bark(_number: int, _frame: FrameType | None) -> None:
+        faulthandler.dump_traceback()
+        raise AssertionError("the test hangs")
+
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, bark)
+    signal.alarm(WATCHDOG + 20)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(params=["file", "memory"])
+def target(request: pytest.FixtureRequest, path: Path) -> str:
+    return str(path) if request.param == "file" else ":memory:"
+
+
+@pytest.fixture
+def store_engine(target: str) -> Iterator[flowstore.Store]:
+    with flowstore.open(target) as opened:
+        yield opened
+
+
+@pytest.fixture
+def file_store_engine(path: Path) -> Iterator[flowstore.Store]:
+    with flowstore.open(path) as opened:
+        yield opened
+
+
+def enqueue_engine(store_engine: flowstore.Store, count: int = 1, **fields: Any) -> list[str]:
+    with store_engine.transaction():
+        write(store_engine, "run", "known")
+        items = [flowstore.WorkItem(execution_id="run", queue_type="q", **fields) for _ in range(count)]
+        return [store_engine.state.enqueue_work_item(item) for item in items]
+
+
+def descriptors() -> int:
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        if os.path.isdir(folder):
+            return len(os.listdir(folder))
+    pytest.skip("this platform does not list a process's descriptors")
+
+
+def strike(thread: threading.Thread) -> None:
+    """A KeyboardInterrupt, raised in that thread at whatever it executes next."""
+    ident = ctypes.c_ulong(thread.ident or 0)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(KeyboardInterrupt))
+
+
+def steps(call: Callable[[], Any]) -> range:
+    """Where to strike a call: each of its places, or STEPS of them from a random one on."""
+    dry = Striker(0)
+    assert dry.run(call)
+    stride = -(-dry.places // STEPS)
+    return range(random.randint(1, stride), dry.places + 1, stride)
+
+
+# ------------------------------------------------------------------------------------------------ appending
+
+
+def test_sixteen_threads_appending_to_shared_executions_leave_gap_free_logs(store_engine: flowstore.Store) -> None:
+    def work(me: int) -> None:
+        for number in range(40):
+            write(store_engine, f"run{number % 3}", f"{me}.{number}")
+
+    assert outcomes([partial(work, me) for me in range(16)]) == [None] * 16
+    for run in range(3):
+        found = keys(store_engine, f"run{run}")
+        for me in range(16):  # each thread's own events in the order in which it wrote them
+            mine = [key for key in found if key.startswith(f"{me}.")]
+            assert mine == [f"{me}.{number}" for number in range(40) if number % 3 == run]
+        assert len(found) == sum(16 for number in range(40) if number % 3 == run)
+
+
+def appending_process(path: str, me: str) -> None:
+    with flowstore.open(path) as store_engine:
+
+        def work(thread: int) -> None:
+            for number in range(30):
+                write(store_engine, f"run{number % 3}", f"{me}.{thread}.{number}")
+
+        print("ready", flush=True)
+        sys.stdin.readline()
+        results = outcomes([partial(work, thread) for thread in range(2)])
+        assert results == [None, None], results
+
+
+def test_six_processes_appending_to_shared_executions_leave_gap_free_logs(path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        children = [stack.enter_context(Process(appending_process, path, me)) for me in range(6)]
+        assert [child.read() for child in children] == ["ready"] * 6
+        for child in children:
+            child.tell()
+        for child in children:
+            child.finish()
+    with flowstore.open(path) as store_engine:
+        found = [key for run in range(3) for key in keys(store_engine, f"run{run}")]
+        assert store_engine.check() == []
+    assert sorted(found) == sorted(f"{me}.{t}.{n}" for me in range(6) for t in range(2) for n in range(30))
+
+
+def opening_process(path: str, me: str) -> None:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    with flowstore.open(path) as store_engine:
+        write(store_engine, "run", me)
+
+
+def test_processes_that_open_a_new_file_at_once_all_get_a_working_store(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        children = [stack.enter_context(Process(opening_process, tmp_path / "new.db", me)) for me in range(6)]
+        assert [child.read() for child in children] == ["ready"] * 6
+        for child in children:
+            child.tell()
+        for child in children:
+            child.finish()
+    with flowstore.open(tmp_path / "new.db") as store_engine:
+        assert sorted(keys(store_engine, "run")) == ["0", "1", "2", "3", "4", "5"]
+        assert store_engine.check() == []
+
+
+def test_threads_that_open_a_new_file_at_once_all_get_a_working_store(path: Path) -> None:
+    gate = threading.Barrier(8)
+
+    def work(me: int) -> None:
+        gate.wait(WATCHDOG)
+        with flowstore.open(path) as store_engine:
+            write(store_engine, "run", str(me))
+
+    assert outcomes([partial(work, me) for me in range(8)]) == [None] * 8
+    with flowstore.open(path) as store_engine:
+        assert sorted(keys(store_engine, "run")) == [str(me) for me in range(8)]
+
+
+# --------------------------------------------------------------------------------------------------- claims
+
+
+def test_sixteen_threads_claim_two_thousand_items_each_exactly_once(store_engine: flowstore.Store) -> None:
+    made = enqueue_engine(store_engine, 2000)
+
+    def work(me: int) -> list[str]:
+        mine = []
+        while item := store_engine.state.claim_work_item(f"w{me}", ["q"]):
+            assert (item.worker_id, item.attempt, item.status) == (f"w{me}", 0, "claimed")
+            mine.append(item.id)
+        return mine
+
+    results = outcomes([partial(work, me) for me in range(16)])
+    assert all(isinstance(result, list) for result in results), results
+    claimed = [item for result in results for item in result]
+    assert len(claimed) == 2000
+    assert set(claimed) == set(made)
+
+
+def claiming_process(path: str, me: str) -> None:
+    with flowstore.open(path) as store_engine:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        while item := store_engine.state.claim_work_item(me, ["q"]):
+            store_engine.state.complete_work_item(item)
+            print(item.id, flush=True)
+
+
+def test_four_processes_claim_each_item_exactly_once(path: Path) -> None:
+    with flowstore.open(path) as store_engine, contextlib.ExitStack() as stack:
+        made = enqueue_engine(store_engine, 200)
+        children = [stack.enter_context(Process(claiming_process, path, me)) for me in range(4)]
+        assert [child.read() for child in children] == ["ready"] * 4
+        for child in children:
+            child.tell()
+        claimed = [line for child in children for line in child.finish().split()]
+        assert sorted(claimed) == sorted(made)
+        assert len(store_engine.state.list_work_items(status="completed", limit=500)) == 200
+
+
+def doomed_worker(path: str, hours: str, lease: str) -> None:
+    import datetime as dt
+
+    store_engine = flowstore.open(path, clock=lambda: dt.datetime.now(dt.UTC) + dt.timedelta(hours=int(hours)),
+                           backoff=lambda attempt: 0.0)  # fmt: skip
+    item = store_engine.state.claim_work_item("doomed", ["q"], lease_seconds=float(lease))
+    assert item is not None
+    print(item.id, item.lease_fence, item.attempt, flush=True)
+    sys.stdin.readline()
+
+
+def ahead(path: Path, hours: int) -> flowstore.Store:
+    """The store as it is some hours from now, when the leases of today are over."""
+    shift = dt.timedelta(hours=hours)
+    return flowstore.open(path, clock=lambda: dt.datetime.now(dt.UTC) + shift, backoff=lambda attempt: 0.0)
+
+
+@needs_kill
+def test_the_item_of_a_killed_worker_is_handled_again_and_its_stale_fence_refused(path: Path) -> None:
+    with flowstore.open(path) as store_engine:
+        [made] = enqueue_engine(store_engine)
+    with Process(doomed_worker, path, 0, 600) as worker:
+        item_id, fence, attempt = worker.read().split()
+        assert (item_id, attempt) == (made, "0")
+        worker.kill()
+    with flowstore.open(path) as store_engine:
+        assert store_engine.state.claim_work_item("early", ["q"]) is None, "the lease holds until it is over"
+    with ahead(path, 1) as store_engine:
+        item = store_engine.state.claim_work_item("next", ["q"])
+        assert item is not None
+        assert (item.id, item.worker_id, item.attempt) == (made, "next", 1)
+        assert item.lease_fence > int(fence)
+        stale = int(fence)
+        calls: list[Callable[[], Any]] = [
+            partial(store_engine.state.complete_work_item, made, lease_fence=stale),
+            partial(store_engine.state.fail_work_item, made, "late", lease_fence=stale),
+            partial(store_engine.state.retry_work_item, made, "late", lease_fence=stale),
+            partial(store_engine.state.renew_lease, made, lease_fence=stale),
+            partial(store_engine.state.renew_lease, made, "doomed"),
+        ]
+        for late in calls:
+            with pytest.raises(flowstore.LeaseLost) as lost:
+                late()
+            assert lost.value.item_id == made
+            assert store_engine.state.get_work_item(made) == item
+        assert store_engine.state.complete_work_item(item).status == "completed"
+
+
+@needs_kill
+def test_a_waiting_worker_takes_over_when_the_lease_of_a_killed_one_ends(path: Path) -> None:
+    with flowstore.open(path, backoff=lambda attempt: 0.0) as store_engine:
+        [made] = enqueue_engine(store_engine)
+        with Process(doomed_worker, path, 0, 0.5) as worker:
+            worker.read()
+            waiter = Caller(lambda: store_engine.state.claim_work_item("next", ["q"], wait=WATCHDOG / 2))
+            worker.kill()
+        item = waiter.outcome()
+        assert (item.id, item.attempt, item.worker_id) == (made, 1, "next")
+
+
+@needs_kill
+def test_an_item_that_kills_every_worker_ends_as_a_dead_letter(path: Path) -> None:
+    with flowstore.open(path) as store_engine:
+        [made] = enqueue_engine(store_engine, max_attempts=3)
+    fences = []
+    for hour in range(3):
+        with Process(doomed_worker, path, hour, 600) as worker:
+            item_id, fence, attempt = worker.read().split()
+            assert (item_id, attempt) == (made, str(hour))
+            fences.append(int(fence))
+            worker.kill()
+    assert fences == sorted(set(fences))
+    with ahead(path, 3) as store_engine:
+        assert store_engine.state.claim_work_item("last", ["q"]) is None
+        [letter] = store_engine.state.list_dead_letters()
+        assert (letter.id, letter.attempt, letter.max_attempts) == (made, 3, 3)
+        item = store_engine.state.get_work_item(made)
+        assert item is not None
+        assert item.status == flowstore.WorkItemStatus.DEAD_LETTERED
+
+
+# -------------------------------------------------------------------------------------------- group commit
+
+
+def test_operations_that_fail_in_a_group_fail_alone_and_leave_nothing(file_store_engine: flowstore.Store) -> None:
+    store_engine = file_store_engine
+    write(store_engine, "run", "known")
+    store_engine.state.create_execution(flowstore.WorkflowExecution(workflow_id="w", execution_id="taken"))
+    again = flowstore.WorkflowExecution(workflow_id="w", execution_id="taken")
+    append = partial(store_engine.events.append, expected_sequence=9)
+    batch = partial(store_engine.events.append_batch, expected_sequence=9)
+    bad: list[tuple[type[Exception], Callable[[], Any]]] = [
+        (flowstore.AlreadyExists, partial(store_engine.state.create_execution, again)),
+        (flowstore.SequenceConflict, partial(append, "run", "default", event("no"))),
+        # these write before they fail: the tenant and the execution must go with them
+        (flowstore.SequenceConflict, partial(append, "new", "late", event("no"))),
+        (flowstore.SequenceConflict, partial(batch, "new", "late", [event("no")] * 3)),
+        (flowstore.TenantMismatch, partial(store_engine.events.append, "run", "other", event("no"))),
+        (flowstore.NotFound, partial(store_engine.state.append_event, "missing", event("no"))),
+    ]
+    good = [partial(write_pair, store_engine, f"good{n % 2}", str(n)) for n in range(len(bad) + 1)]
+    mixed: list[Callable[[], Any]] = [good[0]]
+    for (_, failing), working in zip(bad, good[1:], strict=True):
+        mixed += [failing, working]
+    results = meet(store_engine, mixed)
+    for (expected, _), result in zip(bad, results[1::2], strict=True):
+        assert type(result) is expected, result
+    assert all(isinstance(result, int) for result in results[::2]), results
+    wanted = sorted(str(n) for n in range(len(good)))
+    assert sorted(pairs(store_engine, "good0") + pairs(store_engine, "good1")) == wanted
+    assert keys(store_engine, "run") == ["known"]
+    assert not store_engine.events.execution_exists("new")
+    assert store_engine.events.list_executions("late") == []
+
+
+def test_every_error_of_a_group_belongs_to_its_own_caller(file_store_engine: flowstore.Store) -> None:
+    def conflicting(me: int) -> None:
+        file_store_engine.events.append("run", "default", event("no"), expected_sequence=100 + me)
+
+    results = meet(file_store_engine, [partial(conflicting, me) for me in range(12)])
+    assert [result.expected for result in results] == [100 + me for me in range(12)]
+    assert len({id(result) for result in results}) == 12
+    assert not file_store_engine.events.execution_exists("run")
+
+
+def limit_pages(store_engine: flowstore.Store, pages: int | None) -> None:
+    """Lets the file grow by so many pages only, as a full disk would (None: without limit again)."""
+    writer = store_engine._engine.writer
+    with writer.lock:
+        db = writer.use().db
+        [count] = db.execute("PRAGMA page_count").fetchone()
+        db.execute(f"PRAGMA max_page_count = {count + pages if pages is not None else 2**30}")
+
+
+def test_a_full_disk_leaves_nothing_of_a_group_and_each_caller_an_error(file_store_engine: flowstore.Store) -> None:
+    store_engine = file_store_engine
+    write(store_engine, "run", "before")
+    limit_pages(store_engine, 4)
+
+    def large(me: int) -> int:
+        return store_engine.events.append_batch("run", "default", [event(f"{me}", text="x" * 60_000)] * 2)
+
+    results = meet(store_engine, [partial(large, me) for me in range(8)])
+    assert [type(result) for result in results] == [flowstore.StoreFull] * 8, results
+    assert len({id(result) for result in results}) == 8, "each caller has an error of its own"
+    assert keys(store_engine, "run") == ["before"]
+    with pytest.raises(flowstore.StoreFull):
+        large(9)
+    limit_pages(store_engine, None)
+    assert large(10) == 2
+    assert keys(store_engine, "run") == ["before", "10", "10"]
+    assert store_engine.check() == []
+
+
+def test_a_full_disk_keeps_what_returned_in_a_group_and_nothing_else(file_store_engine: flowstore.Store) -> None:
+    store_engine = file_store_engine
+    write(store_engine, "run", "before")
+    limit_pages(store_engine, 30)
+
+    def sized(me: int) -> int:
+        text = "x" * (100_000 if me == 5 else 2_000)
+        return store_engine.events.append_batch("run", "default", [event(str(me), text=text)] * 2)
+
+    results = meet(store_engine, [partial(sized, me) for me in range(10)])
+    assert isinstance(results[5], flowstore.StoreFull)
+    assert all(isinstance(result, int | flowstore.StoreFull) for result in results), results
+    returned = [str(me) for me, result in enumerate(results) if isinstance(result, int)]
+    assert sorted(set(keys(store_engine, "run")) - {"before"}) == sorted(returned)
+    limit_pages(store_engine, None)
+    assert isinstance(sized(5), int)
+    assert store_engine.check() == []
+
+
+def test_a_full_disk_inside_a_block_undoes_all_of_it_and_ends_it(file_store_engine: flowstore.Store) -> None:
+    store_engine = file_store_engine
+    write(store_engine, "run", "before")
+    limit_pages(store_engine, 4)
+    with pytest.raises(flowstore.StorageError), store_engine.transaction() as tx:  # its end raises as well
+        write(store_engine, "run", "small")
+        with pytest.raises(flowstore.StoreFull):
+            store_engine.events.append("run", "default", event("large", text="x" * 200_000))
+        for late in (partial(write, store_engine, "run", "late"), partial(store_engine.events.load_events, "run"),
+                     partial(tx.execute, "SELECT 1")):  # fmt: skip
+            refused(late)
+    assert keys(store_engine, "run") == ["before"]
+    limit_pages(store_engine, None)
+    write(store_engine, "run", "after")
+    assert keys(store_engine, "run") == ["before", "after"]
+
+
+def test_a_rollback_by_the_users_own_statement_ends_the_block(store_engine: flowstore.Store) -> None:
+    with store_engine.transaction() as tx:
+        tx.execute("CREATE TABLE mine (id INTEGER PRIMARY KEY)")
+        tx.execute("INSERT INTO mine VALUES (1)")
+    with pytest.raises(flowstore.StorageError), store_engine.transaction() as tx:
+        tx.execute("INSERT INTO mine VALUES (2)")
+        write(store_engine, "run", "small")
+        with pytest.raises(flowstore.StorageError):
+            tx.execute("INSERT OR ROLLBACK INTO mine VALUES (1)")
+        refused(partial(tx.execute, "INSERT INTO mine VALUES (3)"))
+        refused(partial(write, store_engine, "run", "late"))
+    with store_engine.transaction() as tx:
+        assert tx.execute("SELECT id FROM mine") == [(1,)]
+    assert keys(store_engine, "run") == []
+
+
+def limited_process(path: str) -> None:
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    store_engine = flowstore.open(path)
+    write(store_engine, "run", "before")
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    limit = max(os.path.getsize(path), os.path.getsize(path + "-wal")) + 200_000
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+    def large(me: int) -> int:
+        return store_engine.events.append("run", "default", event(str(me), text="x" * limit))
+
+    results = meet(store_engine, [partial(large, me) for me in range(6)])
+    assert all(isinstance(result, flowstore.StorageError) for result in results), results
+    assert keys(store_engine, "run") == ["before"]
+    deadline = time.monotonic() + WATCHDOG / 2
+    acknowledged, errors = fill(store_engine, lambda: time.monotonic() > deadline)
+    assert all(isinstance(error, flowstore.StorageError) for error in errors), errors
+    assert sorted(pairs(store_engine, "fill")) == sorted(acknowledged)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert large(7) == 2
+    write_pair(store_engine, "fill", "after")
+    assert sorted(pairs(store_engine, "fill")) == sorted([*acknowledged, "after"])
+    assert store_engine.check() == []
+    store_engine.close()
+    print(len(acknowledged))
+
+
+def test_a_file_size_limit_loses_nothing_acknowledged_and_writing_goes_on_without_it(path: Path) -> None:
+    pytest.importorskip("resource", reason="this platform has no RLIMIT_FSIZE")
+    with Process(limited_process, path) as child:
+        assert int(child.finish()) > 0
+    with flowstore.open(path) as store_engine:
+        assert keys(store_engine, "run") == ["before", "7"]
+        assert "after" in pairs(store_engine, "fill")
+
+
+def test_a_really_full_disk_is_store_full_and_writing_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
+        failed = subprocess.run(mount, capture_output=True).returncode
+    except OSError:
+        pytest.skip("no mount command here")
+    if failed:
+        pytest.skip("a small tmpfs cannot be mounted here (needs root)")
+    try:
+        ballast = disk / "ballast"
+        ballast.write_bytes(b"x" * 2_000_000)
+        with flowstore.open(disk / "store.db") as store_engine:
+            deadline = time.monotonic() + WATCHDOG / 2
+            acknowledged, errors = fill(store_engine, lambda: time.monotonic() > deadline)
+            assert [type(error) for error in errors] == [flowstore.StoreFull] * 4, errors
+            assert sorted(pairs(store_engine, "fill")) == sorted(acknowledged)
+            ballast.unlink()
+            write_pair(store_engine, "fill", "after")
+            assert sorted(pairs(store_engine, "fill")) == sorted([*acknowledged, "after"])
+            assert store_engine.check() == []
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# ------------------------------------------------------------------------------------------------- waiting
+
+
+def holding_process(path: str) -> None:
+    store_engine = flowstore.open(path)
+    print("ready", flush=True)
+    while sys.stdin.readline():
+        with store_engine.transaction():
+            write(store_engine, "holder", "held")
+            print("held", flush=True)
+            sys.stdin.readline()
+        print("free", flush=True)
+
+
+@contextlib.contextmanager
+def holder(
+    kind: str, store_engine: flowstore.Store, path: Path
+) -> Iterator[Callable[[], contextlib.AbstractContextManager[Any]]]:
+    """Makes blocks in which somebody else has a transaction open."""
+
+    @contextlib.contextmanager
+    def by_process() -> Iterator[None]:
+        child.tell()
+        assert child.read() == "held"
+        try:
+            yield
+        finally:
+            child.tell()
+            assert child.read() == "free"
+
+    @contextlib.contextmanager
+    def patient(opened: flowstore.Store) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            deadline = time.monotonic() + WATCHDOG
+            while True:
+                try:
+                    stack.enter_context(opened.transaction())
+                    break
+                except flowstore.StoreBusy:
+                    assert time.monotonic() < deadline
+            yield
+
+    if kind == "process":
+        with Process(holding_process, path) as child:
+            assert child.read() == "ready"
+            yield by_process
+    elif kind == "store":
+        with flowstore.open(path) as other:
+            yield partial(patient, other)
+    else:
+        yield partial(patient, store_engine)
+
+
+@pytest.mark.parametrize("kind", ["thread", "store", "process"])
+@pytest.mark.parametrize("busy_timeout", [0.0, 0.01])
+def test_what_timed_out_is_not_there_and_what_returned_is(path: Path, kind: str, busy_timeout: float) -> None:
+    returned: list[str] = []
+    busy: list[str] = []
+    messages: set[str] = set()
+
+    store_engine = flowstore.open(path, busy_timeout=busy_timeout)
+
+    def work(me: int) -> None:
+        number, mine = 0, 0
+        while number < 40 or not mine:
+            number += 1
+            key = f"{me}.{number}"
+            try:
+                (write_pair_in_block if random.random() < 0.3 else write_pair)(store_engine, "run", key)
+                returned.append(key)
+                mine += 1
+            except flowstore.StoreBusy as error:
+                busy.append(key)
+                messages.add(str(error))
+
+    with store_engine, holder(kind, store_engine, path) as hold:
+        with hold():
+            callers = [Caller(partial(work, me)) for me in range(8)]
+            until(lambda: len({key.split(".")[0] for key in busy}) == 8, "for each thread to be refused")
+        while any(caller.is_alive() for caller in callers):
+            with hold():
+                time.sleep(random.random() * 0.02)
+            time.sleep(random.random() * 0.01)
+        assert [caller.outcome() for caller in callers] == [None] * 8
+        assert sorted(pairs(store_engine, "run")) == sorted(returned)
+    assert not any("locked" in message for message in messages), messages
+
+
+def test_waiting_for_another_threads_transaction_ends_in_store_busy_with_nothing_written(target: str) -> None:
+    with flowstore.open(target, busy_timeout=0.05) as store_engine:
+        with store_engine.transaction():
+            write(store_engine, "run", "mine")
+            calls: list[Callable[[], Any]] = [
+                partial(write, store_engine, "run", "other"),
+                partial(write_pair_in_block, store_engine, "run", "other"),
+                partial(store_engine.state.claim_work_item, "w", ["q"]),
+            ]
+            if target == ":memory:":  # where readers wait too
+                calls.append(partial(store_engine.events.load_events, "run"))
+            results = outcomes(calls)
+            assert [type(result) for result in results] == [flowstore.StoreBusy] * len(calls), results
+        assert keys(store_engine, "run") == ["mine"]
+        assert outcomes([partial(write, store_engine, "run", "later")]) == [2]
+
+
+def test_readers_and_writers_of_several_stores_on_one_file_meet_no_error(path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        stores = [stack.enter_context(flowstore.open(path)) for _ in range(3)]
+
+        def work(me: int) -> None:
+            mine = stores[me % 3]
+            for number in range(15):
+                write_pair_in_block(mine, "run", f"{me}.{number}")
+                assert f"{me}.{number}" in pairs(mine, "run")
+
+        assert outcomes([partial(work, me) for me in range(9)]) == [None] * 9
+        assert len(pairs(stores[0], "run")) == 9 * 15
+
+
+def test_without_a_transaction_or_another_process_nobody_is_ever_busy(target: str) -> None:
+    with flowstore.open(target, busy_timeout=0.0) as store_engine:
+
+        def work(me: int) -> None:
+            for number in range(30):
+                write_pair(store_engine, "run", f"{me}.{number}")
+                pairs(store_engine, "other")
+
+        assert outcomes([partial(work, me) for me in range(8)]) == [None] * 8
+        assert len(pairs(store_engine, "run")) == 240
+
+
+def test_a_block_whose_end_is_never_run_is_rolled_back_and_frees_the_writer(store_engine: flowstore.Store) -> None:
+    entered = threading.Event()
+    leave = threading.Event()
+
+    def lose() -> None:
+        lost = contextlib.ExitStack()
+        lost.enter_context(store_engine.transaction())
+        write(store_engine, "run", "lost")
+        entered.set()
+        leave.wait(WATCHDOG)
+        lost.pop_all()
+
+    loser = Caller(lose)
+    assert entered.wait(WATCHDOG)
+    waiting = Caller(partial(write, store_engine, "run", "waited"))
+    until(waiting.waits)
+    leave.set()
+    assert loser.outcome() is None
+    assert waiting.outcome() == 1
+    lose()
+    assert Caller(partial(write_pair_in_block, store_engine, "run", "another thread")).outcome() is None
+    assert write(store_engine, "run", "the same thread") == 4
+    assert "lost" not in keys(store_engine, "run")
+
+
+# ------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+@swallows
+def test_thousands_of_interrupts_over_eight_threads_leave_none_hung_lost_or_extra(target: str) -> None:
+    armed = [False] * 8
+    caught = [0] * 8
+    begun: list[list[str]] = [[] for _ in range(8)]
+    returned: list[list[str]] = [[] for _ in range(8)]
+    stop = False
+    store_engine = flowstore.open(target)
+
+    def work(me: int) -> None:
+        number = 0
+        while True:
+            try:
+                while not stop:
+                    armed[me] = True  # only in here is a strike allowed
+                    number += 1
+                    key = f"{me}.{number}"
+                    begun[me].append(key)
+                    (write_pair, write_pair_in_block)[number % 2](store_engine, f"run{number % 3}", key)
+                    returned[me].append(key)
+                    if number % 5 == 0:
+                        store_engine.events.load_events_after(f"run{number % 3}", 10**6)
+                for _ in range(1000):  # a last strike lands here
+                    pass
+                return
+            except KeyboardInterrupt:
+                caught[me] += 1
+
+    def ready(me: int) -> bool:
+        ended = [caller.result for caller in callers if not caller.is_alive()]
+        assert not ended, ended
+        return armed[me]
+
+    callers = [Caller(partial(work, me)) for me in range(8)]
+    for _ in range(STRIKES):
+        me = random.randrange(8)
+        until(partial(ready, me), "for a thread that hangs after a strike")
+        strike(callers[me])
+        armed[me] = False
+        time.sleep(random.random() * 0.001)
+    stop = True
+    assert [caller.outcome() for caller in callers] == [None] * 8
+    assert sum(caught) > STRIKES // 2
+    assert outcomes([partial(write_pair_in_block, store_engine, "after", "usable")]) == [None]
+    there = [key for run in range(3) for key in pairs(store_engine, f"run{run}")]
+    assert len(there) == len(set(there))
+    assert set(there) >= {key for mine in returned for key in mine}, "an acknowledged write is lost"
+    assert set(there) <= {key for mine in begun for key in mine}
+    assert store_engine.check() == []
+    store_engine.close()
+
+
+def nested_engine(store_engine: flowstore.Store, run: str, key: str) -> None:
+    with store_engine.transaction():
+        write(store_engine, run, key)
+        with store_engine.transaction():
+            write(store_engine, run, key)
+
+
+def half_caught(store_engine: flowstore.Store, run: str, key: str) -> None:
+    """A pair whose block also meets an error that is caught in it."""
+    with store_engine.transaction() as tx:
+        write(store_engine, run, key)
+        with contextlib.suppress(flowstore.StorageError):
+            tx.execute("SELECT nonsense")
+        with contextlib.suppress(flowstore.SequenceConflict):
+            store_engine.events.append(run, "default", event("never"), expected_sequence=10**6)
+        write(store_engine, run, key)
+
+
+@swallows
+@pytest.mark.parametrize("call", [write_pair, write_pair_in_block, nested_engine, half_caught])
+def test_an_interrupt_at_any_step_of_a_write_leaves_all_or_nothing_and_a_usable_store(
+    target: str, call: Callable[[flowstore.Store, str, str], Any]
+) -> None:
+    returned: list[str] = []
+    struck: list[str] = []
+    with flowstore.open(target, synchronous="OFF", busy_timeout=1.0) as store_engine:
+        call(store_engine, "run", "first")  # statements are prepared, the writer is open
+        for place in steps(partial(call, store_engine, "run", "dry")):
+            striker = Striker(place)
+            done = striker.run(partial(call, store_engine, "run", f"{place}"))
+            (returned if done else struck).append(f"{place}")
+            again = Caller(partial(write_pair_in_block, store_engine, "run", f"{place}, another thread")).outcome()
+            assert again is None, f"{again!r} after a strike at\n{striker.where}"
+            write_pair(store_engine, "run", f"{place}, the same thread")
+        there = pairs(store_engine, "run")
+        assert struck
+        assert set(there) >= set(returned)
+        others = [key for key in there if key not in {*struck, *returned, "first", "dry"}]
+        assert len(others) == 2 * len(struck + returned)
+
+
+@swallows
+@pytest.mark.parametrize("call", [write_pair, write_pair_in_block])
+def test_an_interrupt_caught_inside_a_block_leaves_all_or_nothing_of_the_call_and_the_block_usable(
+    store_engine: flowstore.Store, call: Callable[[flowstore.Store, str, str], Any]
+) -> None:
+    with store_engine.transaction():
+        places = steps(partial(call, store_engine, "run", "dry"))
+    with store_engine.transaction():
+        for place in places:
+            striker = Striker(place)
+            done = striker.run(partial(call, store_engine, "run", f"{place}"))
+            try:
+                write_pair(store_engine, "run", f"{place}, after")
+            except flowstore.StorageError as error:
+                raise AssertionError(f"{error} after a strike at\n{striker.where}") from error
+            assert not done or f"{place}" in pairs(store_engine, "run")
+    there = Caller(partial(pairs, store_engine, "run")).outcome()
+    assert set(there) >= {f"{place}, after" for place in places}
+
+
+@swallows
+def test_an_interrupt_at_any_step_of_a_read_leaks_no_connection(path: Path) -> None:
+    with flowstore.open(path, synchronous="OFF") as store_engine:
+        for number in range(5):
+            write_pair(store_engine, "run", str(number))
+        calls: list[Callable[[], Any]] = [
+            partial(pairs, store_engine, "run"),
+            lambda: list(store_engine.events.iter_events("run", chunk=2)),
+            partial(store_engine.state.claim_work_item, "w", ["q"]),
+            partial(store_engine.state.claim_work_item, "w", ["q"], wait=0.001),
+        ]
+        for call in calls:
+            call()
+        before = descriptors()
+        for call in calls:
+            for place in steps(call):
+                striker = Striker(place)
+                striker.run(call)
+                assert Caller(partial(pairs, store_engine, "run")).outcome() == [*"01234"], striker.where
+                waiting = Caller(partial(store_engine.state.claim_work_item, "w", ["q"], wait=0.001))
+                waiting.join(5.0)
+                assert not waiting.is_alive(), f"a wait hangs after a strike at\n{striker.where}"
+        assert descriptors() <= before + 4
+        write_pair(store_engine, "run", "5")
+        assert store_engine.check() == []
+
+
+@swallows
+def test_an_interrupt_at_any_step_of_open_and_close_leaks_no_connection(path: Path) -> None:
+    opened: list[flowstore.Store] = []
+
+    def open_and_close() -> None:
+        opened.append(flowstore.open(path, synchronous="OFF"))
+        opened[-1].close()
+
+    before = descriptors()
+    for place in steps(open_and_close):
+        striker = Striker(place)
+        striker.run(open_and_close)
+        for store_engine in opened:
+            assert Caller(store_engine.close).outcome() is None, striker.where
+        opened.clear()
+        with flowstore.open(path) as store_engine:
+            write_pair(store_engine, "run", f"{place}")
+        gc.collect()
+        assert descriptors() <= before, striker.where
+    with flowstore.open(path) as store_engine:
+        assert pairs(store_engine, "run")
+        assert store_engine.check() == []
+
+
+@swallows
+def test_an_interrupted_close_can_be_repeated_by_any_thread_wherever_it_was_struck() -> None:
+    dry, place = Striker(0), 0
+    dry.run(flowstore.open(":memory:").close)
+    while place < dry.places:
+        place += 1
+        store_engine = flowstore.open(":memory:")
+        striker = Striker(place)
+        striker.run(store_engine.close)
+        again = Caller(store_engine.close)
+        again.join(5.0)
+        assert not again.is_alive(), f"close() hangs after a strike at\n{striker.where}"
+        assert again.result is None
+        assert isinstance(Caller(partial(write, store_engine, "run", "late")).outcome(), flowstore.StoreClosed)
+
+
+@swallows
+@pytest.mark.parametrize(
+    ("struck", "again"),
+    [(write_pair, 0), (write_pair_in_block, 0), (write_pair, 40)],
+    ids=["call", "block", "call struck again"],
+)
+def test_an_interrupt_at_any_step_of_a_queued_call_spares_the_calls_queued_with_it(
+    target: str, struck: Callable[[flowstore.Store, str, str], Any], again: int
+) -> None:
+    with flowstore.open(target, synchronous="OFF", busy_timeout=2.0) as store_engine:
+        spared: list[str] = []
+
+        def together(place: int, striker: Striker) -> bool:
+            """One struck call that queues first, and so gets the lead, and four behind it."""
+            calls = [partial(struck, store_engine, "run", f"{place}.struck")]
+            for n in range(4):
+                calls.append(partial((write_pair, write_pair_in_block)[n % 2], store_engine, "run", f"{place}.{n}"))
+            callers: list[Caller] = []
+            with store_engine.transaction():
+                for call in calls:
+                    callers.append(Caller(call if callers else partial(striker.run, call)))
+                    until(lambda: len(store_engine._engine.queue) >= len(callers) or not callers[0].is_alive())
+            results = [caller.outcome() for caller in callers]
+            failed = [result for result in results if isinstance(result, BaseException)]
+            assert not failed, f"{failed!r} after a strike at\n{striker.where}"
+            spared.extend(f"{place}.{n}" for n in range(4))
+            return bool(results[0])
+
+        dry = Striker(0)
+        assert together(0, dry)
+        stride = max(1, 2 * dry.places // STEPS)
+        places = range(random.randint(1, stride), dry.places + 1, stride)
+        done = {place: together(place, Striker(place, random.randint(0, again))) for place in places}
+        assert not all(done.values())
+        there = pairs(store_engine, "run")
+        assert {key for key in there if not key.endswith("struck")} == set(spared)
+        assert set(there) >= {f"{place}.struck" for place, returned in done.items() if returned}
+
+
+@swallows
+def test_an_interrupt_of_a_follower_and_then_of_its_leader_leaves_no_call_behind_that_nobody_waits_for(
+    target: str,
+) -> None:
+    inside, leave = threading.Event(), threading.Event()
+    leader: list[Caller] = []
+
+    def clock() -> dt.datetime:
+        if threading.current_thread() in leader:
+            inside.set()
+            leave.wait(WATCHDOG)
+            raise KeyboardInterrupt
+        return dt.datetime.now(dt.UTC)
+
+    with flowstore.open(target, clock=clock, busy_timeout=1.0) as store_engine:
+        with store_engine.transaction():
+            leader.append(Caller(partial(write_pair, store_engine, "run", "leader")))
+            until(lambda: len(store_engine._engine.queue) >= 1)
+            follower = Caller(partial(write_pair, store_engine, "run", "follower"))
+            until(lambda: len(store_engine._engine.queue) >= 2)
+        assert inside.wait(WATCHDOG)
+        strike(follower)
+        follower.join(2.0)  # it may notice when its own time is over
+        leave.set()
+        assert isinstance(leader[0].outcome(), KeyboardInterrupt)
+        assert isinstance(follower.outcome(), KeyboardInterrupt)
+        assert isinstance(Caller(partial(write_pair, store_engine, "run", "after")).outcome(), int)
+        assert set(pairs(store_engine, "run")) <= {"follower", "after"}
+
+
+def interrupted_process(path: str) -> None:
+    armed = False
+
+    def on_sigint(*_: object) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise KeyboardInterrupt
+
+    def write_on(me: int) -> list[str]:
+        mine: list[str] = []
+        while not stop:
+            write_pair(store_engine, "run", f"{me}.{len(mine)}")
+            mine.append(f"{me}.{len(mine)}")
+        return mine
+
+    store_engine = flowstore.open(path)
+    stop = False
+    signal.signal(signal.SIGINT, on_sigint)
+    others = [Caller(partial(write_on, me)) for me in range(3)]
+    print("ready", flush=True)
+    try:
+        armed = True
+        store_engine.state.claim_work_item("w", ["q"], wait=10 * WATCHDOG)
+        raise AssertionError("Ctrl-C did not end the wait")
+    except KeyboardInterrupt:
+        pass
+    struck, number = 0, 0
+    returned: list[str] = []
+    while struck < 200:
+        try:
+            while True:
+                armed = True
+                number += 1
+                (write_pair, write_pair_in_block)[number % 2](store_engine, "run", f"main.{number}")
+                returned.append(f"main.{number}")
+        except KeyboardInterrupt:
+            struck += 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stop = True
+    for other in others:
+        mine = other.outcome()
+        assert isinstance(mine, list), mine
+        returned += mine
+    print("done", flush=True)
+    missing = set(returned) - set(pairs(store_engine, "run"))
+    assert not missing, missing
+    store_engine.close()
+
+
+@needs_sigint
+def test_ctrl_c_in_the_main_thread_harms_no_other_thread_and_no_acknowledged_write(path: Path) -> None:
+    with Process(interrupted_process, path) as child:
+        assert child.read() == "ready"
+
+        def strike_on() -> None:
+            while child.popen.poll() is None:
+                child.popen.send_signal(signal.SIGINT)
+                time.sleep(random.random() * 0.004)
+
+        striker = Caller(strike_on)
+        assert child.read() == "done"
+        child.finish()
+        assert striker.outcome() is None
+    with flowstore.open(path) as store_engine:
+        assert pairs(store_engine, "run")
+
+
+# ----------------------------------------------------------------------------------------------- isolation
+
+
+def test_nobody_else_sees_a_transaction_before_its_commit(file_store_engine: flowstore.Store) -> None:
+    store_engine = file_store_engine
+
+    def seen() -> Any:
+        return Caller(lambda: (keys(store_engine, "run"), store_engine.events.execution_exists("run"),
+                               store_engine.state.list_work_items())).outcome()  # fmt: skip
+
+    with pytest.raises(ZeroDivisionError), store_engine.transaction():
+        write(store_engine, "run", "never")
+        store_engine.state.enqueue_work_item(flowstore.WorkItem(execution_id="run", queue_type="q"))
+        assert keys(store_engine, "run") == ["never"]
+        assert seen() == ([], False, [])
+        raise ZeroDivisionError
+    assert seen() == ([], False, [])
+    with store_engine.transaction():
+        write(store_engine, "run", "one")
+        write(store_engine, "run", "two")
+        assert keys(store_engine, "run") == ["one", "two"]
+        assert seen() == ([], False, [])
+    assert seen() == (["one", "two"], True, [])
+
+
+def test_in_memory_everybody_else_waits_for_the_commit() -> None:
+    with flowstore.open(":memory:") as store_engine:
+        for number in range(20):
+            with store_engine.transaction():
+                write(store_engine, f"run{number}", "one")
+                readers = [Caller(partial(keys, store_engine, f"run{number}")) for _ in range(4)]
+                until(lambda: all(reader.is_alive() for reader in readers))  # noqa: B023
+                write(store_engine, f"run{number}", "two")
+            assert [reader.outcome() for reader in readers] == [["one", "two"]] * 4
+
+
+def test_read_change_write_in_a_block_loses_no_update(store_engine: flowstore.Store) -> None:
+    with store_engine.transaction() as tx:
+        tx.execute("CREATE TABLE counter (n INTEGER)")
+        tx.execute("INSERT INTO counter VALUES (0)")
+
+    def work() -> None:
+        for _ in range(20):
+            with store_engine.transaction() as tx:
+                [(count,)] = tx.execute("SELECT n FROM counter")
+                tx.execute("UPDATE counter SET n = ?", (count + 1,))
+
+    assert outcomes([work] * 8) == [None] * 8
+    with store_engine.transaction() as tx:
+        assert tx.execute("SELECT n FROM counter") == [(160,)]
+
+
+def test_a_thread_that_inherits_the_context_does_not_join_the_transaction(path: Path) -> None:
+    with flowstore.open(path, busy_timeout=0.05) as store_engine, store_engine.transaction():
+        write(store_engine, "run", "mine")
+        context = contextvars.copy_context()
+        assert Caller(lambda: context.run(keys, store_engine, "run")).outcome() == []
+        result = Caller(lambda: context.run(write, store_engine, "run", "no")).outcome()
+        assert isinstance(result, flowstore.StoreBusy), result
+        assert keys(store_engine, "run") == ["mine"]
+
+
+def test_a_call_from_another_task_of_the_same_thread_raises_at_once(target: str) -> None:
+    async def main(store_engine: flowstore.Store) -> None:
+        opened, leave = asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            with store_engine.transaction():
+                write(store_engine, "run", "held")
+                opened.set()
+                await leave.wait()
+
+        async def other() -> None:
+            await opened.wait()
+            calls: list[Callable[[], Any]] = [
+                partial(write, store_engine, "run", "other"),
+                partial(write_pair_in_block, store_engine, "run", "other"),
+                partial(store_engine.state.claim_work_item, "w", ["q"], wait=WATCHDOG),
+            ]
+            if target == ":memory:":
+                calls.append(partial(keys, store_engine, "run"))
+            else:
+                assert keys(store_engine, "run") == []
+            for call in calls:
+                with pytest.raises(flowstore.StorageError) as error:
+                    call()
+                assert not isinstance(error.value, flowstore.StoreBusy), "it waited"
+            leave.set()
+
+        await asyncio.gather(hold(), other())
+        assert keys(store_engine, "run") == ["held"]
+        assert write(store_engine, "run", "later") == 2
+
+    with flowstore.open(target, busy_timeout=10 * WATCHDOG) as store_engine:
+        asyncio.run(main(store_engine))
+
+
+def test_tasks_started_inside_a_transaction_join_it_until_it_ends(store_engine: flowstore.Store) -> None:
+    async def child(run: str, key: str) -> None:
+        await asyncio.sleep(0)
+        write(store_engine, run, key)
+        await asyncio.sleep(0)
+        write(store_engine, run, key)
+
+    async def main() -> None:
+        with pytest.raises(ZeroDivisionError), store_engine.transaction():
+            await asyncio.gather(child("undone", "a"), child("undone", "b"))
+            assert len(keys(store_engine, "undone")) == 4
+            raise ZeroDivisionError
+        assert keys(store_engine, "undone") == []
+        with store_engine.transaction():
+            async with asyncio.TaskGroup() as group:
+                group.create_task(child("run", "a"))
+                group.create_task(child("run", "b"))
+            await asyncio.wait_for(child("run", "c"), WATCHDOG)
+        assert sorted(keys(store_engine, "run")) == ["a", "a", "b", "b", "c", "c"]
+
+        ended = asyncio.Event()
+
+        async def outlive() -> int:
+            await ended.wait()
+            return write(store_engine, "late", "by itself")
+
+        with pytest.raises(ZeroDivisionError), store_engine.transaction():
+            task = asyncio.create_task(outlive())
+            await asyncio.sleep(0)
+            raise ZeroDivisionError
+        ended.set()
+        assert await task == 1
+
+    asyncio.run(main())
+    assert Caller(partial(keys, store_engine, "late")).outcome() == ["by itself"]
+
+
+# ---------------------------------------------------------------------------------------------------- fork
+
+
+def forks_among_writers(path: str) -> None:
+    store_engine = flowstore.open(path)
+    stop = threading.Event()
+    acknowledged: list[list[str]] = [[] for _ in range(3)]
+
+    def work(me: int) -> None:
+        while not stop.is_set():
+            key = f"{me}.{len(acknowledged[me])}"
+            write_pair(store_engine, "run", key)
+            acknowledged[me].append(key)
+            assert key in pairs(store_engine, "run")
+
+    def child(number: int) -> None:
+        for n in range(3):
+            write_pair(store_engine, "child", f"{number}.{n}")
+        known = {key for mine in acknowledged for key in mine}
+        assert known <= set(pairs(store_engine, "run")), "the child misses what was acknowledged before the fork"
+        if number % 2:
+            store_engine.close()
+
+    def go_on(count: int) -> None:
+        """Lets each thread write some more."""
+        aims = [len(mine) + count for mine in acknowledged]
+
+        def enough() -> bool:
+            return all(len(mine) >= aim for mine, aim in zip(acknowledged, aims, strict=True))
+
+        until(lambda: enough() or not all(map(Caller.is_alive, callers)))
+
+    callers = [Caller(partial(work, me)) for me in range(3)]
+    pids = []
+    for number in range(12):
+        assert [caller.result for caller in callers] == [None] * 3
+        go_on(3)
+        pids.append(forked(partial(child, number)))
+        if number % 3 == 2:
+            reap(pids.pop(0))
+    for pid in pids:
+        reap(pid)
+    go_on(3)
+    stop.set()
+    assert [caller.outcome() for caller in callers] == [None] * 3
+    assert sorted(pairs(store_engine, "child")) == sorted(f"{number}.{n}" for number in range(12) for n in range(3))
+    assert sorted(pairs(store_engine, "run")) == sorted(key for mine in acknowledged for key in mine)
+    store_engine.close()
+    print(sum(map(len, acknowledged)))
+
+
+@needs_fork
+def test_forks_while_other_threads_read_and_write_lose_nothing_on_either_side(path: Path) -> None:
+    with Process(forks_among_writers, path) as process:
+        count = int(process.finish())
+    with flowstore.open(path) as store_engine:
+        assert len(pairs(store_engine, "run")) == count
+        assert len(pairs(store_engine, "child")) == 36
+        assert store_engine.check() == []
+
+
+def forks_among_openers(path: str) -> None:
+    """Each child has a store of its own, while the parent's threads open, write and close others."""
+    stop = threading.Event()
+    acknowledged: list[str] = []
+
+    def work(me: int) -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            with flowstore.open(path) as store_engine:
+                write_pair(store_engine, "run", f"{me}.{number}")
+            acknowledged.append(f"{me}.{number}")
+
+    def child(number: int) -> None:
+        with flowstore.open(path) as store_engine:
+            for n in range(10):
+                write_pair(store_engine, "run", f"child{number}.{n}")
+                time.sleep(random.random() * 0.01)
+
+    callers = [Caller(partial(work, me)) for me in range(2)]
+    pids = []
+    for number in range(16):
+        time.sleep(random.random() * 0.02)
+        assert [caller.result for caller in callers] == [None] * 2
+        pids.append(forked(partial(child, number)))
+        acknowledged += [f"child{number}.{n}" for n in range(10)]
+    for pid in pids:
+        reap(pid)
+    stop.set()
+    assert [caller.outcome() for caller in callers] == [None] * 2
+    with flowstore.open(path) as store_engine:
+        missing = set(acknowledged) - set(pairs(store_engine, "run"))
+        assert not missing, missing
+        assert store_engine.check() == []
+
+
+@needs_fork
+def test_forks_while_other_threads_open_and_close_stores_lose_nothing_on_either_side(path: Path) -> None:
+    with Process(forks_among_openers, path) as process:
+        process.finish()
+
+
+def struck_forks(path: str) -> None:
+    store_engine = flowstore.open(path, busy_timeout=5.0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def strike_in_fork() -> None:
+        def in_fork() -> bool:
+            frame = sys._current_frames()[main]
+            return frame.f_code.co_filename == flowstore.__file__
+
+        until(in_fork)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def use(key: str) -> None:
+        calls: list[Callable[[], Any]] = [partial(write_pair, store_engine, "run", key)]
+        found = outcomes([*calls, partial(write_pair_in_block, store_engine, "run", f"{key}+")])
+        assert not [result for result in found if isinstance(result, BaseException)], found
+        assert {key, f"{key}+"} <= set(Caller(partial(pairs, store_engine, "run")).outcome())
+
+    main, parent = threading.get_ident(), os.getpid()
+    for number in range(3):
+        busy = Caller(partial(store_engine.events.append_batch, f"bulk{number}", "default", [event("x")] * 20_000))
+        until(busy.waits)  # the fork has to wait for its statement
+        striker = Caller(strike_in_fork)
+        with contextlib.suppress(KeyboardInterrupt):
+            os.fork()
+        if os.getpid() != parent:
+            leave(partial(use, f"child{number}"))
+        assert [striker.outcome(), busy.outcome()] == [None, 1]
+        use(f"parent{number}")
+        reap(-1)
+    store_engine.close()
+
+
+@needs_fork
+def test_ctrl_c_while_a_fork_waits_for_a_statement_leaves_both_sides_usable(path: Path) -> None:
+    with Process(struck_forks, path) as process:
+        process.finish()
+    with flowstore.open(path) as store_engine:
+        assert len(pairs(store_engine, "run")) == 12
+        assert store_engine.check() == []
+
+
+def fork_while_one_waits(path: str) -> None:
+    store_engine = flowstore.open(path)
+    write(store_engine, "run", "known")
+
+    def enqueue_in_child() -> None:
+        assert store_engine.state.claim_work_item("child", ["q"]) is None
+        store_engine.state.enqueue_work_item(flowstore.WorkItem(execution_id="run", queue_type="q"))
+
+    def wait_in_child() -> None:
+        item = store_engine.state.claim_work_item("child", ["q"], wait=10 * WATCHDOG)
+        assert item is not None
+        assert item.worker_id == "child"
+
+    waiter = Caller(lambda: store_engine.state.claim_work_item("parent", ["q"], wait=10 * WATCHDOG))
+    until(waiter.waits)
+    reap(forked(enqueue_in_child))
+    item = waiter.outcome()
+    assert item.worker_id == "parent", item
+    pid = forked(wait_in_child)
+    store_engine.state.enqueue_work_item(flowstore.WorkItem(execution_id="run", queue_type="q"))
+    reap(pid)
+
+
+@needs_fork
+def test_a_fork_while_a_claim_waits_leaves_both_sides_working_and_waking_each_other(path: Path) -> None:
+    with Process(fork_while_one_waits, path) as process:
+        process.finish()
+
+
+def fork_beside_a_transaction(path: str) -> None:
+    store_engine = flowstore.open(path)
+    write(store_engine, "run", "before")
+    opened, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store_engine.transaction():
+            for _ in range(40):  # more than the cache holds, so that some of it is in the WAL already
+                store_engine.events.append("run", "default", event("first", text="x" * 100_000))
+            opened.set()
+            leave.wait(WATCHDOG)
+            write(store_engine, "run", "second")
+
+    def child(end: str) -> None:
+        os.symlink(path, f"{path}.{end}")
+        for call in (
+            lambda: write(store_engine, "run", "child"),
+            lambda: store_engine.events.load_events("run"),
+            lambda: store_engine.state.claim_work_item("w", ["q"], wait=5.0),
+            lambda: store_engine.transaction().__enter__(),
+            lambda: store_engine.stats(),
+            lambda: store_engine.check(),
+            lambda: flowstore.open(path).events.load_events("run"),
+            lambda: flowstore.open(f"{path}.{end}").events.load_events("run"),
+        ):
+            refused(call)
+        with flowstore.open(f"{path}.other.{end}") as other:  # another file is nobody's transaction
+            assert write(other, "run", "child") == 1
+        if end == "close":
+            with contextlib.suppress(flowstore.StorageError):
+                store_engine.close()
+
+    holder = Caller(hold)
+    assert opened.wait(WATCHDOG)
+    queued = Caller(lambda: write(store_engine, "run", "queued"))
+    until(queued.waits)
+    for end in ("leave", "close"):
+        reap(forked(partial(child, end)))
+    pid = os.fork()
+    if not pid:
+        sys.exit(0)  # as an interpreter ends that knows nothing of all this
+    reap(pid)
+    assert [holder.is_alive(), queued.is_alive()] == [True, True]
+    leave.set()
+    assert [holder.outcome(), queued.outcome()] == [None, 43]
+    assert keys(store_engine, "run") == ["before", *["first"] * 40, "second", "queued"]
+    store_engine.close()
+
+
+@needs_fork
+def test_a_transaction_open_at_a_fork_stays_the_parents_and_the_child_is_refused_the_file(path: Path) -> None:
+    with Process(fork_beside_a_transaction, path) as process:
+        process.finish()
+    with flowstore.open(path) as store_engine:
+        assert keys(store_engine, "run") == ["before", *["first"] * 40, "second", "queued"]
+        assert store_engine.check() == []
+
+
+def fork_inside_a_transaction(path: str, leave: str) -> None:
+    store_engine = flowstore.open(path)
+    pid = -1
+    try:
+        with store_engine.transaction() as tx:
+            for _ in range(40):
+                store_engine.events.append("run", "default", event("first", text="x" * 100_000))
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(WATCHDOG // 2)
+                refused(lambda: write(store_engine, "run", "child"))
+                refused(lambda: store_engine.events.load_events("run"))
+                refused(lambda: tx.execute("CREATE TABLE mine (n INTEGER)"))
+                refused(lambda: flowstore.open(path).events.load_events("run"))
+                if leave == "by sys.exit":
+                    sys.exit(0)
+                if leave == "by an error":
+                    raise ZeroDivisionError
+            else:
+                reap(pid)  # while the block is still open here
+                write(store_engine, "run", "second")
+    except (flowstore.StorageError, ZeroDivisionError) as error:
+        expected = ZeroDivisionError if leave == "by an error" else flowstore.StorageError
+        os._exit(0 if pid == 0 and isinstance(error, expected) else 1)
+    if pid == 0:
+        os._exit(1)  # the end of the block must not look like a commit
+    assert keys(store_engine, "run") == [*["first"] * 40, "second"]
+    store_engine.close()
+
+
+@needs_fork
+@pytest.mark.parametrize("leave", ["by its end", "by an error", "by sys.exit"])
+def test_a_child_forked_inside_a_transaction_neither_commits_nor_undoes_it(path: Path, leave: str) -> None:
+    with Process(fork_inside_a_transaction, path, leave) as process:
+        process.finish()
+    with flowstore.open(path) as store_engine:
+        assert keys(store_engine, "run") == [*["first"] * 40, "second"]
+        assert store_engine.check() == []
+
+
+def one_side_closes_after_a_fork(path: str, who: str) -> None:
+    store_engine = flowstore.open(path)
+    write(store_engine, "run", "before")
+    to_stayer, to_closer = os.pipe(), os.pipe()
+
+    def stay() -> None:
+        for number in range(5):
+            write(store_engine, "run", f"early{number}")
+        os.write(to_closer[1], b"x")
+        os.read(to_stayer[0], 1)
+        for number in range(5):
+            write(store_engine, "run", f"late{number}")
+
+    def close() -> None:
+        os.read(to_closer[0], 1)
+        store_engine.close()
+        os.write(to_stayer[1], b"x")
+
+    pid = forked(stay if who == "parent" else close)
+    (close if who == "parent" else stay)()
+    reap(pid)
+
+
+@needs_fork
+@pytest.mark.parametrize("who", ["parent", "child"])
+def test_whoever_closes_after_a_fork_costs_the_other_side_nothing(path: Path, who: str) -> None:
+    with Process(one_side_closes_after_a_fork, path, who) as process:
+        process.finish()
+    with flowstore.open(path) as store_engine:
+        assert keys(store_engine, "run") == ["before", *(f"{w}{n}" for w in ("early", "late") for n in range(5))]
+        assert store_engine.check() == []
+
+
+def memory_fork() -> None:
+    def work(me: int) -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            write_pair(store_engine, f"load{me}.{number // 50}", f"{number}")
+
+    def child(number: int) -> None:
+        assert pairs(store_engine, "run") == ["before"]
+        write_pair(store_engine, "run", f"child{number}")
+        assert pairs(store_engine, "run") == ["before", f"child{number}"]
+        for me in range(3):
+            pairs(store_engine, f"load{me}.0")
+        store_engine.close()
+
+    store_engine = flowstore.open(":memory:")
+    stop = threading.Event()
+    write_pair(store_engine, "run", "before")
+    callers = [Caller(partial(work, me)) for me in range(3)]
+    for number in range(6):
+        reap(forked(partial(child, number)))
+    stop.set()
+    assert [caller.outcome() for caller in callers] == [None] * 3
+    write_pair(store_engine, "run", "after")
+    assert pairs(store_engine, "run") == ["before", "after"]
+    store_engine.close()
+
+
+@needs_fork
+def test_a_memory_store_forks_into_two_independent_ones() -> None:
+    with Process(memory_fork) as process:
+        process.finish()
+
+
+def fork_beside_a_waiting_call_and_a_generator(path: str) -> None:
+    store_engine = flowstore.open(path)
+    walk = store_engine.events.iter_events("run", chunk=2)
+    assert next(walk).event["key"] == "0"
+
+    def child() -> None:
+        assert [stored.event["key"] for stored in walk] == [str(n) for n in range(1, 9)]
+        os.write(1, b"forked\n")
+        write(store_engine, "queue", "child")
+
+    waiting = Caller(lambda: write(store_engine, "queue", "parent"))  # another process has a transaction open
+    until(waiting.waits)
+    pid = forked(child)
+    assert [stored.event["key"] for stored in walk] == [str(n) for n in range(1, 9)]
+    reap(pid)
+    assert isinstance(waiting.outcome(), int), waiting.outcome()
+    assert sorted(keys(store_engine, "queue")) == ["child", "parent"]
+
+
+@needs_fork
+def test_a_fork_waits_neither_for_a_call_that_waits_nor_for_a_generator_between_two_items(path: Path) -> None:
+    with flowstore.open(path) as store_engine, contextlib.ExitStack() as stack:
+        for number in range(9):
+            write(store_engine, "run", str(number))
+        with store_engine.transaction():
+            process = stack.enter_context(Process(fork_beside_a_waiting_call_and_a_generator, path))
+            assert process.read() == "forked"
+        process.finish()
+
+
+# --------------------------------------------------------------------------------------------------- kills
+
+
+def killed_writer(path: str, name: str) -> None:
+    store_engine = flowstore.open(path)
+
+    def work(me: int) -> None:
+        number = 0
+        while True:
+            number += 1
+            key = f"{name}.{me}.{number}"
+            (write_pair, write_pair_in_block)[number % 2](store_engine, f"run{number % 2}", key)
+            os.write(1, f"{key}\n".encode())  # acknowledged
+
+    outcomes([partial(work, me) for me in range(4)])
+
+
+@needs_kill
+def test_a_kill_in_the_middle_of_writes_loses_nothing_acknowledged_and_tears_nothing(path: Path) -> None:
+    acknowledged: set[str] = set()
+    for number in range(KILL_ROUNDS):
+        with Process(killed_writer, path, number) as child:
+            acknowledged.update(child.read() for _ in range(random.randint(1, 150)))
+            acknowledged.update(child.kill().split("\n")[:-1])
+        with flowstore.open(path) as store_engine:
+            there = [*pairs(store_engine, "run0"), *pairs(store_engine, "run1")]
+            assert acknowledged <= set(there)
+            assert len(there) == len(set(there))
+            assert len(there) <= len(acknowledged) + 4 * (number + 1), "more than was under way"
+            assert store_engine.check() == []
+
+
+def killed_in_a_block(path: str) -> None:
+    store_engine = flowstore.open(path)
+    with store_engine.transaction():
+        for number in range(50):
+            store_engine.events.append("run", "default", event(str(number), text="x" * 100_000))
+        print("open", flush=True)
+        sys.stdin.readline()
+
+
+@needs_kill
+def test_a_transaction_whose_process_is_killed_is_gone_and_blocks_nobody(path: Path) -> None:
+    with flowstore.open(path) as store_engine:
+        write(store_engine, "run", "before")
+        with Process(killed_in_a_block, path) as child:
+            assert child.read() == "open"
+            assert keys(store_engine, "run") == ["before"]
+            waiting = Caller(partial(write, store_engine, "run", "after"))
+            until(waiting.waits)
+            child.kill()
+        assert waiting.outcome() == 2
+        assert keys(store_engine, "run") == ["before", "after"]
+
+
+# --------------------------------------------------------------------------------------------------- close
+
+
+def test_close_under_load_lets_every_call_finish_or_raise_store_closed(path: Path) -> None:
+    store_engine = flowstore.open(path)
+    returned: list[str] = []
+
+    def work(me: int) -> None:
+        number = 0
+        while True:
+            number += 1
+            if me % 4 == 3:
+                pairs(store_engine, "run")
+            else:
+                (write_pair, write_pair_in_block)[me % 2](store_engine, "run", f"{me}.{number}")
+                returned.append(f"{me}.{number}")
+
+    callers = [Caller(partial(work, me)) for me in range(12)]
+    until(lambda: len({key.split(".")[0] for key in returned}) == 9)
+    closers = outcomes([store_engine.close] * 3)
+    assert closers == [None] * 3
+    results = [caller.outcome() for caller in callers]
+    assert [type(result) for result in results] == [flowstore.StoreClosed] * 12, results
+    with flowstore.open(path) as again:
+        there = set(pairs(again, "run"))
+        assert there == set(returned), "a write that raised is not there"
+        assert again.check() == []
+
+
+def test_close_wakes_whoever_waits_for_an_item(store_engine: flowstore.Store) -> None:
+    waiters = [Caller(partial(store_engine.state.claim_work_item, "w", ["q"], wait=10 * WATCHDOG)) for _ in range(3)]
+    for waiter in waiters:
+        until(waiter.waits)
+    store_engine.close()
+    assert [type(waiter.outcome()) for waiter in waiters] == [flowstore.StoreClosed] * 3
+
+
+def test_close_rolls_back_another_threads_transaction_whose_rest_raises_store_closed(path: Path) -> None:
+    store_engine = flowstore.open(path)
+    write(store_engine, "run", "before")
+    opened, leave = threading.Event(), threading.Event()
+    inside: list[type] = []
+
+    def hold() -> None:
+        with store_engine.transaction() as tx:
+            write(store_engine, "run", "undone")
+            opened.set()
+            leave.wait(WATCHDOG)
+            calls: list[Callable[[], Any]] = [
+                partial(write, store_engine, "run", "late"),
+                partial(store_engine.events.load_events, "run"),
+                partial(tx.execute, "SELECT 1"),
+            ]
+            for call in calls:
+                try:
+                    call()
+                except Exception as error:
+                    inside.append(type(error))
+
+    holding = Caller(hold)
+    assert opened.wait(WATCHDOG)
+    queued = Caller(partial(write, store_engine, "run", "queued"))
+    until(queued.waits)
+    store_engine.close()
+    leave.set()
+    assert type(holding.outcome()) is flowstore.StoreClosed
+    assert inside == [flowstore.StoreClosed] * 3
+    result = queued.outcome()
+    assert result == 2 or type(result) is flowstore.StoreClosed, result
+    with flowstore.open(path) as again:
+        assert keys(again, "run") == (["before", "queued"] if result == 2 else ["before"])
+
+
+def test_close_in_ones_own_transaction_is_refused_and_afterwards_idempotent(store_engine: flowstore.Store) -> None:
+    with store_engine.transaction():
+        write(store_engine, "run", "one")
+        with pytest.raises(flowstore.StorageError):
+            store_engine.close()
+        write(store_engine, "run", "two")
+    assert keys(store_engine, "run") == ["one", "two"]
+    store_engine.close()
+    store_engine.close()
+    calls: list[Callable[[], Any]] = [
+        partial(write, store_engine, "run", "late"),
+        partial(store_engine.events.load_events, "run"),
+        store_engine.stats,
+        store_engine.check,
+        partial(store_engine.state.claim_work_item, "w", ["q"]),
+        store_engine.transaction().__enter__,
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(flowstore.StoreClosed):
+            call()
+
+
+# -------------------------------------------------------------------------------------------------- bounds
+
+
+def test_descriptors_stay_bounded_with_many_short_lived_threads(path: Path) -> None:
+    before = descriptors()
+    most = 0
+    with flowstore.open(path, synchronous="OFF") as store_engine:
+
+        def work(number: int) -> None:
+            nonlocal most
+            write_pair(store_engine, "run", str(number))
+            assert str(number) in pairs(store_engine, "run")
+            most = max(most, descriptors())
+
+        for wave in range(30):
+            results = outcomes([partial(work, 10 * wave + n) for n in range(10)])
+            assert results == [None] * 10
+        assert descriptors() <= before + 30, "they stay with dead threads"
+    assert most <= before + 50
+    for _ in range(30):
+        with flowstore.open(path) as store_engine:
+            pairs(store_engine, "run")
+    assert descriptors() <= before + 2
+
+
+def test_no_kind_of_call_leaves_objects_behind(target: str) -> None:
+    store_engine = flowstore.open(target, synchronous="OFF")
+
+    def conflict() -> None:
+        with contextlib.suppress(flowstore.SequenceConflict):
+            store_engine.events.append("run", "default", event("no"), expected_sequence=10**6)
+
+    def alive(call: Callable[[], Any], times: int) -> int:
+        for _ in range(times):
+            call()
+        gc.collect()
+        return len(gc.get_objects())
+
+    calls: list[Callable[[], Any]] = [
+        partial(write_pair, store_engine, "run", "again"),
+        partial(write_pair_in_block, store_engine, "run", "again"),
+        partial(nested_engine, store_engine, "run", "again"),
+        conflict,
+        partial(store_engine.events.load_events_after, "run", 10**6),
+        partial(store_engine.state.claim_work_item, "w", ["q"]),
+    ]
+    for call in calls:
+        alive(call, 300)  # caches fill
+        before = alive(call, 1)
+        assert alive(call, 300) < before + 150, call
+    store_engine.close()
+
+
+def test_the_wal_stays_bounded_under_overlapping_readers_and_steady_writes(path: Path) -> None:
+    stop = False
+    written = while_read = largest = 0
+    with flowstore.open(path, synchronous="OFF") as store_engine:
+        rows = [event(str(n), text="x" * 1000) for n in range(300)]
+        store_engine.events.append_batch("read", "default", rows)
+
+        def read() -> None:
+            nonlocal while_read
+            while not stop:
+                begin = written
+                assert len(store_engine.events.load_events("read")) == 300
+                while_read = max(while_read, written - begin)
+
+        readers = [Caller(read) for _ in range(3)]
+        walk = store_engine.events.iter_events("read", chunk=10)
+        next(walk)  # rests between two items all the while
+        for number in range(16):
+            store_engine.events.append("write", "default", event(str(number), text="x" * 8_000_000))
+            written += 8_000_000
+            largest = max(largest, os.path.getsize(f"{path}-wal"))
+        stop = True
+        assert [reader.outcome() for reader in readers] == [None] * 3
+        assert sum(1 for _ in walk) == 299
+        assert store_engine.events.count_events("write") == 16
+    bound = 16 * 2**20 + while_read
+    assert largest < 1.1 * bound + 9_000_000, f"{largest:,} bytes; {while_read:,} during the longest read"
+
+
+def test_importing_loads_neither_asyncio_nor_psycopg_and_does_nothing() -> None:
+    code = """if True:
+        import sys, threading
+        import flowstore
+        print({"asyncio", "psycopg", "argparse"} & set(sys.modules), threading.active_count())"""
+    env = {**os.environ, "PYTHONPATH": str(Path(flowstore.__file__).parent)}
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("set() 1\n", "")
+
+
+# ==========================================================================================================
+# The command line, the README, the schema
+# ==========================================================================================================
+
+HERE = Path(__file__).parent
+
+
+def run(*arguments: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command of the module in a process of its own; none may ever end in a traceback."""
+    done = subprocess.run(
+        [sys.executable, flowstore.__file__, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120
+    )
+    assert "Traceback" not in done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def test_the_quickstart_at_the_head_of_the_module_runs() -> None:
+    result = doctest.testmod(flowstore)
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```\n\nIt prints `(.*?)`", (HERE / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize(("code", "said"), EXAMPLES)
+def test_the_examples_of_the_readme_print_what_it_says(tmp_path: Path, code: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+    )
+    assert (done.stdout.strip(), done.stderr) == (said, "")
+
+
+def test_every_command_of_the_readme_is_there() -> None:
+    for name in re.findall(r"python flowstore\.py (\w+)", (HERE / "README.md").read_text()):
+        assert name in flowstore._COMMANDS
+
+
+def test_a_copy_in_a_package_under_another_name_passes_its_selftest(tmp_path: Path) -> None:
+    vendored = tmp_path / "app" / "_vendor"
+    vendored.mkdir(parents=True)
+    for folder in (vendored, vendored.parent):
+        (folder / "__init__.py").touch()
+    shutil.copy(flowstore.__file__, vendored / "store_copy.py")
+    command = [sys.executable, "-S", "-W", "error", "-m", "app._vendor.store_copy", "selftest"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r"(ok   .*\n)+\d+ passed, 0 failed\n", done.stdout)
+
+
+def test_selftest_leaves_a_given_store_sound_and_its_items_alone(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "app.db") as store:
+        store.events.append("mine", "default", {"type": "custom"})
+        store.state.enqueue_work_item(WorkItem(execution_id="mine", queue_type="q", id="item"))
+    run("selftest", "--target", "app.db", cwd=tmp_path)
+    with flowstore.open(tmp_path / "app.db") as store:
+        item = store.state.get_work_item("item")
+        assert item is not None
+        assert item.status == "pending"
+        assert store.events.count_events("mine") == 1
+        assert store.check() == []
+
+
+def test_selftest_says_which_promise_is_broken(tmp_path: Path) -> None:
+    source = Path(flowstore.__file__).read_text()
+    assert "return last + 1" in source
+    (tmp_path / "broken.py").write_text(source.replace("return last + 1", "return last + 2"))
+    done = subprocess.run(
+        [sys.executable, "broken.py", "selftest"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1
+    assert re.search(r"^FAIL log: ", done.stdout, re.MULTILINE)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(6):
+        (folder / f"{number}.txt").write_text(f"line one\nline two of {number}\n")
+    return folder
+
+
+def test_demo_does_every_file_once_although_a_worker_is_killed(tmp_path: Path, files: Path) -> None:
+    done = run("demo", files, cwd=tmp_path)
+    assert re.search(r"killed worker-1\S*, .* under fence 1", done.stdout)
+    assert re.search(r"taken over: .* under fence 2", done.stdout)
+    assert "6 done exactly once, 0 dead letters, 0 lost; 1 taken over" in done.stdout
+    with flowstore.open(tmp_path / "flowstore-demo.db", read_only=True) as store:
+        assert store.check() == []
+        (queue,) = store.stats()["queues"].values()
+        assert queue == {"completed": 6}
+    again = run("demo", files, cwd=tmp_path)
+    assert "6 done exactly once" in again.stdout
+    assert "killed" not in again.stdout
+
+
+def test_demo_gives_up_a_file_that_cannot_be_read_and_does_the_others(tmp_path: Path, files: Path) -> None:
+    (files / "gone.txt").symlink_to("nowhere")
+    done = run("demo", files, cwd=tmp_path, status=1)
+    assert "6 done exactly once, 1 dead letters, 0 lost" in done.stdout
+    assert "No such file" in done.stdout
+    with flowstore.open(tmp_path / "flowstore-demo.db") as store:
+        (dead,) = store.state.list_dead_letters()
+        assert "No such file" in (dead.last_error or "")
+        assert dead.attempt == dead.max_attempts
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
+def test_demo_goes_on_where_it_was_killed(tmp_path: Path, files: Path) -> None:
+    for number in range(6, 60):
+        (files / f"{number}.txt").write_text("word " * number)
+    command = [sys.executable, flowstore.__file__, "demo", str(files)]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if line.startswith("killed"):
+                break
+        demo.kill()
+    done = run("demo", files, cwd=tmp_path)
+    assert "60 done exactly once, 0 dead letters, 0 lost" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["demo", "nowhere"], 2), (["demo", ".", "--limit", "-1"], 2), (["demo", "--limit", "x"], 2), ([], 2),
+        (["nonsense"], 2), (["demo", "--store", "."], 1), (["demo", "--store", "text.txt"], 1), (["check", "."], 1),
+        (["check", "text.txt"], 1), (["check", "missing.db"], 1), (["check", "no/such/folder.db"], 1),
+        (["backup", "app.db", "app.db"], 1), (["check", "ftp://host/app.db"], 1), (["check", "sqlite:app.db?x=1"], 1),
+        (["compact", "text.txt"], 1), (["selftest", "--target", "."], 1),
+    ],
+)
+def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path, arguments: list[str], status: int) -> None:
+    (tmp_path / "text.txt").write_text("this is no database, but it is long enough to be one\n" * 30)
+    flowstore.open(tmp_path / "app.db").close()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    done = run(*arguments, cwd=tmp_path, status=status)
+    assert re.fullmatch(r"flowstore: .+\n", done.stderr)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".db", ".txt")} == before
+
+
+def test_check_backup_and_compact_from_the_command_line(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "app.db") as store:
+        store.events.append("e", "default", {"type": "custom"})
+    assert "sound" in run("check", "app.db", cwd=tmp_path).stdout
+    run("backup", "app.db", "copy.db", cwd=tmp_path)
+    run("compact", "copy.db", cwd=tmp_path)
+    with flowstore.open(tmp_path / "copy.db", read_only=True) as copy:
+        assert copy.events.count_events("e") == 1
+    plain = sqlite3.connect(tmp_path / "copy.db")
+    plain.execute("UPDATE flowstore_log SET sequence = 5")
+    plain.commit()
+    plain.close()
+    assert "'e' has a gap" in run("check", "copy.db", cwd=tmp_path, status=1).stdout
+
+
+def test_version_is_the_modules(tmp_path: Path) -> None:
+    assert run("--version", cwd=tmp_path).stdout == f"flowstore {flowstore.__version__}\n"
+
+
+def test_importing_is_cheap_in_modules() -> None:
+    """What makes an import slow is what it imports; the milliseconds are in bench."""
+    code = "known = set(sys.modules); import flowstore; print(*set(sys.modules) - known)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); {code}"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )
+    heavy = {"asyncio", "argparse", "concurrent.futures", "html", "http", "multiprocessing", "psycopg", "subprocess",
+             "tempfile", "typing_extensions", "unittest", "urllib.request", "uuid"}
+    assert not heavy & set(done.stdout.split())
+
+
+def schema(database: sqlite3.Connection) -> list[str]:
+    return sorted(" ".join(sql.split()) for (sql,) in database.execute("SELECT sql FROM sqlite_master") if sql)
+
+
+def test_a_file_of_version_1_opens_with_all_that_is_in_it_and_todays_tables(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "old.db") as old:
+        old.executescript(VERSION_1)
+    old.close()
+    with flowstore.open(tmp_path / "old.db") as store:
+        assert [stored.event for stored in store.events.load_events("order-1")] == [{"type": "custom", "note": "kept"}]
+        assert store.state.claim_work_item("worker", ["mail"]) is not None
+        assert store.check() == []
+    flowstore.open(tmp_path / "new.db").close()
+    upgraded, new = sqlite3.connect(tmp_path / "old.db"), sqlite3.connect(tmp_path / "new.db")
+    assert schema(upgraded) == schema(new)
+    upgraded.close()
+    new.close()
+
+
+# ruff: noqa: E501 (the dump below)
+# The .dump of a store of schema version 1 with a few rows. It never changes: what comes later is an upgrade from it.
+VERSION_1 = """
+BEGIN TRANSACTION;
+CREATE TABLE event_subscriptions (
+    id TEXT PRIMARY KEY, workflow_id TEXT NOT NULL, step_id INTEGER NOT NULL, execution_pointer_id TEXT NOT NULL,
+    event_name TEXT NOT NULL, event_key TEXT NOT NULL, subscribe_as_of INTEGER NOT NULL, subscription_data TEXT,
+    external_token TEXT, external_worker_id TEXT, external_token_expiry INTEGER, terminated_at INTEGER);
+CREATE TABLE events (
+    id TEXT PRIMARY KEY, event_name TEXT NOT NULL, event_key TEXT NOT NULL, event_data TEXT,
+    event_time INTEGER NOT NULL, is_processed INTEGER NOT NULL);
+CREATE TABLE execution_errors (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, workflow_id TEXT NOT NULL, execution_pointer_id TEXT NOT NULL,
+    message TEXT NOT NULL, error_time INTEGER NOT NULL);
+CREATE TABLE execution_pointers (
+    workflow_id TEXT NOT NULL REFERENCES workflows (id) ON DELETE CASCADE, place INTEGER NOT NULL, id TEXT NOT NULL,
+    step_id INTEGER NOT NULL, active INTEGER NOT NULL, status TEXT NOT NULL, sleep_until INTEGER,
+    persistence_data TEXT, start_time INTEGER, end_time INTEGER, event_name TEXT, event_key TEXT,
+    event_published INTEGER NOT NULL, event_data TEXT, step_name TEXT, retry_count INTEGER NOT NULL,
+    children TEXT NOT NULL, context_item TEXT, predecessor_id TEXT, outcome TEXT, scope TEXT NOT NULL,
+    extension_attributes TEXT NOT NULL, PRIMARY KEY (workflow_id, id));
+CREATE TABLE flow_events (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, flow_id TEXT NOT NULL REFERENCES flows (id) ON DELETE CASCADE,
+    kind TEXT NOT NULL, payload TEXT NOT NULL, at INTEGER NOT NULL);
+CREATE TABLE flow_steps (
+    id TEXT PRIMARY KEY, flow_id TEXT NOT NULL REFERENCES flows (id) ON DELETE CASCADE, runtime TEXT NOT NULL,
+    child_session_key TEXT, run_id TEXT NOT NULL, task TEXT NOT NULL, status TEXT NOT NULL, result TEXT,
+    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, UNIQUE (flow_id, run_id));
+CREATE TABLE flows (
+    id TEXT PRIMARY KEY, controller_id TEXT NOT NULL, goal TEXT NOT NULL, owner_session_key TEXT NOT NULL,
+    requester_origin TEXT NOT NULL, current_step TEXT NOT NULL, state TEXT NOT NULL, wait TEXT, status TEXT NOT NULL,
+    cancel_requested INTEGER NOT NULL, revision INTEGER NOT NULL, created_at INTEGER NOT NULL,
+    updated_at INTEGER NOT NULL);
+CREATE TABLE flowstore_artifacts (
+    tenant_id TEXT NOT NULL, hash TEXT NOT NULL, size INTEGER NOT NULL, media_type TEXT, data BLOB NOT NULL,
+    PRIMARY KEY (tenant_id, hash));
+CREATE TABLE flowstore_counters (definition_id TEXT PRIMARY KEY, value INTEGER NOT NULL);
+CREATE TABLE flowstore_definitions (
+    workflow_id TEXT NOT NULL, version TEXT NOT NULL, ir TEXT NOT NULL, created_at INTEGER NOT NULL,
+    tenant_id TEXT NOT NULL, PRIMARY KEY (tenant_id, workflow_id, version));
+CREATE TABLE flowstore_effects (
+    tenant_id TEXT NOT NULL, key TEXT NOT NULL, result TEXT NOT NULL, execution_id TEXT, PRIMARY KEY (tenant_id, key));
+CREATE TABLE flowstore_executions (
+    execution_id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL, created_at INTEGER NOT NULL);
+INSERT INTO "flowstore_executions" VALUES('order-1','default',1767225600000000);
+CREATE TABLE flowstore_log (
+    position INTEGER PRIMARY KEY, execution_id TEXT NOT NULL, sequence INTEGER NOT NULL, tenant_id TEXT NOT NULL,
+    event TEXT NOT NULL, timestamp INTEGER NOT NULL, event_id TEXT, UNIQUE (execution_id, sequence));
+INSERT INTO "flowstore_log" VALUES(1,'order-1',1,'default','{"type":"custom","note":"kept"}',1767225600000000,NULL);
+CREATE TABLE flowstore_meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+INSERT INTO "flowstore_meta" VALUES('schema','1');
+CREATE TABLE flowstore_runs (
+    execution_id TEXT PRIMARY KEY, workflow_id TEXT NOT NULL, workflow_version TEXT NOT NULL, status TEXT NOT NULL,
+    initial_input TEXT NOT NULL, current_state TEXT NOT NULL, started_at INTEGER NOT NULL,
+    updated_at INTEGER NOT NULL, completed_at INTEGER, tenant_id TEXT NOT NULL);
+CREATE TABLE flowstore_snapshots (
+    execution_id TEXT NOT NULL, at_sequence INTEGER NOT NULL, state TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
+    created_at INTEGER NOT NULL, tenant_id TEXT NOT NULL, PRIMARY KEY (execution_id, at_sequence));
+CREATE TABLE flowstore_tenants (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, policy TEXT, limits TEXT NOT NULL,
+    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL);
+INSERT INTO "flowstore_tenants" VALUES('default','','active',NULL,'{"max_concurrent_executions":null,"max_workflows":null,"max_tokens_per_month":null,"max_cost_per_month_usd":null}',1767225600000000,1767225600000000);
+CREATE TABLE flowstore_tokens (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL, role TEXT NOT NULL, hash TEXT NOT NULL UNIQUE,
+    created_at INTEGER NOT NULL, expires_at INTEGER, revoked_at INTEGER, tenant_id TEXT NOT NULL);
+CREATE TABLE flowstore_work_items (
+    id TEXT PRIMARY KEY, execution_id TEXT NOT NULL, node_id TEXT NOT NULL, queue_type TEXT NOT NULL,
+    payload TEXT NOT NULL, attempt INTEGER NOT NULL, max_attempts INTEGER NOT NULL, created_at INTEGER NOT NULL,
+    available_at INTEGER NOT NULL, lease_expires_at INTEGER, worker_id TEXT, lease_fence INTEGER NOT NULL,
+    status TEXT NOT NULL, last_error TEXT, tenant_id TEXT NOT NULL, dead_lettered_at INTEGER);
+INSERT INTO "flowstore_work_items" VALUES('item-1','order-1','','mail','{}',0,3,1767225600000000,1767225600000000,NULL,NULL,0,'pending',NULL,'default',NULL);
+CREATE TABLE scheduled_commands (
+    command_name TEXT NOT NULL, data TEXT NOT NULL, execute_time INTEGER NOT NULL, again_at INTEGER, lease_token TEXT,
+    lease_expires_at INTEGER, PRIMARY KEY (command_name, data));
+CREATE TABLE workflows (
+    id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, workflow_definition_id TEXT NOT NULL, version INTEGER NOT NULL,
+    description TEXT, reference TEXT, root_workflow_id TEXT, next_execution INTEGER, status TEXT NOT NULL,
+    data TEXT NOT NULL, create_time INTEGER NOT NULL, complete_time INTEGER);
+CREATE INDEX flows_by_owner ON flows (owner_session_key, created_at, id);
+CREATE INDEX flows_by_status ON flows (status, updated_at, id);
+CREATE INDEX flow_steps_by_flow ON flow_steps (flow_id, created_at, id);
+CREATE INDEX flow_events_by_flow ON flow_events (flow_id, id);
+CREATE INDEX flowstore_tenants_by_time ON flowstore_tenants (created_at, id);
+CREATE INDEX flowstore_tokens_by_time ON flowstore_tokens (created_at, id);
+CREATE INDEX flowstore_tokens_by_tenant ON flowstore_tokens (tenant_id, created_at, id);
+CREATE INDEX flowstore_executions_by_tenant ON flowstore_executions (tenant_id, created_at, execution_id);
+CREATE INDEX flowstore_log_by_tenant ON flowstore_log (tenant_id, position);
+CREATE UNIQUE INDEX flowstore_log_by_event_id ON flowstore_log (execution_id, event_id) WHERE event_id IS NOT NULL;
+CREATE INDEX flowstore_runs_by_time ON flowstore_runs (updated_at, execution_id);
+CREATE INDEX flowstore_runs_by_status ON flowstore_runs (status, updated_at, execution_id);
+CREATE INDEX flowstore_runs_by_tenant ON flowstore_runs (tenant_id, updated_at, execution_id);
+CREATE INDEX flowstore_runs_by_tenant_status ON flowstore_runs (tenant_id, status, updated_at, execution_id);
+CREATE INDEX flowstore_pending ON flowstore_work_items (status, queue_type, available_at, id)
+    WHERE status = 'pending';
+CREATE INDEX flowstore_pending_by_tenant ON flowstore_work_items (status, tenant_id, queue_type, available_at, id)
+    WHERE status = 'pending';
+CREATE INDEX flowstore_leases ON flowstore_work_items (status, queue_type, lease_expires_at, id)
+    WHERE status = 'claimed';
+CREATE INDEX flowstore_leases_by_tenant ON flowstore_work_items (status, tenant_id, queue_type, lease_expires_at, id)
+    WHERE status = 'claimed';
+CREATE INDEX flowstore_dead ON flowstore_work_items (status, dead_lettered_at, id) WHERE status = 'dead_lettered';
+CREATE INDEX flowstore_dead_by_tenant ON flowstore_work_items (status, tenant_id, dead_lettered_at, id)
+    WHERE status = 'dead_lettered';
+CREATE INDEX flowstore_items_by_time ON flowstore_work_items (available_at, id);
+CREATE INDEX flowstore_items_by_status ON flowstore_work_items (status, available_at, id);
+CREATE INDEX flowstore_items_by_queue ON flowstore_work_items (queue_type, available_at, id);
+CREATE INDEX flowstore_items_by_execution ON flowstore_work_items (execution_id, available_at, id);
+CREATE INDEX flowstore_items_by_tenant ON flowstore_work_items (tenant_id, available_at, id);
+CREATE INDEX flowstore_effects_by_execution ON flowstore_effects (execution_id);
+CREATE INDEX workflows_runnable ON workflows (next_execution, id)
+    WHERE status = 'Runnable' AND next_execution IS NOT NULL;
+CREATE INDEX workflows_by_age ON workflows (status, (COALESCE(complete_time, create_time)), id);
+CREATE INDEX execution_pointers_in_order ON execution_pointers (workflow_id, place);
+CREATE INDEX events_by_key ON events (event_name, event_key, event_time, id);
+CREATE INDEX events_runnable ON events (event_time, id) WHERE is_processed = 0;
+CREATE INDEX events_processed ON events (event_time, id) WHERE is_processed = 1;
+CREATE INDEX event_subscriptions_open ON event_subscriptions (event_name, event_key, subscribe_as_of, id)
+    WHERE terminated_at IS NULL;
+CREATE INDEX event_subscriptions_by_workflow ON event_subscriptions (workflow_id);
+CREATE INDEX event_subscriptions_ended ON event_subscriptions (terminated_at, id) WHERE terminated_at IS NOT NULL;
+CREATE INDEX scheduled_commands_by_time ON scheduled_commands (execute_time, command_name, data);
+CREATE INDEX execution_errors_by_workflow ON execution_errors (workflow_id, id);
+CREATE INDEX execution_errors_by_time ON execution_errors (error_time, id);
+DELETE FROM "sqlite_sequence";
+COMMIT;
+"""
