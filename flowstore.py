@@ -34,7 +34,7 @@ The chapters, each resting only on those above it:
     Schema        the tables, one statement each
     Rows          values checked; the one mapper between records and rows
     Engine        SQLite: connections, transactions, group commit, waiting, fork
-    Facets        EventStore, StateBackend
+    Facets        FlowStore, EventStore, StateBackend
     Store         what open() returns
     Command line  selftest, demo, bench, check, backup, compact
 """
@@ -300,8 +300,7 @@ class Flow(_Record):
     def transition_to(self, status: FlowStatus | str) -> None:
         """Set `status`, and nothing else, if it may follow the present one; the store itself checks no transition.
 
-        Raises AlreadyTerminal, CancelPending, IllegalTransition. Source: Flow::transition_to.
-        """
+        Raises AlreadyTerminal, CancelPending, IllegalTransition. Source: Flow::transition_to."""
         now, then = _enum(FlowStatus, self.status, "status"), _enum(FlowStatus, status, "status")
         if now.is_terminal:
             raise AlreadyTerminal(self.id, now)
@@ -609,12 +608,12 @@ class ExecutionError(_Record, frozen=True):
 
 # Times are integer microseconds since the epoch, JSON is text. Tables that a seed names keep that name; the others
 # are `flowstore_...`, since the user's own tables may share the file. The partial indexes of the queue begin with the
-# status that they are about: one column more to match is what makes SQLite prefer them to the full ones.
+# status that they are about: one column more to match is what makes SQLite prefer them to the full ones. The two tables
+# that every append looks into are WITHOUT ROWID: one seek less.
 _SCHEMA_VERSION = 1
 
 _TABLES = """
 CREATE TABLE flowstore_meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-
 CREATE TABLE flows (
     id TEXT PRIMARY KEY, controller_id TEXT NOT NULL, goal TEXT NOT NULL, owner_session_key TEXT NOT NULL,
     requester_origin TEXT NOT NULL, current_step TEXT NOT NULL, state TEXT NOT NULL, wait TEXT, status TEXT NOT NULL,
@@ -622,39 +621,32 @@ CREATE TABLE flows (
     updated_at INTEGER NOT NULL);
 CREATE INDEX flows_by_owner ON flows (owner_session_key, created_at, id);
 CREATE INDEX flows_by_status ON flows (status, updated_at, id);
-
 CREATE TABLE flow_steps (
     id TEXT PRIMARY KEY, flow_id TEXT NOT NULL REFERENCES flows (id) ON DELETE CASCADE, runtime TEXT NOT NULL,
     child_session_key TEXT, run_id TEXT NOT NULL, task TEXT NOT NULL, status TEXT NOT NULL, result TEXT,
     created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, UNIQUE (flow_id, run_id));
 CREATE INDEX flow_steps_by_flow ON flow_steps (flow_id, created_at, id);
-
 CREATE TABLE flow_events (
     id INTEGER PRIMARY KEY AUTOINCREMENT, flow_id TEXT NOT NULL REFERENCES flows (id) ON DELETE CASCADE,
     kind TEXT NOT NULL, payload TEXT NOT NULL, at INTEGER NOT NULL);
 CREATE INDEX flow_events_by_flow ON flow_events (flow_id, id);
-
 CREATE TABLE flowstore_tenants (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, policy TEXT, limits TEXT NOT NULL,
-    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL);
+    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX flowstore_tenants_by_time ON flowstore_tenants (created_at, id);
-
 CREATE TABLE flowstore_tokens (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, role TEXT NOT NULL, hash TEXT NOT NULL UNIQUE,
     created_at INTEGER NOT NULL, expires_at INTEGER, revoked_at INTEGER, tenant_id TEXT NOT NULL);
 CREATE INDEX flowstore_tokens_by_time ON flowstore_tokens (created_at, id);
 CREATE INDEX flowstore_tokens_by_tenant ON flowstore_tokens (tenant_id, created_at, id);
-
 CREATE TABLE flowstore_executions (
-    execution_id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL, created_at INTEGER NOT NULL);
+    execution_id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL, created_at INTEGER NOT NULL) WITHOUT ROWID;
 CREATE INDEX flowstore_executions_by_tenant ON flowstore_executions (tenant_id, created_at, execution_id);
-
 CREATE TABLE flowstore_log (
     position INTEGER PRIMARY KEY, execution_id TEXT NOT NULL, sequence INTEGER NOT NULL, tenant_id TEXT NOT NULL,
     event TEXT NOT NULL, timestamp INTEGER NOT NULL, event_id TEXT, UNIQUE (execution_id, sequence));
 CREATE INDEX flowstore_log_by_tenant ON flowstore_log (tenant_id, position);
 CREATE UNIQUE INDEX flowstore_log_by_event_id ON flowstore_log (execution_id, event_id) WHERE event_id IS NOT NULL;
-
 CREATE TABLE flowstore_runs (
     execution_id TEXT PRIMARY KEY, workflow_id TEXT NOT NULL, workflow_version TEXT NOT NULL, status TEXT NOT NULL,
     initial_input TEXT NOT NULL, current_state TEXT NOT NULL, started_at INTEGER NOT NULL,
@@ -663,11 +655,9 @@ CREATE INDEX flowstore_runs_by_time ON flowstore_runs (updated_at, execution_id)
 CREATE INDEX flowstore_runs_by_status ON flowstore_runs (status, updated_at, execution_id);
 CREATE INDEX flowstore_runs_by_tenant ON flowstore_runs (tenant_id, updated_at, execution_id);
 CREATE INDEX flowstore_runs_by_tenant_status ON flowstore_runs (tenant_id, status, updated_at, execution_id);
-
 CREATE TABLE flowstore_snapshots (
     execution_id TEXT NOT NULL, at_sequence INTEGER NOT NULL, state TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
     created_at INTEGER NOT NULL, tenant_id TEXT NOT NULL, PRIMARY KEY (execution_id, at_sequence));
-
 CREATE TABLE flowstore_work_items (
     id TEXT PRIMARY KEY, execution_id TEXT NOT NULL, node_id TEXT NOT NULL, queue_type TEXT NOT NULL,
     payload TEXT NOT NULL, attempt INTEGER NOT NULL, max_attempts INTEGER NOT NULL, created_at INTEGER NOT NULL,
@@ -687,29 +677,24 @@ CREATE INDEX flowstore_dead_by_tenant ON flowstore_work_items (status, tenant_id
 CREATE INDEX flowstore_items_by_time ON flowstore_work_items (available_at, id);
 CREATE INDEX flowstore_items_by_status ON flowstore_work_items (status, available_at, id);
 CREATE INDEX flowstore_items_by_queue ON flowstore_work_items (queue_type, available_at, id);
-CREATE INDEX flowstore_items_by_execution ON flowstore_work_items (execution_id, available_at, id);
 CREATE INDEX flowstore_items_by_tenant ON flowstore_work_items (tenant_id, available_at, id);
-
+CREATE INDEX flowstore_items_by_execution ON flowstore_work_items (execution_id, available_at, id);
 CREATE TABLE flowstore_definitions (
     workflow_id TEXT NOT NULL, version TEXT NOT NULL, ir TEXT NOT NULL, created_at INTEGER NOT NULL,
     tenant_id TEXT NOT NULL, PRIMARY KEY (tenant_id, workflow_id, version));
-
 CREATE TABLE flowstore_effects (
     tenant_id TEXT NOT NULL, key TEXT NOT NULL, result TEXT NOT NULL, execution_id TEXT, PRIMARY KEY (tenant_id, key));
 CREATE INDEX flowstore_effects_by_execution ON flowstore_effects (execution_id);
-
 CREATE TABLE flowstore_artifacts (
     tenant_id TEXT NOT NULL, hash TEXT NOT NULL, size INTEGER NOT NULL, media_type TEXT, data BLOB NOT NULL,
     PRIMARY KEY (tenant_id, hash));
-
 CREATE TABLE workflows (
     id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, workflow_definition_id TEXT NOT NULL, version INTEGER NOT NULL,
     description TEXT, reference TEXT, root_workflow_id TEXT, next_execution INTEGER, status TEXT NOT NULL,
-    data TEXT NOT NULL, create_time INTEGER NOT NULL, complete_time INTEGER);
-CREATE INDEX workflows_runnable ON workflows (next_execution, id)
+    data TEXT NOT NULL, create_time INTEGER NOT NULL, complete_time INTEGER, stamp INTEGER NOT NULL);
+CREATE INDEX workflows_runnable ON workflows (status, next_execution, id)
     WHERE status = 'Runnable' AND next_execution IS NOT NULL;
 CREATE INDEX workflows_by_age ON workflows (status, (COALESCE(complete_time, create_time)), id);
-
 CREATE TABLE execution_pointers (
     workflow_id TEXT NOT NULL REFERENCES workflows (id) ON DELETE CASCADE, place INTEGER NOT NULL, id TEXT NOT NULL,
     step_id INTEGER NOT NULL, active INTEGER NOT NULL, status TEXT NOT NULL, sleep_until INTEGER,
@@ -717,15 +702,13 @@ CREATE TABLE execution_pointers (
     event_published INTEGER NOT NULL, event_data TEXT, step_name TEXT, retry_count INTEGER NOT NULL,
     children TEXT NOT NULL, context_item TEXT, predecessor_id TEXT, outcome TEXT, scope TEXT NOT NULL,
     extension_attributes TEXT NOT NULL, PRIMARY KEY (workflow_id, id));
-CREATE INDEX execution_pointers_in_order ON execution_pointers (workflow_id, place);
-
+CREATE INDEX execution_pointers_in_order ON execution_pointers (workflow_id, place, id);
 CREATE TABLE events (
     id TEXT PRIMARY KEY, event_name TEXT NOT NULL, event_key TEXT NOT NULL, event_data TEXT,
     event_time INTEGER NOT NULL, is_processed INTEGER NOT NULL);
 CREATE INDEX events_by_key ON events (event_name, event_key, event_time, id);
 CREATE INDEX events_runnable ON events (event_time, id) WHERE is_processed = 0;
 CREATE INDEX events_processed ON events (event_time, id) WHERE is_processed = 1;
-
 CREATE TABLE event_subscriptions (
     id TEXT PRIMARY KEY, workflow_id TEXT NOT NULL, step_id INTEGER NOT NULL, execution_pointer_id TEXT NOT NULL,
     event_name TEXT NOT NULL, event_key TEXT NOT NULL, subscribe_as_of INTEGER NOT NULL, subscription_data TEXT,
@@ -734,18 +717,15 @@ CREATE INDEX event_subscriptions_open ON event_subscriptions (event_name, event_
     WHERE terminated_at IS NULL;
 CREATE INDEX event_subscriptions_by_workflow ON event_subscriptions (workflow_id);
 CREATE INDEX event_subscriptions_ended ON event_subscriptions (terminated_at, id) WHERE terminated_at IS NOT NULL;
-
 CREATE TABLE scheduled_commands (
     command_name TEXT NOT NULL, data TEXT NOT NULL, execute_time INTEGER NOT NULL, again_at INTEGER, lease_token TEXT,
     lease_expires_at INTEGER, PRIMARY KEY (command_name, data));
 CREATE INDEX scheduled_commands_by_time ON scheduled_commands (execute_time, command_name, data);
-
 CREATE TABLE execution_errors (
     id INTEGER PRIMARY KEY AUTOINCREMENT, workflow_id TEXT NOT NULL, execution_pointer_id TEXT NOT NULL,
     message TEXT NOT NULL, error_time INTEGER NOT NULL);
 CREATE INDEX execution_errors_by_workflow ON execution_errors (workflow_id, id);
 CREATE INDEX execution_errors_by_time ON execution_errors (error_time, id);
-
 CREATE TABLE flowstore_counters (definition_id TEXT PRIMARY KEY, value INTEGER NOT NULL)
 """
 
@@ -981,6 +961,15 @@ class _Mapper(Generic[T]):
         names = (*self.names, *more)
         return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) ON CONFLICT DO NOTHING"
 
+    def update(self, table: str, *kept: str) -> str:
+        """UPDATE by id of all columns but those `kept`: their values in the columns' order, then the id."""
+        names = [f"{name} = ?" for name in self.names if name not in ("id", *kept)]
+        return f"UPDATE {table} SET {', '.join(names)} WHERE id = ?"
+
+    def select(self, rest: str) -> str:
+        """SELECT of all columns from what `rest` says."""
+        return f"SELECT {self.columns} FROM {rest}"
+
     def encode(self, record: object, path: str = "", *, argument: str = "") -> dict[str, Any]:
         """Column values by column; InvalidData names the field."""
         _is(self.record, record, argument or self.record.__name__)
@@ -1003,6 +992,10 @@ class _Mapper(Generic[T]):
         record.__dict__.update(zip(self.fields, values, strict=True))  # past __init__: half the time of loading a log
         return record
 
+    def maybe(self, row: Iterable[Any] | None) -> T | None:
+        """The record of a row, None without one."""
+        return None if row is None else self.decode(row)
+
     def decode_all(self, rows: Iterable[tuple[Any, ...]]) -> list[T]:
         """The records of many rows."""
         return [self.decode(row) for row in rows]
@@ -1018,6 +1011,7 @@ _ITEM = _Mapper(WorkItem)
 _DEAD = _Mapper(DeadLetter)
 _TOKEN = _Mapper(ApiToken)
 _TENANT = _Mapper(Tenant)
+_ARTIFACT = _Mapper(ArtifactRef)
 _INSTANCE = _Mapper(WorkflowInstance, without=("execution_pointers",))
 _POINTER = _Mapper(ExecutionPointer)
 _EVENT = _Mapper(Event)
@@ -1132,8 +1126,7 @@ class _Operation(Generic[F, P, R]):
     """A facet's method over an open transaction, seen from outside as a method that runs it in one.
 
     `writes` operations may run more than once (a group begun again), so they have no effect outside `tx`; `snapshot`
-    reads have several statements and run them on one state of the database.
-    """
+    reads have several statements and run them on one state of the database."""
 
     def __init__(self, function: Callable[Concatenate[F, _Tx, P], R], writes: bool, snapshot: bool) -> None:
         self.function = function
@@ -1191,8 +1184,15 @@ def _snapshot(function: Callable[Concatenate[F, _Tx, P], R]) -> _Operation[F, P,
 
 class _Call:
     """One caller that wants the writer: with an operation, or (`operation` None) for itself alone."""
-    __slots__ = ("abandoned", "args", "deadline", "done", "error", "facet", "gate", "held_up", "kwargs", "operation",
-                 "result", "running", "taken", "thread")
+    gate: threading.Lock | None = None
+    deadline = 0.0
+    result: Any = None
+    error: BaseException | None = None
+    done = False  # result or error hold what became of it
+    taken = False  # in a leader's group: it no longer times out
+    running = False  # as leader: its transaction has begun
+    held_up = False  # as leader: another process has the file
+    abandoned = False  # its thread has gone on, or the block that held the transaction is gone
 
     def __init__(self, operation: _Operation[Any, Any, Any] | None, facet: Any, args: Any, kwargs: Any) -> None:
         self.operation = operation
@@ -1200,15 +1200,6 @@ class _Call:
         self.args = args
         self.kwargs = kwargs
         self.thread = threading.get_ident()
-        self.deadline = 0.0
-        self.gate: threading.Lock | None = None
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.done = False  # result or error hold what became of it
-        self.taken = False  # in a leader's group: it no longer times out
-        self.running = False  # as leader: its transaction has begun
-        self.held_up = False  # as leader: another process has the file
-        self.abandoned = False  # its thread has gone on, or the block that held the transaction is gone
 
     def wake(self) -> None:
         """Let its thread look at the shared state again; doing so twice does no harm."""
@@ -1236,8 +1227,7 @@ class _Engine:
     A durable commit costs one fsync, whatever it carries. The caller that finds the writer free leads: it begins a
     transaction, takes every operation that queued meanwhile, runs them all, commits, wakes their callers and hands
     the lead to the first that has queued since. `lead`, `queue` and the calls in them change only under `mutex`.
-    Whoever holds a connection's lock may take the mutex, never the other way round.
-    """
+    Whoever holds a connection's lock may take the mutex, never the other way round."""
 
     def __init__(self, target: str, path: str | None, options: _Options) -> None:
         self.target = target
@@ -1250,8 +1240,7 @@ class _Engine:
         self.outcome: list[object] = []  # not empty: the group's COMMIT has succeeded
         self.closed = False
         self.commits = 0
-        self.watchers = 0
-        self.news = threading.Condition()
+        self.watching: set[threading.Lock] = set()
         self.checkpoint_at = _WAL_BOUND
         self.looked_after = 0
         self.breath = 0.0
@@ -1523,11 +1512,13 @@ class _Engine:
     def _begin(self, call: _Call) -> bool:
         """BEGIN IMMEDIATE on the writer, whose lock the caller holds; False when another process has the file."""
         try:
-            tx = self.writer.use()
-            if tx.db.in_transaction:  # of a block whose end was never run
-                tx.run("ROLLBACK")
-            tx.run("BEGIN IMMEDIATE")
-        except StoreBusy:
+            db = (self.writer.tx or self.writer.use()).db
+            if db.in_transaction:  # of a block whose end was never run
+                db.execute("ROLLBACK")
+            db.execute("BEGIN IMMEDIATE")
+        except (StoreBusy, sqlite3.Error) as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(failure := _failure(error), StoreBusy):
+                raise failure from error
             call.held_up = True
             return False
         call.running, call.held_up = True, False
@@ -1545,24 +1536,28 @@ class _Engine:
         self._pass_on(leader)
 
     def _try_group(self, leader: _Call) -> bool:
+        operation = leader.operation
         with self.writer.lock:
-            if not self._begin(leader):
+            if operation is None or not self._begin(leader) or (tx := self.writer.tx) is None:
                 return False
-            tx = self.writer.use()
             self.group = [leader]
             try:
                 if self.queue:  # only now: until here each of them could time out on its own clock
                     self._take()
                 try:
-                    if len(self.group) > 1:
+                    if len(self.group) == 1:
+                        leader.result = operation.run(leader.facet, tx, leader.args, leader.kwargs)
+                    else:
                         tx.run("SAVEPOINT flowstore_group")  # to begin again without giving the file to others
-                    if not self._run_group(tx, savepoints=False):
-                        tx.run("ROLLBACK TO flowstore_group")
-                        self._run_group(tx, savepoints=True)
+                        if not self._run_group(tx, savepoints=False):
+                            tx.run("ROLLBACK TO flowstore_group")
+                            self._run_group(tx, savepoints=True)
                     self._commit(tx, leader.deadline)
                 except StorageError as error:  # the transaction of all of them
                     for call in self.group:
                         call.result, call.error = None, _copy(error)
+                except Exception as error:  # of the only one: nothing is committed
+                    leader.error = error
                 for call in self.group:
                     call.done = True
             finally:
@@ -1586,8 +1581,7 @@ class _Engine:
         """Run the operations of the group; False when one failed after it had written, without savepoints.
 
         A failure of the database itself is everybody's: after a full disk or an I/O error SQLite may have rolled back
-        all of it already, and a savepoint outside a transaction would open one that its release commits.
-        """
+        all of it already, and a savepoint outside a transaction would open one that its release commits."""
         db = tx.db
         for call in self.group:
             changes = db.total_changes
@@ -1604,11 +1598,8 @@ class _Engine:
                 call.result, call.error = None, error
                 if savepoints:
                     tx.run("ROLLBACK TO flowstore_call")
-                elif db.total_changes != changes and len(self.group) > 1:
-                    return False
                 elif db.total_changes != changes:
-                    tx.run("ROLLBACK")
-                    return True
+                    return False
             if savepoints:
                 tx.run("RELEASE flowstore_call")
         return True
@@ -1627,24 +1618,28 @@ class _Engine:
     def _committed(self, tx: _Tx) -> None:
         """After a commit: tell those who wait for something to happen, and mind the WAL."""
         self.commits += 1
-        if self.watchers:
-            with self.news:
-                self.news.notify_all()
+        if self.watching:
+            self._wake_watchers()
         changes = tx.db.total_changes
         if abs(changes - self.looked_after) >= 32:  # a look at the WAL costs as much as a small row
             self.looked_after = changes
             self._bound_wal(tx)
 
+    def _wake_watchers(self) -> None:
+        for gate in list(self.watching):
+            with contextlib.suppress(RuntimeError):  # it has been opened already
+                gate.release()
+
     def wait(self, seen: int, seconds: float) -> Any:
         """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
         self._refuse_closed()
-        with self.news:
-            self.watchers += 1
-            try:
-                if self.commits == seen:
-                    self.news.wait(max(0.0, min(seconds, _TICK)))
-            finally:
-                self.watchers -= 1
+        (gate := threading.Lock()).acquire()
+        self.watching.add(gate)
+        try:
+            if self.commits == seen:
+                gate.acquire(timeout=max(0.0, min(seconds, _TICK)))
+        finally:
+            self.watching.discard(gate)
 
     def _pass_on(self, call: _Call) -> None:
         """Hand the lead to the first in the queue; safe to repeat."""
@@ -1659,8 +1654,7 @@ class _Engine:
         """After an exception, Ctrl-C included, at any point of a call: leave the engine as if it had not been there.
 
         Not committed: roll back and queue the others of the group again. Committed: all of them are done. It may
-        itself be interrupted and begin again, as every step can be repeated.
-        """
+        itself be interrupted and begin again, as every step can be repeated."""
         if self.lead is call:
             self._repair_lead(call)
         with self.mutex:
@@ -1690,8 +1684,7 @@ class _Engine:
         """Keep the WAL near 16 MB: readers that overlap for ever would let it grow for ever.
 
         The one that commits past the bound waits, for a second at most, until the readers there are have ended; new
-        ones read past the WAL meanwhile. Where a foreign reader holds it longer, the next try comes 16 MB later.
-        """
+        ones read past the WAL meanwhile. Where a foreign reader holds it longer, the next try comes 16 MB later."""
         try:
             size = os.stat(f"{self.path}-wal").st_size
         except OSError:  # in memory there is none
@@ -1824,8 +1817,7 @@ class _Engine:
             waiting = list(self.queue)
         for call in waiting:
             call.wake()
-        with self.news:
-            self.news.notify_all()
+        self._wake_watchers()
         with self.mutex:
             connections = [one for one in self.connections if one is not self.writer]
         for connection in (*connections, self.writer):  # the writer last: it leaves no WAL behind
@@ -1837,8 +1829,7 @@ class _Engine:
         """Wait for the statements being executed, then close every connection.
 
         SQLite keeps its file locks in a table per process. `fork` copies the table but not the locks, so a child
-        that held on to a connection would take the file for locked when it is not, and lose what is written.
-        """
+        that held on to a connection would take the file for locked when it is not, and lose what is written."""
         while True:
             with self.mutex:
                 known = set(self.connections)
@@ -1873,8 +1864,7 @@ class _Engine:
                     connection.tx = None
                     _left_behind.add(_file_id(self.path))
         self.mutex = threading.RLock()
-        self.news = threading.Condition()
-        self.watchers = 0
+        self.watching = set()
         self.lead = None
         self.queue.clear()
         self.group = []
@@ -2010,8 +2000,7 @@ class Transaction:
         """Run one statement of the user's own and return its rows.
 
         Raises StorageError for the driver's error, for statements that would end the transaction or reach outside
-        it (BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, ATTACH, VACUUM, PRAGMA), and after the block.
-        """
+        it (BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, ATTACH, VACUUM, PRAGMA), and after the block."""
         return self._open().execute(sql, lambda tx: tx.db.execute(sql, parameters).fetchall())
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
@@ -2033,8 +2022,7 @@ class _Block:
     """`with store.transaction()`: everything that the thread or task does in it, or nothing.
 
     The `with` statement alone holds it. If an interrupt strikes so that its end is never run, it is collected, and
-    its finalizer leaves word that the next caller may roll back and have the writer.
-    """
+    its finalizer leaves word that the next caller may roll back and have the writer."""
 
     def __init__(self, engine: _Engine) -> None:
         self.engine = engine
@@ -2188,8 +2176,7 @@ class _Sql:
     """A statement on a table that has tenants, in two texts: for all of them, and for one.
 
     `{tenant}` marks where the condition goes. A statement without the mark is refused when the module is imported,
-    unless it inserts, so no statement can forget the tenant. (Not `? IS NULL OR tenant_id = ?`: no index serves it.)
-    """
+    unless it inserts, so no statement can forget the tenant. (Not `? IS NULL OR tenant_id = ?`: no index serves it.)"""
     __slots__ = ("all", "one", "places")
 
     def __init__(self, text: str, **words: str) -> None:
@@ -2236,8 +2223,7 @@ class _Facet:
 def _steps(function: Callable[Concatenate[F, P], Generator[Any, Any, R]]) -> Callable[Concatenate[F, P], R]:
     """A method made of several transactions, or of user code between them, written as a generator of its steps.
 
-    Each `yield` hands a step's outcome to the driver and takes it back.
-    """
+    Each `yield` hands a step's outcome to the driver and takes it back."""
 
     @functools.wraps(function)
     def method(facet: F, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -2251,6 +2237,169 @@ def _steps(function: Callable[Concatenate[F, P], Generator[Any, Any, R]]) -> Cal
 
     return method
 
+def _stamped(values: dict[str, Any], now: int, *names: str) -> dict[str, Any]:
+    """The column values, those times filled that the record leaves to the store's clock."""
+    return values | {name: now for name in names if values[name] is None}
+
+def _insert(tx: _Tx, mapper: _Mapper[T], table: str, kind: str, record: T) -> T:
+    """Store a new record and return it as stored; AlreadyExists for a taken id."""
+    values = _stamped(mapper.encode(record, argument=kind), tx.now(), "created_at", "updated_at")
+    if not tx.run(mapper.insert(table), *values.values()):
+        raise AlreadyExists(kind, values["id"])
+    return mapper.decode(values.values())
+
+def _found(thing: T | None, kind: str, id: str) -> T:
+    """What was looked for; NotFound when it is not there."""
+    if thing is None:
+        raise NotFound(kind, id)
+    return thing
+
+# --- flows ---
+_FLOW_BY_ID = _FLOW.select("flows WHERE id = ?")
+_FLOWS_BY_OWNER = _FLOW.select("flows WHERE owner_session_key = ? ORDER BY created_at DESC, id DESC LIMIT ? OFFSET ?")
+_FLOWS_BY_STATUS = _FLOW.select("flows WHERE status = ? ORDER BY updated_at, id LIMIT ? OFFSET ?")
+_FLOW_UPDATE = f"{_FLOW.update('flows', 'created_at')} AND revision = ? RETURNING {_FLOW.columns}"
+_FLOW_REVISION = "SELECT revision FROM flows WHERE id = ?"
+_FLOW_EVENT_INSERT = (
+    "INSERT INTO flow_events (flow_id, kind, payload, at) SELECT id, ?, ?, ? FROM flows WHERE id = ? "
+    f"RETURNING {_FLOW_EVENT.columns}"
+)
+_FLOW_EVENTS = _FLOW_EVENT.select("flow_events WHERE flow_id = ? ORDER BY id DESC LIMIT ?")
+_STEP_BY_ID = _STEP.select("flow_steps WHERE id = ?")
+_STEP_BY_RUN_ID = _STEP.select("flow_steps WHERE flow_id = ? AND run_id = ?")
+_STEPS = _STEP.select("flow_steps WHERE flow_id = ? ORDER BY created_at, id")
+_STEP_UPDATE = (
+    f"{_STEP.update('flow_steps', 'flow_id', 'created_at')} AND NOT EXISTS (SELECT 1 FROM flow_steps other WHERE "
+    f"other.flow_id = flow_steps.flow_id AND other.run_id = ? AND other.id <> flow_steps.id) RETURNING {_STEP.columns}"
+)
+_FLOWS_ENDED = """SELECT id,
+    (SELECT COUNT(*) FROM (SELECT 1 FROM flow_events WHERE flow_id = flows.id LIMIT 250) counted) +
+    (SELECT COUNT(*) FROM (SELECT 1 FROM flow_steps WHERE flow_id = flows.id LIMIT 250) counted)
+    FROM flows WHERE status = ? AND updated_at < ? ORDER BY updated_at, id LIMIT 50"""
+_PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
+
+class FlowStore(_Facet):
+    """Revision-checked flows with their steps and their audit trail. Source: FlowStore."""
+
+    @_write
+    def insert(self, tx: _Tx, flow: Flow) -> Flow:
+        """Store a new flow and return it as stored. Raises AlreadyExists. Source: FlowStore.insert."""
+        return _insert(tx, _FLOW, "flows", "flow", flow)
+
+    @_read
+    def get(self, tx: _Tx, id: AnyId) -> Flow | None:
+        """The flow as it is now, or None. Source: FlowStore.get."""
+        return _FLOW.maybe(tx.row(_FLOW_BY_ID, _id(id, "id")))
+
+    @_read
+    def list_by_owner(
+        self, tx: _Tx, owner_session_key: str, *, limit: int | None = None, offset: int = 0
+    ) -> list[Flow]:
+        """The owner's flows, newest `created_at` first. Source: FlowStore.list_by_owner."""
+        owner = _key(owner_session_key, "owner_session_key")
+        return _FLOW.decode_all(tx.rows(_FLOWS_BY_OWNER, owner, _limit(limit), _count(offset, "offset")))
+
+    @_read
+    def list_by_status(
+        self, tx: _Tx, status: FlowStatus | str, *, limit: int | None = None, offset: int = 0
+    ) -> list[Flow]:
+        """The flows in a status, oldest `updated_at` first. Source: FlowStore.list_by_status."""
+        word = _enum(FlowStatus, status, "status").value
+        return _FLOW.decode_all(tx.rows(_FLOWS_BY_STATUS, word, _limit(limit), _count(offset, "offset")))
+
+    @_write
+    def update_with_revision(self, tx: _Tx, flow: Flow) -> Flow:
+        """Write the flow, if its revision is current. Raises RevisionMismatch, NotFound. Source: FlowStore."""
+        return self._update(tx, flow)
+
+    def _update(self, tx: _Tx, flow: Flow) -> Flow:
+        values = _FLOW.encode(flow, argument="flow")
+        flow_id, revision, _ = values.pop("id"), values["revision"], values.pop("created_at")
+        values |= {"revision": _int(revision + 1, "revision"), "updated_at": tx.now()}
+        row = tx.row(_FLOW_UPDATE, *values.values(), flow_id, revision)
+        if row is None:
+            raise RevisionMismatch(revision, _found(tx.row(_FLOW_REVISION, flow_id), "flow", flow_id)[0])
+        return _FLOW.decode(row)
+
+    @_write
+    def append_event(self, tx: _Tx, flow_id: AnyId, kind: str, payload: Json) -> FlowEvent:
+        """Add a line to the flow's audit trail. Raises NotFound. Source: FlowStore.append_event."""
+        return self._append(tx, _id(flow_id, "flow_id"), _text(kind, "kind"), _json(payload, "payload"))
+
+    def _append(self, tx: _Tx, flow_id: str, kind: str, payload: str) -> FlowEvent:
+        row = tx.row(_FLOW_EVENT_INSERT, kind, payload, tx.now(), flow_id)
+        return _FLOW_EVENT.decode(_found(row, "flow", flow_id))
+
+    @_read
+    def list_events(self, tx: _Tx, flow_id: AnyId, limit: int = 100) -> list[FlowEvent]:
+        """The flow's audit trail, newest first. Source: FlowStore.list_events."""
+        return _FLOW_EVENT.decode_all(tx.rows(_FLOW_EVENTS, _id(flow_id, "flow_id"), _limit(limit)))
+
+    @_write
+    def update_and_append(self, tx: _Tx, flow: Flow, event_kind: str, event_payload: Json) -> tuple[Flow, FlowEvent]:
+        """`update_with_revision` and `append_event`, both or neither. Source: FlowStore.update_and_append."""
+        kind, payload = _text(event_kind, "event_kind"), _json(event_payload, "event_payload")
+        stored = self._update(tx, flow)
+        return stored, self._append(tx, stored.id, kind, payload)
+
+    @_write
+    def insert_step(self, tx: _Tx, step: FlowStep) -> FlowStep:
+        """Store a new step. Raises NotFound (flow), AlreadyExists (id, or run id in the flow). Source: insert_step."""
+        flow_id, run_id = _id(_is(FlowStep, step, "step").flow_id, "flow_id"), _id(step.run_id, "run_id")
+        _found(tx.row(_FLOW_REVISION, flow_id), "flow", flow_id)
+        if tx.row(_STEP_BY_RUN_ID, flow_id, run_id):
+            raise AlreadyExists("flow step", run_id)
+        return _insert(tx, _STEP, "flow_steps", "flow step", step)
+
+    @_write
+    def update_step(self, tx: _Tx, step: FlowStep) -> FlowStep:
+        """Write the step; the last writer wins. Raises NotFound, AlreadyExists (run id). Source: update_step."""
+        values = _STEP.encode(step, argument="step") | {"updated_at": tx.now()}
+        step_id, run_id = values.pop("id"), values["run_id"]
+        del values["flow_id"], values["created_at"]
+        row = tx.row(_STEP_UPDATE, *values.values(), step_id, run_id)
+        if row is None:
+            _found(tx.row(_STEP_BY_ID, step_id), "flow step", step_id)
+            raise AlreadyExists("flow step", run_id)
+        return _STEP.decode(row)
+
+    @_read
+    def get_step(self, tx: _Tx, id: AnyId) -> FlowStep | None:
+        """The step as it is now, or None. Source: FlowStore.get_step."""
+        return _STEP.maybe(tx.row(_STEP_BY_ID, _id(id, "id")))
+
+    @_read
+    def list_steps(self, tx: _Tx, flow_id: AnyId) -> list[FlowStep]:
+        """The flow's steps, oldest `created_at` first. Source: FlowStore.list_steps."""
+        return _STEP.decode_all(tx.rows(_STEPS, _id(flow_id, "flow_id")))
+
+    @_read
+    def find_step_by_run_id(self, tx: _Tx, flow_id: AnyId, run_id: AnyId) -> FlowStep | None:
+        """The flow's step with this run id, or None. Source: FlowStore.find_step_by_run_id."""
+        return _STEP.maybe(tx.row(_STEP_BY_RUN_ID, _id(flow_id, "flow_id"), _id(run_id, "run_id")))
+
+    @_steps
+    def prune_terminal_flows(self, retain_days: int) -> Generator[Any, Any, int]:
+        """Drop ended flows not updated for `retain_days` days, in small transactions; how many. Source: FlowStore."""
+        age, gone = _count(retain_days, "retain_days") * 86_400_000_000, 0
+        before = max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age)
+        for status in FlowStatus:
+            while status.is_terminal and (chunk := (yield self._prune_chunk(status, before))):
+                gone += chunk
+        return gone
+
+    @_write
+    def _prune_chunk(self, tx: _Tx, status: str, before: int) -> int:
+        """Drop as many flows as a short transaction can with all that is theirs, at least one; how many went."""
+        chosen: list[tuple[str]] = []
+        rows = 0
+        for flow_id, children in tx.rows(_FLOWS_ENDED, status, before):
+            rows += 1 + children
+            if rows <= _PRUNED_AT_ONCE or not chosen:
+                chosen.append((flow_id,))
+        tx.run_many("DELETE FROM flows WHERE id = ?", chosen)
+        return len(chosen)
+
 # --- the execution log ---
 _LOG_HEAD = _Sql(
     """SELECT tenant_id, (SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id),
@@ -2262,15 +2411,13 @@ _LOG_INSERT = (
     "VALUES (?, ?, ?, ?, ?, ?)"
 )
 _LOG_BY_EVENT_ID = "SELECT sequence FROM flowstore_log WHERE execution_id = ? AND event_id = ?"
-_LOG_AFTER = _Sql(
-    "SELECT {columns} FROM flowstore_log WHERE execution_id = ? AND sequence > ? {tenant} ORDER BY sequence LIMIT ?",
-    columns=_STORED.columns,
-)
+_LOG_AFTER = _Sql(_STORED.select(
+    "flowstore_log WHERE execution_id = ? AND sequence > ? {tenant} ORDER BY sequence LIMIT ?"
+))
 # The row that stands for a pruned end of the log (its position must not be given again) has no execution.
-_LOG_FROM = _Sql(
-    "SELECT {columns} FROM flowstore_log WHERE position > ? AND execution_id <> '' {tenant} ORDER BY position LIMIT ?",
-    columns=_STORED.columns,
-)
+_LOG_FROM = _Sql(_STORED.select(
+    "flowstore_log WHERE position > ? AND execution_id <> '' {tenant} ORDER BY position LIMIT ?"
+))
 _LOG_LAST = _Sql("SELECT sequence FROM flowstore_log WHERE execution_id = ? {tenant} ORDER BY sequence DESC LIMIT 1")
 _EXECUTION_INSERT = (
     "INSERT INTO flowstore_executions (execution_id, tenant_id, created_at) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
@@ -2329,8 +2476,7 @@ class EventStore(_LogFacet):
         The first append makes the execution known for that tenant, and registers a new tenant. An `event_id` that the
         execution's log has already returns its sequence and writes nothing. Raises TenantMismatch, TenantInactive,
         SequenceConflict (the log is not at `expected_sequence`; 0 means no events yet), InvalidData.
-        Source: EventStore.append.
-        """
+        Source: EventStore.append."""
         execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
         text = _event_text(event, "event")
         last = self._open_log(tx, execution, tenant)
@@ -2343,8 +2489,7 @@ class EventStore(_LogFacet):
     ) -> int:
         """Append all of the events with consecutive sequences, or none; the first one's sequence.
 
-        Raises as `append` does, and InvalidData for an empty batch. Source: EventStore.append_batch.
-        """
+        Raises as `append` does, and InvalidData for an empty batch. Source: EventStore.append_batch."""
         execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
         if not isinstance(events, (list, tuple)):
             raise InvalidData(f"events: a list of events is needed, not {type(events).__name__}")
@@ -2361,8 +2506,8 @@ class EventStore(_LogFacet):
 
     def _open_log(self, tx: _Tx, execution_id: str, tenant_id: str) -> int:
         """The last sequence of a log that this tenant may append to; the first time, make it known."""
-        head = tx.row(_LOG_HEAD.all, execution_id)
-        if head is None:
+        head = tx.rows(_LOG_HEAD.all, execution_id)
+        if not head:
             row = tx.row(_TENANT_STATUS, tenant_id)
             now = tx.now()
             if row is None:
@@ -2371,7 +2516,7 @@ class EventStore(_LogFacet):
                 raise TenantInactive(tenant_id)
             tx.run(_EXECUTION_INSERT, execution_id, tenant_id, now)
             return 0
-        owner, status, last = head
+        owner, status, last = head[0]
         if owner != tenant_id:
             raise TenantMismatch(execution_id, tenant_id)
         if status != "active":
@@ -2418,8 +2563,7 @@ class EventStore(_LogFacet):
     def iter_events(self, execution_id: AnyId, after_seq: int = 0, *, chunk: int = 1000) -> Iterator[StoredEvent]:
         """Generate the events after `after_seq`, reading `chunk` of them at a time: memory stays flat.
 
-        Nothing is held between two chunks, so writes go on, and what they append is reached too. Raises InvalidData.
-        """
+        Nothing is held between two chunks, so writes go on, and what they append is reached too. Raises InvalidData."""
         execution, after = _id(execution_id, "execution_id"), _int(after_seq, "after_seq")
         return self._iterate(execution, after, _int(chunk, "chunk", 1))
 
@@ -2434,25 +2578,17 @@ class EventStore(_LogFacet):
     ) -> list[StoredEvent]:
         """The whole log, or a tenant's part of it, by position: for projections that remember how far they are.
 
-        An event that commits later never has a lower position than one already read.
-        """
+        An event that commits later never has a lower position than one already read."""
         after, most = _int(after_position, "after_position"), _limit(limit)
         if tenant_id is None:
             return _STORED.decode_all(tx.rows(_LOG_FROM.all, after, most))
         return _STORED.decode_all(tx.rows(_LOG_FROM.one, after, _id(tenant_id, "tenant_id"), most))
 
 # --- the state backend ---
-_RUN_BY_ID = _Sql("SELECT {columns} FROM flowstore_runs WHERE execution_id = ? {tenant}", columns=_RUN.columns)
-_RUNS = _Sql(
-    """SELECT {columns} FROM flowstore_runs WHERE true {tenant}
-    ORDER BY updated_at DESC, execution_id DESC LIMIT ? OFFSET ?""",
-    columns=_RUN.columns,
-)
-_RUNS_BY_STATUS = _Sql(
-    """SELECT {columns} FROM flowstore_runs WHERE status = ? {tenant}
-    ORDER BY updated_at DESC, execution_id DESC LIMIT ? OFFSET ?""",
-    columns=_RUN.columns,
-)
+_RUN_BY_ID = _Sql(_RUN.select("flowstore_runs WHERE execution_id = ? {tenant}"))
+_RUNS, _RUNS_BY_STATUS = (_Sql(_RUN.select(
+    f"flowstore_runs WHERE {which} {{tenant}} ORDER BY updated_at DESC, execution_id DESC LIMIT ? OFFSET ?"
+)) for which in ("true", "status = ?"))
 _RUN_SET_STATUS = _Sql(
     """UPDATE flowstore_runs SET status = ?, updated_at = ?, completed_at = COALESCE(completed_at, ?)
     WHERE execution_id = ? {tenant} RETURNING execution_id"""
@@ -2460,11 +2596,9 @@ _RUN_SET_STATUS = _Sql(
 _RUN_SET_STATE = _Sql(
     "UPDATE flowstore_runs SET current_state = ?, updated_at = ? WHERE execution_id = ? {tenant} RETURNING execution_id"
 )
-_SNAPSHOT_LATEST = _Sql(
-    """SELECT {columns} FROM flowstore_snapshots WHERE execution_id = ? AND at_sequence <= ? {tenant}
-    ORDER BY at_sequence DESC LIMIT 1""",
-    columns=_SNAPSHOT.columns,
-)
+_SNAPSHOT_LATEST = _Sql(_SNAPSHOT.select(
+    "flowstore_snapshots WHERE execution_id = ? AND at_sequence <= ? {tenant} ORDER BY at_sequence DESC LIMIT 1"
+))
 # An id is taken whoever took it: this one asks without regard to tenants.
 _SNAPSHOT_PLACE = "SELECT execution_id, at_sequence FROM flowstore_snapshots WHERE id = ?"
 _SNAPSHOT_WRITE = (
@@ -2478,19 +2612,17 @@ _SNAPSHOT_PRUNE = _Sql(
         ORDER BY at_sequence DESC LIMIT 1 OFFSET ?)
     RETURNING id"""
 )
-_ITEM_BY_ID = _Sql("SELECT {columns} FROM flowstore_work_items WHERE id = ? {tenant}", columns=_ITEM.columns)
+_ITEM_BY_ID = _Sql(_ITEM.select("flowstore_work_items WHERE id = ? {tenant}"))
 _CLAIM = _Sql(
     """UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, lease_expires_at = ?,
         lease_fence = lease_fence + 1
     WHERE id = ? AND status = 'pending' {tenant} RETURNING {columns}""",
     columns=_ITEM.columns,
 )
-_EXPIRED = _Sql(
-    """SELECT {columns} FROM flowstore_work_items
-    WHERE queue_type = ? AND status = 'claimed' AND lease_expires_at <= ? {tenant}
-    ORDER BY lease_expires_at, id LIMIT ?""",
-    columns=_ITEM.columns,
-)
+_EXPIRED = _Sql(_ITEM.select(
+    """flowstore_work_items WHERE queue_type = ? AND status = 'claimed' AND lease_expires_at <= ? {tenant}
+    ORDER BY lease_expires_at, id LIMIT ?"""
+))
 _NEXT_LEASED_QUEUE = _Sql(
     """SELECT queue_type FROM flowstore_work_items WHERE status = 'claimed' AND queue_type > ? {tenant}
     ORDER BY queue_type LIMIT 1"""
@@ -2523,11 +2655,30 @@ _BURY = _Sql(
     WHERE id = ? {tenant} RETURNING {columns}""",
     columns=_DEAD.columns,
 )
-_DEAD_LETTERS = _Sql(
-    """SELECT {columns} FROM flowstore_work_items WHERE status = 'dead_lettered' {tenant}
-    ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?""",
-    columns=_DEAD.columns,
+_DEAD_LETTERS = _Sql(_DEAD.select(
+    """flowstore_work_items WHERE status = 'dead_lettered' {tenant}
+    ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?"""
+))
+_DEFINITION_GET = _Sql(_DEFINITION.select("flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}")).one
+_DEFINITION_DROP = _Sql("DELETE FROM flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}").one
+# Counts for a tenant's limits, made only where it has one.
+_DEFINITIONS_KEPT = _Sql("SELECT COUNT(*) FROM flowstore_definitions WHERE true {tenant}").one
+_RUNS_OPEN = _Sql("SELECT COUNT(*) FROM flowstore_runs WHERE status IN ('pending', 'running', 'paused') {tenant}").one
+_EFFECT_INSERT = (
+    "INSERT INTO flowstore_effects (tenant_id, key, result, execution_id) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"
 )
+_EFFECT_GET = _Sql("SELECT result FROM flowstore_effects WHERE key = ? {tenant}").one
+_ARTIFACT_REF = _Sql(_ARTIFACT.select("flowstore_artifacts WHERE hash = ? {tenant}")).one
+_ARTIFACT_GET = _Sql("SELECT data FROM flowstore_artifacts WHERE hash = ? {tenant}").one
+_TOKEN_VALID = _Sql(_TOKEN.select(
+    """flowstore_tokens WHERE hash = ? AND revoked_at IS NULL AND COALESCE(expires_at > ?, true) {tenant}
+    AND EXISTS (SELECT 1 FROM flowstore_tenants t WHERE t.id = tenant_id AND t.status = 'active')"""
+))
+_REVOKE = _Sql("UPDATE flowstore_tokens SET revoked_at = COALESCE(revoked_at, ?) WHERE id = ? {tenant} RETURNING id")
+_TOKENS = _Sql(_TOKEN.select("flowstore_tokens WHERE true {tenant} ORDER BY created_at DESC, id DESC"))
+_TENANT_BY_ID = _TENANT.select("flowstore_tenants WHERE id = ?")
+_TENANT_UPDATE = f"{_TENANT.update('flowstore_tenants', 'created_at')} RETURNING {_TENANT.columns}"
+_TENANTS = _TENANT.select("flowstore_tenants ORDER BY created_at, id")
 _RECLAIMED_PER_CLAIM = 16
 
 @functools.cache
@@ -2550,41 +2701,48 @@ def _items_sql(*filters: str) -> _Sql:
     )
 
 class StateBackend(_LogFacet):
-    """Executions, snapshots and the work queue. Source: StateBackend, SqliteBackend."""
+    """Executions, queue, tenants and theirs; `for_tenant` alone isolates. Source: StateBackend, SqliteBackend."""
+
+    def _admit(self, tx: _Tx, writes: bool) -> None:
+        if self._tenant is not None:
+            status = _found(tx.row(_TENANT_STATUS, self._tenant), "tenant", self._tenant)[0]
+            if writes and status != TenantStatus.ACTIVE:
+                raise TenantInactive(self._tenant)
+
+    def _obey(self, tx: _Tx, tenant: str, limit: str, count: str, added: bool) -> None:
+        """After a write: NotFound for an unregistered tenant, LimitExceeded when that was one row too many."""
+        record = _TENANT.decode(_found(tx.row(_TENANT_BY_ID, tenant), "tenant", tenant))
+        most = getattr(record.limits, limit)
+        if added and most is not None and tx.rows(count, tenant)[0][0] > most:
+            raise LimitExceeded(tenant)
 
     def _owner(self, tx: _Tx, execution_id: str) -> str:
         """The tenant of a known execution; NotFound for others."""
-        row = self._row(tx, _EXECUTION_OWNER, execution_id)
-        if row is None:
-            raise NotFound("execution", execution_id)
-        return str(row[0])
+        return str(_found(self._row(tx, _EXECUTION_OWNER, execution_id), "execution", execution_id)[0])
 
     # --- executions ---
     @_write
     def create_execution(self, tx: _Tx, execution: WorkflowExecution) -> WorkflowExecution:
         """Store the record of a new execution, which the log may know already, and return it.
 
-        Raises AlreadyExists for an id that has a record or is another tenant's, NotFound for an unregistered tenant.
-        Source: StateBackend.create_execution.
-        """
-        values, now = _RUN.encode(execution, argument="execution"), tx.now()
+        Raises AlreadyExists for an id that has a record or is another tenant's, NotFound for an unregistered tenant,
+        LimitExceeded beyond its `max_concurrent_executions`. Source: StateBackend.create_execution."""
+        now = tx.now()
+        values = _stamped(_RUN.encode(execution, argument="execution"), now, "started_at", "updated_at")
         values["tenant_id"] = tenant = self._tenant or values["tenant_id"]
         execution_id = values["execution_id"]
-        if tx.row(_TENANT_STATUS, tenant) is None:
-            raise NotFound("tenant", tenant)
-        values["started_at"] = now if values["started_at"] is None else values["started_at"]
-        values["updated_at"] = now if values["updated_at"] is None else values["updated_at"]
         tx.run(_EXECUTION_INSERT, execution_id, tenant, now)
         owner = tx.row(_EXECUTION_OWNER.all, execution_id)
         if owner != (tenant,) or not tx.run(_RUN.insert("flowstore_runs"), *values.values()):
             raise AlreadyExists("execution", execution_id)
-        return _RUN.decode(values.values())
+        stored = _RUN.decode(values.values())
+        self._obey(tx, tenant, "max_concurrent_executions", _RUNS_OPEN, not stored.status.is_terminal)
+        return stored
 
     @_read
     def get_execution(self, tx: _Tx, id: AnyId) -> WorkflowExecution | None:
         """The record of an execution, or None. Source: StateBackend.get_execution."""
-        row = self._row(tx, _RUN_BY_ID, _id(id, "id"))
-        return None if row is None else _RUN.decode(row)
+        return _RUN.maybe(self._row(tx, _RUN_BY_ID, _id(id, "id")))
 
     @_read
     def list_executions(
@@ -2600,36 +2758,28 @@ class StateBackend(_LogFacet):
     def update_execution_status(self, tx: _Tx, id: AnyId, status: ExecutionStatus | str) -> None:
         """Set the status and `updated_at`, and `completed_at` at the first terminal status; no transition is checked.
 
-        Raises NotFound. Source: StateBackend.update_execution_status.
-        """
+        Raises NotFound. Source: StateBackend.update_execution_status."""
         execution_id, new, now = _id(id, "id"), _enum(ExecutionStatus, status, "status"), tx.now()
         done = now if new.is_terminal else None
-        if self._row(tx, _RUN_SET_STATUS, new.value, now, done, execution_id) is None:
-            raise NotFound("execution", execution_id)
+        _found(self._row(tx, _RUN_SET_STATUS, new.value, now, done, execution_id), "execution", execution_id)
 
     @_write
     def update_execution_current_state(self, tx: _Tx, id: AnyId, state: Json) -> None:
         """Replace the whole state, without a merge, and set `updated_at`.
 
-        Raises NotFound. Source: StateBackend.update_execution_current_state.
-        """
+        Raises NotFound. Source: StateBackend.update_execution_current_state."""
         execution_id, text = _id(id, "id"), _json(state, "state")
-        if self._row(tx, _RUN_SET_STATE, text, tx.now(), execution_id) is None:
-            raise NotFound("execution", execution_id)
+        _found(self._row(tx, _RUN_SET_STATE, text, tx.now(), execution_id), "execution", execution_id)
 
     @_write
     def patch_append_array(self, tx: _Tx, id: AnyId, key: str, value: Json) -> None:
         """Append a value to an array in the state, making it if it is not there: one step, however many callers race.
 
         Raises NotFound, and InvalidData for a state that is no object or a member that is no array.
-        Source: StateBackend.patch_append_array.
-        """
+        Source: StateBackend.patch_append_array."""
         execution_id, member = _id(id, "id"), _text(key, "key")
         _json(value, "value")
-        row = self._row(tx, _RUN_BY_ID, execution_id)
-        if row is None:
-            raise NotFound("execution", execution_id)
-        state = _RUN.decode(row).current_state
+        state = _RUN.decode(_found(self._row(tx, _RUN_BY_ID, execution_id), "execution", execution_id)).current_state
         if not isinstance(state, dict):
             raise InvalidData(f"current_state: an array can only be kept in an object, not in {type(state).__name__}")
         array = state.setdefault(member, [])
@@ -2646,13 +2796,10 @@ class StateBackend(_LogFacet):
     ) -> int:
         """Append one event under the execution's tenant; its sequence. Otherwise as `EventStore.append`.
 
-        Raises NotFound for an unknown execution, SequenceConflict. Source: StateBackend.append_event.
-        """
+        Raises NotFound for an unknown execution, SequenceConflict. Source: StateBackend.append_event."""
         execution, text = _id(execution_id, "execution_id"), _event_text(event, "event")
-        head = self._row(tx, _LOG_HEAD, execution)
-        if head is None:
-            raise NotFound("execution", execution)
-        return self._append_to(tx, execution, head[0], head[2] or 0, text, expected_sequence, event_id)
+        owner, _, last = _found(self._row(tx, _LOG_HEAD, execution), "execution", execution)
+        return self._append_to(tx, execution, owner, last or 0, text, expected_sequence, event_id)
 
     @_read
     def get_events(self, tx: _Tx, execution_id: AnyId) -> list[StoredEvent]:
@@ -2674,24 +2821,20 @@ class StateBackend(_LogFacet):
     def write_snapshot(self, tx: _Tx, snapshot: Snapshot) -> Snapshot:
         """Store a snapshot and return it; the same `at_sequence` again replaces.
 
-        Raises NotFound for an unknown execution, InvalidData for a sequence below 0. Source: write_snapshot.
-        """
-        values = _SNAPSHOT.encode(snapshot, argument="snapshot")
+        Raises NotFound for an unknown execution, InvalidData for a sequence below 0. Source: write_snapshot."""
+        values = _stamped(_SNAPSHOT.encode(snapshot, argument="snapshot"), tx.now(), "created_at")
         _int(values["at_sequence"], "at_sequence", 0)
         tenant = self._owner(tx, values["execution_id"])
         place = tx.row(_SNAPSHOT_PLACE, values["id"])
         if place not in (None, (values["execution_id"], values["at_sequence"])):
             raise AlreadyExists("snapshot", values["id"])
-        if values["created_at"] is None:
-            values["created_at"] = tx.now()
         tx.run(_SNAPSHOT_WRITE, *values.values(), tenant)
         return _SNAPSHOT.decode(values.values())
 
     @_read
     def latest_snapshot(self, tx: _Tx, execution_id: AnyId) -> Snapshot | None:
         """The snapshot with the highest `at_sequence`, or None. Source: StateBackend.latest_snapshot."""
-        row = self._row(tx, _SNAPSHOT_LATEST, _id(execution_id, "execution_id"), _INT_MAX)
-        return None if row is None else _SNAPSHOT.decode(row)
+        return _SNAPSHOT.maybe(self._row(tx, _SNAPSHOT_LATEST, _id(execution_id, "execution_id"), _INT_MAX))
 
     @_write
     def prune_snapshots(self, tx: _Tx, execution_id: AnyId, keep: int = 1) -> int:
@@ -2718,11 +2861,9 @@ class StateBackend(_LogFacet):
     def _replay_start(self, tx: _Tx, execution_id: AnyId) -> tuple[Any, int] | None:
         """The state and sequence of the latest snapshot that does not lie beyond the log's end."""
         execution = _id(execution_id, "execution_id")
-        row = self._row(tx, _SNAPSHOT_LATEST, execution, self._last_sequence(tx, execution) or 0)
-        if row is None:
-            return None
-        snapshot = _SNAPSHOT.decode(row)
-        return snapshot.state, snapshot.at_sequence
+        last = self._last_sequence(tx, execution) or 0
+        snapshot = _SNAPSHOT.maybe(self._row(tx, _SNAPSHOT_LATEST, execution, last))
+        return None if snapshot is None else (snapshot.state, snapshot.at_sequence)
 
     # --- the work queue ---
     @_write
@@ -2730,16 +2871,12 @@ class StateBackend(_LogFacet):
         """Put an item into its queue; its id. It is available from `available_at` on (default: `created_at`).
 
         It takes its execution's tenant and starts pending, whatever the record says. Raises NotFound for an unknown
-        execution, AlreadyExists for an id that any item has or had. Source: StateBackend.enqueue_work_item.
-        """
-        values = _ITEM.encode(item, argument="item")
+        execution, AlreadyExists for an id that any item has or had. Source: StateBackend.enqueue_work_item."""
+        values = _stamped(_ITEM.encode(item, argument="item"), tx.now(), "created_at")
         for name in ("attempt", "max_attempts"):
             _int(values[name], name, 0, 2**31 - 1)
         values["tenant_id"] = self._owner(tx, values["execution_id"])
-        if values["created_at"] is None:
-            values["created_at"] = tx.now()
-        if values["available_at"] is None:
-            values["available_at"] = values["created_at"]
+        values = _stamped(values, values["created_at"], "available_at")
         values |= dict.fromkeys(("lease_expires_at", "worker_id", "last_error"))
         values |= {"lease_fence": 0, "status": "pending"}
         if not tx.run(_ITEM.insert("flowstore_work_items"), *values.values()):
@@ -2752,8 +2889,7 @@ class StateBackend(_LogFacet):
         return self._item(tx, _item_id(item_id))
 
     def _item(self, tx: _Tx, item_id: str) -> WorkItem | None:
-        row = self._row(tx, _ITEM_BY_ID, item_id)
-        return None if row is None else _ITEM.decode(row)
+        return _ITEM.maybe(self._row(tx, _ITEM_BY_ID, item_id))
 
     @_read
     def list_work_items(
@@ -2779,20 +2915,17 @@ class StateBackend(_LogFacet):
 
         The item carries a new `lease_fence`, greater than any before. First, expired leases of these queues (some of
         them, per call) are taken back. Waits up to `wait` seconds for an item, not at all inside a transaction.
-        Raises InvalidData. Source: StateBackend.claim_work_item.
-        """
+        Raises InvalidData. Source: StateBackend.claim_work_item."""
         worker = _id(worker_id, "worker_id")
         if not isinstance(queue_types, (list, tuple, set, frozenset)):
             raise InvalidData(f"queue_types: a list of queues is needed, not {type(queue_types).__name__}")
         queues = list({_id(queue, f"queue_types[{index}]"): None for index, queue in enumerate(queue_types)})
         lease = self._lease(lease_seconds)
         deadline = time.monotonic() + min(_seconds(wait, "wait"), threading.TIMEOUT_MAX)
-        if not queues:
-            return None
         while True:
             seen = self._engine.commits
             item: WorkItem | None = yield self._claim(worker, queues, lease)
-            if item is not None:
+            if item is not None or not queues:
                 return item
             while True:
                 left = deadline - time.monotonic()
@@ -2813,11 +2946,10 @@ class StateBackend(_LogFacet):
                     self._try_again(tx, _ITEM.decode(row), now, "the lease expired")
             looks = self._look(tx, queues, now)
         heads = [(available, item_id) for _, available, item_id, _ in looks if item_id is not None]
-        claimed = self._row(tx, _CLAIM, worker_id, expires, min(heads)[1]) if heads else None
-        return None if claimed is None else _ITEM.decode(claimed)
+        return _ITEM.maybe(self._row(tx, _CLAIM, worker_id, expires, min(heads)[1]) if heads else None)
 
     def _look(self, tx: _Tx, queues: list[str], now: int) -> list[tuple[Any, ...]]:
-        return self._rows(tx, _look_sql(len(queues)), now, now, now, *queues)
+        return self._rows(tx, _look_sql(len(queues)), now, now, now, *queues) if queues else []
 
     @_read
     def _claimable(self, tx: _Tx, queues: list[str]) -> bool:
@@ -2865,8 +2997,7 @@ class StateBackend(_LogFacet):
     ) -> datetime:
         """Lease the item anew from now on; the new expiry.
 
-        Raises LeaseLost when it is not leased to this worker or under this fence, NotFound. Source: renew_lease.
-        """
+        Raises LeaseLost when it is not leased to this worker or under this fence, NotFound. Source: renew_lease."""
         item, fence = _item_id(item_id), _fence(item_id, lease_fence)
         if worker_id is None and isinstance(item_id, WorkItem):
             worker_id = item_id.worker_id
@@ -2883,8 +3014,7 @@ class StateBackend(_LogFacet):
     def hold(self, item: WorkItem, *, lease_seconds: float | None = None) -> Hold:
         """A context manager that renews the item's lease in the background, every third of it, while the block runs.
 
-        Raises LeaseLost at the end of the block if the lease was lost; `.lost` tells meanwhile.
-        """
+        Raises LeaseLost at the end of the block if the lease was lost; `.lost` tells meanwhile."""
         return Hold(self, _is(WorkItem, item, "item"), self._lease(lease_seconds))
 
     @_write
@@ -2893,8 +3023,7 @@ class StateBackend(_LogFacet):
 
         With a fence (or the claimed item itself): LeaseLost, and nothing changed, unless claimed under that fence.
         Without: any item, again and again, except a dead letter (LeaseLost). Raises NotFound.
-        Source: StateBackend.complete_work_item.
-        """
+        Source: StateBackend.complete_work_item."""
         return self._settle(tx, WorkItemStatus.COMPLETED, item_id, lease_fence)
 
     @_write
@@ -2903,8 +3032,7 @@ class StateBackend(_LogFacet):
     ) -> WorkItem:
         """The work failed for good: settle the item, `error` as its `last_error`, by the rules of `complete_work_item`.
 
-        It stays failed until someone calls `retry_work_item`. Source: StateBackend.fail_work_item.
-        """
+        It stays failed until someone calls `retry_work_item`. Source: StateBackend.fail_work_item."""
         return self._settle(tx, WorkItemStatus.FAILED, item_id, lease_fence, _text(error, "error"))
 
     def _settle(
@@ -2927,17 +3055,14 @@ class StateBackend(_LogFacet):
         """The attempt failed: pending again after `delay` seconds (None: the store's backoff), or a dead letter.
 
         Counts an attempt; the last one of `max_attempts` makes the dead letter. Raises LeaseLost unless the item is
-        claimed or failed (under the fence, if one is given), NotFound.
-        """
+        claimed or failed (under the fence, if one is given), NotFound."""
         item_key, fence = _item_id(item_id), _fence(item_id, lease_fence)
         text = None if error is None else _text(error, "error")
         now = tx.now()
         seconds = None if delay is None else _seconds(delay, "delay")
         if seconds is not None:
             _after(now, seconds, "delay")
-        item = self._item(tx, item_key)
-        if item is None:
-            raise NotFound("work item", item_key)
+        item = _found(self._item(tx, item_key), "work item", item_key)
         held = item.status in (WorkItemStatus.CLAIMED, WorkItemStatus.FAILED)
         if not held or (fence is not None and fence != item.lease_fence):
             raise LeaseLost(item_key)
@@ -2948,8 +3073,7 @@ class StateBackend(_LogFacet):
         """Take back every expired lease, in one transaction: each counts an attempt.
 
         Below `max_attempts` the item is pending again after the store's backoff, else a dead letter. Claims do this
-        by themselves for their queues. Source: StateBackend.reclaim_expired_leases.
-        """
+        by themselves for their queues. Source: StateBackend.reclaim_expired_leases."""
         now, queue, result = tx.now(), "", ReclaimResult()
         while (following := self._row(tx, _NEXT_LEASED_QUEUE, queue)) is not None:
             queue = str(following[0])
@@ -2966,12 +3090,9 @@ class StateBackend(_LogFacet):
         """Give an item up: no claim finds it any more.
 
         Raises LeaseLost for a completed item, or one that is not the claim it was given as; NotFound.
-        Source: StateBackend.move_to_dead_letter.
-        """
+        Source: StateBackend.move_to_dead_letter."""
         item_key, fence, error = _item_id(item_id), _fence(item_id, None), _text(last_error, "last_error")
-        item = self._item(tx, item_key)
-        if item is None:
-            raise NotFound("work item", item_key)
+        item = _found(self._item(tx, item_key), "work item", item_key)
         settled = item.status in (WorkItemStatus.COMPLETED, WorkItemStatus.DEAD_LETTERED)
         if settled or (fence is not None and fence != item.lease_fence):
             raise LeaseLost(item_key)
@@ -2981,6 +3102,148 @@ class StateBackend(_LogFacet):
     def list_dead_letters(self, tx: _Tx, limit: int = 100, offset: int = 0) -> list[DeadLetter]:
         """Dead letters, newest first."""
         return _DEAD.decode_all(self._rows(tx, _DEAD_LETTERS, _limit(limit), _count(offset, "offset")))
+
+    @_write
+    def requeue_dead_letter(self, tx: _Tx, item_id: AnyId | WorkItem | DeadLetter) -> WorkItem:
+        """Make a dead letter a pending item again, available now, at attempt 0. Raises NotFound for anything else."""
+        item = self._item(tx, key := _item_id(item_id))
+        if item is None or item.status is not WorkItemStatus.DEAD_LETTERED:
+            raise NotFound("dead letter", key)
+        return _ITEM.decode(self._row(tx, _RETRY, 0, tx.now(), None, key) or ())
+
+    @_write
+    def commit_turn(
+        self, tx: _Tx, item_id: AnyId | WorkItem, lease_fence: int | None, event: Mapping[str, Json], *,
+        failed: bool = False, snapshot_state: Json = ..., effect_key: AnyId | None = None, effect: Json = None,
+        expected_sequence: int | None = None, event_id: AnyId | None = None
+    ) -> int:
+        """Settle the item under its fence, append the event, keep snapshot and effect where given, all or nothing.
+
+        Returns the event's sequence; a known `event_id` has its own. Raises LeaseLost, NotFound, SequenceConflict."""
+        fence, text = _int(_fence(item_id, lease_fence), "lease_fence"), _event_text(event, "event")
+        if effect is not None and effect_key is None:
+            raise InvalidData("effect: it is found again by its effect_key: give one")
+        key, result = None if effect_key is None else _id(effect_key, "effect_key"), _json(effect, "effect")
+        state = None if snapshot_state is ... else _json(snapshot_state, "snapshot_state")
+        status = WorkItemStatus.FAILED if _bool(failed, "failed") else WorkItemStatus.COMPLETED
+        item = self._settle(tx, status, item_id, fence)
+        execution, tenant, last = item.execution_id, item.tenant_id, self._last_sequence(tx, item.execution_id) or 0
+        sequence = self._append_to(tx, execution, tenant, last, text, expected_sequence, event_id)
+        if state is not None:
+            tx.run(_SNAPSHOT_WRITE, execution, sequence, state, new_id(), tx.now(), tenant)
+        if key is not None:
+            tx.run(_EFFECT_INSERT, tenant, key, result, execution)
+        return sequence
+
+    # --- definitions, effects, artifacts ---
+    @_write
+    def store_workflow(self, tx: _Tx, definition: WorkflowDefinition) -> WorkflowDefinition:
+        """Store a definition, or replace it. Raises NotFound (tenant), LimitExceeded. Source: store_workflow."""
+        values = _stamped(_DEFINITION.encode(definition, argument="definition"), tx.now(), "created_at")
+        values["tenant_id"] = tenant = self._tenant or values["tenant_id"]
+        replaced = tx.run(_DEFINITION_DROP, values["workflow_id"], values["version"], tenant)
+        tx.run(_DEFINITION.insert("flowstore_definitions"), *values.values())
+        self._obey(tx, tenant, "max_workflows", _DEFINITIONS_KEPT, not replaced)
+        return _DEFINITION.decode(values.values())
+
+    @_read
+    def get_workflow(self, tx: _Tx, workflow_id: AnyId, version: str) -> WorkflowDefinition | None:
+        """The definition, or None. Source: StateBackend.get_workflow."""
+        place = _id(workflow_id, "workflow_id"), _text(version, "version"), self._tenant or DEFAULT_TENANT
+        return _DEFINITION.maybe(tx.row(_DEFINITION_GET, *place))
+
+    @_write
+    def record_effect(self, tx: _Tx, key: AnyId, result: Json, *, execution_id: AnyId | None = None) -> Json:
+        """Keep a result if there is none under the key yet; the one that is kept. Raises NotFound (execution)."""
+        name, tenant, text = _id(key, "key"), self._tenant or DEFAULT_TENANT, _json(result, "result")
+        execution = None if execution_id is None else _id(execution_id, "execution_id")
+        if execution is not None:
+            self._owner(tx, execution)
+        tx.run(_EFFECT_INSERT, tenant, name, text, execution)
+        return _of_json(tx.rows(_EFFECT_GET, name, tenant)[0][0])
+
+    @_read
+    def get_effect(self, tx: _Tx, key: AnyId, default: Json = None) -> Json:
+        """The result kept under the key, else `default`. Source: get_tool_effect."""
+        row = tx.row(_EFFECT_GET, _id(key, "key"), self._tenant or DEFAULT_TENANT)
+        return default if row is None else _of_json(row[0])
+
+    @_write
+    def put_artifact(self, tx: _Tx, data: bytes, media_type: str | None = None) -> ArtifactRef:
+        """Keep bytes under their SHA-256: once, however often they come, with the media type that came first."""
+        digest, tenant = hashlib.sha256(_is(bytes, data, "data")).hexdigest(), self._tenant or DEFAULT_TENANT
+        values = _ARTIFACT.encode(ArtifactRef(hash=digest, size=len(data), media_type=media_type)).values()
+        tx.run(_ARTIFACT.insert("flowstore_artifacts", "tenant_id", "data"), *values, tenant, data)
+        return _ARTIFACT.decode(tx.rows(_ARTIFACT_REF, digest, tenant)[0])
+
+    @_read
+    def get_artifact(self, tx: _Tx, hash: str) -> bytes | None:
+        """The bytes with this SHA-256, in hex, or None."""
+        row = tx.row(_ARTIFACT_GET, _text(hash, "hash"), self._tenant or DEFAULT_TENANT)
+        return None if row is None else bytes(row[0])
+
+    # --- tokens and tenants ---
+    @_write
+    def create_token(
+        self, tx: _Tx, name: str, role: str, *, expires_at: datetime | None = None
+    ) -> tuple[str, ApiToken]:
+        """A new token: its plaintext, which is not stored (its SHA-256 is), and its record. Source: create_token."""
+        info = ApiToken(id=new_id(), name=name, role=role, created_at=_datetime(tx.now()), expires_at=expires_at,
+                        revoked_at=None, tenant_id=self._tenant or DEFAULT_TENANT)
+        token, values = f"fs_{os.urandom(32).hex()}", _TOKEN.encode(info).values()
+        tx.run(_TOKEN.insert("flowstore_tokens", "hash"), *values, hashlib.sha256(token.encode()).hexdigest())
+        return token, _TOKEN.decode(values)
+
+    @_read
+    def validate_token(self, tx: _Tx, token: str) -> ApiToken | None:
+        """A token's record, which names its tenant; None if unknown, revoked, expired, or the tenant is not active."""
+        digest = hashlib.sha256(_text(token, "token").encode()).hexdigest()
+        return _TOKEN.maybe(self._row(tx, _TOKEN_VALID, digest, tx.now()))
+
+    @_write
+    def revoke_token(self, tx: _Tx, token_id: AnyId) -> None:
+        """Make a token invalid; again has no effect. Raises NotFound."""
+        token = _id(token_id, "token_id")
+        _found(self._row(tx, _REVOKE, tx.now(), token), "token", token)
+
+    @_read
+    def list_tokens(self, tx: _Tx) -> list[ApiToken]:
+        """All tokens, revoked and expired ones too, newest first."""
+        return _TOKEN.decode_all(self._rows(tx, _TOKENS))
+
+    @_write
+    def create_tenant(self, tx: _Tx, tenant: Tenant) -> Tenant:
+        """Register a tenant. Raises AlreadyExists, in a view TenantMismatch. Source: StateBackend.create_tenant."""
+        self._administer(_is(Tenant, tenant, "tenant").id)
+        return _insert(tx, _TENANT, "flowstore_tenants", "tenant", tenant)
+
+    @_read
+    def get_tenant(self, tx: _Tx, id: AnyId) -> Tenant | None:
+        """A tenant's record, or None; a view knows its own alone. Source: StateBackend.get_tenant."""
+        tenant = _id(id, "id")
+        return _TENANT.maybe(tx.row(_TENANT_BY_ID, tenant) if self._tenant in (None, tenant) else None)
+
+    @_read
+    def list_tenants(self, tx: _Tx) -> list[Tenant]:
+        """All tenants, oldest first; a view knows its own alone. Source: StateBackend.list_tenants."""
+        return _TENANT.decode_all(tx.rows(_TENANT_BY_ID, self._tenant) if self._tenant else tx.rows(_TENANTS))
+
+    @_write
+    def update_tenant(self, tx: _Tx, tenant: Tenant) -> Tenant:
+        """Write a tenant's record. Raises NotFound, in a view TenantMismatch. Source: StateBackend.update_tenant."""
+        values = _TENANT.encode(tenant, argument="tenant") | {"updated_at": tx.now()}
+        tenant_id, _ = values.pop("id"), values.pop("created_at")
+        self._administer(tenant_id)
+        return _TENANT.decode(_found(tx.row(_TENANT_UPDATE, *values.values(), tenant_id), "tenant", tenant_id))
+
+    def for_tenant(self, tenant_id: AnyId) -> StateBackend:
+        """The view of one tenant: the same methods, its rows alone. In a view TenantMismatch. Source: for_tenant."""
+        self._administer(tenant := _id(tenant_id, "tenant_id"))
+        return type(self)(self._engine, tenant)
+
+    def _administer(self, tenant_id: AnyId) -> None:
+        if self._tenant is not None:
+            raise TenantMismatch(str(tenant_id), self._tenant)
 
 def _item_id(item: object) -> str:
     return _id(item.id if isinstance(item, (WorkItem, DeadLetter)) else item, "item_id")
@@ -3021,8 +3284,8 @@ class Hold:
         except (LeaseLost, NotFound):
             self.lost = self._gone()
             return False
-        except StorageError:
-            return True  # busy, or full: the lease may still last until the next try
+        except FlowStoreError:
+            return True  # busy, full, a suspended tenant: the lease may still last until the next try
 
     def _gone(self) -> bool:
         """Whether a lease that cannot be renewed was lost, and not ended by the block itself."""
@@ -3051,15 +3314,16 @@ class Store(_Facet):
     """A durable memory for workflows in one database: four facets, and what concerns all of it.
 
     Any number of threads may share one, any number of processes may open the same file, and both sides of a fork may
-    go on using it. Close it, or use it as a context manager. Source: SqliteBackend.
-    """
+    go on using it. Close it, or use it as a context manager. Source: SqliteBackend."""
 
     def __init__(self, engine: _Engine) -> None:
         super().__init__(engine)
+        self.flows = FlowStore(engine)
+        """Flows, their steps and their audit trail: `FlowStore`."""
         self.events = EventStore(engine)
         """The execution log: `EventStore`."""
         self.state = StateBackend(engine)
-        """Executions, snapshots and the work queue: `StateBackend`."""
+        """Executions, the work queue, tenants and what belongs to them: `StateBackend`."""
 
     @property
     def target(self) -> str:
@@ -3085,8 +3349,7 @@ class Store(_Facet):
 
         Facet calls join it, each as a savepoint of its own; `tx.execute` runs the user's own SQL; a nested one is a
         savepoint. Whatever leaves the block as an exception undoes it and propagates. Raises StoreBusy when another
-        transaction lasts longer than `busy_timeout`, StorageError when the database ended it.
-        """
+        transaction lasts longer than `busy_timeout`, StorageError when the database ended it."""
         return _Block(self._engine)
 
     def now(self) -> datetime:
@@ -3096,32 +3359,28 @@ class Store(_Facet):
     def close(self) -> None:
         """Close the store: calls under way finish, waiters and later calls get StoreClosed; again has no effect.
 
-        Raises StorageError inside one's own transaction. Source: StorageBackend.shutdown.
-        """
+        Raises StorageError inside one's own transaction. Source: StorageBackend.shutdown."""
         self._engine.forbid_inside("close()")
         self._engine.close()
 
     def backup(self, path: str | os.PathLike[str]) -> None:
         """Copy the store to a new file while it is in use: consistent, and complete or not there at all.
 
-        Raises StorageError for a path that exists, and inside one's own transaction.
-        """
+        Raises StorageError for a path that exists, and inside one's own transaction."""
         self._engine.forbid_inside("backup()")
         self._engine.backup(_path(path, "path"))
 
     def check(self) -> list[str]:
         """Read the whole file and list what is wrong with it; empty when it is sound.
 
-        Raises StorageError inside one's own transaction.
-        """
+        Raises StorageError inside one's own transaction."""
         self._engine.forbid_inside("check()")
         return self._engine.aside(_problems)
 
     def compact(self) -> None:
         """Give unused space back to the file system and empty the write-ahead log; writers go on between its steps.
 
-        Raises StoreBusy, and StorageError inside one's own transaction.
-        """
+        Raises StoreBusy, and StorageError inside one's own transaction."""
         self._engine.forbid_inside("compact()")
         self._engine.compact()
 
@@ -3191,9 +3450,9 @@ def _parse_target(target: object) -> tuple[str, str | None]:
     return target, None if name == ":memory:" else _path(name, "target")
 
 def open(
-    target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_timeout: float = 30.0, lease_seconds: float =
-    30.0, backoff: Callable[[int], float] | None = None, clock: Callable[[], datetime] | None = None, read_only: bool =
-    False
+    target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_timeout: float = 30.0,
+    lease_seconds: float = 30.0, backoff: Callable[[int], float] | None = None,
+    clock: Callable[[], datetime] | None = None, read_only: bool = False,
 ) -> Store:
     """Open a store, creating it with all its tables where there is none.
 
@@ -3204,8 +3463,7 @@ def open(
     `read_only`: nothing in the database is changed.
 
     Raises InvalidData for an option out of range, StorageError and SchemaError for what cannot be opened, which is left
-    as it was. Source: SqliteBackend::open, SqlitePersistenceProvider::new, SqliteFlowStore::open.
-    """
+    as it was. Source: SqliteBackend::open, SqlitePersistenceProvider::new, SqliteFlowStore::open."""
     mode = _text(synchronous, "synchronous").upper()
     if mode not in ("FULL", "NORMAL", "OFF"):
         raise InvalidData(f"synchronous: FULL, NORMAL or OFF is needed, not {synchronous!r}")
