@@ -13,7 +13,9 @@ import datetime as dt
 import dis
 import doctest
 import faulthandler
+import functools
 import gc
+import hashlib
 import inspect
 import itertools
 import json
@@ -33,6 +35,7 @@ import traceback
 import types
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -41,7 +44,7 @@ from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import IO, Any, NoReturn
+from typing import IO, Any, ClassVar, NoReturn
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
@@ -51,25 +54,42 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multip
 import flowstore
 from flowstore import (
     AlreadyExists,
+    AlreadyTerminal,
+    ApiToken,
+    ArtifactRef,
+    CancelPending,
     DeadLetter,
     EventType,
     ExecutionStatus,
     Flow,
+    FlowStatus,
+    FlowStep,
+    FlowStepStatus,
+    FlowStore,
     FlowStoreError,
+    IllegalTransition,
     InvalidData,
     LeaseLost,
+    LimitExceeded,
     NotFound,
     ReclaimResult,
+    RevisionMismatch,
     SchemaError,
     SequenceConflict,
     Snapshot,
+    StateBackend,
+    StepRuntime,
     StorageError,
     Store,
     StoreBusy,
     StoreClosed,
     StoreCorrupt,
     StoredEvent,
+    Tenant,
+    TenantLimits,
     TenantMismatch,
+    TenantStatus,
+    WorkflowDefinition,
     WorkflowExecution,
     WorkItem,
     WorkItemStatus,
@@ -4318,10 +4338,11 @@ class Striker:
     A function that raises while it traces is not called again, so the second strike is the profiler's.
     """
 
+    names: ClassVar[dict[CodeType, dict[int, str]]] = {}
+
     def __init__(self, strike_at: int, again_after: int = 0) -> None:
         self.strike_at, self.again_after, self.places, self.where = strike_at, again_after, 0, ""
         self.previous: tuple[FrameType, str] | None = None
-        self.names: dict[CodeType, dict[int, str]] = {}
 
     def __call__(self, frame: FrameType, what: str, _arg: object) -> Striker:
         here = what == "call"
@@ -5133,6 +5154,33 @@ def test_an_interrupt_at_any_step_of_a_write_leaves_all_or_nothing_and_a_usable_
 
 @swallows
 @pytest.mark.parametrize("call", [write_pair, write_pair_in_block])
+def test_an_interrupt_at_any_step_of_a_write_leaves_those_who_wait_for_news_waiting_and_waking(
+    target: str, call: Callable[[flowstore.Store, str, str], Any]
+) -> None:
+    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=1.0)
+    waiter = Caller(partial(store_engine.state.claim_work_item, "w", ["q"], wait=10 * WATCHDOG))
+    until(waiter.waits)
+    dry = Striker(0)
+    dry.run(partial(call, store_engine, "run", "dry"))
+    for place in range(1, dry.places + 1):
+        striker = Striker(place)
+        striker.run(partial(call, store_engine, "run", f"{place}"))
+        again = Caller(partial(call, store_engine, "run", f"{place}, again"))
+        again.join(5.0)
+        assert not again.is_alive(), f"a write hangs after a strike at\n{striker.where}"
+        assert not isinstance(again.result, Exception), f"{again.result!r} after a strike at\n{striker.where}"
+        assert waiter.is_alive()
+    later = [Striker(0) for _ in range(5)]  # some of them may have to queue
+    assert all(striker.run(partial(call, store_engine, "run", "later")) for striker in later)
+    shortest = min(striker.places for striker in later)
+    assert shortest <= dry.places + 10, "each strike makes every later call of its thread longer"
+    [made] = enqueue_engine(store_engine)
+    assert waiter.outcome().id == made
+    store_engine.close()
+
+
+@swallows
+@pytest.mark.parametrize("call", [write_pair, write_pair_in_block])
 def test_an_interrupt_caught_inside_a_block_leaves_all_or_nothing_of_the_call_and_the_block_usable(
     store_engine: flowstore.Store, call: Callable[[flowstore.Store, str, str], Any]
 ) -> None:
@@ -5164,6 +5212,8 @@ def test_an_interrupt_at_any_step_of_a_read_leaks_no_connection(path: Path) -> N
         ]
         for call in calls:
             call()
+        gc.collect()
+        gc.freeze()
         before = descriptors()
         for call in calls:
             for place in steps(call):
@@ -5173,7 +5223,9 @@ def test_an_interrupt_at_any_step_of_a_read_leaks_no_connection(path: Path) -> N
                 waiting = Caller(partial(store_engine.state.claim_work_item, "w", ["q"], wait=0.001))
                 waiting.join(5.0)
                 assert not waiting.is_alive(), f"a wait hangs after a strike at\n{striker.where}"
-        assert descriptors() <= before + 4
+                gc.collect()  # a lost connection is part of a cycle
+        gc.unfreeze()
+        assert descriptors() <= before + 6
         write_pair(store_engine, "run", "5")
         assert store_engine.check() == []
 
@@ -6044,7 +6096,7 @@ def test_no_kind_of_call_leaves_objects_behind(target: str) -> None:
         for _ in range(times):
             call()
         gc.collect()
-        return len(gc.get_objects())
+        return sum(type(thing).__module__ in ("sqlite3", flowstore.__name__) for thing in gc.get_objects())
 
     calls: list[Callable[[], Any]] = [
         partial(write_pair, store_engine, "run", "again"),
@@ -6055,9 +6107,8 @@ def test_no_kind_of_call_leaves_objects_behind(target: str) -> None:
         partial(store_engine.state.claim_work_item, "w", ["q"]),
     ]
     for call in calls:
-        alive(call, 300)  # caches fill
-        before = alive(call, 1)
-        assert alive(call, 300) < before + 150, call
+        before = alive(call, 300)  # caches have filled
+        assert alive(call, 200) < before + 50, call
     store_engine.close()
 
 
@@ -6099,6 +6150,1298 @@ def test_importing_loads_neither_asyncio_nor_psycopg_and_does_nothing() -> None:
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("set() 1\n", "")
+
+
+# ==========================================================================================================
+# Flows, tenants and what belongs to them
+# ==========================================================================================================
+
+UNKNOWN = "no-such-id"
+a_few_state = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+class StateClock:
+    """A clock that stands still until it is told to advance."""
+
+    def __init__(self) -> None:
+        self.now = START
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, seconds: float) -> datetime:
+        self.now += timedelta(seconds=seconds)
+        return self.now
+
+
+@pytest.fixture(params=ENGINES)
+def make_store_state(request: pytest.FixtureRequest, tmp_path: Path, clock: StateClock) -> Iterator[Callable[[], Store]]:
+    """A function that opens a new, empty store of the engine."""
+    opened: list[Store] = []
+
+    def make() -> Store:
+        target = ":memory:" if request.param == "memory" else tmp_path / f"store-{len(opened)}.db"
+        opened.append(flowstore.open(target, clock=clock, synchronous="OFF", lease_seconds=10, backoff=float))
+        return opened[-1]
+
+    yield make
+    for store_state in opened:
+        store_state.close()
+
+
+@pytest.fixture
+def store_state(make_store_state: Callable[[], Store]) -> Store:
+    return make_store_state()
+
+
+def dump(store_state: Store) -> dict[str, list[tuple[Any, ...]]]:
+    """Every row of every table."""
+    with store_state.transaction() as tx:
+        tables = [name for (name,) in tx.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        return {table: tx.execute(f"SELECT * FROM {table}") for table in tables}
+
+
+def together_state(calls: list[Callable[[], Any]]) -> list[Any]:
+    """All calls at once, each in a thread; what they returned, or the FlowStoreError they raised."""
+    barrier = threading.Barrier(len(calls))
+    outcomes: list[Any] = [None] * len(calls)
+
+    def run(index: int) -> None:
+        barrier.wait(60)
+        try:
+            outcomes[index] = calls[index]()
+        except FlowStoreError as error:
+            outcomes[index] = error
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive(), "a call does not return"
+    return outcomes
+
+
+@contextlib.contextmanager
+def twice(store_state: Store) -> Iterator[Callable[[int], Store]]:
+    """The store and, for a file, a second one opened on it, as another process would: odd numbers get that."""
+    with contextlib.nullcontext(store_state) if store_state.target == ":memory:" else flowstore.open(store_state.target) as second:
+        yield lambda number: second if number % 2 else store_state
+
+
+def ids(records: list[Any]) -> list[str]:
+    return [record.id for record in records]
+
+
+def flow_with(store_state: Store, status: str = "created", **fields: Any) -> Flow:
+    return store_state.flows.insert(Flow(status=FlowStatus(status), **fields))
+
+
+def run_with(state: StateBackend, execution_id: str = "e", **fields: Any) -> WorkflowExecution:
+    return state.create_execution(WorkflowExecution(execution_id=execution_id, workflow_id="w", **fields))
+
+
+def claimed_item(state: StateBackend, execution_id: str = "e", queue: str = "q", **fields: Any) -> WorkItem:
+    """A new item of the execution (made on demand), claimed."""
+    if state.get_execution(execution_id) is None:
+        run_with(state, execution_id)
+    state.enqueue_work_item(WorkItem(execution_id=execution_id, queue_type=queue, **fields))
+    item = state.claim_work_item("worker", [queue])
+    assert item is not None
+    return item
+
+
+# ============================================================================================================
+# Flows
+# ============================================================================================================
+
+
+def test_a_flow_comes_back_as_it_was_stored(store_state: Store) -> None:
+    at = START - timedelta(days=3, microseconds=7)
+    flow = Flow(
+        id="f", controller_id="c", goal="g\n", owner_session_key="o", requester_origin="r", current_step="s",
+        state={"deep": [1, {"é": None}]}, wait=["timer", 3], status=FlowStatus.WAITING, cancel_requested=True,
+        revision=41, created_at=at, updated_at=at,
+    )
+    before = copy.deepcopy(flow)
+    stored = store_state.flows.insert(flow)
+    assert stored == flow == before == store_state.flows.get("f")
+    assert stored is not flow and stored.state is not flow.state
+
+
+def test_times_left_open_are_filled_from_the_stores_clock(store_state: Store, clock: StateClock) -> None:
+    clock.advance(5)
+    flow = store_state.flows.insert(Flow())
+    step = store_state.flows.insert_step(FlowStep(flow_id=flow.id, run_id="r"))
+    assert {flow.created_at, flow.updated_at, step.created_at, step.updated_at} == {clock.now}
+    assert (flow.revision, flow.status, flow.state, flow.wait) == (0, "created", {}, None)
+    assert (step.runtime, step.status, step.result, step.child_session_key) == ("managed", "pending", None, None)
+
+
+def test_an_id_may_be_a_uuid_everywhere(store_state: Store) -> None:
+    key, run = uuid.uuid4(), uuid.uuid4()
+    store_state.flows.insert(Flow(id=key))  # type: ignore[arg-type]
+    step = store_state.flows.insert_step(FlowStep(flow_id=key, run_id=run))  # type: ignore[arg-type]
+    assert store_state.flows.get(key) == store_state.flows.get(str(key)) is not None
+    assert store_state.flows.find_step_by_run_id(key, run) == step
+    assert store_state.flows.append_event(key, "k", None).flow_id == str(key)
+
+
+def test_a_taken_flow_id_is_refused_and_the_flow_stays(store_state: Store) -> None:
+    flow = flow_with(store_state, id="f", goal="first")
+    with pytest.raises(AlreadyExists) as caught:
+        store_state.flows.insert(Flow(id="f", goal="second"))
+    assert (caught.value.kind, caught.value.id) == ("flow", "f")
+    assert store_state.flows.get("f") == flow
+
+
+def test_an_update_raises_the_revision_and_refreshes_updated_at_alone(store_state: Store, clock: StateClock) -> None:
+    flow = flow_with(store_state, goal="old", state={"n": 0})
+    clock.advance(1)
+    changed = dataclasses.replace(flow, goal="new", state={"n": 1}, created_at=clock.now, updated_at=START, wait=[])
+    given = copy.deepcopy(changed)
+    stored = store_state.flows.update_with_revision(changed)
+    assert stored == dataclasses.replace(changed, revision=1, created_at=flow.created_at, updated_at=clock.now)
+    assert changed == given and store_state.flows.get(flow.id) == stored
+    assert store_state.flows.update_with_revision(stored).revision == 2
+
+
+def test_a_stale_update_names_both_revisions_and_changes_nothing(store_state: Store) -> None:
+    flow = flow_with(store_state)
+    latest = store_state.flows.update_with_revision(flow)
+    before = dump(store_state)
+    calls: list[Callable[[], Any]] = [
+        lambda: store_state.flows.update_with_revision(flow), lambda: store_state.flows.update_and_append(flow, "kind", {})
+    ]
+    for call in calls:
+        with pytest.raises(RevisionMismatch) as caught:
+            call()
+        assert (caught.value.expected, caught.value.actual) == (0, 1)
+    assert dump(store_state) == before and store_state.flows.get(flow.id) == latest
+
+
+def test_update_of_a_missing_flow_is_not_found(store_state: Store) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: store_state.flows.update_with_revision(Flow(id=UNKNOWN)),
+        lambda: store_state.flows.update_and_append(Flow(id=UNKNOWN), "k", {}),
+        lambda: store_state.flows.append_event(UNKNOWN, "k", {}),
+        lambda: store_state.flows.insert_step(FlowStep(flow_id=UNKNOWN, run_id="r")),
+    ]
+    for call in calls:
+        with pytest.raises(NotFound) as caught:
+            call()
+        assert (caught.value.kind, caught.value.id) == ("flow", UNKNOWN)
+    assert store_state.flows.get(UNKNOWN) is None
+    assert store_state.flows.list_events(UNKNOWN) == [] and store_state.flows.list_steps(UNKNOWN) == []
+
+
+def test_a_revision_that_could_not_be_counted_on_is_refused(store_state: Store) -> None:
+    flow = flow_with(store_state, revision=MAX_INT)
+    with pytest.raises(InvalidData, match="revision"):
+        store_state.flows.update_with_revision(flow)
+    assert store_state.flows.get(flow.id) == flow
+
+
+LEGAL = {
+    "created": {"running", "cancelled"},
+    "running": {"waiting", "finished", "failed", "cancelled"},
+    "waiting": {"running", "failed", "cancelled"},
+}
+
+
+@pytest.mark.parametrize(("before", "after"), itertools.product(FlowStatus, FlowStatus))
+def test_transitions_follow_the_table(before: FlowStatus, after: FlowStatus) -> None:
+    legal = after in LEGAL.get(before, set())
+    assert before.can_transition_to(after) is legal and before.is_terminal is (before not in LEGAL)
+    for cancelled in (False, True):
+        flow = Flow(id="f", status=before, cancel_requested=cancelled)
+        refusal = (
+            AlreadyTerminal if before not in LEGAL
+            else CancelPending if cancelled and after != "cancelled"
+            else None if legal else IllegalTransition
+        )
+        if refusal is None:
+            flow.transition_to(str(after))
+            assert flow == Flow(id="f", status=after, cancel_requested=cancelled)
+        else:
+            with pytest.raises(refusal):
+                flow.transition_to(after)
+            assert flow.status == before
+    flow = Flow(status=before)
+    flow.request_cancel()
+    assert flow.cancel_requested is (before in LEGAL)
+
+
+def test_the_audit_trail_is_newest_first_by_number_whatever_the_clock_does(store_state: Store, clock: StateClock) -> None:
+    flow = flow_with(store_state)
+    events = [store_state.flows.append_event(flow.id, f"kind-{n}", {"n": n}) for n in range(3) if clock.advance(-n)]
+    assert [event.at for event in events] == [START, START - timedelta(seconds=1), START - timedelta(seconds=3)]
+    assert store_state.flows.list_events(flow.id) == events[::-1]
+    assert store_state.flows.list_events(flow.id, 2) == events[:0:-1]
+    assert store_state.flows.list_events(flow.id, -1) == []
+
+
+def test_update_and_append_writes_both(store_state: Store, clock: StateClock) -> None:
+    flow = flow_with(store_state)
+    clock.advance(1)
+    stored, event = store_state.flows.update_and_append(dataclasses.replace(flow, goal="x"), "moved", [1])
+    assert store_state.flows.get(flow.id) == stored and (stored.goal, stored.revision) == ("x", 1)
+    assert store_state.flows.list_events(flow.id) == [event]
+    assert (event.flow_id, event.kind, event.payload, event.at) == (flow.id, "moved", [1], clock.now)
+
+
+def test_a_step_is_found_by_id_flow_and_run_id(store_state: Store, clock: StateClock) -> None:
+    for flow_id in ("f", "g"):
+        flow_with(store_state, id=flow_id)
+    step = FlowStep(
+        id="s2", flow_id="f", runtime=StepRuntime.MIRRORED, child_session_key="k", run_id="r", task="t",
+        status=FlowStepStatus.RUNNING, result=[0], created_at=clock.now, updated_at=clock.now,
+    )
+    assert store_state.flows.insert_step(step) == step == store_state.flows.get_step("s2")
+    earlier = store_state.flows.insert_step(FlowStep(id="s1", flow_id="f", run_id="q", created_at=clock.advance(-1)))
+    same_time = store_state.flows.insert_step(FlowStep(id="s0", flow_id="f", run_id="p", created_at=START))
+    other = store_state.flows.insert_step(FlowStep(flow_id="g", run_id="r"))
+    assert store_state.flows.list_steps("f") == [earlier, same_time, step]
+    assert store_state.flows.find_step_by_run_id("f", "r") == step and store_state.flows.find_step_by_run_id("g", "r") == other
+    assert store_state.flows.find_step_by_run_id("f", UNKNOWN) is store_state.flows.get_step(UNKNOWN) is None
+
+
+def test_a_taken_step_id_or_run_id_is_refused(store_state: Store) -> None:
+    flow_with(store_state, id="f"), flow_with(store_state, id="g")
+    store_state.flows.insert_step(FlowStep(id="s", flow_id="f", run_id="r"))
+    second = store_state.flows.insert_step(FlowStep(id="t", flow_id="f", run_id="q"))
+    before = dump(store_state)
+    calls: list[tuple[Callable[[], Any], str]] = [
+        (lambda: store_state.flows.insert_step(FlowStep(id="s", flow_id="g", run_id="other")), "s"),
+        (lambda: store_state.flows.insert_step(FlowStep(id="u", flow_id="f", run_id="r")), "r"),
+        (lambda: store_state.flows.update_step(dataclasses.replace(second, run_id="r")), "r"),
+    ]
+    for call, key in calls:
+        with pytest.raises(AlreadyExists) as caught:
+            call()
+        assert (caught.value.kind, caught.value.id) == ("flow step", key)
+    assert dump(store_state) == before
+
+
+def test_a_step_update_keeps_its_flow_and_its_creation(store_state: Store, clock: StateClock) -> None:
+    flow_with(store_state, id="f"), flow_with(store_state, id="g")
+    step = store_state.flows.insert_step(FlowStep(flow_id="f", run_id="r"))
+    clock.advance(1)
+    changed = dataclasses.replace(step, flow_id="g", created_at=clock.now, run_id="r2", task="t", result={"ok": 1})
+    stored = store_state.flows.update_step(changed)
+    assert stored == dataclasses.replace(changed, flow_id="f", created_at=START, updated_at=clock.now)
+    assert store_state.flows.list_steps("f") == [stored] and store_state.flows.list_steps("g") == []
+    with pytest.raises(NotFound) as caught:
+        store_state.flows.update_step(dataclasses.replace(step, id=UNKNOWN))
+    assert (caught.value.kind, caught.value.id) == ("flow step", UNKNOWN)
+
+
+@given(
+    times=st.lists(st.integers(0, 2), max_size=8), limit=st.none() | st.integers(-2, 9), offset=st.integers(-2, 9)
+)
+@a_few_state
+def test_flow_lists_page_in_a_total_order(times: list[int], limit: int | None, offset: int) -> None:
+    with flowstore.open(":memory:") as store_state:
+        flows = [
+            flow_with(store_state, owner_session_key="o", created_at=START + day, updated_at=START - day)
+            for day in map(timedelta, times)
+        ]
+        flow_with(store_state, "running", owner_session_key="p")
+        start, most = max(0, offset), 99 if limit is None else max(0, limit)
+        by_owner = sorted(flows, key=lambda flow: (flow.created_at, flow.id), reverse=True)
+        by_status = sorted(flows, key=lambda flow: (flow.updated_at, flow.id))
+        assert store_state.flows.list_by_owner("o", limit=limit, offset=offset) == by_owner[start:][:most]
+        assert store_state.flows.list_by_status("created", limit=limit, offset=offset) == by_status[start:][:most]
+        assert store_state.flows.list_by_owner("o") == by_owner
+
+
+BAD_CALLS: dict[str, Callable[[Store], Any]] = {
+    "insert of no flow": lambda s: s.flows.insert("f"),  # type: ignore[arg-type]
+    "empty id": lambda s: s.flows.insert(Flow(id="")),
+    "owner of 256": lambda s: s.flows.insert(Flow(owner_session_key="o" * 256)),
+    "NUL in goal": lambda s: s.flows.insert(Flow(goal="\0")),
+    "state no JSON": lambda s: s.flows.insert(Flow(state={"x": {1, 2}})),
+    "wait NaN": lambda s: s.flows.insert(Flow(wait=float("nan"))),
+    "status word": lambda s: s.flows.insert(Flow(status="done")),  # type: ignore[arg-type]
+    "wrong enum": lambda s: s.flows.insert(Flow(status=FlowStepStatus.PENDING)),  # type: ignore[arg-type]
+    "revision of 2**63": lambda s: s.flows.insert(Flow(revision=2**63)),
+    "naive time": lambda s: s.flows.insert(Flow(created_at=datetime(2030, 1, 1))),
+    "get of 7": lambda s: s.flows.get(7),  # type: ignore[arg-type]
+    "status in a list": lambda s: s.flows.list_by_status("done"),
+    "limit of text": lambda s: s.flows.list_by_owner("o", limit="1"),  # type: ignore[arg-type]
+    "no kind": lambda s: s.flows.append_event("f", None, {}),  # type: ignore[arg-type]
+    "payload no JSON": lambda s: s.flows.append_event("f", "k", object()),
+    "event payload": lambda s: s.flows.update_and_append(s.flows.list_by_owner("")[0], "k", {"when": START}),
+    "step of no flow": lambda s: s.flows.insert_step(FlowStep(flow_id="", run_id="r")),
+    "no step": lambda s: s.flows.insert_step(Flow()),  # type: ignore[arg-type]
+    "run id": lambda s: s.flows.find_step_by_run_id("f", "r" * 256),
+    "days of text": lambda s: s.flows.prune_terminal_flows("7"),  # type: ignore[arg-type]
+    "days of 2**63": lambda s: s.flows.prune_terminal_flows(2**63),
+    "tenant limit": lambda s: s.state.create_tenant(Tenant(id="x", limits=TenantLimits(max_workflows=-1))),
+    "no tenant": lambda s: s.state.create_tenant("x"),  # type: ignore[arg-type]
+    "tenant id": lambda s: s.state.for_tenant(""),
+    "token expiry": lambda s: s.state.create_token("n", "r", expires_at=datetime(2030, 1, 1)),
+    "token name": lambda s: s.state.create_token(1, "r"),  # type: ignore[arg-type]
+    "token of bytes": lambda s: s.state.validate_token(b"fs_"),  # type: ignore[arg-type]
+    "effect": lambda s: s.state.record_effect("k", {1: object()}),
+    "effect key": lambda s: s.state.record_effect("k" * 256, 1),
+    "artifact of text": lambda s: s.state.put_artifact("text"),  # type: ignore[arg-type]
+    "media type": lambda s: s.state.put_artifact(b"x", 7),  # type: ignore[arg-type]
+    "ir": lambda s: s.state.store_workflow(WorkflowDefinition(workflow_id="w", version="1", ir=START)),
+    "version": lambda s: s.state.get_workflow("w", 1),  # type: ignore[arg-type]
+    "turn without fence": lambda s: s.state.commit_turn("i", None, EVENT),
+    "turn without type": lambda s: s.state.commit_turn("i", 1, {}),
+    "effect without key": lambda s: s.state.commit_turn("i", 1, EVENT, effect=0),
+    "failed as text": lambda s: s.state.commit_turn("i", 1, EVENT, failed="no"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_what_cannot_be_stored_is_refused_with_nothing_written(store_state: Store, call: Callable[[Store], Any]) -> None:
+    flow_with(store_state, id="f")
+    before = dump(store_state)
+    with pytest.raises(InvalidData):
+        call(store_state)
+    assert dump(store_state) == before
+
+
+# --- flows, raced and killed ---
+
+
+def test_32_threads_raise_a_counter_and_none_is_lost(store_state: Store) -> None:
+    flow = flow_with(store_state, state={"count": 0})
+
+    def raise_it(flows: FlowStore) -> None:
+        for _ in range(4):
+            while True:
+                mine = flows.get(flow.id)
+                assert mine is not None
+                mine.state["count"] += 1
+                try:
+                    flows.update_with_revision(mine)
+                    break
+                except RevisionMismatch:
+                    continue
+
+    with twice(store_state) as one:
+        assert together_state([functools.partial(raise_it, one(number).flows) for number in range(32)]) == [None] * 32
+    final = store_state.flows.get(flow.id)
+    assert final is not None and (final.state, final.revision) == ({"count": 128}, 128)
+
+
+def test_16_threads_append_to_an_array_and_none_is_lost(store_state: Store) -> None:
+    run_with(store_state.state)
+
+    def append(thread: int, state: StateBackend) -> None:
+        for n in range(4):
+            state.patch_append_array("e", f"list-{n % 2}", [thread, n])
+
+    with twice(store_state) as one:
+        together_state([functools.partial(append, thread, one(thread).state) for thread in range(16)])
+    execution = store_state.state.get_execution("e")
+    assert execution is not None
+    kept = sorted(value for array in execution.current_state.values() for value in array)
+    assert kept == [[thread, n] for thread in range(16) for n in range(4)]
+
+
+KILLED_AT_THE_NTH_CALL = """
+import os, signal, sys
+from datetime import UTC, datetime
+import flowstore
+path, calls = sys.argv[1], int(sys.argv[2])
+
+def clock():
+    global calls
+    calls -= 1
+    if calls == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return datetime.now(UTC)
+
+store = flowstore.open(path, clock=clock)
+"""
+
+UPDATES = """
+flow = store.flows.get("f")
+store.flows.update_and_append(flow, "good", {})
+try:
+    store.flows.update_and_append(flow, "stale", {})
+except flowstore.RevisionMismatch:
+    sys.exit(0)
+"""
+
+TURN = """
+store.state.commit_turn("i", 1, {"type": "turn"}, snapshot_state=[1], effect_key="k", effect=2, event_id="turn")
+"""
+
+
+def each_kill(folder: Path, prepare: Callable[[Store], Any], source: str) -> Iterator[tuple[bool, Store]]:
+    """For n = 1, 2, ...: the store that a child left when its n-th look at the clock killed it; last, unkilled."""
+    for n in itertools.count(1):
+        path = folder / f"{n}.db"
+        with flowstore.open(path) as store_state:
+            prepare(store_state)
+        environment = os.environ | {"PYTHONPATH": str(Path(flowstore.__file__ or "").parent)}
+        command = [sys.executable, "-c", KILLED_AT_THE_NTH_CALL + source, str(path), str(n)]
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert child.returncode in (0, -signal.SIGKILL), child.stderr
+        with flowstore.open(path) as store_state:
+            assert store_state.check() == []
+            yield child.returncode != 0, store_state
+        if child.returncode == 0:
+            return
+
+
+def test_a_flow_and_its_event_are_one_however_the_process_is_killed(tmp_path: Path) -> None:
+    revisions = []
+    for _, store_state in each_kill(tmp_path, lambda store_state: flow_with(store_state, id="f"), UPDATES):
+        flow, events = store_state.flows.get("f"), store_state.flows.list_events("f")
+        assert flow is not None
+        assert [event.kind for event in events] == ["good"] * flow.revision
+        revisions.append(flow.revision)
+    assert revisions[:2] == [0, 0] and revisions[-2:] == [1, 1]  # before and between the statements; in the stale call
+
+
+def test_a_turn_is_all_or_nothing_however_the_process_is_killed(tmp_path: Path) -> None:
+    def prepare(store_state: Store) -> None:
+        item = claimed_item(store_state.state, id="i")
+        assert item.lease_fence == 1
+
+    kills = 0
+    for killed, store_state in each_kill(tmp_path, prepare, TURN):
+        item, snapshot = store_state.state.get_work_item("i"), store_state.state.latest_snapshot("e")
+        assert item is not None and (item.status == "claimed") is killed
+        assert [event.id for event in store_state.state.get_events("e")] == ([] if killed else ["turn"])
+        assert (snapshot is None) is killed and store_state.state.get_effect("k") == (None if killed else 2)
+        kills += killed
+    assert kills >= 2
+
+
+# --- pruning flows ---
+
+
+def test_prune_drops_ended_flows_older_than_the_days_and_nothing_else(store_state: Store, clock: StateClock) -> None:
+    for status in FlowStatus:
+        flow_with(store_state, status, id=f"old {status}", updated_at=START - timedelta(days=2, microseconds=1))
+        flow_with(store_state, status, id=f"even {status}", updated_at=START - timedelta(days=2))
+    for flow_id in ("old failed", "old running", "even failed"):
+        store_state.flows.insert_step(FlowStep(id=f"step of {flow_id}", flow_id=flow_id, run_id="r"))
+        store_state.flows.append_event(flow_id, "k", {})
+    assert store_state.flows.prune_terminal_flows(2) == 3
+    left = {flow_id for (flow_id,) in dump_ids(store_state, "flows")}
+    assert left == {f"even {status}" for status in FlowStatus} | {"old created", "old running", "old waiting"}
+    assert {flow_id for (flow_id,) in dump_ids(store_state, "flow_events", "flow_id")} == {"old running", "even failed"}
+    assert {row[0] for row in dump_ids(store_state, "flow_steps")} == {"step of old running", "step of even failed"}
+    assert store_state.flows.prune_terminal_flows(2) == store_state.flows.prune_terminal_flows(MAX_INT) == 0
+    clock.advance(1)
+    assert store_state.flows.prune_terminal_flows(-5) == 3  # below 0 counts as 0
+
+
+def dump_ids(store_state: Store, table: str, column: str = "id") -> list[tuple[Any, ...]]:
+    with store_state.transaction() as tx:
+        return tx.execute(f"SELECT {column} FROM {table}")
+
+
+def test_prune_inside_a_transaction_is_part_of_it(store_state: Store) -> None:
+    flow_with(store_state, "failed", id="f", updated_at=START - timedelta(1))
+    with pytest.raises(ZeroDivisionError), store_state.transaction():
+        assert store_state.flows.prune_terminal_flows(0) == 1
+        assert store_state.flows.get("f") is None
+        raise ZeroDivisionError
+    assert store_state.flows.get("f") is not None
+
+
+class Watched(sqlite3.Connection):
+    """A connection that notes the statements executed through it, and counts its steps and what it commits."""
+
+    statements: ClassVar[set[str]] = set()
+    commits: ClassVar[list[int]] = []
+    steps: ClassVar[int] = 0
+    counting: ClassVar[bool] = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if Watched.counting:
+            self.set_progress_handler(Watched.step, 1)
+
+    @staticmethod
+    def step() -> int:
+        Watched.steps += 1
+        return 0
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        Watched.statements.add(sql)
+        if sql == "COMMIT":
+            Watched.commits.append(self.total_changes)
+        return super().execute(sql, *parameters)
+
+    def executemany(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+        Watched.statements.add(sql)
+        return super().executemany(sql, *parameters)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
+    """Stores opened in this test use watched connections."""
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Watched))
+    for name, value in (("statements", set()), ("commits", []), ("steps", 0), ("counting", False)):
+        monkeypatch.setattr(Watched, name, value)
+    return Watched
+
+
+def test_prune_works_in_small_transactions_and_leaves_no_orphan(
+    watched: type[Watched], make_store_state: Callable[[], Store]
+) -> None:
+    store_state, old = make_store_state(), START - timedelta(1)
+    giant = 1200
+    with store_state.transaction() as tx:
+        for number in range(300):
+            flow_with(store_state, "finished", id=f"f{number:03}", updated_at=old)
+            for child in range(60 if number % 5 == 2 else 2):
+                store_state.flows.insert_step(FlowStep(flow_id=f"f{number:03}", run_id=str(child)))
+                store_state.flows.append_event(f"f{number:03}", "k", {})
+        flow_with(store_state, "failed", id="giant", updated_at=old)
+        flow_with(store_state, id="kept", updated_at=old)
+        rows = [(flow_id, "k", "{}", 0) for flow_id in ["giant"] * giant + ["kept"]]
+        tx.executemany("INSERT INTO flow_events (flow_id, kind, payload, at) VALUES (?, ?, ?, ?)", rows)
+    del watched.commits[:-1]
+    assert store_state.flows.prune_terminal_flows(0) == 301
+    changes = [after - before for before, after in itertools.pairwise(watched.commits)]
+    assert max(changed for changed in changes if changed != 1 + giant) <= 500 and len(changes) >= 10
+    assert [len(dump(store_state)[table]) for table in ("flows", "flow_steps", "flow_events")] == [1, 0, 1]
+    assert store_state.check() == []
+
+
+def test_writers_get_their_turn_while_flows_are_pruned(store_state: Store) -> None:
+    with store_state.transaction():
+        for _ in range(600):
+            flow_with(store_state, "cancelled", updated_at=START - timedelta(1))
+    outcomes = together_state([
+        lambda: store_state.flows.prune_terminal_flows(0), *[lambda: flow_with(store_state, "finished").status for _ in range(8)]
+    ])
+    assert outcomes == [600] + ["finished"] * 8
+    assert len(store_state.flows.list_by_status("finished")) == 8
+
+
+# ============================================================================================================
+# Definitions, limits
+# ============================================================================================================
+
+
+def definition(workflow_id: str = "w", version: str = "1", ir: Any = None, **fields: Any) -> WorkflowDefinition:
+    return WorkflowDefinition(workflow_id=workflow_id, version=version, ir=ir, **fields)
+
+
+def test_a_definition_is_kept_by_tenant_id_and_version_and_replaced(store_state: Store, clock: StateClock) -> None:
+    store_state.state.create_tenant(Tenant(id="acme"))
+    first = store_state.state.store_workflow(definition(ir={"steps": [1]}))
+    assert first == definition(ir={"steps": [1]}, created_at=START) == store_state.state.get_workflow("w", "1")
+    theirs = store_state.state.store_workflow(definition(ir="acme's", tenant_id="acme"))
+    clock.advance(1)
+    second = store_state.state.store_workflow(definition(ir="new"))
+    assert store_state.state.get_workflow("w", "1") == second == definition(ir="new", created_at=clock.now)
+    assert store_state.state.for_tenant("acme").get_workflow("w", "1") == theirs
+    assert store_state.state.get_workflow("w", "2") is store_state.state.get_workflow("v", "1") is None
+
+
+def test_max_workflows_counts_distinct_ids_and_versions(store_state: Store) -> None:
+    acme = store_state.state.create_tenant(Tenant(id="acme", limits=TenantLimits(max_workflows=2)))
+    view = store_state.state.for_tenant("acme")
+    for number in range(5):
+        store_state.state.store_workflow(definition(f"w{number}"))  # another tenant's are not counted
+    view.store_workflow(definition("v"))
+    for state, record in ((view, definition("w")), (store_state.state, definition("w", ir=1, tenant_id="acme"))):
+        state.store_workflow(record)  # the second replaces the first
+    for state in (view, store_state.state):
+        with pytest.raises(LimitExceeded) as caught:
+            state.store_workflow(definition("w", "2", tenant_id="acme"))
+        assert caught.value.tenant_id == "acme"
+    assert view.get_workflow("w", "2") is None
+    acme.limits.max_workflows = 1
+    store_state.state.update_tenant(acme)
+    assert view.store_workflow(definition("w", ir="again")) == view.get_workflow("w", "1")  # adds none
+    store_state.state.update_tenant(Tenant(id="acme"))
+    view.store_workflow(definition("w", "2"))
+
+
+def test_max_concurrent_executions_counts_those_not_ended(store_state: Store) -> None:
+    store_state.state.create_tenant(Tenant(id="acme", limits=TenantLimits(max_concurrent_executions=3)))
+    view = store_state.state.for_tenant("acme")
+    store_state.events.append("logged", "acme", EVENT)  # known, but no record: not counted
+    for status in ("pending", "running", "paused", "completed"):
+        run_with(view, status, status=status)
+    for state in (view, store_state.state):
+        with pytest.raises(LimitExceeded):
+            run_with(state, "one more", tenant_id="acme")
+        with pytest.raises(AlreadyExists):
+            run_with(state, "paused", tenant_id="acme")
+    run_with(view, "ended", status="failed")
+    assert not store_state.events.execution_exists("one more")
+    view.update_execution_status("paused", "limit_exceeded")
+    assert run_with(view, "one more").tenant_id == "acme"
+
+
+def test_racing_creations_never_pass_the_limit(store_state: Store) -> None:
+    store_state.state.create_tenant(Tenant(id="acme", limits=TenantLimits(max_concurrent_executions=3)))
+    view = store_state.state.for_tenant("acme")
+    outcomes = together_state([functools.partial(run_with, view, f"e{number}") for number in range(12)])
+    assert Counter(type(outcome).__name__ for outcome in outcomes) == {"WorkflowExecution": 3, "LimitExceeded": 9}
+    assert len(view.list_executions()) == 3
+
+
+# ============================================================================================================
+# Tenants and tokens
+# ============================================================================================================
+
+
+def test_a_tenant_comes_back_as_it_was_stored_and_updated(store_state: Store, clock: StateClock) -> None:
+    limits = TenantLimits(max_concurrent_executions=0, max_workflows=1, max_tokens_per_month=2,
+                          max_cost_per_month_usd=2.5)
+    acme = store_state.state.create_tenant(Tenant(id="acme", name="Acme", policy={"models": []}, limits=limits))
+    assert acme == store_state.state.get_tenant("acme") == Tenant(
+        id="acme", name="Acme", policy={"models": []}, limits=limits, created_at=START, updated_at=START
+    )
+    clock.advance(1)
+    changed = dataclasses.replace(
+        acme, status=TenantStatus.ARCHIVED, created_at=None, policy=None, limits=TenantLimits()
+    )
+    stored = store_state.state.update_tenant(changed)
+    assert stored == dataclasses.replace(changed, created_at=START, updated_at=clock.now)
+    assert store_state.state.get_tenant("acme") == stored and stored.status is TenantStatus.ARCHIVED
+    assert store_state.state.get_tenant(UNKNOWN) is None
+
+
+def test_a_taken_tenant_id_and_a_missing_tenant_are_refused(store_state: Store) -> None:
+    store_state.events.append("e", "logged", EVENT)  # registers its tenant
+    for taken in ("default", "logged"):
+        with pytest.raises(AlreadyExists) as exists:
+            store_state.state.create_tenant(Tenant(id=taken, name="second"))
+        assert (exists.value.kind, exists.value.id) == ("tenant", taken)
+    for call in (
+        lambda: store_state.state.update_tenant(Tenant(id=UNKNOWN)),
+        lambda: store_state.state.store_workflow(definition(tenant_id=UNKNOWN)),
+        lambda: run_with(store_state.state, "new", tenant_id=UNKNOWN),
+    ):
+        before = dump(store_state)
+        with pytest.raises(NotFound) as missing:
+            call()
+        assert (missing.value.kind, missing.value.id) == ("tenant", UNKNOWN)
+        assert dump(store_state) == before
+
+
+def test_a_token_is_validated_with_its_own_tenant(store_state: Store, clock: StateClock) -> None:
+    store_state.state.create_tenant(Tenant(id="acme"))
+    view = store_state.state.for_tenant("acme")
+    plain, token = view.create_token("ci", "developer", expires_at=START + timedelta(seconds=9))
+    assert token == ApiToken(
+        id=token.id, name="ci", role="developer", created_at=START, expires_at=START + timedelta(seconds=9),
+        revoked_at=None, tenant_id="acme",
+    )
+    assert store_state.state.validate_token(plain) == view.validate_token(plain) == token
+    assert store_state.state.create_token("x", "y")[1].tenant_id == "default"
+    for unknown in ("", "fs_", plain[:-1], plain + " ", plain.upper(), token.id):
+        assert store_state.state.validate_token(unknown) is None
+    clock.advance(9)
+    assert store_state.state.validate_token(plain) is None  # expired at its expiry
+    assert token in store_state.state.list_tokens() and view.list_tokens() == [token]
+
+
+@pytest.mark.parametrize("status", ["suspended", "archived"])
+def test_a_token_of_an_inactive_tenant_is_not_valid(store_state: Store, status: str) -> None:
+    acme = store_state.state.create_tenant(Tenant(id="acme"))
+    view = store_state.state.for_tenant("acme")
+    plain, token = view.create_token("n", "r")
+    store_state.state.update_tenant(dataclasses.replace(acme, status=TenantStatus(status)))
+    assert store_state.state.validate_token(plain) is view.validate_token(plain) is None
+    store_state.state.update_tenant(acme)
+    assert store_state.state.validate_token(plain) == token
+
+
+def test_a_revoked_token_is_not_valid_and_stays_in_the_list(store_state: Store, clock: StateClock) -> None:
+    plain, token = store_state.state.create_token("n", "r")
+    for _ in range(2):
+        clock.advance(1)
+        store_state.state.revoke_token(token.id)
+    assert store_state.state.validate_token(plain) is None
+    assert store_state.state.list_tokens() == [dataclasses.replace(token, revoked_at=START + timedelta(seconds=1))]
+    with pytest.raises(NotFound) as caught:
+        store_state.state.revoke_token(UNKNOWN)
+    assert (caught.value.kind, caught.value.id) == ("token", UNKNOWN)
+
+
+def test_the_plaintext_of_a_token_is_nowhere_in_the_files(tmp_path: Path) -> None:
+    def on_disk() -> bytes:
+        return b"".join(path.read_bytes() for path in tmp_path.iterdir())
+
+    with flowstore.open(tmp_path / "app.db") as store_state:
+        plains = [store_state.state.create_token("n", "r")[0] for _ in range(20)]
+        assert all(store_state.state.validate_token(plain) for plain in plains)
+        assert (tmp_path / "app.db-wal").stat().st_size > 0
+        contents = [on_disk()]
+    contents.append(on_disk())
+    for content, plain in itertools.product(contents, plains):
+        assert hashlib.sha256(plain.encode()).hexdigest().encode() in content
+        assert plain.encode() not in content and plain.removeprefix("fs_")[:16].encode() not in content
+    assert len(set(plains)) == 20 and all(len(plain) >= 40 for plain in plains)
+    with flowstore.open(tmp_path / "app.db", read_only=True) as store_state:
+        assert store_state.state.validate_token(plains[0]) is not None  # validating writes nothing
+
+
+# ============================================================================================================
+# Effects, artifacts, turns, dead letters
+# ============================================================================================================
+
+
+def test_the_first_recorded_effect_stays(store_state: Store) -> None:
+    assert store_state.state.get_effect("k") is None and store_state.state.get_effect("k", "nothing") == "nothing"
+    assert store_state.state.record_effect("k", {"paid": (1, 2)}) == {"paid": [1, 2]}
+    assert store_state.state.record_effect("k", "second") == store_state.state.get_effect("k", 0) == {"paid": [1, 2]}
+    assert store_state.state.record_effect("none", None) is store_state.state.get_effect("none", "default") is None
+    key = uuid.uuid4()
+    assert store_state.state.record_effect(key, 7) == store_state.state.get_effect(str(key)) == 7
+
+
+def test_racing_effects_have_one_winner_that_everyone_is_told(store_state: Store) -> None:
+    with twice(store_state) as one:
+        outcomes = together_state([functools.partial(one(number).state.record_effect, "k", number) for number in range(16)])
+    assert len(set(outcomes)) == 1 and store_state.state.get_effect("k") == outcomes[0]
+
+
+def test_an_effect_of_an_unknown_execution_is_refused(store_state: Store) -> None:
+    with pytest.raises(NotFound) as caught:
+        store_state.state.record_effect("k", 1, execution_id=UNKNOWN)
+    assert (caught.value.kind, caught.value.id) == ("execution", UNKNOWN)
+    store_state.events.append("logged", "default", EVENT)
+    assert store_state.state.record_effect("k", 2, execution_id="logged") == 2  # nothing was there
+
+
+@given(data=st.binary(max_size=200))
+@a_few_state
+def test_an_artifact_is_found_by_the_hash_of_its_bytes(data: bytes) -> None:
+    with flowstore.open(":memory:") as store_state:
+        ref = store_state.state.put_artifact(data, "text/first")
+        assert ref == ArtifactRef(hash=hashlib.sha256(data).hexdigest(), size=len(data), media_type="text/first")
+        assert store_state.state.put_artifact(data, "text/second") == store_state.state.put_artifact(data) == ref
+        assert store_state.state.get_artifact(ref.hash) == data and store_state.state.get_artifact(ref.hash[1:]) is None
+        assert len(dump(store_state)["flowstore_artifacts"]) == 1
+
+
+def test_an_artifact_without_media_type_keeps_none_and_is_stored_once_per_tenant(store_state: Store) -> None:
+    store_state.state.create_tenant(Tenant(id="acme"))
+    view = store_state.state.for_tenant("acme")
+    data = bytes(range(256)) * 4096
+    assert store_state.state.put_artifact(data).media_type is store_state.state.put_artifact(data, "x").media_type is None
+    ref = view.put_artifact(data, "image/png")
+    assert ref.media_type == "image/png" and view.get_artifact(ref.hash) == data
+    assert len(dump(store_state)["flowstore_artifacts"]) == 2
+
+
+def test_a_turn_settles_appends_and_keeps_snapshot_and_effect(store_state: Store) -> None:
+    item = claimed_item(store_state.state)
+    store_state.state.append_event("e", EVENT)
+    turn = store_state.state.commit_turn(
+        item.id, item.lease_fence, {"type": "turn"}, snapshot_state={"n": 1}, effect_key="k", effect=[2],
+        expected_sequence=1, event_id="id",
+    )
+    done, snapshot, events = (
+        store_state.state.get_work_item(item), store_state.state.latest_snapshot("e"), store_state.state.get_events("e")
+    )
+    assert turn == 2 and done is not None and (done.status, done.lease_expires_at) == ("completed", None)
+    assert [(event.event["type"], event.id) for event in events] == [("custom", None), ("turn", "id")]
+    assert snapshot is not None and (snapshot.at_sequence, snapshot.state) == (2, {"n": 1})
+    assert store_state.state.get_effect("k") == [2]
+
+
+def test_a_turn_may_fail_and_leaves_out_what_is_not_given(store_state: Store) -> None:
+    item = claimed_item(store_state.state)
+    store_state.state.record_effect("k", "first")
+    assert store_state.state.commit_turn(item, item.lease_fence, EVENT, failed=True, effect_key="k", effect="second") == 1
+    failed = store_state.state.get_work_item(item)
+    assert failed is not None and failed.status is WorkItemStatus.FAILED
+    assert store_state.state.latest_snapshot("e") is None and store_state.state.get_effect("k") == "first"
+    following = claimed_item(store_state.state)
+    store_state.state.commit_turn(following, None, EVENT, snapshot_state=None, effect_key="none")
+    snapshot = store_state.state.latest_snapshot("e")
+    assert snapshot is not None and snapshot.state is None and store_state.state.get_effect("none", "default") is None
+
+
+def test_a_known_event_id_settles_all_the_same(store_state: Store) -> None:
+    first = claimed_item(store_state.state)
+    assert store_state.state.commit_turn(first, first.lease_fence, EVENT, event_id="x") == 1
+    store_state.state.append_event("e", EVENT)
+    second = claimed_item(store_state.state)
+    again = store_state.state.commit_turn(second, None, EVENT, event_id="x", expected_sequence=9, snapshot_state=5)
+    done, snapshot = store_state.state.get_work_item(second), store_state.state.latest_snapshot("e")
+    assert again == 1 and done is not None and done.status == "completed" and store_state.state.latest_sequence("e") == 2
+    assert snapshot is not None and (snapshot.at_sequence, snapshot.state) == (1, 5)
+
+
+def test_a_turn_that_is_refused_writes_nothing_at_all(store_state: Store) -> None:
+    item = claimed_item(store_state.state)
+    store_state.state.append_event("e", EVENT)
+    everything: dict[str, Any] = {"snapshot_state": 1, "effect_key": "k", "effect": 2}
+    settled = claimed_item(store_state.state)
+    store_state.state.complete_work_item(settled)
+    before = dump(store_state)
+    refusals: list[tuple[type[FlowStoreError], Callable[[], Any]]] = [
+        (LeaseLost, lambda: store_state.state.commit_turn(item.id, item.lease_fence - 1, EVENT, **everything)),
+        (LeaseLost, lambda: store_state.state.commit_turn(item.id, item.lease_fence + 1, EVENT, **everything)),
+        (LeaseLost, lambda: store_state.state.commit_turn(settled, settled.lease_fence, EVENT, **everything)),
+        (NotFound, lambda: store_state.state.commit_turn(UNKNOWN, 1, EVENT, **everything)),
+        (SequenceConflict, lambda: store_state.state.commit_turn(item, item.lease_fence, EVENT, expected_sequence=0,
+                                                           **everything)),
+        (InvalidData, lambda: store_state.state.commit_turn(item, item.lease_fence, EVENT, event_id="", **everything)),
+    ]
+    for error, call in refusals:
+        with pytest.raises(error):
+            call()
+        assert dump(store_state) == before
+
+
+def test_of_racing_commits_of_one_item_exactly_one_wins(store_state: Store) -> None:
+    for round_ in range(5):
+        item = claimed_item(store_state.state)
+        with twice(store_state) as one:
+            outcomes = together_state([
+                functools.partial(one(n).state.commit_turn, item.id, item.lease_fence, {"type": f"turn-{n}"},
+                                  effect_key=f"k{round_}.{n}")
+                for n in range(8)
+            ])
+        won = [n for n, outcome in enumerate(outcomes) if outcome == round_ + 1]
+        assert len(won) == 1 and [type(o) for o in outcomes].count(LeaseLost) == 7
+        assert store_state.state.get_events("e")[-1].event == {"type": f"turn-{won[0]}"}
+    assert store_state.state.latest_sequence("e") == len(dump(store_state)["flowstore_effects"]) == 5
+
+
+def test_a_turn_of_another_tenants_item_is_that_tenants(store_state: Store) -> None:
+    store_state.state.create_tenant(Tenant(id="acme"))
+    view = store_state.state.for_tenant("acme")
+    item = claimed_item(view)
+    store_state.state.commit_turn(item, item.lease_fence, EVENT, snapshot_state=1, effect_key="k", effect="theirs")
+    snapshot = view.latest_snapshot("e")
+    assert snapshot is not None and view.get_effect("k") == "theirs" and store_state.state.get_effect("k") is None
+    assert [stored.tenant_id for stored in view.get_events("e")] == ["acme"]
+
+
+def test_a_requeued_dead_letter_is_a_new_pending_item(store_state: Store, clock: StateClock) -> None:
+    item = claimed_item(store_state.state, max_attempts=1)
+    dead = store_state.state.retry_work_item(item, "broken")
+    clock.advance(5)
+    again = store_state.state.requeue_dead_letter(dead.id)
+    assert again == dataclasses.replace(
+        item, status=WorkItemStatus.PENDING, attempt=0, available_at=clock.now, worker_id=None, lease_expires_at=None,
+        last_error="broken",
+    )
+    assert store_state.state.list_dead_letters() == []
+    for alive in (item.id, UNKNOWN):
+        with pytest.raises(NotFound) as caught:
+            store_state.state.requeue_dead_letter(alive)
+        assert (caught.value.kind, caught.value.id) == ("dead letter", alive)
+    second = store_state.state.claim_work_item("w", ["q"])
+    assert second is not None and second.lease_fence > item.lease_fence
+    buried = store_state.state.move_to_dead_letter(second, "again")
+    assert store_state.state.requeue_dead_letter(buried).id == item.id
+
+
+# ============================================================================================================
+# The view of a tenant
+# ============================================================================================================
+
+
+@dataclasses.dataclass
+class Things:
+    """What tenant A has."""
+
+    claimed: WorkItem
+    token: str
+    token_id: str
+    artifact: str
+    execution: str = "ea"
+    logged: str = "la"
+    pending: str = "pending-a"
+    dead: str = "dead-a"
+
+
+LIMITS = TenantLimits(max_workflows=9, max_concurrent_executions=9)
+
+
+def furnish(store_state: Store, letter: str) -> Things:
+    """Give a new tenant one of everything."""
+    tenant, execution = f"tenant-{letter}", f"e{letter}"
+    store_state.state.create_tenant(Tenant(id=tenant, policy=letter, limits=LIMITS))
+    view = store_state.state.for_tenant(tenant)
+    view.store_workflow(definition(f"w{letter}", ir=letter))
+    run_with(view, execution, current_state={"list": [letter]})
+    view.write_snapshot(Snapshot(execution_id=execution, at_sequence=0, state=letter, id=f"snapshot-{letter}"))
+    view.record_effect(f"effect-{letter}", letter)
+    ref = view.put_artifact(b"artifact of " + letter.encode(), f"text/{letter}")
+    claimed_item(view, execution, id=f"dead-{letter}")
+    view.move_to_dead_letter(f"dead-{letter}", letter)
+    claimed_item(view, execution, id=f"lapsed-{letter}")
+    view.enqueue_work_item(WorkItem(id=f"claimed-{letter}", execution_id=execution, queue_type="q"))
+    held = view.claim_work_item(f"worker-{letter}", ["q"], lease_seconds=1000)
+    assert held is not None and held.id == f"claimed-{letter}"
+    view.enqueue_work_item(WorkItem(id=f"pending-{letter}", execution_id=execution, queue_type="q", payload=letter))
+    plain, token = view.create_token(letter, "r")
+    if letter == "a":  # B has no events: their positions, which all tenants share, would differ between the worlds
+        view.append_event(execution, EVENT)
+        view.append_event(execution, EVENT, event_id="known")
+        store_state.events.append("la", tenant, EVENT)
+    return Things(claimed=held, token=plain, token_id=token.id, artifact=ref.hash)
+
+
+Call = Callable[[StateBackend, Things], Any]
+
+
+def holding(view: StateBackend, a: Things) -> bool:
+    with view.hold(a.claimed, lease_seconds=500) as hold:
+        return hold.lost
+
+
+# Every public method, with the arguments that name what is A's. Methods that make something make it under A's ids.
+CALLS: dict[str, list[Call]] = {
+    "append_event": [lambda v, a: v.append_event(a.execution, EVENT),
+                     lambda v, a: v.append_event(a.execution, EVENT, event_id="known")],
+    "claim_work_item": [lambda v, a: v.claim_work_item("w", ["q"])],
+    "commit_turn": [lambda v, a: v.commit_turn(a.claimed, None, EVENT, snapshot_state=1, effect_key="t")],
+    "complete_work_item": [lambda v, a: v.complete_work_item(a.pending), lambda v, a: v.complete_work_item(a.claimed)],
+    "create_execution": [lambda v, a: run_with(v, a.logged, tenant_id="tenant-a")],
+    "create_tenant": [lambda v, a: v.create_tenant(Tenant(id="new"))],
+    "create_token": [lambda v, a: v.create_token("n", "r")[1]],
+    "enqueue_work_item": [
+        lambda v, a: v.enqueue_work_item(
+            WorkItem(id="new", execution_id=a.execution, queue_type="q", tenant_id="tenant-a")
+        )
+    ],
+    "fail_work_item": [lambda v, a: v.fail_work_item(a.pending, "e"), lambda v, a: v.fail_work_item(a.claimed, "e")],
+    "for_tenant": [lambda v, a: v.for_tenant("tenant-a")],
+    "get_artifact": [lambda v, a: v.get_artifact(a.artifact)],
+    "get_effect": [lambda v, a: v.get_effect("effect-a", "nothing")],
+    "get_events": [lambda v, a: v.get_events(a.execution)],
+    "get_events_since": [lambda v, a: v.get_events_since(a.execution, 1)],
+    "get_execution": [lambda v, a: v.get_execution(a.execution)],
+    "get_tenant": [lambda v, a: v.get_tenant("tenant-a")],
+    "get_work_item": [lambda v, a: v.get_work_item(a.pending)],
+    "get_workflow": [lambda v, a: v.get_workflow("wa", "1")],
+    "hold": [holding],
+    "latest_sequence": [lambda v, a: v.latest_sequence(a.execution)],
+    "latest_snapshot": [lambda v, a: v.latest_snapshot(a.execution)],
+    "list_dead_letters": [lambda v, a: v.list_dead_letters()],
+    "list_executions": [lambda v, a: v.list_executions(), lambda v, a: v.list_executions("pending")],
+    "list_tenants": [lambda v, a: v.list_tenants()],
+    "list_tokens": [lambda v, a: v.list_tokens()],
+    "list_work_items": [
+        lambda v, a: v.list_work_items(), lambda v, a: v.list_work_items(execution_id=a.execution),
+        lambda v, a: v.list_work_items(queue_type="q"), lambda v, a: v.list_work_items(status="pending"),
+        lambda v, a: v.list_work_items(status="claimed", queue_type="q"),
+    ],
+    "move_to_dead_letter": [lambda v, a: v.move_to_dead_letter(a.pending, "e")],
+    "patch_append_array": [lambda v, a: v.patch_append_array(a.execution, "list", 1)],
+    "prune_snapshots": [lambda v, a: v.prune_snapshots(a.execution, 0)],
+    "put_artifact": [lambda v, a: v.put_artifact(b"artifact of a", "text/new"), lambda v, a: v.put_artifact(b"new")],
+    "reclaim_expired_leases": [lambda v, a: v.reclaim_expired_leases()],
+    "record_effect": [lambda v, a: v.record_effect("effect-a", "mine"), lambda v, a: v.record_effect("new", "mine"),
+                      lambda v, a: v.record_effect("new", "mine", execution_id=a.execution)],
+    "renew_lease": [lambda v, a: v.renew_lease(a.claimed, lease_seconds=9),
+                    lambda v, a: v.renew_lease(a.claimed.id, "worker-a", lease_seconds=9)],
+    "replay": [lambda v, a: v.replay(a.execution, lambda state, event: [state, event.sequence], "none")],
+    "requeue_dead_letter": [lambda v, a: v.requeue_dead_letter(a.dead)],
+    "retry_work_item": [lambda v, a: v.retry_work_item(a.claimed, "e")],
+    "revoke_token": [lambda v, a: v.revoke_token(a.token_id)],
+    "store_workflow": [lambda v, a: v.store_workflow(definition("wa", ir="new", tenant_id="tenant-a"))],
+    "update_execution_current_state": [lambda v, a: v.update_execution_current_state(a.execution, "new")],
+    "update_execution_status": [lambda v, a: v.update_execution_status(a.execution, "running")],
+    "update_tenant": [lambda v, a: v.update_tenant(Tenant(id="tenant-a"))],
+    "validate_token": [lambda v, a: v.validate_token(a.token)],
+    "write_snapshot": [lambda v, a: v.write_snapshot(Snapshot(execution_id=a.execution, at_sequence=0, state="new")),
+                       lambda v, a: v.write_snapshot(Snapshot(execution_id=a.execution, at_sequence=3, state="new"))],
+}
+METHODS = [name for name in dir(StateBackend) if not name.startswith("_") and callable(getattr(StateBackend, name))]
+FOR_THE_ADMINISTRATOR = {"create_tenant", "update_tenant", "for_tenant"}
+READS_STATE = {name for name in METHODS if name.startswith(("get_", "list_", "latest_"))} | {"replay", "validate_token"}
+
+
+def plain(value: Any) -> Any:
+    """A value in a form that compares with another store's: what is random in it is only named."""
+    if dataclasses.is_dataclass(value):
+        return type(value).__name__, {name: plain(member) for name, member in vars(value).items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(member) for member in value]
+    return "random" if re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{64}", str(value)) else value
+
+
+def outcome(call: Call, view: StateBackend, things: Things) -> tuple[str, Any]:
+    """What a call returned, or which error it raised with what facts."""
+    try:
+        return "", plain(call(view, things))
+    except FlowStoreError as error:
+        return type(error).__name__, error.args
+
+
+def rows_of(store_state: Store, tenant: str) -> list[Any]:
+    return [plain(row) for rows in dump(store_state).values() for row in rows if tenant in row]
+
+
+def test_the_matrix_has_a_row_for_every_method() -> None:
+    assert sorted(CALLS) == METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_view_shows_and_does_what_it_would_were_there_no_other_tenant(
+    make_store_state: Callable[[], Store], clock: StateClock, name: str
+) -> None:
+    for call in CALLS[name]:
+        clock.now = START
+        own, shared, alone = make_store_state(), make_store_state(), make_store_state()
+        for store_state in (own, shared, alone):
+            furnish(store_state, "b")
+        mine, theirs = furnish(own, "a"), furnish(shared, "a")
+        clock.advance(20)
+        before, others_before = rows_of(own, "tenant-a"), rows_of(shared, "tenant-a")
+        works = outcome(call, own.state.for_tenant("tenant-a"), mine)
+        tried = outcome(call, shared.state.for_tenant("tenant-b"), theirs)
+        assert rows_of(shared, "tenant-a") == others_before
+        if name in FOR_THE_ADMINISTRATOR:
+            assert works[0] == tried[0] == "TenantMismatch"
+            continue
+        assert works[0] == "" and (works != tried or rows_of(own, "tenant-a") != before)
+        if tried[0] != "AlreadyExists":  # that an id is taken is all that can be learnt
+            assert tried == outcome(call, alone.state.for_tenant("tenant-b"), theirs)
+            assert rows_of(shared, "tenant-b") == rows_of(alone, "tenant-b")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_call_through_a_view_asks_for_the_tenants_standing(
+    make_store_state: Callable[[], Store], clock: StateClock, name: str
+) -> None:
+    if name == "for_tenant":
+        return  # touches nothing
+    for call in CALLS[name]:
+        clock.now = START
+        store_state = make_store_state()
+        things = furnish(store_state, "a")
+        clock.advance(20)
+        view = store_state.state.for_tenant("tenant-a")
+        active = outcome(call, view, things) if name in READS_STATE else ("TenantInactive", ("tenant-a",))
+        for status in ("suspended", "archived"):
+            store_state.state.update_tenant(Tenant(id="tenant-a", limits=LIMITS, status=TenantStatus(status)))
+            before = dump(store_state)
+            if name not in ("get_tenant", "list_tenants", "validate_token"):  # what is about the standing itself
+                assert outcome(call, view, things) == active
+            else:
+                assert outcome(call, view, things)[0] == "" and outcome(call, view, things) != active
+            assert dump(store_state) == before
+        assert outcome(call, store_state.state.for_tenant("nobody"), things) == ("NotFound", ("tenant", "nobody"))
+
+
+def test_a_view_of_an_unregistered_tenant_begins_to_work_when_it_is_registered(store_state: Store) -> None:
+    view = store_state.state.for_tenant(key := uuid.uuid4())
+    with pytest.raises(NotFound):
+        view.claim_work_item("w", [])
+    store_state.state.create_tenant(Tenant(id=str(key)))
+    assert view.claim_work_item("w", []) is None and view.list_tenants() == [store_state.state.get_tenant(key)]
+
+
+def test_a_hold_outlasts_a_suspension(store_state: Store) -> None:
+    acme = store_state.state.create_tenant(Tenant(id="acme"))
+    view = store_state.state.for_tenant("acme")
+    item = claimed_item(view)
+    with view.hold(item) as hold:
+        store_state.state.update_tenant(dataclasses.replace(acme, status=TenantStatus.SUSPENDED))
+        assert hold._still_held() is True  # what the background thread calls: it goes on
+        store_state.state.update_tenant(acme)
+    assert not hold.lost and view.complete_work_item(item).status == "completed"
+
+
+def test_a_view_writes_as_its_tenant_and_the_store_as_the_record_says(store_state: Store) -> None:
+    for tenant in ("acme", "other"):
+        store_state.state.create_tenant(Tenant(id=tenant))
+    view = store_state.state.for_tenant("acme")
+    assert run_with(view, "e1", tenant_id="other").tenant_id == "acme"
+    assert view.store_workflow(definition("w", tenant_id="other")).tenant_id == "acme"
+    view.enqueue_work_item(WorkItem(id="i", execution_id="e1", queue_type="q", tenant_id="other"))
+    assert run_with(store_state.state, "e2", tenant_id="other").tenant_id == "other"
+    store_state.state.update_tenant(Tenant(id="other", status=TenantStatus.SUSPENDED))
+    store_state.state.append_event("e2", EVENT)  # the administrator is not refused
+    item = store_state.state.get_work_item("i")
+    assert item is not None and item.tenant_id == "acme"
+    assert {execution.tenant_id for execution in store_state.state.list_executions()} == {"acme", "other"}
+    assert [execution.execution_id for execution in view.list_executions()] == ["e1"]
+
+
+def test_for_tenant_touches_nothing(tmp_path: Path) -> None:
+    store_state = flowstore.open(tmp_path / "app.db")
+    store_state.close()
+    view = store_state.state.for_tenant("acme")
+    with pytest.raises(StorageError):
+        view.list_tenants()
+
+
+# ============================================================================================================
+# Order, plans, steps
+# ============================================================================================================
+
+
+NUMBERS = [4, 0, 8, 2, 6, 1, 7, 3, 5]  # no order that an insertion could leave
+
+
+def paged(read: Callable[[int, int], list[Any]], size: int) -> list[Any]:
+    return [record for start in range(0, len(NUMBERS) + size, size) for record in read(size, start)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_lists_page_in_one_order_when_all_times_are_equal(store_state: Store, size: int) -> None:
+    state, flows = store_state.state, store_state.flows
+    run_with(state, "e")
+    for number in NUMBERS:
+        flow_with(store_state, id=f"f{number}", owner_session_key="o")
+        run_with(state, f"x{number}", status="running")
+        claimed_item(state, "e", id=f"d{number}")
+        state.move_to_dead_letter(f"d{number}", "e")
+        state.enqueue_work_item(WorkItem(id=f"i{number}", execution_id="e", queue_type="p"))
+    lists: dict[str, Callable[[int, int], list[Any]]] = {
+        "newest f": lambda limit, offset: ids(flows.list_by_owner("o", limit=limit, offset=offset)),
+        "oldest f": lambda limit, offset: ids(flows.list_by_status("created", limit=limit, offset=offset)),
+        "oldest i": lambda limit, offset: ids(state.list_work_items(queue_type="p", limit=limit, offset=offset)),
+        "newest d": lambda limit, offset: ids(state.list_dead_letters(limit, offset)),
+        "newest x": lambda limit, offset: [run.execution_id for run in state.list_executions("running", limit, offset)],
+    }
+    for order, read in lists.items():
+        expected = [f"{order[-1]}{number}" for number in range(len(NUMBERS))]
+        assert paged(read, size) == (expected[::-1] if order.startswith("newest") else expected), order
+
+
+def test_unpaged_lists_have_one_order_when_all_times_are_equal(store_state: Store) -> None:
+    flow = flow_with(store_state)
+    for number in NUMBERS:
+        store_state.flows.insert_step(FlowStep(id=f"s{number}", flow_id=flow.id, run_id=f"r{number}"))
+        store_state.state.create_tenant(Tenant(id=f"t{number}"))
+    tokens = [store_state.state.create_token("n", "r")[1].id for _ in range(9)]
+    assert ids(store_state.flows.list_steps(flow.id)) == [f"s{number}" for number in range(9)]
+    assert ids(store_state.state.list_tenants()) == ["default", *(f"t{number}" for number in range(9))]
+    assert ids(store_state.state.list_tokens()) == sorted(tokens, reverse=True)
+
+
+# What the flow store and the log are asked, so that each of their statements is issued.
+MORE_CALLS: list[Callable[[Store], Any]] = [
+    lambda s: s.flows.insert(Flow(id="f", owner_session_key="o")),
+    lambda s: s.flows.insert_step(FlowStep(id="s", flow_id="f", run_id="r")),
+    lambda s: s.flows.update_step(FlowStep(id="s", flow_id="f", run_id="r")),
+    lambda s: s.flows.update_step(FlowStep(id=UNKNOWN, flow_id="f", run_id="r")),
+    lambda s: s.flows.update_and_append(Flow(id="f", status=FlowStatus.FAILED), "k", {}),
+    lambda s: s.flows.update_with_revision(Flow(id="f")),
+    lambda s: (s.flows.get("f"), s.flows.get_step("s"), s.flows.find_step_by_run_id("f", "r")),
+    lambda s: (s.flows.list_by_owner("o"), s.flows.list_by_status("failed"), s.flows.list_events("f")),
+    lambda s: (s.flows.list_steps("f"), s.flows.prune_terminal_flows(0)),
+    lambda s: (s.events.append("log", "tenant-a", EVENT, event_id="id"), s.events.append("log", "tenant-z", EVENT)),
+    lambda s: (s.events.append_batch("log", "tenant-a", [EVENT]), s.events.load_events_after("log", 1)),
+    lambda s: (s.events.list_executions(), s.events.execution_exists("log"), s.events.count_events("log")),
+    lambda s: (s.events.read_all(), s.events.read_all(tenant_id="tenant-a")),
+    lambda s: s.state.for_tenant("tenant-a").claim_work_item("w", ["none", "other"], wait=0.001),
+    lambda s: s.state.claim_work_item("w", ["none"], wait=0.001),
+    lambda s: s.state.create_tenant(Tenant(id="tenant-a")),
+    lambda s: s.state.write_snapshot(Snapshot(execution_id="ea", at_sequence=9, state=0, id="snapshot-a")),
+]
+
+# The plans that go through all of something, and why that is meant. (stats() and check() are not asked here: they do
+# by their nature, as do the counts for a tenant's limits, within the tenant.)
+STATEMENT = re.compile(r"(SELECT|INSERT|UPDATE|DELETE|WITH)\b")
+MEANT = {
+    "SCAN flowstore_runs USING INDEX flowstore_runs_by_time": "a page of all executions ends at its limit",
+    "SCAN flowstore_work_items USING INDEX flowstore_items_by_time": "a page of all items ends at its limit",
+    "SCAN flowstore_tokens USING INDEX flowstore_tokens_by_time": "list_tokens() returns all",
+    "SCAN flowstore_tenants USING INDEX flowstore_tenants_by_time": "list_tenants() returns all",
+    "SCAN q": "the queues that a claim names",
+    "SCAN q for a tenant": "the same",
+    "SCAN counted": "at most 250 of a flow's rows, counted",
+}
+
+
+@pytest.fixture
+def schema(store_state: Store) -> sqlite3.Connection:
+    """An empty database with the store's tables."""
+    db = sqlite3.connect(":memory:")
+    with store_state.transaction() as tx:
+        for name, sql in tx.execute("SELECT name, sql FROM sqlite_master WHERE sql > '' ORDER BY rowid"):
+            if not name.startswith("sqlite_"):
+                db.execute(sql)
+    return db
+
+
+def plan(db: sqlite3.Connection, statement: str) -> list[str]:
+    return [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {statement}", [None] * statement.count("?"))]
+
+
+# What the workflow facet says is seen through by a test of its own.
+PROVIDER_TABLES = re.compile(
+    r"\b(workflows|execution_pointers|execution_errors|events|event_subscriptions|scheduled_commands|flowstore_counters)\b"
+)
+
+
+def test_no_statement_scans_a_table_or_sorts(
+    watched: type[Watched], make_store_state: Callable[[], Store], clock: StateClock, schema: sqlite3.Connection
+) -> None:
+    for call in itertools.chain.from_iterable(CALLS.values()):
+        clock.now = START
+        store_state = make_store_state()
+        things = furnish(store_state, "a")
+        clock.advance(20)
+        outcome(call, store_state.state, things)
+        outcome(call, store_state.state.for_tenant("tenant-a"), things)
+    for more in MORE_CALLS:
+        with contextlib.suppress(FlowStoreError):
+            more(store_state)
+    issued = {sql for sql in watched.statements if STATEMENT.match(sql) and "sqlite_master" not in sql}
+    steps = {step + " for a tenant" * ("tenant_id = ?" in sql) for sql in issued for step in plan(schema, sql)}
+    assert {step for step in steps if re.match(r"SCAN (?!.*CONSTANT ROW)", step) or "B-TREE" in step} == set(MEANT)
+    for name, value in vars(flowstore).items():  # none of the named statements was left out
+        both = {value.all, value.one} if isinstance(value, flowstore._Sql) else set()
+        texts = {value} if isinstance(value, str) else both
+        if any(STATEMENT.match(text) and not PROVIDER_TABLES.search(text) for text in texts):
+            assert texts & issued, f"{name} is not covered"
+
+
+def test_every_cascade_has_an_index(schema: sqlite3.Connection) -> None:
+    tables = [name for (name,) in schema.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    keys = {(table, row[3]) for table in tables for row in schema.execute(f"PRAGMA foreign_key_list({table})")}
+    assert {("flow_steps", "flow_id"), ("flow_events", "flow_id")} <= keys
+    for table, column in keys:
+        (step,) = plan(schema, f"SELECT 1 FROM {table} WHERE {column} = ?")
+        assert step.startswith("SEARCH "), (table, column)
+
+
+def test_a_view_finds_the_items_of_an_execution_by_the_execution(schema: sqlite3.Connection) -> None:
+    (step,) = plan(schema, flowstore._items_sql("execution_id").one)
+    assert "(execution_id=?)" in step
+
+
+@pytest.mark.parametrize("queues", [["q"], ["q", "r", "s"]])
+def test_a_claim_takes_as_many_steps_however_much_other_tenants_have(
+    watched: type[Watched], make_store_state: Callable[[], Store], clock: StateClock, queues: list[str]
+) -> None:
+    watched.counting = True
+    steps, later = {}, clock.now + timedelta(1)
+    for size in (5, 500):
+        store_state = make_store_state()
+        for tenant in ("other", "mine"):
+            store_state.state.create_tenant(Tenant(id=tenant))
+        other, mine = store_state.state.for_tenant("other"), store_state.state.for_tenant("mine")
+        run_with(other, "theirs")
+        run_with(mine, "mine")
+        with store_state.transaction():
+            for number, queue in itertools.product(range(size), queues):
+                other.enqueue_work_item(WorkItem(execution_id="theirs", queue_type=queue, available_at=later))
+                other.enqueue_work_item(WorkItem(execution_id="theirs", queue_type=queue))
+                mine.enqueue_work_item(WorkItem(execution_id="mine", queue_type="s", available_at=later))
+                if number % 5 == 0:
+                    other.claim_work_item("w", [queue], lease_seconds=0)
+            for name in ("mine-0", "mine-1"):
+                mine.enqueue_work_item(WorkItem(id=name, execution_id="mine", queue_type="q"))
+        mine.claim_work_item("w", queues)  # a first one, so that every statement is prepared
+        watched.steps = 0
+        item = mine.claim_work_item("w", queues)
+        assert item is not None and item.id == "mine-1"
+        steps[size] = watched.steps
+    assert steps[500] <= steps[5] * 1.1 and steps[5] > 0
 
 
 # ==========================================================================================================
@@ -6276,7 +7619,7 @@ def test_importing_is_cheap_in_modules() -> None:
     assert not heavy & set(done.stdout.split())
 
 
-def schema(database: sqlite3.Connection) -> list[str]:
+def schema_cli(database: sqlite3.Connection) -> list[str]:
     return sorted(" ".join(sql.split()) for (sql,) in database.execute("SELECT sql FROM sqlite_master") if sql)
 
 
@@ -6290,7 +7633,7 @@ def test_a_file_of_version_1_opens_with_all_that_is_in_it_and_todays_tables(tmp_
         assert store.check() == []
     flowstore.open(tmp_path / "new.db").close()
     upgraded, new = sqlite3.connect(tmp_path / "old.db"), sqlite3.connect(tmp_path / "new.db")
-    assert schema(upgraded) == schema(new)
+    assert schema_cli(upgraded) == schema_cli(new)
     upgraded.close()
     new.close()
 
@@ -6338,7 +7681,7 @@ CREATE TABLE flowstore_definitions (
 CREATE TABLE flowstore_effects (
     tenant_id TEXT NOT NULL, key TEXT NOT NULL, result TEXT NOT NULL, execution_id TEXT, PRIMARY KEY (tenant_id, key));
 CREATE TABLE flowstore_executions (
-    execution_id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL, created_at INTEGER NOT NULL);
+    execution_id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL, created_at INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO "flowstore_executions" VALUES('order-1','default',1767225600000000);
 CREATE TABLE flowstore_log (
     position INTEGER PRIMARY KEY, execution_id TEXT NOT NULL, sequence INTEGER NOT NULL, tenant_id TEXT NOT NULL,
@@ -6355,7 +7698,7 @@ CREATE TABLE flowstore_snapshots (
     created_at INTEGER NOT NULL, tenant_id TEXT NOT NULL, PRIMARY KEY (execution_id, at_sequence));
 CREATE TABLE flowstore_tenants (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, status TEXT NOT NULL, policy TEXT, limits TEXT NOT NULL,
-    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL);
+    created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO "flowstore_tenants" VALUES('default','','active',NULL,'{"max_concurrent_executions":null,"max_workflows":null,"max_tokens_per_month":null,"max_cost_per_month_usd":null}',1767225600000000,1767225600000000);
 CREATE TABLE flowstore_tokens (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, role TEXT NOT NULL, hash TEXT NOT NULL UNIQUE,
@@ -6372,7 +7715,7 @@ CREATE TABLE scheduled_commands (
 CREATE TABLE workflows (
     id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, workflow_definition_id TEXT NOT NULL, version INTEGER NOT NULL,
     description TEXT, reference TEXT, root_workflow_id TEXT, next_execution INTEGER, status TEXT NOT NULL,
-    data TEXT NOT NULL, create_time INTEGER NOT NULL, complete_time INTEGER);
+    data TEXT NOT NULL, create_time INTEGER NOT NULL, complete_time INTEGER, stamp INTEGER NOT NULL);
 CREATE INDEX flows_by_owner ON flows (owner_session_key, created_at, id);
 CREATE INDEX flows_by_status ON flows (status, updated_at, id);
 CREATE INDEX flow_steps_by_flow ON flow_steps (flow_id, created_at, id);
@@ -6401,13 +7744,13 @@ CREATE INDEX flowstore_dead_by_tenant ON flowstore_work_items (status, tenant_id
 CREATE INDEX flowstore_items_by_time ON flowstore_work_items (available_at, id);
 CREATE INDEX flowstore_items_by_status ON flowstore_work_items (status, available_at, id);
 CREATE INDEX flowstore_items_by_queue ON flowstore_work_items (queue_type, available_at, id);
-CREATE INDEX flowstore_items_by_execution ON flowstore_work_items (execution_id, available_at, id);
 CREATE INDEX flowstore_items_by_tenant ON flowstore_work_items (tenant_id, available_at, id);
+CREATE INDEX flowstore_items_by_execution ON flowstore_work_items (execution_id, available_at, id);
 CREATE INDEX flowstore_effects_by_execution ON flowstore_effects (execution_id);
-CREATE INDEX workflows_runnable ON workflows (next_execution, id)
+CREATE INDEX workflows_runnable ON workflows (status, next_execution, id)
     WHERE status = 'Runnable' AND next_execution IS NOT NULL;
 CREATE INDEX workflows_by_age ON workflows (status, (COALESCE(complete_time, create_time)), id);
-CREATE INDEX execution_pointers_in_order ON execution_pointers (workflow_id, place);
+CREATE INDEX execution_pointers_in_order ON execution_pointers (workflow_id, place, id);
 CREATE INDEX events_by_key ON events (event_name, event_key, event_time, id);
 CREATE INDEX events_runnable ON events (event_time, id) WHERE is_processed = 0;
 CREATE INDEX events_processed ON events (event_time, id) WHERE is_processed = 1;
