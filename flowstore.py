@@ -34,7 +34,7 @@ The chapters, each resting only on those above it:
     Schema        the tables, one statement each
     Rows          values checked; the one mapper between records and rows
     Engine        SQLite: connections, transactions, group commit, waiting, fork
-    Facets        FlowStore, EventStore, StateBackend
+    Facets        FlowStore, EventStore, StateBackend, PersistenceProvider
     Store         what open() returns
     Command line  selftest, demo, bench, check, backup, compact
 """
@@ -49,8 +49,11 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
+import marshal
 import math
+import operator
 import os
 import random
 import re
@@ -1099,6 +1102,7 @@ class _Connection:
     def __init__(self, connect: Callable[[], sqlite3.Connection], clock: Callable[[], datetime] | None) -> None:
         self.lock = threading.RLock()
         self.tx: _Tx | None = None
+        self.wal = -1  # of the writer: a descriptor of the write-ahead log, to see how large it is
         self._connect = connect
         self._clock = clock
 
@@ -1118,7 +1122,9 @@ class _Connection:
 
     def close(self) -> None:
         """Close; what is not committed is rolled back."""
-        tx, self.tx = self.tx, None
+        tx, wal, self.tx, self.wal = self.tx, self.wal, None, -1
+        if wal >= 0:
+            os.close(wal)
         if tx is not None:
             tx.db.close()
 
@@ -1242,7 +1248,6 @@ class _Engine:
         self.commits = 0
         self.watching: set[threading.Lock] = set()
         self.checkpoint_at = _WAL_BOUND
-        self.looked_after = 0
         self.breath = 0.0
         self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self.writer = self._new_connection()
@@ -1620,9 +1625,7 @@ class _Engine:
         self.commits += 1
         if self.watching:
             self._wake_watchers()
-        changes = tx.db.total_changes
-        if abs(changes - self.looked_after) >= 32:  # a look at the WAL costs as much as a small row
-            self.looked_after = changes
+        if self.path is not None:
             self._bound_wal(tx)
 
     def _wake_watchers(self) -> None:
@@ -1685,9 +1688,12 @@ class _Engine:
 
         The one that commits past the bound waits, for a second at most, until the readers there are have ended; new
         ones read past the WAL meanwhile. Where a foreign reader holds it longer, the next try comes 16 MB later."""
+        writer = self.writer
         try:
-            size = os.stat(f"{self.path}-wal").st_size
-        except OSError:  # in memory there is none
+            if writer.wal < 0:  # kept open: a seek to its end costs a tenth of a stat
+                writer.wal = os.open(f"{self.path}-wal", os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            size = os.lseek(writer.wal, 0, os.SEEK_END)
+        except OSError:
             return
         if size < _WAL_BOUND:
             self.checkpoint_at = _WAL_BOUND
@@ -2055,7 +2061,7 @@ class _Block:
             self._call = _Call(None, None, None, None)
             engine.acquire(self._call)
         self.is_open = True
-        _blocks.set((self._ref, *_blocks.get()))
+        _blocks.set((self._ref, *(ref for ref in _blocks.get() if ref() is not None)))
         return Transaction(self)
 
     def _begin_snapshot(self) -> None:
@@ -2168,9 +2174,7 @@ class _Block:
 # Facets: the operations, grouped as the seeds group them
 # ============================================================================================================
 
-_TENANT_TABLES = re.compile(
-    r"flowstore_(executions|log|runs|snapshots|work_items|definitions|effects|artifacts|tokens)\b"
-)
+_TENANT_TABLES = re.compile("flowstore_(executions|log|runs|snapshots|work_items|definitions|effects|artifacts|tokens)")
 
 class _Sql:
     """A statement on a table that has tenants, in two texts: for all of them, and for one.
@@ -2201,9 +2205,6 @@ class _Facet:
         self._run = engine.run
         self._tenant = tenant
 
-    def _admit(self, tx: _Tx, writes: bool) -> None:
-        """Refuse an operation that the tenant of this view may not do."""
-
     def _rows(self, tx: _Tx, sql: _Sql, *params: Any) -> list[tuple[Any, ...]]:
         """The rows of a statement, of this view's tenant alone."""
         if self._tenant is None:
@@ -2217,8 +2218,12 @@ class _Facet:
         rows = self._rows(tx, sql, *params)
         return rows[0] if rows else None
 
-    def _wait(self, seen: int, seconds: float) -> Any:
-        return self._engine.wait(seen, seconds)
+    def _lease(self, lease_seconds: float | None) -> float:
+        if lease_seconds is None:
+            return self._engine.options.lease_seconds
+        if isinstance(lease_seconds, (int, float)) and lease_seconds < 0:
+            raise InvalidData("lease_seconds: a lease lasts 0 seconds or more")
+        return _seconds(lease_seconds, "lease_seconds")
 
 def _steps(function: Callable[Concatenate[F, P], Generator[Any, Any, R]]) -> Callable[Concatenate[F, P], R]:
     """A method made of several transactions, or of user code between them, written as a generator of its steps.
@@ -2473,10 +2478,9 @@ class EventStore(_LogFacet):
     ) -> int:
         """Append one event, durable when this returns; its sequence in the execution: 1, 2, 3, ... without gaps.
 
-        The first append makes the execution known for that tenant, and registers a new tenant. An `event_id` that the
-        execution's log has already returns its sequence and writes nothing. Raises TenantMismatch, TenantInactive,
-        SequenceConflict (the log is not at `expected_sequence`; 0 means no events yet), InvalidData.
-        Source: EventStore.append."""
+        The first append makes the execution known for that tenant, and registers a new one. An `event_id` that is in
+        the log already returns its sequence and writes nothing. Raises TenantMismatch, TenantInactive, SequenceConflict
+        (the log is not at `expected_sequence`; 0: no events yet), InvalidData. Source: EventStore.append."""
         execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
         text = _event_text(event, "event")
         last = self._open_log(tx, execution, tenant)
@@ -2704,10 +2708,10 @@ class StateBackend(_LogFacet):
     """Executions, queue, tenants and theirs; `for_tenant` alone isolates. Source: StateBackend, SqliteBackend."""
 
     def _admit(self, tx: _Tx, writes: bool) -> None:
-        if self._tenant is not None:
-            status = _found(tx.row(_TENANT_STATUS, self._tenant), "tenant", self._tenant)[0]
-            if writes and status != TenantStatus.ACTIVE:
-                raise TenantInactive(self._tenant)
+        """Refuse an operation that the tenant of this view may not do."""
+        tenant = str(self._tenant)
+        if _found(tx.row(_TENANT_STATUS, tenant), "tenant", tenant)[0] != TenantStatus.ACTIVE and writes:
+            raise TenantInactive(tenant)
 
     def _obey(self, tx: _Tx, tenant: str, limit: str, count: str, added: bool) -> None:
         """After a write: NotFound for an unregistered tenant, LimitExceeded when that was one row too many."""
@@ -2933,7 +2937,7 @@ class StateBackend(_LogFacet):
                     return None
                 if (yield self._claimable(queues)):
                     break
-                yield self._wait(seen, left)
+                yield self._engine.wait(seen, left)
                 seen = self._engine.commits
 
     @_write
@@ -2955,13 +2959,6 @@ class StateBackend(_LogFacet):
     def _claimable(self, tx: _Tx, queues: list[str]) -> bool:
         """Whether a claim would find something to do: idle waiters look with reads and never take the writer."""
         return any(head is not None or lapsed is not None for _, _, head, lapsed in self._look(tx, queues, tx.now()))
-
-    def _lease(self, lease_seconds: float | None) -> float:
-        if lease_seconds is None:
-            return self._engine.options.lease_seconds
-        if isinstance(lease_seconds, (int, float)) and lease_seconds < 0:
-            raise InvalidData("lease_seconds: a lease lasts 0 seconds or more")
-        return _seconds(lease_seconds, "lease_seconds")
 
     def _backoff(self, attempt: int) -> float:
         """Seconds until the next try; the default stands in for a function that fails."""
@@ -3022,8 +3019,7 @@ class StateBackend(_LogFacet):
         """The work is done: settle the item under its fence, and return it.
 
         With a fence (or the claimed item itself): LeaseLost, and nothing changed, unless claimed under that fence.
-        Without: any item, again and again, except a dead letter (LeaseLost). Raises NotFound.
-        Source: StateBackend.complete_work_item."""
+        Without: any item but a dead letter (LeaseLost). Raises NotFound. Source: StateBackend.complete_work_item."""
         return self._settle(tx, WorkItemStatus.COMPLETED, item_id, lease_fence)
 
     @_write
@@ -3305,6 +3301,443 @@ class Hold:
         if self.lost and kind is None:
             raise LeaseLost(self._item.id)
 
+# --- workflow persistence ---
+_INSTANCES = f"SELECT {_INSTANCE.columns} FROM workflows WHERE id IN ({{}}) ORDER BY id"
+_INSTANCE_BY_NAME = "SELECT id FROM workflows WHERE name = ?"
+_INSTANCE_CHANGED = tuple(name for name in _INSTANCE.names if name not in ("id", "create_time"))
+_INSTANCE_UPDATE = f"UPDATE workflows SET {' = ?, '.join(_INSTANCE_CHANGED)} = ?, stamp = ? WHERE id = ?"
+_INSTANCES_OLD = """SELECT id FROM workflows WHERE status = ? AND COALESCE(complete_time, create_time) < ?
+    ORDER BY COALESCE(complete_time, create_time), id LIMIT 100"""
+_COUNTER_NEXT = """INSERT INTO flowstore_counters (definition_id, value) VALUES (?, 1)
+    ON CONFLICT (definition_id) DO UPDATE SET value = flowstore_counters.value + 1 RETURNING value"""
+_POINTERS = f"""SELECT workflow_id, place, {_POINTER.columns} FROM execution_pointers WHERE workflow_id IN ({{}})
+    ORDER BY workflow_id, place, id"""
+_POINTER_WRITE = f"""INSERT INTO execution_pointers (workflow_id, place, {_POINTER.columns})
+    VALUES ({', '.join('?' * (len(_POINTER.names) + 2))}) ON CONFLICT (workflow_id, id) DO UPDATE SET
+    {', '.join(f'{name} = excluded.{name}' for name in ('place', *_POINTER.names) if name != 'id')}"""
+_UNHELD = "(external_token IS NULL OR external_token_expiry <= ?)"
+_HOLD_SUBSCRIPTION = f"""UPDATE event_subscriptions
+    SET external_token = ?, external_worker_id = ?, external_token_expiry = ?
+    WHERE id = ? AND terminated_at IS NULL AND {_UNHELD}"""
+_LET_GO = """UPDATE event_subscriptions SET external_token = NULL, external_worker_id = NULL,
+    external_token_expiry = NULL WHERE external_token = ? AND id = ?"""
+_SUBSCRIPTIONS = f"""SELECT {_SUBSCRIPTION.columns} FROM event_subscriptions
+    WHERE event_name = ? AND event_key = ? AND subscribe_as_of <= ? AND terminated_at IS NULL {{}}
+    ORDER BY subscribe_as_of, id LIMIT ?"""
+# A lease that has expired holds nothing: scheduling takes it away, so that its handler's late return finds it gone.
+_FREE_COMMAND = "(scheduled_commands.lease_token IS NULL OR scheduled_commands.lease_expires_at <= ?)"
+_SCHEDULE = f"""INSERT INTO scheduled_commands (command_name, data, execute_time) VALUES (?, ?, ?)
+    ON CONFLICT (command_name, data) DO UPDATE SET
+    execute_time = CASE WHEN {_FREE_COMMAND} AND excluded.execute_time < scheduled_commands.execute_time
+        THEN excluded.execute_time ELSE scheduled_commands.execute_time END,
+    again_at = CASE WHEN {_FREE_COMMAND} OR scheduled_commands.again_at < excluded.execute_time
+        THEN scheduled_commands.again_at ELSE excluded.execute_time END,
+    lease_token = CASE WHEN {_FREE_COMMAND} THEN NULL ELSE scheduled_commands.lease_token END"""
+_DUE = f"""SELECT execute_time, command_name, data FROM scheduled_commands
+    WHERE execute_time <= ? AND {_FREE_COMMAND} AND (execute_time, command_name, data) > (?, ?, ?)
+    ORDER BY execute_time, command_name, data LIMIT 1"""
+_LEASE = "UPDATE scheduled_commands SET lease_token = ?, lease_expires_at = ? WHERE command_name = ? AND data = ?"
+_HELD = "WHERE lease_token = ? AND lease_expires_at > ? AND command_name = ? AND data = ?"
+_AGAIN = f"""UPDATE scheduled_commands SET execute_time = again_at, again_at = NULL, lease_token = NULL
+    {_HELD} AND again_at IS NOT NULL"""
+_GIVE_BACK = """UPDATE scheduled_commands SET again_at = NULL, lease_token = NULL,
+    execute_time = CASE WHEN again_at < execute_time THEN again_at ELSE execute_time END
+    WHERE lease_token = ? AND lease_expires_at > ? AND execute_time <= ?"""
+
+# What is stored with a time that defaults to now: the table, the mapper and that time, by kind.
+_TIMED: dict[str, tuple[str, _Mapper[Any], str]] = {
+    "subscription": ("event_subscriptions", _SUBSCRIPTION, "subscribe_as_of"),
+    "event": ("events", _EVENT, "event_time"),
+    "error": ("execution_errors", _ERROR, "error_time"),
+}
+
+# Whether a pointer has changed is told, for a tenth of what encoding it costs, by marshal's bytes (== would take True
+# for 1) and, for what marshal does not know, by comparing.
+_COMPARED = ("sleep_until", "start_time", "end_time", "status", "status.__class__")
+_compared = operator.attrgetter(*_COMPARED)
+_marshalled = operator.attrgetter(*(name for name in _POINTER.fields if name not in _COMPARED))
+
+def _fingerprints(pointers: Sequence[Any]) -> dict[Any, Any]:
+    """By id, what changes when a pointer does; fewer than there are pointers when that cannot be told."""
+    try:
+        compared = [*map(_compared, pointers)]
+        if {type(time.tzinfo) for fields in compared for time in fields[:3] if time is not None} - {type(UTC)}:
+            return {}  # == does not tell the two times apart that a clock shows when summer ends
+        # Version 2: later ones write references, and so how often an object is used.
+        plain = map(marshal.dumps, map(_marshalled, pointers), itertools.repeat(2))
+        return dict(zip(map(operator.attrgetter("id"), pointers), zip(compared, plain, strict=True), strict=True))
+    except (AttributeError, TypeError, ValueError):
+        return {}
+
+def _pointer_row(pointer: ExecutionPointer, index: int) -> tuple[Any, ...]:
+    path = f"execution_pointers[{index}]"
+    return tuple(_POINTER.encode(pointer, f"{path}.", argument=path).values())
+
+def _listed(value: object, path: str) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise InvalidData(f"{path}: a list is needed, not {type(value).__name__}")
+    return value
+
+def _as_of(tx: _Tx, value: datetime | None, path: str = "as_of") -> int:
+    return tx.now() if value is None else _time(value, path)
+
+class PersistenceProvider(_Facet):
+    """Workflow instances, events, subscriptions, commands and errors. Source: PersistenceProvider."""
+
+    def __init__(self, engine: _Engine) -> None:
+        super().__init__(engine)
+        # Of a few instances that this store wrote last: the stamp it left in the row, and the fingerprints and places
+        # of their pointers. Each write leaves a new stamp: one that still stands says all without a look.
+        self._known: dict[str, tuple[int, dict[Any, Any], list[int]]] = {}
+
+    def _add(self, tx: _Tx, kind: str, record: object, path: str = "") -> str:
+        """Insert a record; its id."""
+        table, mapper, time = _TIMED[kind]
+        values = mapper.encode(record, path and f"{path}.", argument=path or kind)
+        if values[time] is None:
+            values[time] = tx.now()
+        if not tx.run(mapper.insert(table), *values.values()):
+            raise AlreadyExists(kind, values["id"])
+        return str(values.get("id"))
+
+    def _get(self, tx: _Tx, kind: str, id: AnyId) -> Any:
+        table, mapper, _ = _TIMED[kind]
+        row = tx.row(f"SELECT {mapper.columns} FROM {table} WHERE id = ?", key := _id(id, "id"))
+        if row is None:
+            raise NotFound(kind, key)
+        return mapper.decode(row)
+
+    def _change(self, tx: _Tx, kind: str, statement: str, id: AnyId, *params: Any) -> None:
+        """Run a statement whose last parameter is an id; NotFound when it finds no row."""
+        if not tx.run(statement, *params, key := _id(id, "id")):
+            raise NotFound(kind, key)
+
+    # --- instances ---
+    @_write
+    def create_new_workflow(self, tx: _Tx, instance: WorkflowInstance) -> str:
+        """Store a new instance with its pointers; its id. Source: create_new_workflow.
+
+        An empty id is made; an empty name becomes `{definition id}-{N}`, N the next in sequence whose name is free.
+        Raises AlreadyExists for a taken id or name, InvalidData."""
+        if _is(WorkflowInstance, instance, "instance").id == "":
+            instance = dataclasses.replace(instance, id=new_id())
+        values, stamp = _INSTANCE.encode(instance), _random_bits(62)
+        if values["create_time"] is None:
+            values["create_time"] = tx.now()
+        automatic, definition = not values["name"], values["workflow_definition_id"]
+        while automatic and (not values["name"] or tx.row(_INSTANCE_BY_NAME, values["name"])):
+            values["name"] = _key(f"{definition}-{tx.rows(_COUNTER_NEXT, definition)[0][0]}", "the automatic name")
+        if not tx.run(_INSTANCE.insert("workflows", "stamp"), *values.values(), stamp):
+            id_is_taken = tx.row("SELECT id FROM workflows WHERE id = ?", values["id"])
+            raise AlreadyExists("workflow", values["id" if id_is_taken else "name"])
+        self._write_pointers(tx, values["id"], instance.execution_pointers, None, stamp)
+        return str(values["id"])
+
+    @_write
+    def persist_workflow(self, tx: _Tx, instance: WorkflowInstance) -> None:
+        """Store an instance as it is now, writing only the pointers that changed. Source: persist_workflow.
+
+        `create_time` never changes, an empty name keeps the stored one. Raises NotFound, AlreadyExists (name)."""
+        self._persist(tx, instance)
+
+    @_write
+    def persist_workflow_with_subscriptions(
+        self, tx: _Tx, instance: WorkflowInstance, subscriptions: Sequence[EventSubscription]
+    ) -> None:
+        """`persist_workflow`, and new subscriptions: all or none. Raises AlreadyExists. Source: WorkflowRepository."""
+        self._persist(tx, instance)
+        for index, subscription in enumerate(_listed(subscriptions, "subscriptions")):
+            self._add(tx, "subscription", subscription, f"subscriptions[{index}]")
+
+    def _persist(self, tx: _Tx, instance: WorkflowInstance) -> None:
+        values, stamp = _INSTANCE.encode(instance, argument="instance"), _random_bits(62)
+        stored = tx.row("SELECT name, stamp FROM workflows WHERE id = ?", id := values["id"])
+        if stored is None:
+            raise NotFound("workflow", id)
+        values["name"] = values["name"] or stored[0]
+        if values["name"] != stored[0] and tx.row(_INSTANCE_BY_NAME, values["name"]):
+            raise AlreadyExists("workflow", values["name"])
+        tx.run(_INSTANCE_UPDATE, *(values[name] for name in _INSTANCE_CHANGED), stamp, id)
+        self._write_pointers(tx, id, instance.execution_pointers, stored[1], stamp)
+
+    def _write_pointers(self, tx: _Tx, id: str, given: object, stored_stamp: int | None, stamp: int) -> None:
+        """Write the pointers that differ from the stored ones, which are read unless the stamp is our own."""
+        pointers = _listed(given, "execution_pointers")
+        prints, (known_stamp, known, places) = _fingerprints(pointers), self._known.pop(id, (-1, {}, []))
+        if known_stamp == stored_stamp and len(prints) == len(pointers) and [*known] == [*prints][: len(known)]:
+            end = max(places, default=-1) + 1
+            places = [*places, *range(end, end + len(prints) - len(known))]
+            pairs = enumerate(itertools.zip_longest(prints.values(), known.values()))
+            rows = [(places[at], *_pointer_row(pointers[at], at)) for at, (now, before) in pairs if now != before]
+        else:
+            rows, places = self._compare(tx, id, pointers)
+        tx.run_many(_POINTER_WRITE, [(id, *row) for row in rows])
+        if len(self._known) >= 16:  # a few, since they may be large
+            self._known.clear()
+        if len(prints) == len(pointers):
+            self._known[id] = stamp, prints, places
+
+    def _compare(self, tx: _Tx, id: str, pointers: Sequence[Any]) -> tuple[list[tuple[Any, ...]], list[int]]:
+        """The rows that differ, and all places, kept while they only ever increase; pointers that are gone go."""
+        stored = {row[2]: row[1:] for row in tx.rows(_POINTERS.format("?"), id)}
+        places: dict[str, int] = {}
+        rows, last = [], -1
+        for index, pointer in enumerate(pointers):
+            row = _pointer_row(pointer, index)
+            if row[0] in places:
+                raise InvalidData(f"execution_pointers[{index}].id: {row[0]!r} is another pointer's too")
+            before = stored.pop(row[0], (-1,))
+            places[row[0]] = last = max(before[0], last + 1)
+            if before != (last, *row):
+                rows.append((last, *row))
+        tx.run_many("DELETE FROM execution_pointers WHERE workflow_id = ? AND id = ?", [(id, gone) for gone in stored])
+        return rows, [*places.values()]
+
+    @_read
+    def get_runnable_instances(self, tx: _Tx, as_at: datetime | None = None) -> list[str]:
+        """The ids of those Runnable and due by `as_at` (None: now), soonest first. Source: get_runnable_instances."""
+        sql = "SELECT id FROM workflows WHERE status = 'Runnable' AND next_execution <= ? ORDER BY next_execution, id"
+        return [id for (id,) in tx.rows(sql, _as_of(tx, as_at, "as_at") // 1000)]
+
+    @_snapshot
+    def get_workflow_instance(self, tx: _Tx, id: AnyId) -> WorkflowInstance:
+        """One instance, its pointers in their order. Raises NotFound. Source: get_workflow_instance."""
+        return self._instances(tx, [_id(id, "id")], required=True)[0]
+
+    @_snapshot
+    def get_workflow_instance_by_name(self, tx: _Tx, name: str) -> WorkflowInstance:
+        """One instance by its name. Raises NotFound. Source: get_workflow_instance_by_name."""
+        row = tx.row(_INSTANCE_BY_NAME, _key(name, "name"))
+        return self._instances(tx, [row[0] if row else name], required=True)[0]
+
+    @_snapshot
+    def get_workflow_instances(self, tx: _Tx, ids: Sequence[AnyId]) -> list[WorkflowInstance]:
+        """Instances in the order asked, unknown ids skipped: two queries per 10,000. Source: get_workflow_instances."""
+        asked = [_id(id, f"ids[{index}]") for index, id in enumerate(_listed(ids, "ids"))]
+        return [one for at in range(0, len(asked), 10_000) for one in self._instances(tx, asked[at : at + 10_000])]
+
+    def _instances(self, tx: _Tx, ids: list[str], *, required: bool = False) -> list[WorkflowInstance]:
+        marks = ", ".join("?" * len(ids))
+        rows = {row[0]: row for row in tx.rows(_INSTANCES.format(marks), *ids)}
+        pointers: dict[str, list[tuple[Any, ...]]] = {id: [] for id in rows}
+        for row in tx.rows(_POINTERS.format(marks), *ids):
+            pointers[row[0]].append(row[2:])
+        if required and not rows:
+            raise NotFound("workflow", ids[0])
+        found = [_INSTANCE.decode(rows[id]) for id in ids if id in rows]
+        for instance in found:
+            instance.execution_pointers = _POINTER.decode_all(pointers[instance.id])
+        return found
+
+    @_write
+    def next_definition_sequence(self, tx: _Tx, definition_id: str) -> int:
+        """1, 2, 3, ... for each definition, shared with the automatic names. Source: next_definition_sequence."""
+        return int(tx.rows(_COUNTER_NEXT, _key(definition_id, "definition_id"))[0][0])
+
+    @_write
+    def delete_workflow(self, tx: _Tx, id: AnyId) -> None:
+        """Delete an instance with its pointers, subscriptions and errors. Raises NotFound. Source: delete_workflow."""
+        self._delete(tx, _id(id, "id"))
+
+    def _delete(self, tx: _Tx, id: str) -> int:
+        """Delete an instance with all that is its own; how many rows that took."""
+        of_it = ("execution_pointers", "event_subscriptions", "execution_errors")
+        rows = sum(tx.run(f"DELETE FROM {table} WHERE workflow_id = ?", id) for table in of_it)
+        self._change(tx, "workflow", "DELETE FROM workflows WHERE id = ?", id)
+        return rows + 1
+
+    @_steps
+    def purge_workflows(self, status: WorkflowStatus | str, older_than: datetime) -> Generator[Any, Any, int]:
+        """Delete those of a status completed (else created) before a time; how many. Source: purge_workflows."""
+        word, before, total = _enum(WorkflowStatus, status, "status").value, _time(older_than, "older_than"), 0
+        while gone := (yield self._purge(word, before)):
+            total += gone
+        return total
+
+    @_write
+    def _purge(self, tx: _Tx, status: str, before: int) -> int:
+        gone = rows = 0
+        for (id,) in tx.rows(_INSTANCES_OLD, status, before):
+            gone, rows = gone + 1, rows + self._delete(tx, id)
+            if rows > 1000:  # some have many pointers
+                break
+        return gone
+
+    # --- subscriptions and events ---
+    @_write
+    def create_event_subscription(self, tx: _Tx, subscription: EventSubscription) -> str:
+        """Store a subscription; its id. Raises AlreadyExists. Source: create_event_subscription."""
+        return self._add(tx, "subscription", subscription)
+
+    @_read
+    def get_subscription(self, tx: _Tx, id: AnyId) -> EventSubscription:
+        """A subscription, terminated ones too. Raises NotFound. Source: get_subscription."""
+        return _is(EventSubscription, self._get(tx, "subscription", id), "subscription")
+
+    @_write
+    def terminate_subscription(self, tx: _Tx, id: AnyId) -> None:
+        """End a subscription; again has no effect. Raises NotFound. Source: terminate_subscription."""
+        sql = "UPDATE event_subscriptions SET terminated_at = COALESCE(terminated_at, ?) WHERE id = ?"
+        self._change(tx, "subscription", sql, id, tx.now())
+
+    @_read
+    def get_subscriptions(
+        self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
+    ) -> list[EventSubscription]:
+        """Those to an event, begun by a time (None: now), not terminated, oldest first. Source: get_subscriptions."""
+        event = _key(event_name, "event_name"), _key(event_key, "event_key"), _as_of(tx, as_of)
+        return _SUBSCRIPTION.decode_all(tx.rows(_SUBSCRIPTIONS.format(""), *event, _INT_MAX))
+
+    @_read
+    def get_first_open_subscription(
+        self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
+    ) -> EventSubscription | None:
+        """The oldest of them with no token, or an expired one, or None. Source: get_first_open_subscription."""
+        event = _key(event_name, "event_name"), _key(event_key, "event_key"), _as_of(tx, as_of)
+        row = tx.row(_SUBSCRIPTIONS.format(f"AND {_UNHELD}"), *event, tx.now(), 1)
+        return None if row is None else _SUBSCRIPTION.decode(row)
+
+    @_write
+    def set_subscription_token(self, tx: _Tx, id: AnyId, token: str, worker_id: AnyId, expiry: datetime) -> bool:
+        """Take a subscription until `expiry`: True for one of any number of callers. Source: set_subscription_token.
+
+        False while a token that has not expired is set, even one's own. Raises NotFound if missing or terminated."""
+        key, until = _id(id, "id"), _time(expiry, "expiry")
+        if tx.run(_HOLD_SUBSCRIPTION, _text(token, "token"), _id(worker_id, "worker_id"), until, key, tx.now()):
+            return True
+        if tx.row("SELECT id FROM event_subscriptions WHERE id = ? AND terminated_at IS NULL", key) is None:
+            raise NotFound("subscription", key)
+        return False
+
+    @_write
+    def clear_subscription_token(self, tx: _Tx, id: AnyId, token: str) -> None:
+        """Give a subscription back. Raises NotFound unless this is its token. Source: clear_subscription_token."""
+        self._change(tx, "subscription", _LET_GO, id, _text(token, "token"))
+
+    @_write
+    def create_event(self, tx: _Tx, event: Event) -> str:
+        """Store an event; its id. Raises AlreadyExists. Source: create_event."""
+        return self._add(tx, "event", event)
+
+    @_read
+    def get_event(self, tx: _Tx, id: AnyId) -> Event:
+        """An event. Raises NotFound. Source: get_event."""
+        return _is(Event, self._get(tx, "event", id), "event")
+
+    @_read
+    def get_runnable_events(self, tx: _Tx, as_at: datetime | None = None) -> list[str]:
+        """The ids of events up to `as_at` (None: now) not processed yet, oldest first. Source: get_runnable_events."""
+        sql = "SELECT id FROM events WHERE is_processed = 0 AND event_time <= ? ORDER BY event_time, id"
+        return [id for (id,) in tx.rows(sql, _as_of(tx, as_at, "as_at"))]
+
+    @_read
+    def get_events(self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None) -> list[str]:
+        """The ids of events of a name and key up to `as_of` (None: now), oldest first. Source: get_events."""
+        event = _key(event_name, "event_name"), _key(event_key, "event_key"), _as_of(tx, as_of)
+        sql = "SELECT id FROM events WHERE event_name = ? AND event_key = ? AND event_time <= ? ORDER BY event_time, id"
+        return [id for (id,) in tx.rows(sql, *event)]
+
+    @_write
+    def mark_event_processed(self, tx: _Tx, id: AnyId) -> None:
+        """The event is done with. Raises NotFound. Source: mark_event_processed."""
+        self._change(tx, "event", "UPDATE events SET is_processed = 1 WHERE id = ?", id)
+
+    @_write
+    def mark_event_unprocessed(self, tx: _Tx, id: AnyId) -> None:
+        """The event is to be processed again. Raises NotFound. Source: mark_event_unprocessed."""
+        self._change(tx, "event", "UPDATE events SET is_processed = 0 WHERE id = ?", id)
+
+    # --- scheduled commands and errors ---
+    def supports_scheduled_commands(self) -> bool:
+        """True. Source: supports_scheduled_commands."""
+        return True
+
+    @_write
+    def schedule_command(self, tx: _Tx, command: ScheduledCommand) -> None:
+        """Have a command handled: one per name and data, at the earliest time asked for. Source: schedule_command."""
+        values, now = _COMMAND.encode(command, argument="command"), tx.now()
+        tx.run(_SCHEDULE, *values.values(), now, now, now)
+
+    @_steps
+    def process_commands(
+        self, as_of: datetime | None, handler: Callable[[ScheduledCommand], Any], *, lease_seconds: float | None = None
+    ) -> Generator[Any, Any, int]:
+        """Handle each command due by `as_of` (None: now), soonest first, at most once; how many handlers returned.
+
+        Each is leased to one caller just before `handler(command)`, outside any transaction, and removed when that
+        returns. If it raises, the command stays for a later call, the rest go on, and an ExceptionGroup follows; what
+        is no Exception propagates at once. After a crash, or a handler that outlived its lease, the command is handed
+        out again. Raises StorageError inside one's own transaction. Source: process_commands."""
+        self._engine.forbid_inside("process_commands()")
+        due = _time(self._engine.now() if as_of is None else as_of, "as_of") // 1000
+        lease, token, handled = self._lease(lease_seconds), new_id(), 0
+        found: Any = (-_INT_MAX - 1, "", "")
+        seen: set[tuple[str, str]] = set()  # what is scheduled again while it is handled waits for a later call
+        errors: list[Exception] = []
+        try:
+            while (found := (yield self._lease_next(due, found, seen, token, lease))) is not None:
+                execute_time, *command = found
+                seen.add(found[1:])
+                try:
+                    yield handler(_COMMAND.decode((*command, execute_time)))
+                except Exception as error:
+                    errors.append(error)
+                    yield self._give_back(token, due, *command)
+                else:
+                    handled += yield self._handled(token, *command)
+        except BaseException as struck:
+            if not isinstance(struck, Exception):
+                with contextlib.suppress(StorageError):  # what struck says more
+                    given_back = self._give_back(token, due)
+                    if not isinstance(struck, GeneratorExit):
+                        yield given_back
+            raise
+        if errors:
+            raise ExceptionGroup("handlers of scheduled commands raised", errors)
+        return handled
+
+    @_write
+    def _lease_next(
+        self, tx: _Tx, due: int, place: tuple[int, str, str], seen: set[tuple[str, str]], token: str, lease: float
+    ) -> tuple[int, str, str] | None:
+        """Lease the first due command behind `place` that is free; its time, name and data."""
+        now, found = tx.now(), place
+        while (row := tx.row(_DUE, due, now, *found)) is not None:
+            found = row[0], row[1], row[2]
+            if found[1:] not in seen:
+                tx.run(_LEASE, token, _after(now, lease, "lease_seconds"), *found[1:])
+                return found
+        return None
+
+    @_write
+    def _handled(self, tx: _Tx, token: str, name: str, data: str) -> int:
+        """Remove a command, or keep it for the time it was scheduled again for; 0 when its lease was lost."""
+        held = token, tx.now(), name, data
+        return tx.run(_AGAIN, *held) or tx.run(f"DELETE FROM scheduled_commands {_HELD}", *held)
+
+    @_write
+    def _give_back(self, tx: _Tx, token: str, due: int, *command: str) -> None:
+        """Free a command for the next caller; where name and data are not known, whatever the token holds."""
+        sql = _GIVE_BACK + (" AND command_name = ? AND data = ?" if command else "")
+        tx.run(sql, token, tx.now(), due, *command)
+
+    @_write
+    def persist_errors(self, tx: _Tx, errors: Sequence[ExecutionError]) -> None:
+        """Keep errors of steps, all or none. Source: persist_errors."""
+        for index, error in enumerate(_listed(errors, "errors")):
+            self._add(tx, "error", error, f"errors[{index}]")
+
+    @_read
+    def list_errors(self, tx: _Tx, workflow_id: AnyId, limit: int = 100, offset: int = 0) -> list[ExecutionError]:
+        """The errors of a workflow, newest first."""
+        sql = f"SELECT {_ERROR.columns} FROM execution_errors WHERE workflow_id = ? ORDER BY id DESC LIMIT ? OFFSET ?"
+        return _ERROR.decode_all(tx.rows(sql, _id(workflow_id, "workflow_id"), _limit(limit), _count(offset, "offset")))
+
+    @_read
+    def ensure_store_exists(self, tx: _Tx) -> None:
+        """No effect: opening the store made its tables. Source: ensure_store_exists."""
+        tx.row("SELECT value FROM flowstore_meta WHERE key = 'schema'")
+
 
 # ============================================================================================================
 # Store: what open() returns
@@ -3324,6 +3757,8 @@ class Store(_Facet):
         """The execution log: `EventStore`."""
         self.state = StateBackend(engine)
         """Executions, the work queue, tenants and what belongs to them: `StateBackend`."""
+        self.workflows = PersistenceProvider(engine)
+        """Workflow instances, events, subscriptions, commands and errors: `PersistenceProvider`."""
 
     @property
     def target(self) -> str:
@@ -3347,9 +3782,8 @@ class Store(_Facet):
     def transaction(self) -> contextlib.AbstractContextManager[Transaction]:
         """`with store.transaction() as tx:` all that this thread or task does in the block, or nothing of it.
 
-        Facet calls join it, each as a savepoint of its own; `tx.execute` runs the user's own SQL; a nested one is a
-        savepoint. Whatever leaves the block as an exception undoes it and propagates. Raises StoreBusy when another
-        transaction lasts longer than `busy_timeout`, StorageError when the database ended it."""
+        Facet calls join it, each as a savepoint, as is a nested one; `tx.execute` runs the user's own SQL. What leaves
+        the block as an exception undoes it. Raises StoreBusy, and StorageError when the database ended it."""
         return _Block(self._engine)
 
     def now(self) -> datetime:
@@ -3456,11 +3890,10 @@ def open(
 ) -> Store:
     """Open a store, creating it with all its tables where there is none.
 
-    `target`: a path, `"sqlite:///absolute"`, `"sqlite://relative"` or `":memory:"`. `synchronous`: SQLite's FULL (every
-    acknowledged write survives power loss), NORMAL (survives a crash of the process) or OFF. `busy_timeout`: seconds to
-    wait for another process or transaction before StoreBusy. `lease_seconds`: how long a claim lasts. `backoff`:
-    seconds before attempt n of a work item (default `min(2**n, 64)`). `clock`: where every "now" comes from.
-    `read_only`: nothing in the database is changed.
+    `target`: a path, `"sqlite:///absolute"`, `"sqlite://relative"` or `":memory:"`. `synchronous`: FULL (what is
+    acknowledged survives power loss), NORMAL (a crash of the process) or OFF. `busy_timeout`: seconds to wait for other
+    processes and transactions. `lease_seconds`: how long a claim lasts. `backoff`: seconds before attempt n of an item
+    (default `min(2**n, 64)`). `clock`: where every "now" comes from. `read_only`: nothing in the database is changed.
 
     Raises InvalidData for an option out of range, StorageError and SchemaError for what cannot be opened, which is left
     as it was. Source: SqliteBackend::open, SqlitePersistenceProvider::new, SqliteFlowStore::open."""
@@ -3680,6 +4113,24 @@ def _selftest_promises(store: Store, folder: str) -> int:
         _expect([append(run, text) for text in "bc"], [2, 3])
         state.write_snapshot(Snapshot(execution_id=run, at_sequence=2, state="AB"))
         _expect(state.replay(run, lambda state, stored: state + stored.event["text"]), ("ABc", 3))
+    with promise("flow: a stale revision is refused, and its event with it"), later(path) as other:
+        flow = other.flows.insert(Flow())
+        other.flows.update_and_append(flow, "begun", {})
+        _expect_error(RevisionMismatch, other.flows.update_and_append, flow, "late", {})
+        _expect([entry.kind for entry in other.flows.list_events(flow.id)], ["begun"])
+    with promise("tenant: a view shows nothing of another's, and a token tells its tenant"), later(path) as other:
+        other.state.create_tenant(Tenant(id="acme"))
+        acme: Any = other.state.for_tenant("acme")
+        _expect((acme.get_events("run"), acme.list_dead_letters()), ([], []))
+        _expect(acme.validate_token(acme.create_token("ci", "worker")[0]).tenant_id, "acme")
+    with promise("workflow: one of 8 hosts gets a subscription; a command is handled once"), later(path) as other:
+        host = other.workflows
+        key = host.create_event_subscription(EventSubscription(
+            workflow_id="run", step_id=0, execution_pointer_id="pointer", event_name="event", event_key="key"))
+        until = now[0] + timedelta(days=1)
+        _expect(sum(_in_threads(8, lambda number: host.set_subscription_token(key, str(number), "host", until))), 1)
+        host.schedule_command(ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=key, execute_time=0))
+        _expect([host.process_commands(None, lambda command: None) for _ in range(2)], [1, 0])
     with promise("crash: what a process was told is stored survives its kill") as run:
         with _spawn("selftest-writer", target, run) as child:
             told_of = [int(child.stdout.readline()) for _ in range(20)]
@@ -3918,7 +4369,8 @@ def _bench(args: Any) -> int:
         template = store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type=queue))
         due = f"available_at + n + {(86_400 if what == 'delayed' else -3_600) * 1_000_000}"
         changed = {"id": "id || printf('-%07d', n)", "available_at": due,
-                   "status": "'completed'" if what == "completed" else "'pending'"}
+                   "status": "'completed'" if what == "completed" else "'pending'",
+                   "tenant_id": "'other'" if what == "of another tenant" else "tenant_id"}
         sql = (f"INSERT INTO flowstore_work_items ({_ITEM.columns}) "
                "WITH RECURSIVE numbers (n) AS (SELECT ? UNION ALL SELECT n + 1 FROM numbers WHERE n + 1 < ?) "
                f"SELECT {', '.join(changed.get(name, name) for name in _ITEM.names)} "
@@ -3926,12 +4378,13 @@ def _bench(args: Any) -> int:
         for start in range(0, items, 50_000):
             with store.transaction() as tx:
                 tx.execute(sql, (start, min(start + 50_000, items), template))
-    def claim(store: Store, *queues: str) -> float:
+    def claim(store: Store, what: str, *queues: str) -> float:
+        state = store.state.for_tenant("default") if what == "of another tenant" else store.state
         start = time.perf_counter()
         for _ in range(200):
-            if (item := store.state.claim_work_item("worker", queues)) is None:
+            if (item := state.claim_work_item("worker", queues)) is None:
                 raise StorageError("the queue ran dry")
-            store.state.complete_work_item(item)
+            state.complete_work_item(item)
         passed = time.perf_counter() - start
         fill(store, "a", 200)  # outside the time
         return 200 / passed
@@ -3943,7 +4396,35 @@ def _bench(args: Any) -> int:
             for queue in queues:
                 fill(store, queue, 1_000 if queue == "a" else 10_000 if items else 1)
         name = f"claim + complete, {depth:,} {what}" + (", asking for three queues" if queues[1:] else "")
-        row(name, lambda: claim(many, *queues), ("that with 1,000 pending", 0.8, lambda: claim(few, "a")))
+        base = ("that with 1,000 pending", 0.8, lambda: claim(few, what, "a"))
+        row(name, lambda: claim(many, what, *queues), base)
+    def persisting() -> None:
+        host, pointers = new("NORMAL").workflows, [ExecutionPointer(step_id=n, outcome=event) for n in range(1000)]
+        instance = WorkflowInstance(workflow_definition_id="bench", execution_pointers=pointers)
+        instance.id = host.create_new_workflow(instance)
+        def persist(*steps: list[ExecutionPointer]) -> None:
+            pointers[500].retry_count += 1
+            for instance.execution_pointers in steps:
+                host.persist_workflow(instance)
+        row("persist_workflow, 1,000 pointers, one changed", lambda: rate(lambda: persist(pointers)),
+            ("deleting and rewriting all", 10.0, lambda: rate(lambda: persist([], pointers))))
+    def pruning() -> None:
+        store, flows = new("FULL"), depth // 10
+        flow = store.flows.insert(Flow(status=FlowStatus.FINISHED, updated_at=datetime(2000, 1, 1, tzinfo=UTC)))
+        copied = ", ".join({"id": "id || n"}.get(name, name) for name in _FLOW.names)
+        numbers = f"WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {flows})"
+        with store.transaction() as tx:
+            tx.execute(f"INSERT INTO flows ({_FLOW.columns}) {numbers} SELECT {copied} FROM flows, numbers")
+            tx.execute("INSERT INTO flow_events (flow_id, kind, payload, at) SELECT id, 'ended', '{}', 0 FROM flows")
+        waits, pruner = list[float](), threading.Thread(target=store.flows.prune_terminal_flows, args=(1,))
+        pruner.start()
+        while pruner.is_alive():
+            start = time.perf_counter()
+            store.events.append(flow.id, "default", event)
+            waits.append(time.perf_counter() - start)
+        wait = sorted(waits)[len(waits) * 99 // 100]
+        row(f"a writer's wait while {flows:,} flows are pruned, 99th percentile, as a rate", lambda: 1 / wait,
+            ("one in 50 ms", 1.0, lambda: 20.0))
     with (tempfile.TemporaryDirectory(prefix="flowstore-", ignore_cleanup_errors=True) as folder,
           contextlib.ExitStack() as stack):
         say(machine)
@@ -3952,8 +4433,11 @@ def _bench(args: Any) -> int:
         row("append, 1 thread, NORMAL", lambda: append(normal), ("plain NORMAL", 0.7, relaxed))
         row("durable append, 64 threads, FULL", lambda: sum(_in_threads(64, functools.partial(append, full))),
             ("plain FULL", 4.0, loop), ("plain NORMAL", 0.4, relaxed))
-        for what, *queues in (("pending", "a"), ("pending", "a", "b", "c"), ("delayed", "a"), ("completed", "a")):
+        for what, *queues in (("pending", "a"), ("pending", "a", "b", "c"), ("delayed", "a"), ("completed", "a"),
+                              ("of another tenant", "a")):
             claims(what, *queues)
+        persisting()
+        pruning()
     missed = sum(not one["holds"] for one in rows)
     result = {"machine": machine, "quick": args.quick, "rows": rows, "holds": not missed}
     print(json.dumps(result) if args.json else f"{len(rows) - missed} hold, {missed} missed")
