@@ -6363,7 +6363,7 @@ LEGAL = {
 }
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.product(FlowStatus, FlowStatus))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(FlowStatus, FlowStatus)))
 def test_transitions_follow_the_table(before: FlowStatus, after: FlowStatus) -> None:
     legal = after in LEGAL.get(before, set())
     assert before.can_transition_to(after) is legal and before.is_terminal is (before not in LEGAL)
