@@ -1458,8 +1458,12 @@ class _Engine:
 
     def _with_lead(self, call: _Call, action: Callable[[_Call], None]) -> None:
         """Run `action` once the call leads, unless another leader has done it; safe against two interrupts in a row."""
+        call.deadline = time.monotonic() + self.options.busy_timeout
         try:
-            if self._lead_or_be_served(call):
+            with self.mutex:
+                if self.lead is None and not self.closed:
+                    self.lead = call
+            if self.lead is call or self._lead_or_be_served(call):
                 action(call)
         except BaseException:
             try:
@@ -1471,7 +1475,6 @@ class _Engine:
 
     def _lead_or_be_served(self, call: _Call) -> bool:
         """Wait for the writer: True with the lead, False when another leader has done the call."""
-        call.deadline = time.monotonic() + self.options.busy_timeout
         with self.mutex:
             if self.closed:
                 self._refuse_closed()
@@ -1534,7 +1537,11 @@ class _Engine:
         """Begin, take what has queued, run it all, commit, wake the callers, and hand on the lead."""
         while not self._try_group(leader):
             self._pause(leader.deadline)
-        if self.queue and time.monotonic() > self.breath:
+        with self.mutex:
+            if not self.queue:
+                self.lead = None
+                return
+        if time.monotonic() > self.breath:
             # Threads that hand on the lead without a break would starve other processes, who can only try now and then.
             time.sleep(0.0005)
             self.breath = time.monotonic() + 0.025
@@ -1625,8 +1632,19 @@ class _Engine:
         self.commits += 1
         if self.watching:
             self._wake_watchers()
-        if self.path is not None:
-            self._bound_wal(tx)
+        if self.path is None:
+            return
+        writer = self.writer
+        try:
+            if writer.wal < 0:  # kept open: a seek to its end costs a tenth of a stat
+                writer.wal = os.open(f"{self.path}-wal", os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            size = os.lseek(writer.wal, 0, os.SEEK_END)
+        except OSError:
+            return
+        if size >= _WAL_BOUND:
+            self._bound_wal(tx, size)
+        else:
+            self.checkpoint_at = _WAL_BOUND
 
     def _wake_watchers(self) -> None:
         for gate in list(self.watching):
@@ -1683,20 +1701,11 @@ class _Engine:
             other.wake()
 
     # --- the WAL's bound ---
-    def _bound_wal(self, tx: _Tx) -> None:
+    def _bound_wal(self, tx: _Tx, size: int) -> None:
         """Keep the WAL near 16 MB: readers that overlap for ever would let it grow for ever.
 
         The one that commits past the bound waits, for a second at most, until the readers there are have ended; new
         ones read past the WAL meanwhile. Where a foreign reader holds it longer, the next try comes 16 MB later."""
-        writer = self.writer
-        try:
-            if writer.wal < 0:  # kept open: a seek to its end costs a tenth of a stat
-                writer.wal = os.open(f"{self.path}-wal", os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            size = os.lseek(writer.wal, 0, os.SEEK_END)
-        except OSError:
-            return
-        if size < _WAL_BOUND:
-            self.checkpoint_at = _WAL_BOUND
         if size < self.checkpoint_at:
             return
         try:
