@@ -7,7 +7,6 @@
     >>> store = open(os.path.join(folder.name, "app.db"))
 
 An execution is an append-only log of events. Each append is on disk when it returns:
-
     >>> store.events.append("order-1", "default", {"type": "execution_started", "total": 1250})
     1
     >>> store.events.append("order-1", "default", {"type": "step_completed", "step": "charge"})
@@ -28,7 +27,6 @@ still this worker's, and whatever stands in the same `transaction()` happens wit
     >>> store.close(); folder.cleanup()
 
 The chapters, each resting only on those above it:
-
     Errors        the whole tree under FlowStoreError
     Records       what goes in and out: enums and dataclasses
     Schema        the tables, one statement each
@@ -95,7 +93,6 @@ class FlowStoreError(Exception):
 class _Facts(FlowStoreError):
     """An error that is told by its attributes: they are its arguments, in order, and fill its message."""
     _says: ClassVar[str]
-
     def __init_subclass__(cls) -> None:
         dataclass(eq=False)(cls)
 
@@ -1128,6 +1125,8 @@ class _Connection:
         if tx is not None:
             tx.db.close()
 
+    __del__ = close  # of a store that was dropped without close(): a descriptor does not close itself
+
 class _Operation(Generic[F, P, R]):
     """A facet's method over an open transaction, seen from outside as a method that runs it in one.
 
@@ -1578,8 +1577,10 @@ class _Engine:
             if len(self.group) > 1:
                 for call in self.group:
                     call.wake()
+            wrote = any(call.operation is not None and call.operation.writes for call in self.group)
             self.group = []
-            self._committed(tx)
+            if wrote:  # in memory reads come this way too: they are no news
+                self._committed(tx)
         return True
 
     def _take(self) -> None:
@@ -1634,9 +1635,8 @@ class _Engine:
             self._wake_watchers()
         if self.path is None:
             return
-        writer = self.writer
         try:
-            if writer.wal < 0:  # kept open: a seek to its end costs a tenth of a stat
+            if (writer := self.writer).wal < 0:  # kept open: a seek to its end costs a tenth of a stat
                 writer.wal = os.open(f"{self.path}-wal", os.O_RDONLY | getattr(os, "O_BINARY", 0))
             size = os.lseek(writer.wal, 0, os.SEEK_END)
         except OSError:
@@ -1655,8 +1655,8 @@ class _Engine:
         """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
         self._refuse_closed()
         (gate := threading.Lock()).acquire()
-        self.watching.add(gate)
         try:
+            self.watching.add(gate)
             if self.commits == seen:
                 gate.acquire(timeout=max(0.0, min(seconds, _TICK)))
         finally:

@@ -6155,6 +6155,27 @@ def test_the_wal_stays_bounded_under_overlapping_readers_and_steady_writes(path:
     assert largest < 1.1 * bound + 9_000_000, f"{largest:,} bytes; {while_read:,} during the longest read"
 
 
+def test_an_idle_wait_is_no_news_to_itself(store_engine: flowstore.Store) -> None:
+    before = store_engine._engine.commits
+    assert store_engine.state.claim_work_item("w", ["q"], wait=0.3) is None
+    assert store_engine._engine.commits <= before + 1, "its looks wake it, and so it never rests"
+
+
+def test_a_store_that_is_dropped_without_close_gives_its_descriptors_back(tmp_path: Path) -> None:
+    def use(number: int) -> None:
+        assert write_pair(flowstore.open(tmp_path / f"{number}.db"), "run", "kept") == 1
+
+    use(0)
+    gc.collect()
+    before = descriptors()
+    for number in range(1, 10):
+        use(number)
+        gc.collect()
+    assert descriptors() <= before + 2
+    with flowstore.open(tmp_path / "9.db") as store:
+        assert pairs(store, "run") == ["kept"]
+
+
 def test_importing_loads_neither_asyncio_nor_psycopg_and_does_nothing() -> None:
     code = """if True:
         import sys, threading
