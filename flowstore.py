@@ -65,11 +65,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import (
-    TYPE_CHECKING, Any, ClassVar, Concatenate, Generic, ParamSpec, TypeAlias, TypeVar, dataclass_transform, overload,
+    TYPE_CHECKING, Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, dataclass_transform,
+    overload,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+    import asyncio
+    from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
     from typing import NoReturn, TextIO
     from uuid import UUID
 
@@ -1127,20 +1129,23 @@ class _Connection:
 
     __del__ = close  # of a store that was dropped without close(): a descriptor does not close itself
 
-class _Operation(Generic[F, P, R]):
-    """A facet's method over an open transaction, seen from outside as a method that runs it in one.
+class _Method(Generic[F, P, R]):
+    """A facet's method as the facet writes it, seen from outside as one that its store runs (awaited on an async one).
 
-    `writes` operations may run more than once (a group begun again), so they have no effect outside `tx`; `snapshot`
-    reads have several statements and run them on one state of the database."""
+    An operation is a function over an open transaction. One that `writes` may run more than once (a group begun again),
+    so it has no effect outside `tx`; a `snapshot` has several reading statements and runs them on one state of the
+    database. `steps` are a generator for what takes several transactions, or runs user code between them: each `yield`
+    hands a step's outcome to whoever drives it and takes it back, awaited where the store is async."""
 
-    def __init__(self, function: Callable[Concatenate[F, _Tx, P], R], writes: bool, snapshot: bool) -> None:
+    def __init__(self, function: Callable[..., Any], kind: str) -> None:
         self.function = function
-        self.writes = writes
-        self.snapshot = snapshot
+        self.writes = kind == "write"
+        self.snapshot = kind == "snapshot"
+        self.steps = kind == "steps"
         self.name = function.__name__
         self.__doc__ = function.__doc__
         signature = inspect.signature(function)
-        own, _, *rest = signature.parameters.values()
+        own, *rest = [one for name, one in signature.parameters.items() if name != "tx"]
         self._bound_signature = signature.replace(parameters=rest)
 
         @functools.wraps(function)
@@ -1154,43 +1159,54 @@ class _Operation(Generic[F, P, R]):
     @overload
     def __get__(self, facet: None, owner: Any) -> Callable[..., Any]: ...
     @overload
+    def __get__(self, facet: _AsyncFacet, owner: Any = None) -> Callable[P, Coroutine[Any, Any, R]]: ...
+    @overload
     def __get__(self, facet: F, owner: Any = None) -> Callable[P, R]: ...
     def __get__(self, facet: Any, owner: Any = None) -> Callable[..., Any]:
         """The method of one facet: made once, then found in the facet's own attributes."""
         if facet is None:
             return self._method
-        run = facet._run
+        engine_run, drive, function = facet._engine.run, facet._engine.drive, self.function
 
-        def bound(*args: Any, **kwargs: Any) -> Any:
-            return run(self, facet, args, kwargs)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return engine_run(self, facet, args, kwargs)
 
-        functools.update_wrapper(bound, self._method)
+        def walk(*args: Any, **kwargs: Any) -> Any:
+            return drive(function(facet, *args, **kwargs))
+
+        bound = functools.update_wrapper(walk if self.steps else run, self._method)
         bound.__signature__ = self._bound_signature  # type: ignore[attr-defined]
         facet.__dict__[self.name] = bound
         return bound
 
     def run(self, facet: Any, tx: _Tx, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run it in an open transaction, if the facet's tenant may."""
+        """Run an operation in an open transaction, if the facet's tenant may."""
         if facet._tenant is not None:
             facet._admit(tx, self.writes)
         return self.function(facet, tx, *args, **kwargs)
 
-def _write(function: Callable[Concatenate[F, _Tx, P], R]) -> _Operation[F, P, R]:
+def _write(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
     """An operation that changes something: one atomic, durable transaction."""
-    return _Operation(function, writes=True, snapshot=False)
+    return _Method(function, "write")
 
-def _read(function: Callable[Concatenate[F, _Tx, P], R]) -> _Operation[F, P, R]:
+def _read(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
     """An operation of one reading statement."""
-    return _Operation(function, writes=False, snapshot=False)
+    return _Method(function, "read")
 
-def _snapshot(function: Callable[Concatenate[F, _Tx, P], R]) -> _Operation[F, P, R]:
+def _snapshot(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
     """An operation of several reading statements, all of them on one state of the database."""
-    return _Operation(function, writes=False, snapshot=True)
+    return _Method(function, "snapshot")
+
+def _steps(function: Callable[Concatenate[F, P], Generator[Any, Any, R]]) -> _Method[F, P, R]:
+    """A method of several transactions, written as a generator of its steps."""
+    return _Method(function, "steps")
 
 class _Call:
-    """One caller that wants the writer: with an operation, or (`operation` None) for itself alone."""
+    """One caller that wants the writer: with an operation, with a batch of them, or for itself alone."""
     gate: threading.Lock | None = None
     deadline = 0.0
+    batch: Sequence[_Call] = ()  # what an event loop sends as one
+    future: asyncio.Future[Any]  # of a call in such a batch: what its task awaits
     result: Any = None
     error: BaseException | None = None
     done = False  # result or error hold what became of it
@@ -1199,8 +1215,8 @@ class _Call:
     held_up = False  # as leader: another process has the file
     abandoned = False  # its thread has gone on, or the block that held the transaction is gone
 
-    def __init__(self, operation: _Operation[Any, Any, Any] | None, facet: Any, args: Any, kwargs: Any) -> None:
-        self.operation = operation
+    def __init__(self, operation: Any = None, facet: Any = None, args: Any = (), kwargs: Any = None) -> None:
+        self.operation: _Method[Any, Any, Any] | None = operation
         self.facet = facet
         self.args = args
         self.kwargs = kwargs
@@ -1245,7 +1261,7 @@ class _Engine:
         self.outcome: list[object] = []  # not empty: the group's COMMIT has succeeded
         self.closed = False
         self.commits = 0
-        self.watching: set[threading.Lock] = set()
+        self.watching: set[Callable[[], object]] = set()  # what wakes each of those that wait for a commit
         self.checkpoint_at = _WAL_BOUND
         self.breath = 0.0
         self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
@@ -1269,7 +1285,7 @@ class _Engine:
         return connection
 
     def _connect(self) -> sqlite3.Connection:
-        self._refuse_closed()
+        self.refuse_closed()
         if self.path is None:
             db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False, cached_statements=256)
             db.execute("PRAGMA foreign_keys = ON")
@@ -1297,7 +1313,8 @@ class _Engine:
             raise
         return db
 
-    def _refuse_closed(self) -> None:
+    def refuse_closed(self) -> None:
+        """StoreClosed after close(); StorageError where the file has to be left to the parent of this process."""
         if self.closed:
             raise StoreClosed("the store is closed: open it again")
         if _left_behind and self.path is not None and _file_id(self.path) in _left_behind:
@@ -1308,7 +1325,7 @@ class _Engine:
 
     def _pause(self, deadline: float) -> None:
         """Sleep a little while another process holds the file; StoreBusy once that has lasted too long."""
-        self._refuse_closed()
+        self.refuse_closed()
         left = deadline - time.monotonic()
         if left <= 0:
             raise StoreBusy(
@@ -1408,16 +1425,16 @@ class _Engine:
         _add_tenant(tx, DEFAULT_TENANT)
 
     # --- running operations ---
-    def run(self, operation: _Operation[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation: in the caller's open transaction, or in one of its own."""
         if _blocks.get() and (block := self.block()) is not None:
             return block.run(operation, facet, args, kwargs)
-        if operation.writes and self.options.read_only:
-            raise StorageError("the store was opened read-only: nothing can be changed through it")
-        if not operation.writes and self.path is not None:
+        if operation.writes:
+            self.refuse_read_only()
+        elif self.path is not None:
             return self._patiently(lambda: self._run_read(operation, facet, args, kwargs))
         call = _Call(operation, facet, args, kwargs)
-        self._with_lead(call, self._lead_group)
+        self.with_lead(call, self._try)
         if call.error is not None:
             try:
                 raise call.error
@@ -1425,7 +1442,31 @@ class _Engine:
                 del call  # its error's traceback leads back to this frame
         return call.result
 
-    def _run_read(self, operation: _Operation[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+    def run_batch(self, calls: list[_Call]) -> None:
+        """Run operations in one transaction, each on its own: every call gets its result or error."""
+        call = _Call()
+        call.batch = calls
+        self.with_lead(call, self._try)
+        if call.error is not None:
+            raise call.error
+
+    @staticmethod
+    def drive(steps: Generator[Any, Any, R]) -> R:
+        """Walk through the steps of a method."""
+        outcome = None
+        while True:
+            try:
+                outcome = steps.send(outcome)
+            except StopIteration as end:
+                result: R = end.value
+                return result
+
+    def refuse_read_only(self) -> None:
+        """StorageError when nothing may be changed."""
+        if self.options.read_only:
+            raise StorageError("the store was opened read-only: nothing can be changed through it")
+
+    def _run_read(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
         with self.mutex:
             reader = self.readers.pop() if self.readers else None
         if reader is None:
@@ -1455,15 +1496,20 @@ class _Engine:
             with reader.lock:
                 reader.close()
 
-    def _with_lead(self, call: _Call, action: Callable[[_Call], None]) -> None:
-        """Run `action` once the call leads, unless another leader has done it; safe against two interrupts in a row."""
+    def with_lead(self, call: _Call, action: Callable[[_Call], bool], *, keep: bool = False) -> None:
+        """Lead and run `action` until it returns True, unless another leader does the call; then hand the lead on.
+
+        Safe against two interrupts in a row, at any point."""
         call.deadline = time.monotonic() + self.options.busy_timeout
         try:
             with self.mutex:
                 if self.lead is None and not self.closed:
                     self.lead = call
             if self.lead is call or self._lead_or_be_served(call):
-                action(call)
+                while not action(call):
+                    self._pause(call.deadline)
+                if not keep:
+                    self._hand_on(call)
         except BaseException:
             try:
                 self._repair(call)
@@ -1472,11 +1518,22 @@ class _Engine:
                 raise
             raise
 
+    def _hand_on(self, leader: _Call) -> None:
+        with self.mutex:
+            if not self.queue:
+                self.lead = None
+                return
+        if time.monotonic() > self.breath:
+            # Threads that hand on the lead without a break would starve other processes, who can only try now and then.
+            time.sleep(0.0005)
+            self.breath = time.monotonic() + 0.025
+        self._pass_on(leader)
+
     def _lead_or_be_served(self, call: _Call) -> bool:
         """Wait for the writer: True with the lead, False when another leader has done the call."""
         with self.mutex:
             if self.closed:
-                self._refuse_closed()
+                self.refuse_closed()
             if self.lead is None or self.lead.abandoned:
                 self.lead = call
                 return True
@@ -1501,7 +1558,7 @@ class _Engine:
                     return True
                 if self.closed:
                     self.queue.remove(call)
-                    self._refuse_closed()
+                    self.refuse_closed()
                 if self._lead_is_free():
                     self.lead = call
                     self.queue.remove(call)
@@ -1532,71 +1589,65 @@ class _Engine:
         self.outcome.clear()
         return True
 
-    def _lead_group(self, leader: _Call) -> None:
-        """Begin, take what has queued, run it all, commit, wake the callers, and hand on the lead."""
-        while not self._try_group(leader):
-            self._pause(leader.deadline)
-        with self.mutex:
-            if not self.queue:
-                self.lead = None
-                return
-        if time.monotonic() > self.breath:
-            # Threads that hand on the lead without a break would starve other processes, who can only try now and then.
-            time.sleep(0.0005)
-            self.breath = time.monotonic() + 0.025
-        self._pass_on(leader)
-
-    def _try_group(self, leader: _Call) -> bool:
+    def _try(self, leader: _Call) -> bool:
+        """Begin, run the leader's operation and what has queued, commit; False while another process has the file."""
         operation = leader.operation
         with self.writer.lock:
-            if operation is None or not self._begin(leader) or (tx := self.writer.tx) is None:
+            if not self._begin(leader):
                 return False
-            self.group = [leader]
+            tx = self.writer.use()
             try:
-                if self.queue:  # only now: until here each of them could time out on its own clock
-                    self._take()
-                try:
-                    if len(self.group) == 1:
+                if operation is None or self.queue:
+                    wrote = self._try_group(tx, leader)
+                else:
+                    wrote = operation.writes
+                    try:
                         leader.result = operation.run(leader.facet, tx, leader.args, leader.kwargs)
-                    else:
-                        tx.run("SAVEPOINT flowstore_group")  # to begin again without giving the file to others
-                        if not self._run_group(tx, savepoints=False):
-                            tx.run("ROLLBACK TO flowstore_group")
-                            self._run_group(tx, savepoints=True)
-                    self._commit(tx, leader.deadline)
-                except StorageError as error:  # the transaction of all of them
-                    for call in self.group:
-                        call.result, call.error = None, _copy(error)
-                except Exception as error:  # of the only one: nothing is committed
-                    leader.error = error
-                for call in self.group:
-                    call.done = True
+                        self._commit(tx, leader.deadline)
+                    except Exception as error:
+                        leader.error, wrote = error, False
             finally:
                 if tx.db.in_transaction:
                     tx.run("ROLLBACK")
-            if len(self.group) > 1:
-                for call in self.group:
-                    call.wake()
-            wrote = any(call.operation is not None and call.operation.writes for call in self.group)
+            for call in self.group:
+                call.wake()
             self.group = []
             if wrote:  # in memory reads come this way too: they are no news
                 self._committed(tx)
         return True
 
+    def _try_group(self, tx: _Tx, leader: _Call) -> bool:
+        self.group = [leader]
+        self._take()  # only now: until here each of them could time out on its own clock
+        calls = [call for one in self.group for call in (one.batch or (one,))]
+        try:
+            tx.run("SAVEPOINT flowstore_group")  # to begin again without giving the file to others
+            if not self._run_group(tx, calls, savepoints=False):
+                tx.run("ROLLBACK TO flowstore_group")
+                self._run_group(tx, calls, savepoints=True)
+            self._commit(tx, leader.deadline)
+        except StorageError as error:  # the transaction of all of them
+            for call in calls:
+                call.result, call.error = None, _copy(error)
+        for call in self.group:
+            call.done = True
+        return any(call.operation is not None and call.operation.writes for call in calls)
+
     def _take(self) -> None:
         with self.mutex:
-            while self.queue and self.queue[0].operation is not None and len(self.group) < _GROUP_MOST:
+            while self.queue and (self.queue[0].operation or self.queue[0].batch) and len(self.group) < _GROUP_MOST:
                 self.queue[0].taken = True  # in this order: struck between two steps, none of them is nowhere
                 self.group.append(self.queue[0])
                 self.queue.popleft()
 
-    def _run_group(self, tx: _Tx, savepoints: bool) -> bool:
-        """Run the operations of the group; False when one failed after it had written, without savepoints.
+    @staticmethod
+    def _run_group(tx: _Tx, calls: list[_Call], savepoints: bool) -> bool:
+        """Run the operations of a group; False when one failed after it had written, without savepoints.
 
         A failure of the database itself is everybody's: after a full disk or an I/O error SQLite may have rolled back
         all of it already, and a savepoint outside a transaction would open one that its release commits."""
         db = tx.db
-        for call in self.group:
+        for call in calls:
             changes = db.total_changes
             if savepoints:
                 tx.run("SAVEPOINT flowstore_call")
@@ -1647,20 +1698,30 @@ class _Engine:
             self.checkpoint_at = _WAL_BOUND
 
     def _wake_watchers(self) -> None:
-        for gate in list(self.watching):
-            with contextlib.suppress(RuntimeError):  # it has been opened already
-                gate.release()
+        for wake in list(self.watching):
+            with contextlib.suppress(RuntimeError):  # it was woken already, or its event loop has ended
+                wake()
 
     def wait(self, seen: int, seconds: float) -> Any:
         """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
-        self._refuse_closed()
         (gate := threading.Lock()).acquire()
-        try:
-            self.watching.add(gate)
+        with self.watch(gate.release):
             if self.commits == seen:
-                gate.acquire(timeout=max(0.0, min(seconds, _TICK)))
+                gate.acquire(timeout=self.patience(seconds))
+
+    @contextlib.contextmanager
+    def watch(self, wake: Callable[[], object]) -> Iterator[None]:
+        """Have `wake` called at each commit, and at the end of the store, while the block runs."""
+        self.watching.add(wake)
+        try:
+            self.refuse_closed()
+            yield
         finally:
-            self.watching.discard(gate)
+            self.watching.discard(wake)
+
+    def patience(self, seconds: float) -> float:
+        """How long to wait before a look at what other processes did: the longer, the more of us are looking."""
+        return max(0.0, min(seconds, _TICK * max(1, len(self.watching) // 8)))
 
     def _pass_on(self, call: _Call) -> None:
         """Hand the lead to the first in the queue; safe to repeat."""
@@ -1719,19 +1780,13 @@ class _Engine:
             tx.run("PRAGMA busy_timeout = 0")
 
     # --- having the writer for oneself ---
-    def acquire(self, call: _Call) -> None:
-        """Wait for the lead, alone, and begin a transaction."""
-        self._with_lead(call, self._begin_alone)
-
-    def _begin_alone(self, call: _Call) -> None:
-        while True:
-            with self.writer.lock:
-                if self._begin(call):
-                    return
-            self._pause(call.deadline)
+    def acquire(self, call: _Call) -> bool:
+        """Begin a transaction for the call that leads; False when another process has the file."""
+        with self.writer.lock:
+            return self._begin(call)
 
     def commit(self) -> None:
-        """Commit the transaction of `acquire`; `_repair` then hands on the lead."""
+        """Commit the transaction that `acquire` began; `_repair` then hands on the lead."""
         with self.writer.lock:
             tx = self.writer.use()
             self._commit(tx, time.monotonic() + self.options.busy_timeout)
@@ -1741,12 +1796,12 @@ class _Engine:
         """Run `action` on the writer outside any transaction, while nobody else writes."""
         results: list[R] = []
 
-        def lead(call: _Call) -> None:
+        def lead(_: _Call) -> bool:
             with self.writer.lock:
                 results.append(action(self.writer.use()))
-            self._pass_on(call)
+            return True
 
-        self._with_lead(_Call(None, None, None, None), lead)
+        self.with_lead(_Call(), lead)
         return results[0]
 
     def aside(self, action: Callable[[_Tx], R]) -> R:
@@ -1804,8 +1859,7 @@ class _Engine:
 
     def compact(self) -> None:
         """Return free pages in small steps, then empty the WAL."""
-        if self.options.read_only:
-            raise StorageError("the store was opened read-only: nothing can be changed through it")
+        self.refuse_read_only()
         while self._patiently(lambda: self.alone(_vacuum_step)):
             pass
         if self.path is not None:
@@ -1815,7 +1869,8 @@ class _Engine:
         """The innermost transaction block that this thread or task has open, if any."""
         for held in _blocks.get():
             block = held()
-            if block is not None and block.engine is self and block.is_open and block.thread == threading.get_ident():
+            mine = block is not None and block.engine is self and block.is_open
+            if block is not None and mine and block.thread in (0, threading.get_ident()):
                 return block
         return None
 
@@ -2016,14 +2071,13 @@ class Transaction:
 
         Raises StorageError for the driver's error, for statements that would end the transaction or reach outside
         it (BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, ATTACH, VACUUM, PRAGMA), and after the block."""
-        return self._open().execute(sql, lambda tx: tx.db.execute(sql, parameters).fetchall())
+        return self.open().execute(sql, parameters)
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
         """Run one statement for each of the rows; errors as with `execute`."""
-        block, parameters = self._open(), list(rows)
-        block.execute(sql, lambda tx: tx.db.executemany(sql, parameters).fetchall())
+        self.open().execute(sql, list(rows), many=True)
 
-    def _open(self) -> _Block:
+    def open(self) -> _Block:
         """The innermost block here: SQL given to an outer `tx` belongs to the block nested in it."""
         block = self._block()
         if block is None or not block.is_open:
@@ -2033,6 +2087,9 @@ class Transaction:
             raise StorageError("the transaction belongs to the thread or task that opened it")
         return innermost
 
+class _Ended(StorageError):
+    """A transaction has ended while a call of another task was on its way into it."""
+
 class _Block:
     """`with store.transaction()`: everything that the thread or task does in it, or nothing.
 
@@ -2041,7 +2098,7 @@ class _Block:
 
     def __init__(self, engine: _Engine) -> None:
         self.engine = engine
-        self.thread = 0
+        self.thread: int | None = None  # that it belongs to; 0: a task, whose statements run in the loop's worker
         self.is_open = False
         self.parent: _Block | None = None
         self.nested: list[tuple[weakref.ref[_Block], str]] = []  # of the outermost block: those open in it
@@ -2051,11 +2108,19 @@ class _Block:
         self._ref = weakref.ref(self)
 
     def __enter__(self) -> Transaction:
-        if self.thread:
+        self.adopt(threading.get_ident())
+        self.begin()
+        return self.enter()
+
+    def adopt(self, thread: int) -> None:
+        """Belong to this thread and context from now on."""
+        if self.thread is not None:
             raise StorageError("a transaction object opens one block: call store.transaction() again")
-        self.thread = threading.get_ident()
+        self.parent, self.thread = self.engine.block(), thread
+
+    def begin(self) -> None:
+        """Begin a transaction, or a savepoint in the parent's; StoreBusy when others hold the store too long."""
         engine = self.engine
-        self.parent = engine.block()
         if self.parent is not None:
             self._connection = self.parent._connection
             with self._connection.lock:
@@ -2067,9 +2132,12 @@ class _Block:
             with self._connection.lock:
                 engine._patiently(self._begin_snapshot)
         else:
-            self._call = _Call(None, None, None, None)
-            engine.acquire(self._call)
+            self._call = _Call()
+            engine.with_lead(self._call, engine.acquire, keep=True)
         self.is_open = True
+
+    def enter(self) -> Transaction:
+        """Make it the block that calls of this context join."""
         _blocks.set((self._ref, *(ref for ref in _blocks.get() if ref() is not None)))
         return Transaction(self)
 
@@ -2086,9 +2154,9 @@ class _Block:
 
     def tx(self) -> _Tx:
         """The open transaction, under the connection's lock; StorageError when the block can no longer be used."""
-        self.engine._refuse_closed()
+        self.engine.refuse_closed()
         if not self.is_open:
-            raise StorageError("the transaction has ended: use tx inside its with block only")
+            raise _Ended("the transaction has ended: use tx inside its with block only")
         tx = self._connection.use()
         if not tx.db.in_transaction:
             raise StorageError("the database ended this transaction, nothing of it was stored: run the block again")
@@ -2101,17 +2169,16 @@ class _Block:
             raise StorageError("another task has a transaction nested in this one: let it end first")
         return tx
 
-    def run(self, operation: _Operation[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation as a savepoint of its own."""
         with self._connection.lock:
             tx = self.tx()
             if not operation.writes:
                 return operation.run(facet, tx, args, kwargs)
-            if self.engine.options.read_only:
-                raise StorageError("the store was opened read-only: nothing can be changed through it")
+            self.engine.refuse_read_only()
             return self._in_savepoint(tx, lambda: operation.run(facet, tx, args, kwargs))
 
-    def execute(self, sql: object, action: Callable[[_Tx], R]) -> R:
+    def execute(self, sql: object, parameters: Any, *, many: bool = False) -> list[tuple[Any, ...]]:
         """Run a statement of the user's own."""
         if not isinstance(sql, str):
             raise InvalidData(f"sql: text is needed, not {type(sql).__name__}")
@@ -2119,8 +2186,9 @@ class _Block:
             raise StorageError(f"{refused[1].upper()} is not for a statement inside transaction(): the block does that")
         with self._connection.lock:
             tx = self.tx()
+            execute = tx.db.executemany if many else tx.db.execute
             try:
-                return self._in_savepoint(tx, lambda: action(tx))
+                return self._in_savepoint(tx, lambda: execute(sql, parameters).fetchall())
             except (*_DRIVER_ERRORS, ValueError) as error:
                 raise StorageError(f"the statement failed: {error}") from error
 
@@ -2139,12 +2207,19 @@ class _Block:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         try:
-            self._end(commit=kind is None)
+            self.end(commit=kind is None)
         except StorageError:
             if kind is None:
                 raise  # else what the block raised says more
+        finally:
+            self.leave()
 
-    def _end(self, commit: bool) -> None:
+    def leave(self) -> None:
+        """Let later calls of this context no longer join it."""
+        _blocks.set(tuple(ref for ref in _blocks.get() if ref is not self._ref))
+
+    def end(self, commit: bool) -> None:
+        """Commit or roll back, and give the writer to others, whatever happens."""
         try:
             with self._connection.lock:
                 tx = self.tx()
@@ -2157,9 +2232,9 @@ class _Block:
                 elif commit:
                     self.engine.commit()
         finally:
-            self._leave()
+            self._let_go()
 
-    def _leave(self) -> None:
+    def _let_go(self) -> None:
         self.is_open = False
         if self.parent is not None and (self._ref, self.savepoint) in self.root.nested:
             self.root.nested.remove((self._ref, self.savepoint))
@@ -2168,7 +2243,6 @@ class _Block:
         elif self.parent is None:
             with self._connection.lock:
                 self._connection.close()
-        _blocks.set(tuple(ref for ref in _blocks.get() if ref is not self._ref))
 
     def __del__(self) -> None:
         # Runs at any point of any thread, so it takes no lock: who waits looks for itself.
@@ -2177,6 +2251,208 @@ class _Block:
             for waiting in [self.engine.lead, *list(self.engine.queue)[:1]]:
                 if waiting is not None:
                     waiting.wake()
+
+# --- the same engine for the tasks of an event loop ---
+class _AsyncEngine:
+    """An engine whose calls are awaited: the writes of all tasks go to one worker thread, all that there are at once.
+
+    While a batch is being committed the next one gathers. `turn` is held by the batch under way or by the task whose
+    transaction is open: a batch sent during a transaction would block the worker, which runs its statements."""
+
+    def __init__(self, engine: _Engine) -> None:
+        import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+        self.sync = engine
+        self.loop = asyncio.get_running_loop()
+        self.turn = asyncio.Lock()
+        self._running_loop = asyncio.get_running_loop
+        self._waiting: list[_Call] = []
+        self._sender: asyncio.Task[None] | None = None
+        self._worker = ThreadPoolExecutor(1, "flowstore-writer")
+        self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sync, name)
+
+    def refuse_foreign(self) -> None:
+        """StorageError in another loop, StoreClosed after close()."""
+        if self._running_loop() is not self.loop:
+            raise StorageError("the store belongs to the event loop that opened it: open another one in this loop")
+        self.sync.refuse_closed()
+
+    def in_worker(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
+        """Run in the one thread that writes."""
+        self.refuse_foreign()
+        return self.loop.run_in_executor(self._worker, function, *args)
+
+    def aside(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
+        """Run in a thread beside the one that writes."""
+        self.refuse_foreign()
+        return self.loop.run_in_executor(self._readers, function, *args)
+
+    async def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation: in the task's open transaction, or in one of its own."""
+        while _blocks.get() and (block := self.sync.block()) is not None:
+            with contextlib.suppress(_Ended):
+                return await self.in_worker(block.run, operation, facet, args, kwargs)
+        if not operation.writes and self.sync.path is not None:
+            return await self.aside(self.sync.run, operation, facet, args, kwargs)
+        return await self.send(operation, facet, args, kwargs)
+
+    def send(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> asyncio.Future[Any]:
+        """Have an operation run in a batch, behind those that were sent before."""
+        self.refuse_foreign()
+        if operation.writes:
+            self.sync.refuse_read_only()
+        call = _Call(operation, facet, args, kwargs)
+        call.deadline = time.monotonic() + self.sync.options.busy_timeout
+        future = call.future = self.loop.create_future()
+        self._waiting.append(call)
+        if self._sender is None:
+            self._sender = self.loop.create_task(self._send_all())
+        return future
+
+    async def _send_all(self) -> None:
+        try:
+            while self._waiting:
+                try:
+                    await self.take_turn(self._waiting[0].deadline)
+                except StoreBusy as error:
+                    late, now = self._waiting, time.monotonic()
+                    self._waiting = [call for call in late if call.deadline > now]
+                    self._answer([call for call in late if call.deadline <= now], error)
+                    continue
+                try:
+                    batch = [call for call in self._waiting[:_GROUP_MOST] if not call.future.done()]  # not cancelled
+                    del self._waiting[:_GROUP_MOST]
+                    if batch:
+                        await self.in_worker(self.sync.run_batch, batch)
+                    self._answer(batch)
+                except StorageError as error:  # of all of them
+                    self._answer(batch, error)
+                finally:
+                    self.turn.release()
+        finally:
+            self._sender = None
+
+    @staticmethod
+    def _answer(calls: list[_Call], failure: StorageError | None = None) -> None:
+        for call in calls:
+            if not call.future.done():
+                if error := call.error or (failure and _copy(failure)):
+                    call.future.set_exception(error)
+                else:
+                    call.future.set_result(call.result)
+
+    async def take_turn(self, deadline: float) -> None:
+        """Wait until no batch and no other task's transaction is under way; StoreBusy at the deadline."""
+        import asyncio
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self.turn.acquire()
+        except TimeoutError:
+            self.sync._pause(deadline)
+
+    async def drive(self, steps: Generator[Any, Any, R]) -> R:
+        """Walk through the steps of a method, awaiting those that can be awaited."""
+        outcome, take = None, steps.send
+        while True:
+            try:
+                step = take(outcome)
+            except StopIteration as end:
+                result: R = end.value
+                return result
+            try:
+                outcome, take = await step if inspect.isawaitable(step) else step, steps.send
+            except BaseException as error:
+                outcome, take = error, steps.throw
+
+    async def wait(self, seen: int, seconds: float) -> None:
+        """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
+        import asyncio
+        news = asyncio.Event()
+        with self.sync.watch(lambda: self.loop.call_soon_threadsafe(news.set)), contextlib.suppress(TimeoutError):
+            if self.sync.commits == seen:
+                async with asyncio.timeout(self.sync.patience(seconds)):
+                    await news.wait()
+
+    async def close(self) -> None:
+        """Close every connection; calls under way finish, those that wait get StoreClosed."""
+        if not self.sync.closed:
+            await self.aside(self.sync.close)
+            for pool in (self._worker, self._readers):
+                pool.shutdown(wait=False)
+
+class AsyncTransaction:
+    """An open transaction of an async store, for the user's own SQL in the same database."""
+
+    def __init__(self, engine: _AsyncEngine, transaction: Transaction) -> None:
+        self._engine = engine
+        self._transaction = transaction
+
+    async def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+        """Run one statement of the user's own and return its rows; errors as `Transaction.execute` has them."""
+        return await self._engine.in_worker(self._transaction.open().execute, sql, parameters)
+
+    async def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
+        """Run one statement for each of the rows; errors as with `execute`."""
+        block = self._transaction.open()
+        await self._engine.in_worker(functools.partial(block.execute, many=True), sql, list(rows))
+
+class _AsyncBlock:
+    """`async with store.transaction()`: everything that the task and those started inside it do in it, or nothing."""
+
+    def __init__(self, engine: _AsyncEngine) -> None:
+        self._engine = engine
+        self._block = _Block(engine.sync)
+        self._has_turn = False
+
+    async def __aenter__(self) -> AsyncTransaction:
+        import asyncio
+        engine, block = self._engine, self._block
+        engine.refuse_foreign()
+        block.adopt(0)
+        if block.parent is None:
+            await engine.take_turn(time.monotonic() + engine.sync.options.busy_timeout)
+            self._has_turn = True
+        begun = None
+        try:
+            begun = engine.in_worker(block.begin)
+            await asyncio.shield(begun)
+        except BaseException:
+            if begun is None:
+                self._end_turn()
+            else:  # perhaps cancelled, while the worker goes on: what it begins is given back
+                begun.add_done_callback(self._undo)
+            raise
+        return AsyncTransaction(engine, block.enter())
+
+    def _undo(self, begun: asyncio.Future[None]) -> None:
+        if begun.cancelled() or begun.exception() or self._engine.sync.closed:
+            self._end_turn()
+        else:
+            self._engine.in_worker(self._block.end, False).add_done_callback(self._end_turn)
+
+    def _end_turn(self, ended: asyncio.Future[None] | None = None) -> None:
+        if ended is not None and not ended.cancelled():
+            ended.exception()  # looked at, so that nobody complains of it
+        if self._has_turn:
+            self._has_turn = False
+            self._engine.turn.release()
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        import asyncio
+        try:
+            ended = self._engine.in_worker(self._block.end, kind is None)
+            ended.add_done_callback(self._end_turn)
+            await asyncio.shield(ended)
+        except StorageError:
+            if kind is None:
+                raise  # else what the block raised says more
+        finally:
+            self._block.leave()
+            if self._engine.sync.closed:
+                self._end_turn()
 
 
 # ============================================================================================================
@@ -2209,9 +2485,8 @@ class _Sql:
 class _Facet:
     """What every facet has: the engine that runs its operations and, for a tenant's view, the tenant."""
 
-    def __init__(self, engine: _Engine, tenant: str | None = None) -> None:
+    def __init__(self, engine: Any, tenant: str | None = None) -> None:
         self._engine = engine
-        self._run = engine.run
         self._tenant = tenant
 
     def _rows(self, tx: _Tx, sql: _Sql, *params: Any) -> list[tuple[Any, ...]]:
@@ -2229,27 +2504,10 @@ class _Facet:
 
     def _lease(self, lease_seconds: float | None) -> float:
         if lease_seconds is None:
-            return self._engine.options.lease_seconds
+            return float(self._engine.options.lease_seconds)
         if isinstance(lease_seconds, (int, float)) and lease_seconds < 0:
             raise InvalidData("lease_seconds: a lease lasts 0 seconds or more")
         return _seconds(lease_seconds, "lease_seconds")
-
-def _steps(function: Callable[Concatenate[F, P], Generator[Any, Any, R]]) -> Callable[Concatenate[F, P], R]:
-    """A method made of several transactions, or of user code between them, written as a generator of its steps.
-
-    Each `yield` hands a step's outcome to the driver and takes it back."""
-
-    @functools.wraps(function)
-    def method(facet: F, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        steps, outcome = function(facet, *args, **kwargs), None
-        while True:
-            try:
-                outcome = steps.send(outcome)
-            except StopIteration as end:
-                result: R = end.value
-                return result
-
-    return method
 
 def _stamped(values: dict[str, Any], now: int, *names: str) -> dict[str, Any]:
     """The column values, those times filled that the record leaves to the store's clock."""
@@ -2432,6 +2690,10 @@ _LOG_AFTER = _Sql(_STORED.select(
 _LOG_FROM = _Sql(_STORED.select(
     "flowstore_log WHERE position > ? AND execution_id <> '' {tenant} ORDER BY position LIMIT ?"
 ))
+_LOG_PLACE = _Sql(
+    """SELECT sequence FROM flowstore_log WHERE execution_id = ? AND position <= ? {tenant}
+    ORDER BY sequence DESC LIMIT 1"""
+)
 _LOG_LAST = _Sql("SELECT sequence FROM flowstore_log WHERE execution_id = ? {tenant} ORDER BY sequence DESC LIMIT 1")
 _EXECUTION_INSERT = (
     "INSERT INTO flowstore_executions (execution_id, tenant_id, created_at) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
@@ -2577,8 +2839,10 @@ class EventStore(_LogFacet):
         """Generate the events after `after_seq`, reading `chunk` of them at a time: memory stays flat.
 
         Nothing is held between two chunks, so writes go on, and what they append is reached too. Raises InvalidData."""
-        execution, after = _id(execution_id, "execution_id"), _int(after_seq, "after_seq")
-        return self._iterate(execution, after, _int(chunk, "chunk", 1))
+        return self._iterate(*self._iter(execution_id, after_seq, chunk))
+
+    def _iter(self, execution_id: AnyId, after_seq: int, chunk: int) -> tuple[str, int, int]:
+        return _id(execution_id, "execution_id"), _int(after_seq, "after_seq"), _int(chunk, "chunk", 1)
 
     def _iterate(self, execution_id: str, after: int, chunk: int) -> Iterator[StoredEvent]:
         while events := self._chunk(execution_id, after, chunk):
@@ -2596,6 +2860,57 @@ class EventStore(_LogFacet):
         if tenant_id is None:
             return _STORED.decode_all(tx.rows(_LOG_FROM.all, after, most))
         return _STORED.decode_all(tx.rows(_LOG_FROM.one, after, _id(tenant_id, "tenant_id"), most))
+
+    def tail(
+        self, after_position: int | None = None, *, timeout: float | None = None, tenant_id: AnyId | None = None,
+        execution_id: AnyId | None = None
+    ) -> Iterator[StoredEvent]:
+        """Generate the events behind a position as they come, from any process, each once and in order.
+
+        None starts behind the last event there is now. Ends after `timeout` seconds without an event (None: never).
+        Raises InvalidData, and StorageError inside one's own transaction."""
+        after, what, idle = self._tail(after_position, timeout, tenant_id, execution_id)
+        return self._follow(self._tail_place(after, what[1]), what, idle)
+
+    def _tail(
+        self, after: int | None, timeout: float | None, tenant: AnyId | None, execution: AnyId | None
+    ) -> tuple[int | None, tuple[str | None, str | None], float]:
+        """The arguments of `tail` checked: where to begin, what to look for, and the seconds it may be idle."""
+        self._engine.forbid_inside("tail()")
+        only = None if tenant is None else _id(tenant, "tenant_id")
+        run = None if execution is None else _id(execution, "execution_id")
+        idle = math.inf if timeout is None else _seconds(timeout, "timeout")
+        return None if after is None else _int(after, "after_position"), (only, run), idle
+
+    def _follow(self, place: tuple[int, int], what: tuple[str | None, ...], idle: float) -> Iterator[StoredEvent]:
+        deadline = time.monotonic() + idle
+        while True:
+            seen = self._engine.commits
+            if events := self._news(place, *what):
+                yield from events
+                place, deadline = (events[-1].position, events[-1].sequence), time.monotonic() + idle
+            elif (left := deadline - time.monotonic()) > 0:
+                self._engine.wait(seen, left)
+            else:
+                return
+
+    @_snapshot
+    def _tail_place(self, tx: _Tx, after: int | None, execution_id: str | None) -> tuple[int, int]:
+        """Where a tail begins: a position, and the sequence that one execution had there."""
+        if after is None:
+            after = int(tx.rows("SELECT MAX(position) FROM flowstore_log")[0][0] or 0)
+        row = None if execution_id is None else self._row(tx, _LOG_PLACE, execution_id, after)
+        return after, 0 if row is None else int(row[0])
+
+    @_read
+    def _news(
+        self, tx: _Tx, place: tuple[int, int], tenant_id: str | None, execution_id: str | None
+    ) -> list[StoredEvent]:
+        """The next events behind a place: of one execution by its sequence, of others by position."""
+        sql, *behind = (_LOG_FROM, place[0]) if execution_id is None else (_LOG_AFTER, execution_id, place[1])
+        if tenant_id is None:
+            return _STORED.decode_all(tx.rows(sql.all, *behind, 1000))
+        return _STORED.decode_all(tx.rows(sql.one, *behind, tenant_id, 1000))
 
 # --- the state backend ---
 _RUN_BY_ID = _Sql(_RUN.select("flowstore_runs WHERE execution_id = ? {tenant}"))
@@ -3023,6 +3338,23 @@ class StateBackend(_LogFacet):
         Raises LeaseLost at the end of the block if the lease was lost; `.lost` tells meanwhile."""
         return Hold(self, _is(WorkItem, item, "item"), self._lease(lease_seconds))
 
+    @_steps
+    def _renew_held(self, hold: Hold) -> Generator[Any, Any, bool]:
+        """Renew a lease; False when it cannot be, and `lost` unless the block itself has ended it."""
+        try:
+            hold.expires = yield self.renew_lease(hold.item, lease_seconds=hold.lease_seconds)
+        except (LeaseLost, NotFound):
+            item, now = (yield self.get_work_item(hold.item)), self._engine.now()
+            if item is None or item.lease_fence != hold.item.lease_fence or item.status is WorkItemStatus.CLAIMED:
+                hold.lost = True
+            elif item.status not in (WorkItemStatus.COMPLETED, WorkItemStatus.FAILED):
+                # Before it expired, only the block itself can have put the item back.
+                hold.lost = hold.expires is None or now >= hold.expires
+            return False
+        except FlowStoreError:
+            pass  # busy, full, a suspended tenant: the lease may still last until the next try
+        return True
+
     @_write
     def complete_work_item(self, tx: _Tx, item_id: AnyId | WorkItem, *, lease_fence: int | None = None) -> WorkItem:
         """The work is done: settle the item under its fence, and return it.
@@ -3241,7 +3573,7 @@ class StateBackend(_LogFacet):
         self._administer(tenant_id)
         return _TENANT.decode(_found(tx.row(_TENANT_UPDATE, *values.values(), tenant_id), "tenant", tenant_id))
 
-    def for_tenant(self, tenant_id: AnyId) -> StateBackend:
+    def for_tenant(self, tenant_id: AnyId) -> Self:
         """The view of one tenant: the same methods, its rows alone. In a view TenantMismatch. Source: for_tenant."""
         self._administer(tenant := _id(tenant_id, "tenant_id"))
         return type(self)(self._engine, tenant)
@@ -3262,53 +3594,38 @@ def _fence(item: object, lease_fence: object) -> int | None:
 class Hold:
     """`with state.hold(item)`: a lease that is renewed while the block runs."""
 
-    def __init__(self, state: StateBackend, item: WorkItem, lease: float) -> None:
+    def __init__(self, state: Any, item: WorkItem, lease_seconds: float) -> None:
         self.lost = False
+        self.item = item
+        self.lease_seconds = lease_seconds
+        self.expires: datetime | None = None
         self._state = state
-        self._item = item
-        self._lease_seconds = lease
         self._ended = threading.Event()
-        self._expires: datetime | None = None
-        self._thread = threading.Thread(target=self._renew, name="flowstore-hold", daemon=True)
+        self._thread = threading.Thread(target=self._keep, name="flowstore-hold", daemon=True)
+
+    @property
+    def pause(self) -> float:
+        """Seconds between two renewals."""
+        return max(0.01, self.lease_seconds / 3)
 
     def __enter__(self) -> Hold:
-        self._expires = self._state.renew_lease(self._item, lease_seconds=self._lease_seconds)
+        self.expires = self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
         if self._state._engine.block() is None:  # inside a transaction nobody else could renew before it ends
             self._thread.start()
         return self
 
-    def _renew(self) -> None:
-        while not self._ended.wait(max(0.01, self._lease_seconds / 3)):
-            if not self._still_held():
-                return
-
-    def _still_held(self) -> bool:
-        try:
-            self._expires = self._state.renew_lease(self._item, lease_seconds=self._lease_seconds)
-            return True
-        except (LeaseLost, NotFound):
-            self.lost = self._gone()
-            return False
-        except FlowStoreError:
-            return True  # busy, full, a suspended tenant: the lease may still last until the next try
-
-    def _gone(self) -> bool:
-        """Whether a lease that cannot be renewed was lost, and not ended by the block itself."""
-        item, now = self._state.get_work_item(self._item), self._state._engine.now()
-        if item is None or item.lease_fence != self._item.lease_fence or item.status is WorkItemStatus.CLAIMED:
-            return True
-        if item.status in (WorkItemStatus.COMPLETED, WorkItemStatus.FAILED):
-            return False
-        return self._expires is None or now >= self._expires  # before that, only the block can have put it back
+    def _keep(self) -> Any:
+        while not self._ended.wait(self.pause) and self._state._renew_held(self):
+            pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
             if not self.lost:
-                self._still_held()
+                self._state._renew_held(self)
         if self.lost and kind is None:
-            raise LeaseLost(self._item.id)
+            raise LeaseLost(self.item.id)
 
 # --- workflow persistence ---
 _INSTANCES = f"SELECT {_INSTANCE.columns} FROM workflows WHERE id IN ({{}}) ORDER BY id"
@@ -3393,7 +3710,7 @@ def _as_of(tx: _Tx, value: datetime | None, path: str = "as_of") -> int:
 class PersistenceProvider(_Facet):
     """Workflow instances, events, subscriptions, commands and errors. Source: PersistenceProvider."""
 
-    def __init__(self, engine: _Engine) -> None:
+    def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         # Of a few instances that this store wrote last: the stamp it left in the row, and the fingerprints and places
         # of their pointers. Each write leaves a new stamp: one that still stands says all without a look.
@@ -3752,7 +4069,46 @@ class PersistenceProvider(_Facet):
 # Store: what open() returns
 # ============================================================================================================
 
-class Store(_Facet):
+class _StoreBase(_Facet):
+    """What both kinds of store have."""
+
+    @property
+    def target(self) -> str:
+        """What was opened."""
+        return str(self._engine.target)
+
+    @property
+    def read_only(self) -> bool:
+        """True when nothing can be changed through this store."""
+        return bool(self._engine.options.read_only)
+
+    def now(self) -> datetime:
+        """The store's time, in UTC."""
+        time: datetime = self._engine.now()
+        return time
+
+    def __repr__(self) -> str:
+        return f"<flowstore.{type(self).__name__} {self.target!r}{' (closed)' if self._engine.closed else ''}>"
+
+    @_snapshot
+    def stats(self, tx: _Tx) -> dict[str, Any]:
+        """How much is in the store, as JSON values: rows, runs by status, queues, bytes. Source: health_check."""
+        queues: dict[str, dict[str, int]] = {}
+        for queue, status, count in tx.rows(
+            "SELECT queue_type, status, COUNT(*) FROM flowstore_work_items GROUP BY queue_type, status"
+        ):
+            queues.setdefault(queue, {})[status] = count
+        by_status = "SELECT status, COUNT(*) FROM {} GROUP BY status".format
+        return {
+            "tables": {name: tx.rows(f"SELECT COUNT(*) FROM {name}")[0][0] for name in sorted(_TABLE_NAMES)},
+            "flows": dict(tx.rows(by_status("flows"))),
+            "executions": dict(tx.rows(by_status("flowstore_runs"))),
+            "workflows": dict(tx.rows(by_status("workflows"))),
+            "queues": queues,
+            **self._engine.sizes(tx),
+        }
+
+class Store(_StoreBase):
     """A durable memory for workflows in one database: four facets, and what concerns all of it.
 
     Any number of threads may share one, any number of processes may open the same file, and both sides of a fork may
@@ -3769,19 +4125,6 @@ class Store(_Facet):
         self.workflows = PersistenceProvider(engine)
         """Workflow instances, events, subscriptions, commands and errors: `PersistenceProvider`."""
 
-    @property
-    def target(self) -> str:
-        """What was opened."""
-        return self._engine.target
-
-    @property
-    def read_only(self) -> bool:
-        """True when nothing can be changed through this store."""
-        return self._engine.options.read_only
-
-    def __repr__(self) -> str:
-        return f"<flowstore.Store {self.target!r}{' (closed)' if self._engine.closed else ''}>"
-
     def __enter__(self) -> Store:
         return self
 
@@ -3794,10 +4137,6 @@ class Store(_Facet):
         Facet calls join it, each as a savepoint, as is a nested one; `tx.execute` runs the user's own SQL. What leaves
         the block as an exception undoes it. Raises StoreBusy, and StorageError when the database ended it."""
         return _Block(self._engine)
-
-    def now(self) -> datetime:
-        """The store's time, in UTC."""
-        return self._engine.now()
 
     def close(self) -> None:
         """Close the store: calls under way finish, waiters and later calls get StoreClosed; again has no effect.
@@ -3818,7 +4157,8 @@ class Store(_Facet):
 
         Raises StorageError inside one's own transaction."""
         self._engine.forbid_inside("check()")
-        return self._engine.aside(_problems)
+        problems: list[str] = self._engine.aside(_problems)
+        return problems
 
     def compact(self) -> None:
         """Give unused space back to the file system and empty the write-ahead log; writers go on between its steps.
@@ -3827,23 +4167,138 @@ class Store(_Facet):
         self._engine.forbid_inside("compact()")
         self._engine.compact()
 
-    @_snapshot
-    def stats(self, tx: _Tx) -> dict[str, Any]:
-        """How much is in the store, as JSON values: rows, runs by status, queues, bytes. Source: health_check."""
-        queues: dict[str, dict[str, int]] = {}
-        for queue, status, count in tx.rows(
-            "SELECT queue_type, status, COUNT(*) FROM flowstore_work_items GROUP BY queue_type, status"
-        ):
-            queues.setdefault(queue, {})[status] = count
-        by_status = "SELECT status, COUNT(*) FROM {} GROUP BY status".format
-        return {
-            "tables": {name: tx.rows(f"SELECT COUNT(*) FROM {name}")[0][0] for name in sorted(_TABLE_NAMES)},
-            "flows": dict(tx.rows(by_status("flows"))),
-            "executions": dict(tx.rows(by_status("flowstore_runs"))),
-            "workflows": dict(tx.rows(by_status("workflows"))),
-            "queues": queues,
-            **self._engine.sizes(tx),
-        }
+# --- the same facets, awaited ---
+class _AsyncFacet(_Facet):
+    """A facet whose methods are awaited."""
+
+class AsyncFlowStore(_AsyncFacet, FlowStore):
+    """`FlowStore`, awaited."""
+
+class AsyncEventStore(_AsyncFacet, EventStore):
+    """`EventStore`, awaited; its generators are for `async for`."""
+
+    def iter_events(  # type: ignore[override]
+        self, execution_id: AnyId, after_seq: int = 0, *, chunk: int = 1000
+    ) -> AsyncIterator[StoredEvent]:
+        """`EventStore.iter_events` for `async for`."""
+        return self._iterate(*self._iter(execution_id, after_seq, chunk))
+
+    async def _iterate(  # type: ignore[override]
+        self, execution_id: str, after: int, chunk: int
+    ) -> AsyncIterator[StoredEvent]:
+        while events := await self._chunk(execution_id, after, chunk):
+            for event in events:
+                yield event
+            after = events[-1].sequence
+
+    def tail(  # type: ignore[override]
+        self, after_position: int | None = None, *, timeout: float | None = None, tenant_id: AnyId | None = None,
+        execution_id: AnyId | None = None
+    ) -> AsyncIterator[StoredEvent]:
+        """`EventStore.tail` for `async for`."""
+        after, what, idle = self._tail(after_position, timeout, tenant_id, execution_id)
+        # It begins now, not when the loop comes to it: in memory, behind the writes that were sent before.
+        run = self._engine.send if self._engine.path is None else self._engine.sync.run
+        return self._follow(run(EventStore.__dict__["_tail_place"], self, (after, what[1]), {}), what, idle)
+
+    async def _follow(  # type: ignore[override]
+        self, place: Any, what: tuple[str | None, ...], idle: float
+    ) -> AsyncIterator[StoredEvent]:
+        place = await place if inspect.isawaitable(place) else place
+        deadline = time.monotonic() + idle
+        while True:
+            seen = self._engine.commits
+            if events := await self._news(place, *what):
+                for event in events:
+                    yield event
+                place, deadline = (events[-1].position, events[-1].sequence), time.monotonic() + idle
+            elif (left := deadline - time.monotonic()) > 0:
+                await self._engine.wait(seen, left)
+            else:
+                return
+
+class AsyncStateBackend(_AsyncFacet, StateBackend):
+    """`StateBackend`, awaited."""
+
+    def hold(self, item: WorkItem, *, lease_seconds: float | None = None) -> AsyncHold:
+        """`StateBackend.hold` for `async with`."""
+        return AsyncHold(self, _is(WorkItem, item, "item"), self._lease(lease_seconds))
+
+class AsyncHold(Hold):
+    """`async with state.hold(item)`: a lease that is renewed while the block runs."""
+
+    async def __aenter__(self) -> AsyncHold:
+        import asyncio
+        self.expires = await self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
+        self._task = asyncio.create_task(self._keep()) if self._state._engine.block() is None else None
+        return self
+
+    async def _keep(self) -> None:
+        import asyncio
+        while True:
+            await asyncio.sleep(self.pause)
+            if not await self._state._renew_held(self):
+                return
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        import asyncio
+        if self._task is not None:
+            held = self._task.cancel()
+            await asyncio.wait([self._task])
+            if held:
+                await self._state._renew_held(self)
+        if self.lost and kind is None:
+            raise LeaseLost(self.item.id)
+
+class AsyncPersistenceProvider(_AsyncFacet, PersistenceProvider):
+    """`PersistenceProvider`, awaited."""
+
+class AsyncStore(_AsyncFacet, _StoreBase):
+    """`Store` for the tasks of one event loop: the same facets and promises, awaited."""
+
+    def __init__(self, engine: _AsyncEngine) -> None:
+        super().__init__(engine)
+        self.flows = AsyncFlowStore(engine)
+        """Flows, their steps and their audit trail: `FlowStore`, awaited."""
+        self.events = AsyncEventStore(engine)
+        """The execution log: `EventStore`, awaited."""
+        self.state = AsyncStateBackend(engine)
+        """Executions, the work queue, tenants and what belongs to them: `StateBackend`, awaited."""
+        self.workflows = AsyncPersistenceProvider(engine)
+        """Workflow instances, events, subscriptions, commands and errors: `PersistenceProvider`, awaited."""
+
+    async def __aenter__(self) -> AsyncStore:
+        return self
+
+    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
+        await self.close()
+
+    def transaction(self) -> contextlib.AbstractAsyncContextManager[AsyncTransaction]:
+        """`async with store.transaction() as tx:` all that this task and those started in it do in it, or nothing.
+
+        Other tasks' writes wait for its end, their reads go on; otherwise as `Store.transaction`."""
+        return _AsyncBlock(self._engine)
+
+    async def close(self) -> None:
+        """`Store.close`, awaited."""
+        self._engine.forbid_inside("close()")
+        await self._engine.close()
+
+    async def backup(self, path: str | os.PathLike[str]) -> None:
+        """`Store.backup`, awaited."""
+        self._engine.forbid_inside("backup()")
+        await self._engine.aside(self._engine.sync.backup, _path(path, "path"))
+
+    async def check(self) -> list[str]:
+        """`Store.check`, awaited."""
+        self._engine.forbid_inside("check()")
+        problems: list[str] = await self._engine.aside(self._engine.sync.aside, _problems)
+        return problems
+
+    async def compact(self) -> None:
+        """`Store.compact`, awaited."""
+        self._engine.forbid_inside("compact()")
+        await self._engine.aside(self._engine.sync.compact)
 
 def _problems(tx: _Tx) -> list[str]:
     """What is wrong with a database: SQLite's own findings, then ours."""
@@ -3906,6 +4361,41 @@ def open(
 
     Raises InvalidData for an option out of range, StorageError and SchemaError for what cannot be opened, which is left
     as it was. Source: SqliteBackend::open, SqlitePersistenceProvider::new, SqliteFlowStore::open."""
+    return Store(_open(target, synchronous, busy_timeout, lease_seconds, backoff, clock, read_only))
+
+def open_async(
+    target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_timeout: float = 30.0,
+    lease_seconds: float = 30.0, backoff: Callable[[int], float] | None = None,
+    clock: Callable[[], datetime] | None = None, read_only: bool = False,
+) -> _Opening:
+    """`open` for the tasks of the running event loop: `async with open_async(target) as store`, or awaited itself."""
+    return _Opening(target, synchronous, busy_timeout, lease_seconds, backoff, clock, read_only)
+
+class _Opening:
+    """What `open_async` returns."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self._arguments = arguments
+
+    def __await__(self) -> Generator[Any, Any, AsyncStore]:
+        return self._open().__await__()
+
+    async def _open(self) -> AsyncStore:
+        import asyncio
+        return AsyncStore(_AsyncEngine(await asyncio.to_thread(_open, *self._arguments)))
+
+    async def __aenter__(self) -> AsyncStore:
+        self._store = await self
+        return self._store
+
+    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
+        await self._store.close()
+
+def _open(
+    target: object, synchronous: str, busy_timeout: float, lease_seconds: float,
+    backoff: Callable[[int], float] | None, clock: Callable[[], datetime] | None, read_only: bool,
+) -> _Engine:
+    """The engine for a target."""
     mode = _text(synchronous, "synchronous").upper()
     if mode not in ("FULL", "NORMAL", "OFF"):
         raise InvalidData(f"synchronous: FULL, NORMAL or OFF is needed, not {synchronous!r}")
@@ -3933,7 +4423,7 @@ def open(
             raise StorageError(f"{path}: the folder {os.path.dirname(path)} does not exist: make it first")
         if read_only and not os.path.exists(path):
             raise StorageError(f"{path}: there is no such file: a store opened read-only is not created")
-    return Store(_Engine(name, path, options))
+    return _Engine(name, path, options)
 
 __all__ = [
     name
