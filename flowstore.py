@@ -64,6 +64,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from types import SimpleNamespace
 from typing import (
     TYPE_CHECKING, Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, dataclass_transform,
     overload,
@@ -1071,19 +1072,16 @@ class _Tx:
         rows = self.rows(sql, *params)
         return rows[0] if rows else None
 
-    def run(self, sql: str, *params: Any) -> int:
-        """Execute a statement; how many rows it wrote."""
+    def run(self, sql: str, *params: Any, many: Iterable[Sequence[Any]] | None = None) -> int:
+        """Execute a statement, once or for each of many rows of parameters; how many rows it wrote."""
         try:
-            return self.db.execute(sql, params).rowcount
+            return (self.db.execute(sql, params) if many is None else self.db.executemany(sql, many)).rowcount
         except _DRIVER_ERRORS as error:
             raise _failure(error) from error
 
     def run_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
         """Execute a statement for each of the rows."""
-        try:
-            return self.db.executemany(sql, rows).rowcount
-        except _DRIVER_ERRORS as error:
-            raise _failure(error) from error
+        return self.run(sql, many=rows)
 
     def now(self) -> int:
         """The store's time in microseconds."""
@@ -1228,16 +1226,6 @@ class _Call:
             with contextlib.suppress(RuntimeError):
                 self.gate.release()
 
-@dataclass(frozen=True)
-class _Options:
-    """What open() was asked for."""
-    synchronous: str
-    busy_timeout: float
-    lease_seconds: float
-    backoff: Callable[[int], float] | None
-    clock: Callable[[], datetime] | None
-    read_only: bool
-
 # The innermost open transaction block of this thread or task, one per engine. Tasks inherit it from the task that
 # starts them; it is held weakly, so that a block whose end was never run can be noticed and rolled back.
 _blocks: contextvars.ContextVar[tuple[weakref.ref[_Block], ...]] = contextvars.ContextVar("flowstore", default=())
@@ -1250,10 +1238,11 @@ class _Engine:
     the lead to the first that has queued since. `lead`, `queue` and the calls in them change only under `mutex`.
     Whoever holds a connection's lock may take the mutex, never the other way round."""
 
-    def __init__(self, target: str, path: str | None, options: _Options) -> None:
+    def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
+        self.sync = self
         self.target = target
         self.path = path  # None: in memory
-        self.options = options
+        self.options = options  # what open() was asked for
         self.mutex = threading.RLock()
         self.lead: _Call | None = None
         self.queue: deque[_Call] = deque()
@@ -1531,44 +1520,31 @@ class _Engine:
 
     def _lead_or_be_served(self, call: _Call) -> bool:
         """Wait for the writer: True with the lead, False when another leader has done the call."""
+        call.gate = threading.Lock()
+        call.gate.acquire()
         with self.mutex:
-            if self.closed:
-                self.refuse_closed()
-            if self.lead is None or self.lead.abandoned:
-                self.lead = call
-                return True
-            if self.lead.thread == call.thread:
+            if self.lead is not None and not self.lead.abandoned and self.lead.thread == call.thread:
                 raise StorageError(
                     "this thread already holds the store (another task's open transaction, or code that runs inside "
                     "an operation) and could only wait for itself"
                 )
-            call.gate = threading.Lock()
-            call.gate.acquire()
             self.queue.append(call)
         while True:
-            # A call that was taken is being run: its outcome comes, however late.
-            call.gate.acquire(timeout=-1 if call.taken else max(0.0, call.deadline - time.monotonic()))
             with self.mutex:
                 if call.done:
                     return False
-                if call.taken:
-                    continue
-                if self.lead is call:
-                    self.queue.remove(call)
-                    return True
-                if self.closed:
+                leads, late = self.lead is call or self._lead_is_free(), time.monotonic() >= call.deadline
+                if late and not leads and self.lead and self.lead.operation and not self.lead.held_up:
+                    call.deadline, late = time.monotonic() + 0.01, False  # a commit under way: nobody holds the store
+                if not call.taken and (leads or late or self.closed):
                     self.queue.remove(call)
                     self.refuse_closed()
-                if self._lead_is_free():
-                    self.lead = call
-                    self.queue.remove(call)
-                    return True
-                if time.monotonic() >= call.deadline:
-                    if self.lead is not None and self.lead.operation is not None and not self.lead.held_up:
-                        call.deadline = time.monotonic() + 0.01  # a commit under way: nobody is holding the store
-                        continue
-                    self.queue.remove(call)
+                    if leads:
+                        self.lead = call
+                        return True
                     self._pause(call.deadline)  # raises StoreBusy
+            # A call that was taken is being run: its outcome comes, however late.
+            call.gate.acquire(timeout=-1 if call.taken else max(0.0, call.deadline - time.monotonic()))
 
     def _lead_is_free(self) -> bool:
         return self.lead is None or self.lead.abandoned
@@ -1804,7 +1780,11 @@ class _Engine:
         self.with_lead(_Call(), lead)
         return results[0]
 
-    def aside(self, action: Callable[[_Tx], R]) -> R:
+    def aside(self, function: Callable[..., R], *args: Any) -> R:
+        """Run something that blocks; an async store does so in a thread."""
+        return function(*args)
+
+    def on_its_own(self, action: Callable[[_Tx], R]) -> R:
         """Run `action` on a connection of its own (in memory: on the one there is)."""
         if self.path is None:
             return self.alone(action)
@@ -1840,7 +1820,7 @@ class _Engine:
             raise StorageError(f"{path}: the folder does not exist: make it first")
         partial = f"{path}.{new_id()}.partial"
         try:
-            self.aside(lambda tx: _copy_database(tx, partial))
+            self.on_its_own(lambda tx: _copy_database(tx, partial))
             _sync(partial, os.O_RDWR)
             try:
                 os.link(partial, path)  # unlike a rename, never over a file that came meanwhile
@@ -4090,6 +4070,39 @@ class _StoreBase(_Facet):
     def __repr__(self) -> str:
         return f"<flowstore.{type(self).__name__} {self.target!r}{' (closed)' if self._engine.closed else ''}>"
 
+    @_steps
+    def close(self) -> Generator[Any, Any, None]:
+        """Close the store: calls under way finish, waiters and later calls get StoreClosed; again has no effect.
+
+        Raises StorageError inside one's own transaction. Source: StorageBackend.shutdown."""
+        self._engine.forbid_inside("close()")
+        yield self._engine.close()
+
+    @_steps
+    def backup(self, path: str | os.PathLike[str]) -> Generator[Any, Any, None]:
+        """Copy the store to a new file while it is in use: consistent, and complete or not there at all.
+
+        Raises StorageError for a path that exists, and inside one's own transaction."""
+        self._engine.forbid_inside("backup()")
+        yield self._engine.aside(self._engine.sync.backup, _path(path, "path"))
+
+    @_steps
+    def check(self) -> Generator[Any, Any, list[str]]:
+        """Read the whole store and list what is wrong with it; empty when it is sound.
+
+        Raises StorageError inside one's own transaction."""
+        self._engine.forbid_inside("check()")
+        problems: list[str] = yield self._engine.aside(self._engine.sync.on_its_own, _problems)
+        return problems
+
+    @_steps
+    def compact(self) -> Generator[Any, Any, None]:
+        """Give unused space back to the file system and empty the write-ahead log; writers go on between its steps.
+
+        Raises StoreBusy, and StorageError inside one's own transaction."""
+        self._engine.forbid_inside("compact()")
+        yield self._engine.aside(self._engine.sync.compact)
+
     @_snapshot
     def stats(self, tx: _Tx) -> dict[str, Any]:
         """How much is in the store, as JSON values: rows, runs by status, queues, bytes. Source: health_check."""
@@ -4137,35 +4150,6 @@ class Store(_StoreBase):
         Facet calls join it, each as a savepoint, as is a nested one; `tx.execute` runs the user's own SQL. What leaves
         the block as an exception undoes it. Raises StoreBusy, and StorageError when the database ended it."""
         return _Block(self._engine)
-
-    def close(self) -> None:
-        """Close the store: calls under way finish, waiters and later calls get StoreClosed; again has no effect.
-
-        Raises StorageError inside one's own transaction. Source: StorageBackend.shutdown."""
-        self._engine.forbid_inside("close()")
-        self._engine.close()
-
-    def backup(self, path: str | os.PathLike[str]) -> None:
-        """Copy the store to a new file while it is in use: consistent, and complete or not there at all.
-
-        Raises StorageError for a path that exists, and inside one's own transaction."""
-        self._engine.forbid_inside("backup()")
-        self._engine.backup(_path(path, "path"))
-
-    def check(self) -> list[str]:
-        """Read the whole file and list what is wrong with it; empty when it is sound.
-
-        Raises StorageError inside one's own transaction."""
-        self._engine.forbid_inside("check()")
-        problems: list[str] = self._engine.aside(_problems)
-        return problems
-
-    def compact(self) -> None:
-        """Give unused space back to the file system and empty the write-ahead log; writers go on between its steps.
-
-        Raises StoreBusy, and StorageError inside one's own transaction."""
-        self._engine.forbid_inside("compact()")
-        self._engine.compact()
 
 # --- the same facets, awaited ---
 class _AsyncFacet(_Facet):
@@ -4279,27 +4263,6 @@ class AsyncStore(_AsyncFacet, _StoreBase):
         Other tasks' writes wait for its end, their reads go on; otherwise as `Store.transaction`."""
         return _AsyncBlock(self._engine)
 
-    async def close(self) -> None:
-        """`Store.close`, awaited."""
-        self._engine.forbid_inside("close()")
-        await self._engine.close()
-
-    async def backup(self, path: str | os.PathLike[str]) -> None:
-        """`Store.backup`, awaited."""
-        self._engine.forbid_inside("backup()")
-        await self._engine.aside(self._engine.sync.backup, _path(path, "path"))
-
-    async def check(self) -> list[str]:
-        """`Store.check`, awaited."""
-        self._engine.forbid_inside("check()")
-        problems: list[str] = await self._engine.aside(self._engine.sync.aside, _problems)
-        return problems
-
-    async def compact(self) -> None:
-        """`Store.compact`, awaited."""
-        self._engine.forbid_inside("compact()")
-        await self._engine.aside(self._engine.sync.compact)
-
 def _problems(tx: _Tx) -> list[str]:
     """What is wrong with a database: SQLite's own findings, then ours."""
     try:
@@ -4361,41 +4324,6 @@ def open(
 
     Raises InvalidData for an option out of range, StorageError and SchemaError for what cannot be opened, which is left
     as it was. Source: SqliteBackend::open, SqlitePersistenceProvider::new, SqliteFlowStore::open."""
-    return Store(_open(target, synchronous, busy_timeout, lease_seconds, backoff, clock, read_only))
-
-def open_async(
-    target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_timeout: float = 30.0,
-    lease_seconds: float = 30.0, backoff: Callable[[int], float] | None = None,
-    clock: Callable[[], datetime] | None = None, read_only: bool = False,
-) -> _Opening:
-    """`open` for the tasks of the running event loop: `async with open_async(target) as store`, or awaited itself."""
-    return _Opening(target, synchronous, busy_timeout, lease_seconds, backoff, clock, read_only)
-
-class _Opening:
-    """What `open_async` returns."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self._arguments = arguments
-
-    def __await__(self) -> Generator[Any, Any, AsyncStore]:
-        return self._open().__await__()
-
-    async def _open(self) -> AsyncStore:
-        import asyncio
-        return AsyncStore(_AsyncEngine(await asyncio.to_thread(_open, *self._arguments)))
-
-    async def __aenter__(self) -> AsyncStore:
-        self._store = await self
-        return self._store
-
-    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
-        await self._store.close()
-
-def _open(
-    target: object, synchronous: str, busy_timeout: float, lease_seconds: float,
-    backoff: Callable[[int], float] | None, clock: Callable[[], datetime] | None, read_only: bool,
-) -> _Engine:
-    """The engine for a target."""
     mode = _text(synchronous, "synchronous").upper()
     if mode not in ("FULL", "NORMAL", "OFF"):
         raise InvalidData(f"synchronous: FULL, NORMAL or OFF is needed, not {synchronous!r}")
@@ -4404,7 +4332,7 @@ def _open(
             raise InvalidData(f"{argument}: a function is needed, not {type(function).__name__}")
     if not isinstance(read_only, bool):
         raise InvalidData(f"read_only: True or False is needed, not {type(read_only).__name__}")
-    options = _Options(
+    options = SimpleNamespace(
         synchronous=mode,
         busy_timeout=min(_seconds(busy_timeout, "busy_timeout"), threading.TIMEOUT_MAX / 2),
         lease_seconds=_seconds(lease_seconds, "lease_seconds"),
@@ -4423,7 +4351,36 @@ def _open(
             raise StorageError(f"{path}: the folder {os.path.dirname(path)} does not exist: make it first")
         if read_only and not os.path.exists(path):
             raise StorageError(f"{path}: there is no such file: a store opened read-only is not created")
-    return _Engine(name, path, options)
+    return Store(_Engine(name, path, options))
+
+class _Opening:
+    """What `open_async` returns: the store when awaited, and a context manager that closes it."""
+
+    def __init__(self, opening: Callable[[], Store]) -> None:
+        self._opening = opening
+
+    def __await__(self) -> Generator[Any, Any, AsyncStore]:
+        return self.__aenter__().__await__()
+
+    async def __aenter__(self) -> AsyncStore:
+        import asyncio
+        self._store = AsyncStore(_AsyncEngine((await asyncio.to_thread(self._opening))._engine))
+        return self._store
+
+    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
+        await self._store.close()
+
+def _awaited(open: Callable[P, Store]) -> Callable[P, _Opening]:
+    """`open` for the tasks of the running event loop."""
+
+    @functools.wraps(open)
+    def open_async(*args: P.args, **kwargs: P.kwargs) -> _Opening:
+        return _Opening(functools.partial(open, *args, **kwargs))
+
+    open_async.__name__ = open_async.__qualname__ = "open_async"
+    return open_async
+
+open_async = _awaited(open)
 
 __all__ = [
     name
