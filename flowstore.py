@@ -1980,7 +1980,7 @@ def _close_all(connections: Iterable[_Connection]) -> None:
                 connection.close()
             connection.lock.release()
 
-def _copy(error: StorageError) -> StorageError:
+def _copy(error: Exception) -> Exception:
     """The same error for another thread: a traceback belongs to one."""
     copy = type(error)(*error.args)
     copy.__cause__ = error.__cause__
@@ -2308,7 +2308,7 @@ class _AsyncEngine:
                     if batch:
                         await self.in_worker(self.sync.run_batch, batch)
                     self._answer(batch)
-                except StorageError as error:  # of all of them
+                except Exception as error:  # of all of them
                     self._answer(batch, error)
                 finally:
                     self.turn.release()
@@ -2316,7 +2316,7 @@ class _AsyncEngine:
             self._sender = None
 
     @staticmethod
-    def _answer(calls: list[_Call], failure: StorageError | None = None) -> None:
+    def _answer(calls: list[_Call], failure: Exception | None = None) -> None:
         for call in calls:
             if not call.future.done():
                 if error := call.error or (failure and _copy(failure)):
@@ -2331,7 +2331,7 @@ class _AsyncEngine:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 await self.turn.acquire()
         except TimeoutError:
-            self.sync._pause(deadline)
+            self.sync._pause(0.0)  # raises StoreBusy
 
     async def drive(self, steps: Generator[Any, Any, R]) -> R:
         """Walk through the steps of a method, awaiting those that can be awaited."""
