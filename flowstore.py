@@ -2199,9 +2199,8 @@ class _Facet:
         """The same; NotFound when it is not there."""
         return _found(self._get(tx, mapper, **where), mapper.kind, str(next(iter(where.values()))))
 
-    def _page(
-        self, tx: _Tx, mapper: _Mapper[T], order: str, limit: int | None = None, offset: int = 0, **where: Any
-    ) -> list[T]:
+    def _page(self, tx: _Tx, mapper: _Mapper[T], order: str, limit: int | None = None, offset: int = 0,
+              **where: Any) -> list[T]:
         """A page, in that order, of the records with these columns."""
         sql = _select(mapper, f"ORDER BY {order} LIMIT ? OFFSET ?", *where)
         values = [mapper.codecs[name](value, name) for name, value in where.items()]
@@ -2293,16 +2292,14 @@ class FlowStore(_Facet):
         return self._get(tx, _FLOW, id=id)
 
     @_read
-    def list_by_owner(
-        self, tx: _Tx, owner_session_key: str, *, limit: int | None = None, offset: int = 0
-    ) -> list[Flow]:
+    def list_by_owner(self, tx: _Tx, owner_session_key: str, *, limit: int | None = None,
+                      offset: int = 0) -> list[Flow]:
         """The owner's flows, newest `created_at` first. Source: FlowStore.list_by_owner."""
         return self._page(tx, _FLOW, "created_at DESC, id DESC", limit, offset, owner_session_key=owner_session_key)
 
     @_read
-    def list_by_status(
-        self, tx: _Tx, status: FlowStatus | str, *, limit: int | None = None, offset: int = 0
-    ) -> list[Flow]:
+    def list_by_status(self, tx: _Tx, status: FlowStatus | str, *, limit: int | None = None,
+                       offset: int = 0) -> list[Flow]:
         """The flows in a status, oldest `updated_at` first. Source: FlowStore.list_by_status."""
         return self._page(tx, _FLOW, "updated_at, id", limit, offset, status=status)
 
@@ -2707,9 +2704,8 @@ class StateBackend(_LogFacet):
         return self._get(tx, _RUN, execution_id=_id(id, "id"))
 
     @_read
-    def list_executions(
-        self, tx: _Tx, status: ExecutionStatus | str | None = None, limit: int = 100, offset: int = 0
-    ) -> list[WorkflowExecution]:
+    def list_executions(self, tx: _Tx, status: ExecutionStatus | str | None = None, limit: int = 100,
+                        offset: int = 0) -> list[WorkflowExecution]:
         """Executions with a record, newest `updated_at` first. Source: StateBackend.list_executions."""
         return self._page(tx, _RUN, "updated_at DESC, execution_id DESC", limit, offset, **_given(status=status))
 
@@ -2749,10 +2745,8 @@ class StateBackend(_LogFacet):
 
     # --- the log ---
     @_write
-    def append_event(
-        self, tx: _Tx, execution_id: AnyId, event: Mapping[str, Json], *, expected_sequence: int | None = None,
-        event_id: AnyId | None = None
-    ) -> int:
+    def append_event(self, tx: _Tx, execution_id: AnyId, event: Mapping[str, Json], *,
+                     expected_sequence: int | None = None, event_id: AnyId | None = None) -> int:
         """Append one event under the execution's tenant; its sequence. Otherwise as `EventStore.append`.
 
         Raises NotFound for an unknown execution, SequenceConflict. Source: StateBackend.append_event."""
@@ -2801,9 +2795,8 @@ class StateBackend(_LogFacet):
         return len(self._rows(tx, _SNAPSHOT_PRUNE, execution, execution, _count(keep, "keep")))
 
     @_steps
-    def replay(
-        self, execution_id: AnyId, reducer: Callable[[Any, StoredEvent], Any], initial: Json = None
-    ) -> _Steps[tuple[Any, int]]:
+    def replay(self, execution_id: AnyId, reducer: Callable[[Any, StoredEvent], Any],
+               initial: Json = None) -> _Steps[tuple[Any, int]]:
         """Fold `reducer(state, event)` over the events after the latest snapshot; the state and its sequence.
 
         Starts from the snapshot's state, or from `initial` when there is none. The reducer runs outside transactions.
@@ -2845,18 +2838,15 @@ class StateBackend(_LogFacet):
         return self._get(tx, _ITEM, id=_claimed(item_id)[0])
 
     @_read
-    def list_work_items(
-        self, tx: _Tx, *, status: WorkItemStatus | str | None = None, queue_type: AnyId | None = None,
-        execution_id: AnyId | None = None, limit: int = 100, offset: int = 0
-    ) -> list[WorkItem]:
+    def list_work_items(self, tx: _Tx, *, status: WorkItemStatus | str | None = None, queue_type: AnyId | None = None,
+                        execution_id: AnyId | None = None, limit: int = 100, offset: int = 0) -> list[WorkItem]:
         """Items, oldest `available_at` first, filtered by what is given."""
         filters = _given(status=status, queue_type=queue_type, execution_id=execution_id)
         return self._page(tx, _ITEM, "available_at, id", limit, offset, **filters)
 
     @_steps
-    def claim_work_item(
-        self, worker_id: AnyId, queue_types: Sequence[AnyId], *, lease_seconds: float | None = None, wait: float = 0.0
-    ) -> _Steps[WorkItem | None]:
+    def claim_work_item(self, worker_id: AnyId, queue_types: Sequence[AnyId], *, lease_seconds: float | None = None,
+                        wait: float = 0.0) -> _Steps[WorkItem | None]:
         """Lease the item of these queues that has been available longest, to this worker alone; None without one.
 
         The item carries a new `lease_fence`, greater than any before. First, expired leases of these queues (some of
@@ -2913,9 +2903,8 @@ class StateBackend(_LogFacet):
         except InvalidData:
             return float(2 ** min(attempt, 6))
 
-    def _try_again(
-        self, tx: _Tx, item: WorkItem, now: int, error: str | None, delay: float | None = None
-    ) -> WorkItem | DeadLetter:
+    def _try_again(self, tx: _Tx, item: WorkItem, now: int, error: str | None,
+                   delay: float | None = None) -> WorkItem | DeadLetter:
         """Count an attempt: pending again after the delay, or a dead letter when that was the last."""
         attempt = min(item.attempt + 1, 2**31 - 1)
         if attempt >= item.max_attempts:
@@ -2929,10 +2918,8 @@ class StateBackend(_LogFacet):
         return _DEAD.decode(self._row(tx, _BURY, now, attempt, error, item_id) or ())
 
     @_write
-    def renew_lease(
-        self, tx: _Tx, item_id: AnyItem, worker_id: AnyId | None = None, *, lease_fence: int | None = None,
-        lease_seconds: float | None = None
-    ) -> datetime:
+    def renew_lease(self, tx: _Tx, item_id: AnyItem, worker_id: AnyId | None = None, *,
+                    lease_fence: int | None = None, lease_seconds: float | None = None) -> datetime:
         """Lease the item anew from now on; the new expiry.
 
         Raises LeaseLost when it is not leased to this worker or under this fence, NotFound. Source: renew_lease."""
@@ -2972,9 +2959,8 @@ class StateBackend(_LogFacet):
         It stays failed until someone calls `retry_work_item`. Source: StateBackend.fail_work_item."""
         return self._settle(tx, WorkItemStatus.FAILED, item_id, lease_fence, _text(error, "error"))
 
-    def _settle(
-        self, tx: _Tx, status: WorkItemStatus, item_id: AnyItem, lease_fence: object, error: str | None = None
-    ) -> WorkItem:
+    def _settle(self, tx: _Tx, status: WorkItemStatus, item_id: AnyItem, lease_fence: object,
+                error: str | None = None) -> WorkItem:
         id, fence = _claimed(item_id, lease_fence)
         needed = None if fence is None else "claimed"
         return self._while_held(tx, id, _SETTLE, status.value, error, id, needed, fence)
@@ -2988,10 +2974,8 @@ class StateBackend(_LogFacet):
         return item
 
     @_write
-    def retry_work_item(
-        self, tx: _Tx, item_id: AnyItem, error: str | None = None, *, delay: float | None = None,
-        lease_fence: int | None = None
-    ) -> WorkItem | DeadLetter:
+    def retry_work_item(self, tx: _Tx, item_id: AnyItem, error: str | None = None, *, delay: float | None = None,
+                        lease_fence: int | None = None) -> WorkItem | DeadLetter:
         """The attempt failed: pending again after `delay` seconds (None: the store's backoff), or a dead letter.
 
         Counts an attempt; the last one of `max_attempts` makes the dead letter. Raises LeaseLost unless the item is
@@ -3036,11 +3020,9 @@ class StateBackend(_LogFacet):
         return _ITEM.decode(self._row(tx, _RETRY, tx.now(), 0, None, item.id) or ())
 
     @_write
-    def commit_turn(
-        self, tx: _Tx, item_id: AnyItem, lease_fence: int | None, event: Mapping[str, Json], *, failed: bool = False,
-        snapshot_state: Json = ..., effect_key: AnyId | None = None, effect: Json = None,
-        expected_sequence: int | None = None, event_id: AnyId | None = None
-    ) -> int:
+    def commit_turn(self, tx: _Tx, item_id: AnyItem, lease_fence: int | None, event: Mapping[str, Json], *,
+                    failed: bool = False, snapshot_state: Json = ..., effect_key: AnyId | None = None,
+                    effect: Json = None, expected_sequence: int | None = None, event_id: AnyId | None = None) -> int:
         """Settle the item under its fence, append the event, keep snapshot and effect where given, all or nothing.
 
         Returns the event's sequence; a known `event_id` has its own. Raises LeaseLost, NotFound, SequenceConflict."""
@@ -3106,9 +3088,8 @@ class StateBackend(_LogFacet):
 
     # --- tokens and tenants ---
     @_write
-    def create_token(
-        self, tx: _Tx, name: str, role: str, *, expires_at: datetime | None = None
-    ) -> tuple[str, ApiToken]:
+    def create_token(self, tx: _Tx, name: str, role: str, *,
+                     expires_at: datetime | None = None) -> tuple[str, ApiToken]:
         """A new token: its plaintext, which is not stored (its SHA-256 is), and its record. Source: create_token."""
         token, info = f"fs_{os.urandom(32).hex()}", ApiToken(
             id=new_id(), name=name, role=role, created_at=_datetime(tx.now()), expires_at=expires_at, revoked_at=None,
@@ -3447,17 +3428,15 @@ class PersistenceProvider(_Facet):
         self._change(tx, _SUBSCRIPTION, "terminated_at = COALESCE(terminated_at, ?)", id, tx.now())
 
     @_read
-    def get_subscriptions(
-        self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
-    ) -> list[EventSubscription]:
+    def get_subscriptions(self, tx: _Tx, event_name: str, event_key: str,
+                          as_of: datetime | None = None) -> list[EventSubscription]:
         """Those to an event, begun by a time (None: now), not terminated, oldest first. Source: get_subscriptions."""
         until = _event_until(tx, event_name, event_key, as_of)
         return _SUBSCRIPTION.decode_all(tx.rows(_SUBSCRIPTIONS.format(""), *until, _INT_MAX))
 
     @_read
-    def get_first_open_subscription(
-        self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
-    ) -> EventSubscription | None:
+    def get_first_open_subscription(self, tx: _Tx, event_name: str, event_key: str,
+                                    as_of: datetime | None = None) -> EventSubscription | None:
         """The oldest of them with no token, or an expired one, or None. Source: get_first_open_subscription."""
         until = _event_until(tx, event_name, event_key, as_of)
         return _SUBSCRIPTION.maybe(tx.row(_SUBSCRIPTIONS.format(f"AND {_UNHELD}"), *until, tx.now(), 1))
@@ -3524,9 +3503,8 @@ class PersistenceProvider(_Facet):
         tx.run(_SCHEDULE, *values.values(), now, now, now)
 
     @_steps
-    def process_commands(
-        self, as_of: datetime | None, handler: Callable[[ScheduledCommand], Any], *, lease_seconds: float | None = None
-    ) -> _Steps[int]:
+    def process_commands(self, as_of: datetime | None, handler: Callable[[ScheduledCommand], Any], *,
+                         lease_seconds: float | None = None) -> _Steps[int]:
         """Handle each command due by `as_of` (None: now), soonest first, at most once; how many handlers returned.
 
         Each is leased to one caller just before `handler(command)`, outside any transaction, and removed when that
@@ -3562,9 +3540,8 @@ class PersistenceProvider(_Facet):
         return handled
 
     @_write
-    def _lease_next(
-        self, tx: _Tx, due: int, place: tuple[int, str, str], seen: set[tuple[str, str]], token: str, lease: float
-    ) -> tuple[int, str, str] | None:
+    def _lease_next(self, tx: _Tx, due: int, place: tuple[int, str, str], seen: set[tuple[str, str]], token: str,
+                    lease: float) -> tuple[int, str, str] | None:
         """Lease the first due command behind `place` that is free; its time, name and data."""
         now, found = tx.now(), place
         while (row := tx.row(_DUE, due, now, *found)) is not None:
