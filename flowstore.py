@@ -2153,21 +2153,17 @@ class _Sql:
     unless it inserts, so no statement can forget the tenant. (Not `? IS NULL OR tenant_id = ?`: no index serves it.)"""
     __slots__ = ("all", "one", "places")
 
-    def __init__(self, text: str, **words: str) -> None:
+    def __init__(self, text: str) -> None:
         text = " ".join(text.split())
-        for word, meaning in words.items():
-            text = text.replace(f"{{{word}}}", meaning)
-        inserts = text.startswith("INSERT") and "tenant_id" in text
         if not _TENANT_TABLES.search(text):
             text = text.replace("{tenant}", "")
-        elif "{tenant}" not in text and not inserts:
+        elif "{tenant}" not in text and not (text.startswith("INSERT") and "tenant_id" in text):
             raise AssertionError(f"a statement on a tenant's table without {{tenant}}: {text}")
         self.all = text.replace("{tenant}", "")
         self.one = text.replace("{tenant}", "AND tenant_id = ?")
-        parts = text.split("{tenant}")
         # Where the tenant goes among the parameters: behind those of the text before each mark.
-        counts = [part.count("?") for part in parts[:-1]]
-        self.places = tuple(sum(counts[: index + 1]) + index for index in range(len(counts)))
+        marks = re.finditer("{tenant}", text)
+        self.places = [text[: mark.start()].replace("{tenant}", "?").count("?") for mark in marks]
 
 class _Facet:
     """What every facet has: the engine that runs its operations and, for a tenant's view, the tenant."""
@@ -2190,21 +2186,21 @@ class _Facet:
         rows = self._rows(tx, sql, *params)
         return rows[0] if rows else None
 
-    def _get(self, tx: _Tx, mapper: _Mapper[T], **where: Any) -> T | None:
-        """The record with these columns, which are checked as its fields are, or None."""
+    def _find(self, tx: _Tx, mapper: _Mapper[T], rest: str, *params: Any, **where: Any) -> list[T]:
+        """The records with these columns, whose values are checked as those of fields are."""
         values = [mapper.codecs[name](value, name) for name, value in where.items()]
-        return mapper.maybe(self._row(tx, _select(mapper, "", *where), *values))
-
-    def _need(self, tx: _Tx, mapper: _Mapper[T], **where: Any) -> T:
-        """The same; NotFound when it is not there."""
-        return _found(self._get(tx, mapper, **where), mapper.kind, str(next(iter(where.values()))))
+        return mapper.decode_all(self._rows(tx, _select(mapper, rest, *where), *values, *params))
 
     def _page(self, tx: _Tx, mapper: _Mapper[T], order: str, limit: int | None = None, offset: int = 0,
               **where: Any) -> list[T]:
-        """A page, in that order, of the records with these columns."""
-        sql = _select(mapper, f"ORDER BY {order} LIMIT ? OFFSET ?", *where)
-        values = [mapper.codecs[name](value, name) for name, value in where.items()]
-        return mapper.decode_all(self._rows(tx, sql, *values, _limit(limit), _count(offset, "offset")))
+        page = _limit(limit), _count(offset, "offset")
+        return self._find(tx, mapper, f"ORDER BY {order} LIMIT ? OFFSET ?", *page, **where)
+
+    def _get(self, tx: _Tx, mapper: _Mapper[T], **where: Any) -> T | None:
+        return next(iter(self._find(tx, mapper, "", **where)), None)
+
+    def _need(self, tx: _Tx, mapper: _Mapper[T], **where: Any) -> T:
+        return _found(self._get(tx, mapper, **where), mapper.kind, str(next(iter(where.values()))))
 
     def _change(self, tx: _Tx, mapper: _Mapper[Any], changes: str, id: AnyId, *params: Any) -> None:
         """Change columns of the row with an id; NotFound when it is not there."""
@@ -2212,21 +2208,22 @@ class _Facet:
             raise NotFound(mapper.kind, key)
 
     def _lease(self, lease_seconds: float | None) -> float:
-        if lease_seconds is None:
-            return self._engine.options.lease_seconds
-        if isinstance(lease_seconds, (int, float)) and lease_seconds < 0:
+        seconds = self._engine.options.lease_seconds if lease_seconds is None else lease_seconds
+        if isinstance(seconds, (int, float)) and seconds < 0:
             raise InvalidData("lease_seconds: a lease lasts 0 seconds or more")
-        return _seconds(lease_seconds, "lease_seconds")
+        return _seconds(seconds, "lease_seconds")
 
 @functools.cache
-def _select(mapper: _Mapper[Any], rest: str, *names: str) -> _Sql:
-    """SELECT of the records whose columns of these names are as given."""
-    where = "".join(f" AND {name} = ?" for name in names)
+def _select(mapper: _Mapper[Any], rest: str, *conditions: str) -> _Sql:
+    """SELECT of the records for which the conditions hold; a column's name alone: that has a value."""
+    where = "".join(f" AND {each if ' ' in each else f'{each} = ?'}" for each in conditions)
     return _Sql(mapper.select(f"{mapper.table} WHERE true{where} {{tenant}} {rest}"))
 
 @functools.cache
-def _update(mapper: _Mapper[Any], changes: str) -> _Sql:
-    return _Sql(f"UPDATE {mapper.table} SET {changes} WHERE {mapper.key} = ? {{tenant}} RETURNING {mapper.key}")
+def _update(mapper: _Mapper[Any], changes: str, condition: str = "", returning: str = "") -> _Sql:
+    """UPDATE by id, where a condition holds too; it returns the id of what it changed, if not more."""
+    return _Sql(f"UPDATE {mapper.table} SET {changes} WHERE {mapper.key} = ? {condition} {{tenant}} "
+                f"RETURNING {returning or mapper.key}")
 
 def _steps(function: Callable[Concatenate[F, P], _Steps[R]]) -> Callable[Concatenate[F, P], R]:
     """A method made of several transactions, or of user code between them, written as a generator of its steps.
@@ -2578,46 +2575,32 @@ class EventStore(_LogFacet):
         return _STORED.decode_all(tx.rows(_LOG_FROM.one, after, _id(tenant_id, "tenant_id"), most))
 
 # --- the state backend ---
-_SNAPSHOT_LATEST = _Sql(_SNAPSHOT.select(
-    "flowstore_snapshots WHERE execution_id = ? AND at_sequence <= ? {tenant} ORDER BY at_sequence DESC LIMIT 1"
-))
+_SNAPSHOT_LATEST = _select(_SNAPSHOT, "ORDER BY at_sequence DESC LIMIT 1", "execution_id", "at_sequence <= ?")
 # An id is taken whoever took it: this one asks without regard to tenants.
 _SNAPSHOT_PLACE = "SELECT execution_id, at_sequence FROM flowstore_snapshots WHERE id = ?"
 _SNAPSHOT_WRITE = _SNAPSHOT.upsert("execution_id, at_sequence")
 _SNAPSHOT_PRUNE = _Sql(
     """DELETE FROM flowstore_snapshots WHERE execution_id = ? {tenant} AND at_sequence <= (
         SELECT at_sequence FROM flowstore_snapshots WHERE execution_id = ? {tenant}
-        ORDER BY at_sequence DESC LIMIT 1 OFFSET ?)
-    RETURNING id"""
+        ORDER BY at_sequence DESC LIMIT 1 OFFSET ?) RETURNING id"""
 )
-
-def _item_sql(mapper: _Mapper[Any], changes: str, condition: str = "") -> _Sql:
-    """UPDATE of one work item that holds to a condition."""
-    return _Sql(f"""UPDATE flowstore_work_items SET {changes} WHERE id = ? {condition} {{tenant}}
-                RETURNING {mapper.columns}""")
-
+_CLAIM = _update(_ITEM, "status = 'claimed', worker_id = ?, lease_expires_at = ?, lease_fence = lease_fence + 1",
+                 "AND status = 'pending'", _ITEM.columns)
+_RENEW = _update(_ITEM, "lease_expires_at = ?", """AND status = 'claimed'
+                 AND lease_fence = COALESCE(?, lease_fence) AND worker_id = COALESCE(?, worker_id)""")
+_SETTLE = _update(_ITEM, "status = ?, lease_expires_at = NULL, last_error = COALESCE(?, last_error)",
+                  """AND status <> 'dead_lettered' AND status = COALESCE(?, status)
+                  AND lease_fence = COALESCE(?, lease_fence)""", _ITEM.columns)
 _UNLEASED = "attempt = ?, worker_id = NULL, lease_expires_at = NULL, last_error = COALESCE(?, last_error)"
-_CLAIM = _item_sql(_ITEM, """status = 'claimed', worker_id = ?, lease_expires_at = ?,
-    lease_fence = lease_fence + 1""", "AND status = 'pending'")
-_RENEW = _item_sql(_ITEM, "lease_expires_at = ?", """AND status = 'claimed'
-    AND lease_fence = COALESCE(?, lease_fence) AND worker_id = COALESCE(?, worker_id)""")
-# With a fence, the item is to be claimed under it.
-_SETTLE = _item_sql(_ITEM, "status = ?, lease_expires_at = NULL, last_error = COALESCE(?, last_error)",
-    "AND status <> 'dead_lettered' AND status = COALESCE(?, status) AND lease_fence = COALESCE(?, lease_fence)")
-_RETRY = _item_sql(_ITEM, f"status = 'pending', available_at = ?, {_UNLEASED}")
-_BURY = _item_sql(_DEAD, f"status = 'dead_lettered', dead_lettered_at = ?, {_UNLEASED}")
-_EXPIRED = _Sql(_ITEM.select(
-    """flowstore_work_items WHERE queue_type = ? AND status = 'claimed' AND lease_expires_at <= ? {tenant}
-    ORDER BY lease_expires_at, id LIMIT ?"""
-))
+_RETRY = _update(_ITEM, f"status = 'pending', available_at = ?, {_UNLEASED}", returning=_ITEM.columns)
+_BURY = _update(_DEAD, f"status = 'dead_lettered', dead_lettered_at = ?, {_UNLEASED}", returning=_DEAD.columns)
+_EXPIRED = _select(_ITEM, "ORDER BY lease_expires_at, id LIMIT ?",
+                   "queue_type", "status = 'claimed'", "lease_expires_at <= ?")
 _NEXT_LEASED_QUEUE = _Sql(
     """SELECT queue_type FROM flowstore_work_items WHERE status = 'claimed' AND queue_type > ? {tenant}
     ORDER BY queue_type LIMIT 1"""
 )
-_DEAD_LETTERS = _Sql(_DEAD.select(
-    """flowstore_work_items WHERE status = 'dead_lettered' {tenant}
-    ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?"""
-))
+_DEAD_LETTERS = _select(_DEAD, "ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?", "status = 'dead_lettered'")
 _DEFINITION_DROP = _Sql("DELETE FROM flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}").one
 # Counts for a tenant's limits, made only where it has one.
 _DEFINITIONS_KEPT = _Sql("SELECT COUNT(*) FROM flowstore_definitions WHERE true {tenant}").one
@@ -2626,7 +2609,7 @@ _EFFECT_INSERT = (
     "INSERT INTO flowstore_effects (tenant_id, key, result, execution_id) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"
 )
 _EFFECT_GET = _Sql("SELECT result FROM flowstore_effects WHERE key = ? {tenant}").one
-_ARTIFACT_REF = _Sql(_ARTIFACT.select("flowstore_artifacts WHERE hash = ? {tenant}")).one
+_ARTIFACT_REF = _select(_ARTIFACT, "", "hash").one
 _ARTIFACT_GET = _Sql("SELECT data FROM flowstore_artifacts WHERE hash = ? {tenant}").one
 _TOKEN_VALID = _Sql(_TOKEN.select(
     """flowstore_tokens WHERE hash = ? AND revoked_at IS NULL AND COALESCE(expires_at > ?, true) {tenant}
@@ -2711,26 +2694,21 @@ class StateBackend(_LogFacet):
 
     @_write
     def update_execution_status(self, tx: _Tx, id: AnyId, status: ExecutionStatus | str) -> None:
-        """Set the status and `updated_at`, and `completed_at` at the first terminal status; no transition is checked.
-
-        Raises NotFound. Source: StateBackend.update_execution_status."""
+        """Set the status, at the first terminal one `completed_at` too; checks no transition. Raises NotFound."""
         new, now = _enum(ExecutionStatus, status, "status"), tx.now()
         changes = "status = ?, updated_at = ?, completed_at = COALESCE(completed_at, ?)"
         self._change(tx, _RUN, changes, id, new.value, now, now if new.is_terminal else None)
 
     @_write
     def update_execution_current_state(self, tx: _Tx, id: AnyId, state: Json) -> None:
-        """Replace the whole state, without a merge, and set `updated_at`.
-
-        Raises NotFound. Source: StateBackend.update_execution_current_state."""
+        """Replace the whole state, without a merge; sets `updated_at`. Raises NotFound. Source: StateBackend."""
         self._change(tx, _RUN, "current_state = ?, updated_at = ?", id, _json(state, "state"), tx.now())
 
     @_write
     def patch_append_array(self, tx: _Tx, id: AnyId, key: str, value: Json) -> None:
-        """Append a value to an array in the state, making it if it is not there: one step, however many callers race.
+        """Append to an array in the state, made if it is not there: one step, however many callers race.
 
-        Raises NotFound, and InvalidData for a state that is no object or a member that is no array.
-        Source: StateBackend.patch_append_array."""
+        Raises NotFound, and InvalidData for what is no object or no array. Source: StateBackend.patch_append_array."""
         execution_id, member = _id(id, "id"), _text(key, "key")
         _json(value, "value")
         state = self._need(tx, _RUN, execution_id=execution_id).current_state
@@ -2747,9 +2725,7 @@ class StateBackend(_LogFacet):
     @_write
     def append_event(self, tx: _Tx, execution_id: AnyId, event: Mapping[str, Json], *,
                      expected_sequence: int | None = None, event_id: AnyId | None = None) -> int:
-        """Append one event under the execution's tenant; its sequence. Otherwise as `EventStore.append`.
-
-        Raises NotFound for an unknown execution, SequenceConflict. Source: StateBackend.append_event."""
+        """`EventStore.append`, under the execution's tenant. Raises NotFound, SequenceConflict. Source: append_event."""
         execution, text = _id(execution_id, "execution_id"), _event_text(event, "event")
         owner, _, last = _found(self._row(tx, _LOG_HEAD, execution), "execution", execution)
         return self._append_to(tx, execution, owner, last or 0, text, expected_sequence, event_id)
@@ -2772,9 +2748,7 @@ class StateBackend(_LogFacet):
     # --- snapshots ---
     @_write
     def write_snapshot(self, tx: _Tx, snapshot: Snapshot) -> Snapshot:
-        """Store a snapshot and return it; the same `at_sequence` again replaces.
-
-        Raises NotFound for an unknown execution, InvalidData for a sequence below 0. Source: write_snapshot."""
+        """Store a snapshot; the same `at_sequence` replaces. Raises NotFound (execution). Source: write_snapshot."""
         values = _SNAPSHOT.encode(snapshot, now=tx.now())
         place = values["execution_id"], _int(values["at_sequence"], "at_sequence", 0)
         tenant = self._owner(tx, place[0])
@@ -2797,10 +2771,8 @@ class StateBackend(_LogFacet):
     @_steps
     def replay(self, execution_id: AnyId, reducer: Callable[[Any, StoredEvent], Any],
                initial: Json = None) -> _Steps[tuple[Any, int]]:
-        """Fold `reducer(state, event)` over the events after the latest snapshot; the state and its sequence.
-
-        Starts from the snapshot's state, or from `initial` when there is none. The reducer runs outside transactions.
-        """
+        """Fold `reducer(state, event)`, outside transactions, over the events after the latest snapshot, beginning with
+        its state, or with `initial` when there is none; the state and its sequence."""
         state, sequence = (yield self._replay_start(execution_id)) or (initial, 0)
         while events := (yield self._chunk(execution_id, sequence, 1000)):
             for event in events:
@@ -2828,8 +2800,8 @@ class StateBackend(_LogFacet):
             _int(values[name], name, 0, 2**31 - 1)
         if item.available_at is None:
             values["available_at"] = values["created_at"]
-        values |= {"lease_expires_at": None, "worker_id": None, "last_error": None, "lease_fence": 0}
-        values |= {"tenant_id": self._owner(tx, values["execution_id"]), "status": "pending"}
+        values |= {"lease_fence": 0, "status": "pending", "tenant_id": self._owner(tx, values["execution_id"]),
+                   "lease_expires_at": None, "worker_id": None, "last_error": None}
         return _store(tx, _ITEM, values).id
 
     @_read
@@ -2870,8 +2842,7 @@ class StateBackend(_LogFacet):
 
     @_write
     def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
-        now = tx.now()
-        expires, looks = _after(now, lease, "lease_seconds"), self._look(tx, queues, now)
+        expires, looks = _after(now := tx.now(), lease, "lease_seconds"), self._look(tx, queues, now)
         if overdue := [queue for queue, _, _, lapsed in looks if lapsed is not None]:
             for queue in overdue:
                 self._take_back(tx, queue, now, _RECLAIMED_PER_CLAIM)
@@ -2894,14 +2865,11 @@ class StateBackend(_LogFacet):
 
     def _backoff(self, attempt: int) -> float:
         """Seconds until the next try; the default stands in for a function that fails."""
-        seconds: object = None
-        if self._engine.options.backoff is not None:
-            with contextlib.suppress(Exception):
-                seconds = self._engine.options.backoff(attempt)
-        try:
-            return _seconds(seconds, "backoff")
-        except InvalidData:
-            return float(2 ** min(attempt, 6))
+        backoff = self._engine.options.backoff
+        with contextlib.suppress(Exception):
+            if backoff is not None:
+                return _seconds(backoff(attempt), "backoff")
+        return float(2 ** min(attempt, 6))
 
     def _try_again(self, tx: _Tx, item: WorkItem, now: int, error: str | None,
                    delay: float | None = None) -> WorkItem | DeadLetter:
@@ -2928,18 +2896,18 @@ class StateBackend(_LogFacet):
             worker_id = item_id.worker_id
         worker = _optional(_id, worker_id, "worker_id")
         expires = _after(tx.now(), self._lease(lease_seconds), "lease_seconds")
-        self._while_held(tx, id, _RENEW, expires, id, fence, worker)
+        self._held(tx, id, self._row(tx, _RENEW, expires, id, fence, worker))
         return _datetime(expires)
 
-    def _while_held(self, tx: _Tx, item_id: str, sql: _Sql, *params: Any) -> WorkItem:
-        """Change an item for which the statement's condition holds; LeaseLost when it does not, NotFound."""
-        if (row := self._row(tx, sql, *params)) is None:
+    def _held(self, tx: _Tx, item_id: str, row: tuple[Any, ...] | None) -> tuple[Any, ...]:
+        """What a statement returned of an item that was to be held: LeaseLost when that is nothing, NotFound."""
+        if row is None:
             self._need(tx, _ITEM, id=item_id)
             raise LeaseLost(item_id)
-        return _ITEM.decode(row)
+        return row
 
     def hold(self, item: WorkItem, *, lease_seconds: float | None = None) -> Hold:
-        """A context manager that renews the item's lease in the background, every third of it, while the block runs.
+        """`with state.hold(item):` renew its lease in the background, every third of it, while the block runs.
 
         Raises LeaseLost at the end of the block if the lease was lost; `.lost` tells meanwhile."""
         return Hold(self, _is(WorkItem, item, "item"), self._lease(lease_seconds))
@@ -2954,16 +2922,14 @@ class StateBackend(_LogFacet):
 
     @_write
     def fail_work_item(self, tx: _Tx, item_id: AnyItem, error: str, *, lease_fence: int | None = None) -> WorkItem:
-        """The work failed for good: settle the item, `error` as its `last_error`, by the rules of `complete_work_item`.
-
-        It stays failed until someone calls `retry_work_item`. Source: StateBackend.fail_work_item."""
+        """Failed until someone calls `retry_work_item`; rules as for `complete_work_item`. Source: fail_work_item."""
         return self._settle(tx, WorkItemStatus.FAILED, item_id, lease_fence, _text(error, "error"))
 
     def _settle(self, tx: _Tx, status: WorkItemStatus, item_id: AnyItem, lease_fence: object,
                 error: str | None = None) -> WorkItem:
         id, fence = _claimed(item_id, lease_fence)
         needed = None if fence is None else "claimed"
-        return self._while_held(tx, id, _SETTLE, status.value, error, id, needed, fence)
+        return _ITEM.decode(self._held(tx, id, self._row(tx, _SETTLE, status.value, error, id, needed, fence)))
 
     def _item_in(self, tx: _Tx, item_id: AnyItem, lease_fence: object, *statuses: str) -> WorkItem:
         """The item, which is to be in one of these statuses, and under the fence: LeaseLost, NotFound."""
@@ -3000,10 +2966,9 @@ class StateBackend(_LogFacet):
 
     @_write
     def move_to_dead_letter(self, tx: _Tx, item_id: AnyItem, last_error: str) -> DeadLetter:
-        """Give an item up: no claim finds it any more.
+        """Give an item up: no claim finds it any more. Source: StateBackend.move_to_dead_letter.
 
-        Raises LeaseLost for a completed item, or one that is not the claim it was given as; NotFound.
-        Source: StateBackend.move_to_dead_letter."""
+        Raises LeaseLost for a completed item, or one that is not the claim it was given as; NotFound."""
         error, unsettled = _text(last_error, "last_error"), ("pending", "claimed", "failed")
         item = self._item_in(tx, item_id, None, *unsettled)
         return self._bury(tx, item.id, item.attempt, tx.now(), error)
@@ -3091,9 +3056,9 @@ class StateBackend(_LogFacet):
     def create_token(self, tx: _Tx, name: str, role: str, *,
                      expires_at: datetime | None = None) -> tuple[str, ApiToken]:
         """A new token: its plaintext, which is not stored (its SHA-256 is), and its record. Source: create_token."""
-        token, info = f"fs_{os.urandom(32).hex()}", ApiToken(
-            id=new_id(), name=name, role=role, created_at=_datetime(tx.now()), expires_at=expires_at, revoked_at=None,
-            tenant_id=self._home)
+        token = f"fs_{os.urandom(32).hex()}"
+        info = ApiToken(id=new_id(), name=name, role=role, created_at=_datetime(tx.now()), expires_at=expires_at,
+                        revoked_at=None, tenant_id=self._home)
         return token, _add(tx, _TOKEN, info, hash=hashlib.sha256(token.encode()).hexdigest())
 
     @_read
@@ -3200,14 +3165,13 @@ _POINTERS = f"""SELECT {', '.join(_POINTER.written)} FROM execution_pointers WHE
     ORDER BY workflow_id, place, id"""
 _POINTER_WRITE = _POINTER.upsert("workflow_id, id")
 _UNHELD = "(external_token IS NULL OR external_token_expiry <= ?)"
-_HOLD_SUBSCRIPTION = f"""UPDATE event_subscriptions
-    SET external_token = ?, external_worker_id = ?, external_token_expiry = ?
-    WHERE id = ? AND terminated_at IS NULL AND {_UNHELD}"""
-_LET_GO = """UPDATE event_subscriptions SET external_token = NULL, external_worker_id = NULL,
-    external_token_expiry = NULL WHERE id = ? AND external_token = ?"""
-_SUBSCRIPTIONS = _SUBSCRIPTION.select("""event_subscriptions
-    WHERE event_name = ? AND event_key = ? AND subscribe_as_of <= ? AND terminated_at IS NULL {}
-    ORDER BY subscribe_as_of, id LIMIT ?""")
+_HOLD_SUBSCRIPTION = _update(_SUBSCRIPTION, "external_token = ?, external_worker_id = ?, external_token_expiry = ?",
+                             f"AND terminated_at IS NULL AND {_UNHELD}")
+_LET_GO = _update(_SUBSCRIPTION, "external_token = NULL, external_worker_id = NULL, external_token_expiry = NULL",
+                  "AND external_token = ?")
+_TO_EVENT = ("event_name", "event_key", "subscribe_as_of <= ?", "terminated_at IS NULL")
+_SUBSCRIPTIONS = _select(_SUBSCRIPTION, "ORDER BY subscribe_as_of, id", *_TO_EVENT)
+_SUBSCRIPTION_OPEN = _select(_SUBSCRIPTION, "ORDER BY subscribe_as_of, id LIMIT 1", *_TO_EVENT, _UNHELD)
 # A lease that has expired holds nothing: scheduling takes it away, so that its handler's late return finds it gone.
 _FREE_COMMAND = "(scheduled_commands.lease_token IS NULL OR scheduled_commands.lease_expires_at <= ?)"
 _SCHEDULE = f"""INSERT INTO scheduled_commands (command_name, data, execute_time) VALUES (?, ?, ?)
@@ -3432,14 +3396,14 @@ class PersistenceProvider(_Facet):
                           as_of: datetime | None = None) -> list[EventSubscription]:
         """Those to an event, begun by a time (None: now), not terminated, oldest first. Source: get_subscriptions."""
         until = _event_until(tx, event_name, event_key, as_of)
-        return _SUBSCRIPTION.decode_all(tx.rows(_SUBSCRIPTIONS.format(""), *until, _INT_MAX))
+        return _SUBSCRIPTION.decode_all(self._rows(tx, _SUBSCRIPTIONS, *until))
 
     @_read
     def get_first_open_subscription(self, tx: _Tx, event_name: str, event_key: str,
                                     as_of: datetime | None = None) -> EventSubscription | None:
         """The oldest of them with no token, or an expired one, or None. Source: get_first_open_subscription."""
         until = _event_until(tx, event_name, event_key, as_of)
-        return _SUBSCRIPTION.maybe(tx.row(_SUBSCRIPTIONS.format(f"AND {_UNHELD}"), *until, tx.now(), 1))
+        return _SUBSCRIPTION.maybe(self._row(tx, _SUBSCRIPTION_OPEN, *until, tx.now()))
 
     @_write
     def set_subscription_token(self, tx: _Tx, id: AnyId, token: str, worker_id: AnyId, expiry: datetime) -> bool:
@@ -3447,7 +3411,8 @@ class PersistenceProvider(_Facet):
 
         False while a token that has not expired is set, even one's own. Raises NotFound if missing or terminated."""
         key, until = _id(id, "id"), _time(expiry, "expiry")
-        if tx.run(_HOLD_SUBSCRIPTION, _text(token, "token"), _id(worker_id, "worker_id"), until, key, tx.now()):
+        held = _text(token, "token"), _id(worker_id, "worker_id"), until
+        if self._row(tx, _HOLD_SUBSCRIPTION, *held, key, tx.now()):
             return True
         alive = tx.row("SELECT id FROM event_subscriptions WHERE id = ? AND terminated_at IS NULL", key)
         return not _found(alive, "subscription", key)
@@ -3455,8 +3420,7 @@ class PersistenceProvider(_Facet):
     @_write
     def clear_subscription_token(self, tx: _Tx, id: AnyId, token: str) -> None:
         """Give a subscription back. Raises NotFound unless this is its token. Source: clear_subscription_token."""
-        if not tx.run(_LET_GO, key := _id(id, "id"), _text(token, "token")):
-            raise NotFound("subscription", key)
+        _found(self._row(tx, _LET_GO, key := _id(id, "id"), _text(token, "token")), "subscription", key)
 
     @_write
     def create_event(self, tx: _Tx, event: Event) -> str:
