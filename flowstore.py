@@ -2725,7 +2725,7 @@ class StateBackend(_LogFacet):
     @_write
     def append_event(self, tx: _Tx, execution_id: AnyId, event: Mapping[str, Json], *,
                      expected_sequence: int | None = None, event_id: AnyId | None = None) -> int:
-        """`EventStore.append`, under the execution's tenant. Raises NotFound, SequenceConflict. Source: append_event."""
+        """`EventStore.append` under the execution's tenant. Raises NotFound, SequenceConflict. Source: append_event."""
         execution, text = _id(execution_id, "execution_id"), _event_text(event, "event")
         owner, _, last = _found(self._row(tx, _LOG_HEAD, execution), "execution", execution)
         return self._append_to(tx, execution, owner, last or 0, text, expected_sequence, event_id)
