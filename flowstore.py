@@ -800,40 +800,39 @@ def _json(value: object, path: str) -> str:
         if not text.isascii():
             text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        place, reason = _why_no_json(value, path)
-        raise InvalidData(f"{place}: {reason or error}") from None
+        _refuse_json(value, path)
+        raise InvalidData(f"{path}: {error}") from None
     # Deeper than that is only possible with more brackets than that; most texts have far fewer.
     if text.count("[") + text.count("{") > _JSON_DEPTH:
-        place, reason = _why_no_json(value, path)
-        if reason:
-            raise InvalidData(f"{place}: {reason}")
+        _refuse_json(value, path)
     return text
 
-def _why_no_json(value: object, path: str) -> tuple[str, str]:
-    """Where and why a value is no JSON; the reason is empty when it is."""
+def _refuse_json(value: object, path: str) -> None:
+    """Raise InvalidData where a value is no JSON, with the reason."""
     waiting: list[tuple[Any, str, int]] = [(value, path, 0)]
     while waiting:
         value, path, depth = waiting.pop()
+        reason = ""
         if isinstance(value, (list, tuple, dict)) and depth == _JSON_DEPTH:
-            return path[:200], f"nested deeper than {_JSON_DEPTH} levels"
-        if isinstance(value, dict):
+            path, reason = path[:200], f"nested deeper than {_JSON_DEPTH} levels"
+        elif isinstance(value, dict):
             for key in value:
                 if key is not None and not isinstance(key, (str, int, float)):
-                    return path, f"a key of type {type(key).__name__} is not JSON"
-                if why := _why_no_json(key, "")[1]:
-                    return f"{path}, a key of it", why
+                    raise InvalidData(f"{path}: a key of type {type(key).__name__} is not JSON") from None
+                _refuse_json(key, f"{path}, a key of it")
             waiting += [(member, f"{path}.{key}", depth + 1) for key, member in value.items()]
         elif isinstance(value, (list, tuple)):
             waiting += [(member, f"{path}[{index}]", depth + 1) for index, member in enumerate(value)]
         elif value is not None and not isinstance(value, (str, int, float)):
-            return path, f"{type(value).__name__} is not JSON"
+            reason = f"{type(value).__name__} is not JSON"
         elif isinstance(value, str) and value != value.encode(errors="ignore").decode():
-            return path, "text cannot hold a lone surrogate"
+            reason = "text cannot hold a lone surrogate"
         elif isinstance(value, float) and not math.isfinite(value):
-            return path, f"{value} is not JSON"
+            reason = f"{value} is not JSON"
         elif isinstance(value, int) and abs(value) >= 10**4300:  # bool too
-            return path, "a number of at most 4,300 digits is needed"
-    return path, ""
+            reason = "a number of at most 4,300 digits is needed"
+        if reason:
+            raise InvalidData(f"{path}: {reason}") from None
 
 def _object(value: object, path: str) -> str:
     return _json(_is(dict, value, path, "a JSON object"), path)
@@ -878,10 +877,8 @@ _CODECS: dict[str, _Codec] = {
 }
 
 def _codec(annotation: str) -> _Codec:
-    if annotation in _CODECS:
-        return _CODECS[annotation]
-    kind = globals()[annotation]
-    return (lambda value, path: str(_enum(kind, value, path))), kind
+    kind: Any = globals().get(annotation)  # an enum, where _CODECS has nothing
+    return _CODECS.get(annotation) or ((lambda value, path: str(_enum(kind, value, path))), kind)
 
 # Columns that no update changes.
 _KEPT = ("id", "flow_id", "created_at", "create_time")
@@ -2197,7 +2194,8 @@ class _Facet:
         return self._find(tx, mapper, f"ORDER BY {order} LIMIT ? OFFSET ?", *page, **where)
 
     def _get(self, tx: _Tx, mapper: _Mapper[T], **where: Any) -> T | None:
-        return next(iter(self._find(tx, mapper, "", **where)), None)
+        found = self._find(tx, mapper, "", **where)
+        return found[0] if found else None
 
     def _need(self, tx: _Tx, mapper: _Mapper[T], **where: Any) -> T:
         return _found(self._get(tx, mapper, **where), mapper.kind, str(next(iter(where.values()))))
