@@ -2692,7 +2692,7 @@ class StateBackend(_LogFacet):
 
     @_write
     def update_execution_status(self, tx: _Tx, id: AnyId, status: ExecutionStatus | str) -> None:
-        """Set the status, at the first terminal one `completed_at` too; checks no transition. Raises NotFound."""
+        """Set status, `updated_at` and, once ended, `completed_at`; no check. Raises NotFound. Source: StateBackend."""
         new, now = _enum(ExecutionStatus, status, "status"), tx.now()
         changes = "status = ?, updated_at = ?, completed_at = COALESCE(completed_at, ?)"
         self._change(tx, _RUN, changes, id, new.value, now, now if new.is_terminal else None)
