@@ -2822,7 +2822,8 @@ class StateBackend(_LogFacet):
         The item carries a new `lease_fence`, greater than any before. First, expired leases of these queues (some of
         them, per call) are taken back. Waits up to `wait` seconds for an item, not at all inside a transaction.
         Raises InvalidData. Source: StateBackend.claim_work_item."""
-        worker, given = _id(worker_id, "worker_id"), _listed(queue_types, "queue_types", "a list of queues")
+        worker = _id(worker_id, "worker_id")
+        given = _is((list, tuple, set, frozenset), queue_types, "queue_types", "a list of queues")
         queues = [*dict.fromkeys(_id(queue, f"queue_types[{index}]") for index, queue in enumerate(given))]
         lease = self._lease(lease_seconds)
         deadline = time.monotonic() + min(_seconds(wait, "wait"), threading.TIMEOUT_MAX)
