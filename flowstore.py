@@ -84,6 +84,8 @@ R = TypeVar("R")
 F = TypeVar("F", bound="_Facet")
 P = ParamSpec("P")
 
+_Steps: TypeAlias = "Generator[Any, Any, R]"  # what @_steps makes a method of
+
 
 # ============================================================================================================
 # Errors: every failure a caller can meet, each with its facts as attributes
@@ -96,8 +98,9 @@ class FlowStoreError(Exception):
 class _Facts(FlowStoreError):
     """An error that is told by its attributes: they are its arguments, in order, and fill its message."""
     _says: ClassVar[str]
-    def __init_subclass__(cls) -> None:
-        dataclass(eq=False)(cls)
+
+    def __init_subclass__(cls, says: str) -> None:
+        dataclass(eq=False)(cls)._says = says
 
     def __post_init__(self) -> None:
         self.args = tuple(vars(self).values())
@@ -105,72 +108,61 @@ class _Facts(FlowStoreError):
     def __str__(self) -> str:
         return self._says.format(**vars(self))
 
-class NotFound(_Facts, LookupError):
+class NotFound(_Facts, LookupError, says="{kind} {id!r} is not in the store"):
     """The thing to change, or required to exist, is not there."""
     kind: str
     id: str
-    _says = "{kind} {id!r} is not in the store"
 
-class AlreadyExists(_Facts):
+class AlreadyExists(_Facts, says="{kind} {id!r} is already taken"):
     """An id, a name or a unique key is taken."""
     kind: str
     id: str
-    _says = "{kind} {id!r} is already taken"
 
-class RevisionMismatch(_Facts):
+class RevisionMismatch(_Facts, says="revision {expected} is stale, the store has {actual}: "
+                                    "read the flow again, or go on with the flow that the last update returned"):
     """A flow was changed since it was read. Source: FlowError::RevisionMismatch."""
     expected: int
     actual: int
-    _says = ("revision {expected} is stale, the store has {actual}: "
-             "read the flow again, or go on with the flow that the last update returned")
 
-class SequenceConflict(_Facts):
+class SequenceConflict(_Facts, says="the log of {execution_id!r} is at {actual}, not at {expected}: "
+                                    "load the events after the one you know, then decide again"):
     """The log of an execution is not at `expected_sequence`. Source: StateBackendError::SequenceConflict."""
     execution_id: str
     expected: int
     actual: int
-    _says = ("the log of {execution_id!r} is at {actual}, not at {expected}: "
-             "load the events after the one you know, then decide again")
 
-class LeaseLost(_Facts):
+class LeaseLost(_Facts, says="work item {item_id!r} is not leased under this claim: drop it, another claim decides"):
     """The work item is not, or no longer, leased to this worker or fence."""
     item_id: str
-    _says = "work item {item_id!r} is not leased under this claim: drop the work, another claim decides"
 
-class IllegalTransition(_Facts):
+class IllegalTransition(_Facts, says="flow {id!r} cannot go from {from_status} to {to_status}"):
     """A flow's status cannot change in this way."""
     id: str
     from_status: str
     to_status: str
-    _says = "flow {id!r} cannot go from {from_status} to {to_status}"
 
-class AlreadyTerminal(_Facts):
+class AlreadyTerminal(_Facts, says="flow {id!r} is {status}: nothing follows"):
     """The flow has ended: nothing follows its status."""
     id: str
     status: str
-    _says = "flow {id!r} is {status}: nothing follows"
 
-class CancelPending(_Facts):
+class CancelPending(_Facts, says="flow {id!r} is {status} and to be cancelled: only cancelled may follow"):
     """Cancelling was requested: the only status that may follow is cancelled."""
     id: str
     status: str
-    _says = "flow {id!r} is {status} and to be cancelled: only cancelled may follow"
 
-class TenantMismatch(_Facts):
+class TenantMismatch(_Facts, says="{execution_id!r} is not for tenant {tenant_id!r}"):
     """An execution belongs to another tenant; `tenant_id` is the caller's."""
     execution_id: str
     tenant_id: str
-    _says = "{execution_id!r} is not for tenant {tenant_id!r}"
 
-class TenantInactive(_Facts):
+class TenantInactive(_Facts, says="tenant {tenant_id!r} is not active: it may read, but change nothing"):
     """A suspended or archived tenant may read, but not change anything."""
     tenant_id: str
-    _says = "tenant {tenant_id!r} is not active: it may read, but change nothing"
 
-class LimitExceeded(_Facts):
+class LimitExceeded(_Facts, says="a limit of tenant {tenant_id!r} is reached"):
     """One of the tenant's limits is reached."""
     tenant_id: str
-    _says = "a limit of tenant {tenant_id!r} is reached"
 
 class InvalidData(FlowStoreError, ValueError):
     """A value cannot be stored; the message names the argument and the path in it."""
@@ -207,6 +199,7 @@ Key = str
 Data = str
 Json = Any
 AnyId: TypeAlias = "str | UUID"
+AnyItem: TypeAlias = "str | UUID | WorkItem"
 
 def _random_bits(count: int) -> int:
     """Bits from the system: unlike a seeded generator, they differ on both sides of a fork."""
@@ -249,12 +242,8 @@ def _enum(kind: type[E], value: object, path: str) -> E:
 # --- flows (seed 001) ---
 class FlowStatus(StrEnum):
     """Where a flow stands. Source: FlowStatus."""
-    CREATED = "created"
-    RUNNING = "running"
-    WAITING = "waiting"
-    CANCELLED = "cancelled"
-    FINISHED = "finished"
-    FAILED = "failed"
+    CREATED, RUNNING, WAITING = "created", "running", "waiting"
+    CANCELLED, FINISHED, FAILED = "cancelled", "finished", "failed"
 
     @property
     def is_terminal(self) -> bool:
@@ -273,16 +262,11 @@ _FLOW_TRANSITIONS = {
 
 class StepRuntime(StrEnum):
     """Who runs a step. Source: StepRuntime."""
-    MANAGED = "managed"
-    MIRRORED = "mirrored"
+    MANAGED, MIRRORED = "managed", "mirrored"
 
 class FlowStepStatus(StrEnum):
     """Where a step stands. Source: FlowStepStatus."""
-    PENDING = "pending"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
+    PENDING, RUNNING, SUCCEEDED, FAILED, CANCELLED = "pending", "running", "succeeded", "failed", "cancelled"
 
 class Flow(_Record):
     """A revision-checked record that one controller moves forward. Source: Flow."""
@@ -342,22 +326,14 @@ class FlowEvent(_Record, frozen=True):
 # --- the execution log (seed 003) ---
 class EventType(StrEnum):
     """The event types of the seed's crate; any other text is fine too. Source: ExecutionEventData."""
-    EXECUTION_STARTED = "execution_started"
-    STEP_STARTED = "step_started"
-    STEP_COMPLETED = "step_completed"
-    STEP_FAILED = "step_failed"
-    EXECUTION_PAUSED = "execution_paused"
-    EXECUTION_RESUMED = "execution_resumed"
-    EXECUTION_COMPLETED = "execution_completed"
-    EXECUTION_FAILED = "execution_failed"
-    EXECUTION_CANCELLED = "execution_cancelled"
-    ARTIFACT_STORED = "artifact_stored"
-    STEP_DISCOVERED = "step_discovered"
-    TOOL_CALL_STARTED = "tool_call_started"
-    TOOL_CALL_COMPLETED = "tool_call_completed"
-    CHECKPOINT_SAVED = "checkpoint_saved"
-    GOAL_EVALUATED = "goal_evaluated"
-    CUSTOM = "custom"
+    EXECUTION_STARTED, STEP_STARTED = "execution_started", "step_started"
+    STEP_COMPLETED, STEP_FAILED = "step_completed", "step_failed"
+    EXECUTION_PAUSED, EXECUTION_RESUMED = "execution_paused", "execution_resumed"
+    EXECUTION_COMPLETED, EXECUTION_FAILED = "execution_completed", "execution_failed"
+    EXECUTION_CANCELLED, ARTIFACT_STORED = "execution_cancelled", "artifact_stored"
+    STEP_DISCOVERED, TOOL_CALL_STARTED = "step_discovered", "tool_call_started"
+    TOOL_CALL_COMPLETED, CHECKPOINT_SAVED = "tool_call_completed", "checkpoint_saved"
+    GOAL_EVALUATED, CUSTOM = "goal_evaluated", "custom"
 
 class StoredEvent(_Record, frozen=True):
     """One event as the log holds it: `sequence` within its execution, `position` within the whole log."""
@@ -372,13 +348,8 @@ class StoredEvent(_Record, frozen=True):
 # --- the state backend (seeds 000 and 004) ---
 class ExecutionStatus(StrEnum):
     """Where an execution stands. Source: jamjet_core::WorkflowStatus."""
-    PENDING = "pending"
-    RUNNING = "running"
-    PAUSED = "paused"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-    LIMIT_EXCEEDED = "limit_exceeded"
+    PENDING, RUNNING, PAUSED = "pending", "running", "paused"
+    COMPLETED, FAILED, CANCELLED, LIMIT_EXCEEDED = "completed", "failed", "cancelled", "limit_exceeded"
 
     @property
     def is_terminal(self) -> bool:
@@ -387,17 +358,11 @@ class ExecutionStatus(StrEnum):
 
 class WorkItemStatus(StrEnum):
     """Where a work item stands."""
-    PENDING = "pending"
-    CLAIMED = "claimed"
-    COMPLETED = "completed"
-    FAILED = "failed"
-    DEAD_LETTERED = "dead_lettered"
+    PENDING, CLAIMED, COMPLETED, FAILED, DEAD_LETTERED = "pending", "claimed", "completed", "failed", "dead_lettered"
 
 class TenantStatus(StrEnum):
     """Whether a tenant may change anything. Source: TenantStatus."""
-    ACTIVE = "active"
-    SUSPENDED = "suspended"
-    ARCHIVED = "archived"
+    ACTIVE, SUSPENDED, ARCHIVED = "active", "suspended", "archived"
 
 class WorkflowDefinition(_Record):
     """A compiled workflow, by id and version. Source: WorkflowDefinition."""
@@ -506,28 +471,18 @@ class ArtifactRef(_Record, frozen=True):
 # --- workflow persistence (seed 002) ---
 class WorkflowStatus(StrEnum):
     """Where a workflow instance stands. Source: wfe_core::WorkflowStatus."""
-    RUNNABLE = "Runnable"
-    SUSPENDED = "Suspended"
-    COMPLETE = "Complete"
-    TERMINATED = "Terminated"
+    RUNNABLE, SUSPENDED, COMPLETE, TERMINATED = "Runnable", "Suspended", "Complete", "Terminated"
 
 class PointerStatus(StrEnum):
     """Where one step of a workflow instance stands. Source: wfe_core::PointerStatus."""
-    PENDING = "Pending"
-    RUNNING = "Running"
-    COMPLETE = "Complete"
-    SKIPPED = "Skipped"
-    SLEEPING = "Sleeping"
-    WAITING_FOR_EVENT = "WaitingForEvent"
-    FAILED = "Failed"
-    COMPENSATED = "Compensated"
-    CANCELLED = "Cancelled"
+    PENDING, RUNNING, COMPLETE, SKIPPED = "Pending", "Running", "Complete", "Skipped"
+    SLEEPING, WAITING_FOR_EVENT = "Sleeping", "WaitingForEvent"
+    FAILED, COMPENSATED, CANCELLED = "Failed", "Compensated", "Cancelled"
     PENDING_PREDECESSOR = "PendingPredecessor"
 
 class CommandName(StrEnum):
     """What a scheduled command asks for. Source: wfe_core::CommandName."""
-    PROCESS_WORKFLOW = "ProcessWorkflow"
-    PROCESS_EVENT = "ProcessEvent"
+    PROCESS_WORKFLOW, PROCESS_EVENT = "ProcessWorkflow", "ProcessEvent"
 
 class ExecutionPointer(_Record):
     """One step of a workflow instance, as far as it got; `id` is unique within its workflow."""
@@ -760,10 +715,17 @@ if make_encoder := getattr(json.encoder, "c_make_encoder", None):
     _encode_json = lambda value: "".join(_chunks(value, 0))  # noqa: E731
 _of_json = json.JSONDecoder().decode
 
+def _is(kind: type[T] | tuple[type[T], ...], value: object, path: str, needed: str = "") -> T:
+    """A value of a type (a bool is no number); InvalidData for another."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        needed = needed or f"a {getattr(kind, '__name__', kind)}"
+        raise InvalidData(f"{path}: {needed} is needed, not {type(value).__name__}")
+    return value
+
 def _text(value: object, path: str) -> str:
     """Any text that a database can hold: no NUL, no lone surrogates."""
-    if not isinstance(value, str):
-        raise InvalidData(f"{path}: text is needed, not {type(value).__name__}")
+    if not isinstance(value, str):  # before asking _is: this is the check that is made most
+        value = _is(str, value, path, "text")
     if "\0" in value:
         raise InvalidData(f"{path}: text cannot hold NUL")
     if not value.isascii():
@@ -790,16 +752,13 @@ def _key(value: object, path: str) -> str:
     return _short(value, path, 255)
 
 def _int(value: object, path: str, least: int = -_INT_MAX - 1, most: int = _INT_MAX) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise InvalidData(f"{path}: a whole number is needed, not {type(value).__name__}")
-    if not least <= value <= most:
+    number = _is(int, value, path, "a whole number")
+    if not least <= number <= most:
         raise InvalidData(f"{path}: a number from {least} to {most} is needed")
-    return int(value)
+    return int(number)
 
 def _bool(value: object, path: str) -> int:
-    if not isinstance(value, bool):
-        raise InvalidData(f"{path}: True or False is needed, not {type(value).__name__}")
-    return int(value)
+    return int(_is(bool, value, path, "True or False"))
 
 def _count(value: object, path: str) -> int:
     """A limit, an offset, a number to keep: below 0 counts as 0."""
@@ -810,22 +769,16 @@ def _limit(value: object, path: str = "limit") -> int:
 
 def _seconds(value: object, path: str) -> float:
     """A finite span in seconds; below 0 counts as 0."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise InvalidData(f"{path}: a number of seconds is needed, not {type(value).__name__}")
-    try:
-        seconds = float(value)
-    except OverflowError:
-        seconds = math.inf
-    if not math.isfinite(seconds):
+    number = _is((int, float), value, path, "a number of seconds")
+    if not -sys.float_info.max <= number <= sys.float_info.max:
         raise InvalidData(f"{path}: a finite number of seconds is needed")
-    return max(0.0, seconds)
+    return max(0.0, float(number))
 
 def _time(value: object, path: str) -> int:
-    if not isinstance(value, datetime):
-        raise InvalidData(f"{path}: an aware datetime is needed, not {type(value).__name__}")
-    if value.utcoffset() is None:
+    time = _is(datetime, value, path, "an aware datetime")
+    if time.utcoffset() is None:
         raise InvalidData(f"{path}: the datetime has no time zone; pass an aware one")
-    microseconds = (value - _EPOCH) // _MICROSECOND
+    microseconds = (time - _EPOCH) // _MICROSECOND
     if not _FIRST_TIME <= microseconds <= _LAST_TIME:
         raise InvalidData(f"{path}: the time lies outside the years 1 to 9999 in UTC")
     return microseconds
@@ -850,76 +803,68 @@ def _json(value: object, path: str) -> str:
         if not text.isascii():
             text.encode()
     except (TypeError, ValueError, RecursionError) as error:
-        place, reason = _why_no_json(value, path)
-        raise InvalidData(f"{place}: {reason or error}") from None
+        _refuse_json(value, path)
+        raise InvalidData(f"{path}: {error}") from None
     # Deeper than that is only possible with more brackets than that; most texts have far fewer.
     if text.count("[") + text.count("{") > _JSON_DEPTH:
-        place, reason = _why_no_json(value, path)
-        if reason:
-            raise InvalidData(f"{place}: {reason}")
+        _refuse_json(value, path)
     return text
 
-def _why_no_json(value: object, path: str) -> tuple[str, str]:
-    """Where and why a value is no JSON; the reason is empty when it is."""
+def _refuse_json(value: object, path: str) -> None:
+    """Raise InvalidData where a value is no JSON, with the reason."""
     waiting: list[tuple[Any, str, int]] = [(value, path, 0)]
     while waiting:
         value, path, depth = waiting.pop()
         reason = ""
-        if isinstance(value, str):
-            try:
-                value.encode()
-            except UnicodeEncodeError:
-                reason = "text cannot hold a lone surrogate"
-        elif isinstance(value, float):
-            reason = "" if math.isfinite(value) else f"{value} is not JSON"
-        elif isinstance(value, int):  # bool too
-            reason = "" if abs(value) < 10**4300 else "a number of at most 4,300 digits is needed"
-        elif isinstance(value, (list, tuple, dict)):
-            if depth == _JSON_DEPTH:
-                return path[:200], f"nested deeper than {_JSON_DEPTH} levels"
-            if isinstance(value, dict):
-                for key in value:
-                    if key is not None and not isinstance(key, (str, int, float)):
-                        return path, f"a key of type {type(key).__name__} is not JSON"
-                    if why := _why_no_json(key, "")[1]:
-                        return f"{path}, a key of it", why
-                waiting += [(member, f"{path}.{key}", depth + 1) for key, member in value.items()]
-            else:
-                waiting += [(member, f"{path}[{index}]", depth + 1) for index, member in enumerate(value)]
-        elif value is not None:
+        if isinstance(value, (list, tuple, dict)) and depth == _JSON_DEPTH:
+            path, reason = path[:200], f"nested deeper than {_JSON_DEPTH} levels"
+        elif isinstance(value, dict):
+            for key in value:
+                if key is not None and not isinstance(key, (str, int, float)):
+                    raise InvalidData(f"{path}: a key of type {type(key).__name__} is not JSON") from None
+                _refuse_json(key, f"{path}, a key of it")
+            waiting += [(member, f"{path}.{key}", depth + 1) for key, member in value.items()]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(member, f"{path}[{index}]", depth + 1) for index, member in enumerate(value)]
+        elif value is not None and not isinstance(value, (str, int, float)):
             reason = f"{type(value).__name__} is not JSON"
+        elif isinstance(value, str) and value != value.encode(errors="ignore").decode():
+            reason = "text cannot hold a lone surrogate"
+        elif isinstance(value, float) and not math.isfinite(value):
+            reason = f"{value} is not JSON"
+        elif isinstance(value, int) and abs(value) >= 10**4300:  # bool too
+            reason = "a number of at most 4,300 digits is needed"
         if reason:
-            return path, reason
-    return path, ""
+            raise InvalidData(f"{path}: {reason}") from None
 
 def _object(value: object, path: str) -> str:
-    if not isinstance(value, dict):
-        raise InvalidData(f"{path}: a JSON object is needed, not {type(value).__name__}")
-    return _json(value, path)
+    return _json(_is(dict, value, path, "a JSON object"), path)
+
+def _listed(value: object, path: str, needed: str = "a list") -> Sequence[Any]:
+    return _is((list, tuple), value, path, needed)
 
 def _texts(value: object, path: str) -> str:
-    if not isinstance(value, (list, tuple)):
-        raise InvalidData(f"{path}: a list of text is needed, not {type(value).__name__}")
-    return _encode_json([_text(member, f"{path}[{index}]") for index, member in enumerate(value)])
+    members = enumerate(_listed(value, path, "a list of text"))
+    return _encode_json([_text(member, f"{path}[{index}]") for index, member in members])
 
 def _limits(value: object, path: str) -> str:
     """A tenant's limits as JSON: numbers that are not negative, or None."""
-    limits = _is(TenantLimits, value, path)
-    for name, limit in vars(limits).items():
+    limits = vars(_is(TenantLimits, value, path))
+    for name, limit in limits.items():
         if limit is not None and name == "max_cost_per_month_usd":
-            if not isinstance(limit, (int, float)) or isinstance(limit, bool) or not 0 <= limit < math.inf:
+            if not 0 <= _is((int, float), limit, f"{path}.{name}", "an amount") < math.inf:
                 raise InvalidData(f"{path}.{name}: an amount of 0 or more is needed")
         elif limit is not None:
             _int(limit, f"{path}.{name}", 0)
-    return _json(vars(limits), path)
+    return _json(limits, path)
 
-def _is(kind: type[T], value: object, path: str) -> T:
-    if not isinstance(value, kind):
-        raise InvalidData(f"{path}: a {kind.__name__} is needed, not {type(value).__name__}")
-    return value
+def _optional(check: Callable[[Any, str], R], value: object, path: str) -> R | None:
+    """A value as `check` makes it, None for None."""
+    return None if value is None else check(value, path)
 
 # How each type that a record's fields are annotated with goes into a column, and comes out of it.
-_CODECS: dict[str, tuple[Callable[[Any, str], Any], Callable[[Any], Any] | None]] = {
+_Codec: TypeAlias = "tuple[Callable[[Any, str], Any], Callable[[Any], Any] | None]"
+_CODECS: dict[str, _Codec] = {
     "Id": (_id, None),
     "Key": (_key, None),
     "Data": (lambda value, path: _short(value, path, 512), None),
@@ -934,52 +879,67 @@ _CODECS: dict[str, tuple[Callable[[Any, str], Any], Callable[[Any], Any] | None]
     "TenantLimits": (_limits, lambda text: TenantLimits(**_of_json(text))),
 }
 
-def _codec(annotation: str) -> tuple[Callable[[Any, str], Any], Callable[[Any], Any] | None]:
-    if annotation in _CODECS:
-        return _CODECS[annotation]
-    kind = globals()[annotation]
-    return (lambda value, path: str(_enum(kind, value, path))), kind
+def _codec(annotation: str) -> _Codec:
+    kind: Any = globals().get(annotation)  # an enum, where _CODECS has nothing
+    return _CODECS.get(annotation) or ((lambda value, path: str(_enum(kind, value, path))), kind)
+
+# Columns that no update changes.
+_KEPT = ("id", "flow_id", "created_at", "create_time")
 
 class _Mapper(Generic[T]):
-    """What turns one type of record into column values and back: its fields' annotations decide how."""
+    """What turns one type of record into rows of its table and back: its fields' annotations decide how.
 
-    def __init__(self, record: type[T], *, without: tuple[str, ...] = (), named: Mapping[str, str] | None = None):
-        specs = [spec for spec in dataclasses.fields(record) if spec.name not in without]  # type: ignore[arg-type]
-        self.record = record
-        self.fields = tuple(spec.name for spec in specs)
-        self.names = tuple((named or {}).get(name, name) for name in self.fields)
-        self.columns = ", ".join(self.names)
-        self._encoders: list[tuple[str, str, Callable[[Any, str], Any], bool]] = []
+    `kind` is what errors call it, `key` its id's column, `more` names columns that the record does not show."""
+
+    def __init__(
+        self, record: type[T], table: str, kind: str = "", *, key: str = "id", more: tuple[str, ...] = (), **named: str
+    ) -> None:
+        self.record, self.table, self.kind, self.key = record, table, kind, key
+        declared = next(" ".join(text.split()) for text in _statements(_TABLES) if f"CREATE TABLE {table} " in text)
+        self.codecs: dict[str, Callable[[Any, str], Any]] = {}
+        self._encoders: list[tuple[str, str, Callable[[Any, str], Any], bool, bool]] = []
         self._decoders: list[tuple[int, Callable[[Any], Any]]] = []
-        for index, (spec, column) in enumerate(zip(specs, self.names, strict=True)):
-            encode, decode = _codec(str(spec.type).removesuffix(" | None"))
-            # Times that are None are filled by the store's clock when they are written.
-            optional = str(spec.type).endswith(" | None")
-            self._encoders.append((spec.name, column, encode, optional))
+        for spec in dataclasses.fields(record):  # type: ignore[arg-type]
+            annotation, column = str(spec.type), named.get(spec.name, spec.name)
+            if f" {column} " not in declared:
+                continue  # records that have rows of their own
+            encode, decode = _codec(annotation.removesuffix(" | None"))
             if decode is not None:
-                self._decoders.append((index, decode))
+                self._decoders.append((len(self.codecs), decode))
+            # A time that the record may leave out, but not the table, is the clock's.
+            clocked = annotation == "datetime | None" and f" {column} INTEGER NOT NULL" in declared
+            self._encoders.append((spec.name, column, encode, annotation.endswith(" | None"), clocked))
+            self.codecs[column] = encode
+        self.fields = [encoder[0] for encoder in self._encoders]
+        self.names = [*self.codecs]
+        self.columns, self.written = ", ".join(self.names), [*self.names, *more]
+        changed = [name for name in self.written if name not in _KEPT]
+        # INSERT of what is `written`, in that order; where a unique key is taken, of nothing.
+        self.insert = (f"INSERT INTO {table} ({', '.join(self.written)}) "
+                       f"VALUES ({', '.join('?' * len(self.written))}) ON CONFLICT DO NOTHING")
+        # UPDATE by id of all that may change, and what picks its values out of those by column.
+        self.update = f"UPDATE {table} SET {' = ?, '.join(changed)} = ? WHERE {key} = ?"
+        self.changes = operator.itemgetter(*changed, key)
 
-    def insert(self, table: str, *more: str) -> str:
-        """INSERT of all columns, and of `more`, that inserts nothing where a unique key is taken."""
-        names = (*self.names, *more)
-        return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))}) ON CONFLICT DO NOTHING"
-
-    def update(self, table: str, *kept: str) -> str:
-        """UPDATE by id of all columns but those `kept`: their values in the columns' order, then the id."""
-        names = [f"{name} = ?" for name in self.names if name not in ("id", *kept)]
-        return f"UPDATE {table} SET {', '.join(names)} WHERE id = ?"
+    def upsert(self, unique: str) -> str:
+        """INSERT of what is `written`, in place of the row with the same `unique` columns."""
+        changed = ", ".join(f"{name} = excluded.{name}" for name in self.written if name not in unique.split(", "))
+        return self.insert.replace("CONFLICT DO NOTHING", f"CONFLICT ({unique}) DO UPDATE SET {changed}")
 
     def select(self, rest: str) -> str:
         """SELECT of all columns from what `rest` says."""
         return f"SELECT {self.columns} FROM {rest}"
 
-    def encode(self, record: object, path: str = "", *, argument: str = "") -> dict[str, Any]:
-        """Column values by column; InvalidData names the field."""
-        _is(self.record, record, argument or self.record.__name__)
-        values = {}
-        for name, column, encode, optional in self._encoders:
+    def encode(self, record: object, path: str = "", now: int | None = None) -> dict[str, Any]:
+        """Column values by column, the times filled that are the clock's; InvalidData names the field."""
+        _is(self.record, record, path or self.kind.split()[-1])
+        prefix, values = path and f"{path}.", {}
+        for name, column, encode, optional, clocked in self._encoders:
             value = getattr(record, name)
-            values[column] = None if optional and value is None else encode(value, f"{path}{name}")
+            if value is None and optional:
+                values[column] = now if clocked else None
+            else:
+                values[column] = encode(value, f"{prefix}{name}")
         return values
 
     def decode(self, row: Iterable[Any]) -> T:
@@ -1003,24 +963,24 @@ class _Mapper(Generic[T]):
         """The records of many rows."""
         return [self.decode(row) for row in rows]
 
-_FLOW = _Mapper(Flow)
-_STEP = _Mapper(FlowStep)
-_FLOW_EVENT = _Mapper(FlowEvent)
-_STORED = _Mapper(StoredEvent, named={"id": "event_id"})
-_DEFINITION = _Mapper(WorkflowDefinition)
-_RUN = _Mapper(WorkflowExecution)
-_SNAPSHOT = _Mapper(Snapshot)
-_ITEM = _Mapper(WorkItem)
-_DEAD = _Mapper(DeadLetter)
-_TOKEN = _Mapper(ApiToken)
-_TENANT = _Mapper(Tenant)
-_ARTIFACT = _Mapper(ArtifactRef)
-_INSTANCE = _Mapper(WorkflowInstance, without=("execution_pointers",))
-_POINTER = _Mapper(ExecutionPointer)
-_EVENT = _Mapper(Event)
-_SUBSCRIPTION = _Mapper(EventSubscription)
-_COMMAND = _Mapper(ScheduledCommand)
-_ERROR = _Mapper(ExecutionError)
+_FLOW = _Mapper(Flow, "flows", "flow")
+_STEP = _Mapper(FlowStep, "flow_steps", "flow step")
+_FLOW_EVENT = _Mapper(FlowEvent, "flow_events")
+_STORED = _Mapper(StoredEvent, "flowstore_log", id="event_id")
+_DEFINITION = _Mapper(WorkflowDefinition, "flowstore_definitions", "workflow definition")
+_RUN = _Mapper(WorkflowExecution, "flowstore_runs", "execution", key="execution_id")
+_SNAPSHOT = _Mapper(Snapshot, "flowstore_snapshots", "snapshot", more=("tenant_id",))
+_ITEM = _Mapper(WorkItem, "flowstore_work_items", "work item")
+_DEAD = _Mapper(DeadLetter, "flowstore_work_items", "dead letter")
+_TOKEN = _Mapper(ApiToken, "flowstore_tokens", "token", more=("hash",))
+_TENANT = _Mapper(Tenant, "flowstore_tenants", "tenant")
+_ARTIFACT = _Mapper(ArtifactRef, "flowstore_artifacts", "artifact", more=("tenant_id", "data"))
+_INSTANCE = _Mapper(WorkflowInstance, "workflows", "workflow", more=("stamp",))
+_POINTER = _Mapper(ExecutionPointer, "execution_pointers", "pointer", more=("workflow_id", "place"))
+_EVENT = _Mapper(Event, "events", "event")
+_SUBSCRIPTION = _Mapper(EventSubscription, "event_subscriptions", "subscription")
+_COMMAND = _Mapper(ScheduledCommand, "scheduled_commands", "command")
+_ERROR = _Mapper(ExecutionError, "execution_errors", "error")
 
 
 # ============================================================================================================
@@ -1089,9 +1049,7 @@ class _Tx:
 
 def _add_tenant(tx: _Tx, tenant_id: str) -> None:
     """Register a tenant of which only the id is known."""
-    now = tx.now()
-    values = {**_TENANT.encode(Tenant(id=tenant_id)), "created_at": now, "updated_at": now}
-    tx.run(_TENANT.insert("flowstore_tenants"), *values.values())
+    tx.run(_TENANT.insert, *_TENANT.encode(Tenant(id=tenant_id), now=tx.now()).values())
 
 class _Connection:
     """One SQLite connection under a lock of its own; opened at its first use, and again after a fork."""
@@ -2448,19 +2406,17 @@ class _Sql:
     unless it inserts, so no statement can forget the tenant. (Not `? IS NULL OR tenant_id = ?`: no index serves it.)"""
     __slots__ = ("all", "one", "places")
 
-    def __init__(self, text: str, **words: str) -> None:
+    def __init__(self, text: str) -> None:
         text = " ".join(text.split())
-        for word, meaning in words.items():
-            text = text.replace(f"{{{word}}}", meaning)
-        inserts = text.startswith("INSERT") and "tenant_id" in text
-        if "{tenant}" not in text and not inserts and _TENANT_TABLES.search(text):
+        if not _TENANT_TABLES.search(text):
+            text = text.replace("{tenant}", "")
+        elif "{tenant}" not in text and not (text.startswith("INSERT") and "tenant_id" in text):
             raise AssertionError(f"a statement on a tenant's table without {{tenant}}: {text}")
         self.all = text.replace("{tenant}", "")
         self.one = text.replace("{tenant}", "AND tenant_id = ?")
-        parts = text.split("{tenant}")
         # Where the tenant goes among the parameters: behind those of the text before each mark.
-        counts = [part.count("?") for part in parts[:-1]]
-        self.places = tuple(sum(counts[: index + 1]) + index for index in range(len(counts)))
+        marks = re.finditer("{tenant}", text)
+        self.places = [text[: mark.start()].replace("{tenant}", "?").count("?") for mark in marks]
 
 class _Facet:
     """What every facet has: the engine that runs its operations and, for a tenant's view, the tenant."""
@@ -2482,23 +2438,55 @@ class _Facet:
         rows = self._rows(tx, sql, *params)
         return rows[0] if rows else None
 
+    def _find(self, tx: _Tx, mapper: _Mapper[T], rest: str, *params: Any, **where: Any) -> list[T]:
+        """The records with these columns, whose values are checked as those of fields are."""
+        values = [mapper.codecs[name](value, name) for name, value in where.items()]
+        return mapper.decode_all(self._rows(tx, _select(mapper, rest, *where), *values, *params))
+
+    def _page(self, tx: _Tx, mapper: _Mapper[T], order: str, limit: int | None = None, offset: int = 0,
+              **where: Any) -> list[T]:
+        page = _limit(limit), _count(offset, "offset")
+        return self._find(tx, mapper, f"ORDER BY {order} LIMIT ? OFFSET ?", *page, **where)
+
+    def _get(self, tx: _Tx, mapper: _Mapper[T], **where: Any) -> T | None:
+        found = self._find(tx, mapper, "", **where)
+        return found[0] if found else None
+
+    def _need(self, tx: _Tx, mapper: _Mapper[T], **where: Any) -> T:
+        return _found(self._get(tx, mapper, **where), mapper.kind, str(next(iter(where.values()))))
+
+    def _change(self, tx: _Tx, mapper: _Mapper[Any], changes: str, id: AnyId, *params: Any) -> None:
+        """Change columns of the row with an id; NotFound when it is not there."""
+        if self._row(tx, _update(mapper, changes), *params, key := _id(id, "id")) is None:
+            raise NotFound(mapper.kind, key)
+
     def _lease(self, lease_seconds: float | None) -> float:
-        if lease_seconds is None:
-            return float(self._engine.options.lease_seconds)
-        if isinstance(lease_seconds, (int, float)) and lease_seconds < 0:
+        seconds = self._engine.options.lease_seconds if lease_seconds is None else lease_seconds
+        if isinstance(seconds, (int, float)) and seconds < 0:
             raise InvalidData("lease_seconds: a lease lasts 0 seconds or more")
-        return _seconds(lease_seconds, "lease_seconds")
+        return _seconds(seconds, "lease_seconds")
 
-def _stamped(values: dict[str, Any], now: int, *names: str) -> dict[str, Any]:
-    """The column values, those times filled that the record leaves to the store's clock."""
-    return values | {name: now for name in names if values[name] is None}
+@functools.cache
+def _select(mapper: _Mapper[Any], rest: str, *conditions: str) -> _Sql:
+    """SELECT of the records for which the conditions hold; a column's name alone: that has a value."""
+    where = "".join(f" AND {each if ' ' in each else f'{each} = ?'}" for each in conditions)
+    return _Sql(mapper.select(f"{mapper.table} WHERE true{where} {{tenant}} {rest}"))
 
-def _insert(tx: _Tx, mapper: _Mapper[T], table: str, kind: str, record: T) -> T:
-    """Store a new record and return it as stored; AlreadyExists for a taken id."""
-    values = _stamped(mapper.encode(record, argument=kind), tx.now(), "created_at", "updated_at")
-    if not tx.run(mapper.insert(table), *values.values()):
-        raise AlreadyExists(kind, values["id"])
-    return mapper.decode(values.values())
+@functools.cache
+def _update(mapper: _Mapper[Any], changes: str, condition: str = "", returning: str = "") -> _Sql:
+    """UPDATE by id, where a condition holds too; it returns the id of what it changed, if not more."""
+    return _Sql(f"UPDATE {mapper.table} SET {changes} WHERE {mapper.key} = ? {condition} {{tenant}} "
+                f"RETURNING {returning or mapper.key}")
+
+def _store(tx: _Tx, mapper: _Mapper[T], values: dict[str, Any]) -> T:
+    """Insert a row, and return it as a record; AlreadyExists for a taken id."""
+    if not tx.run(mapper.insert, *map(values.__getitem__, mapper.written)):
+        raise AlreadyExists(mapper.kind, values[mapper.key])
+    return mapper.decode(map(values.__getitem__, mapper.names))
+
+def _add(tx: _Tx, mapper: _Mapper[T], record: T, path: str = "", **more: Any) -> T:
+    """Store a new record, with `more` set in its row, and return it as stored; AlreadyExists for a taken id."""
+    return _store(tx, mapper, mapper.encode(record, path, tx.now()) | more)
 
 def _found(thing: T | None, kind: str, id: str) -> T:
     """What was looked for; NotFound when it is not there."""
@@ -2507,21 +2495,14 @@ def _found(thing: T | None, kind: str, id: str) -> T:
     return thing
 
 # --- flows ---
-_FLOW_BY_ID = _FLOW.select("flows WHERE id = ?")
-_FLOWS_BY_OWNER = _FLOW.select("flows WHERE owner_session_key = ? ORDER BY created_at DESC, id DESC LIMIT ? OFFSET ?")
-_FLOWS_BY_STATUS = _FLOW.select("flows WHERE status = ? ORDER BY updated_at, id LIMIT ? OFFSET ?")
-_FLOW_UPDATE = f"{_FLOW.update('flows', 'created_at')} AND revision = ? RETURNING {_FLOW.columns}"
 _FLOW_REVISION = "SELECT revision FROM flows WHERE id = ?"
+_FLOW_UPDATE = f"{_FLOW.update} AND revision = ? RETURNING {_FLOW.columns}"
 _FLOW_EVENT_INSERT = (
     "INSERT INTO flow_events (flow_id, kind, payload, at) SELECT id, ?, ?, ? FROM flows WHERE id = ? "
     f"RETURNING {_FLOW_EVENT.columns}"
 )
-_FLOW_EVENTS = _FLOW_EVENT.select("flow_events WHERE flow_id = ? ORDER BY id DESC LIMIT ?")
-_STEP_BY_ID = _STEP.select("flow_steps WHERE id = ?")
-_STEP_BY_RUN_ID = _STEP.select("flow_steps WHERE flow_id = ? AND run_id = ?")
-_STEPS = _STEP.select("flow_steps WHERE flow_id = ? ORDER BY created_at, id")
 _STEP_UPDATE = (
-    f"{_STEP.update('flow_steps', 'flow_id', 'created_at')} AND NOT EXISTS (SELECT 1 FROM flow_steps other WHERE "
+    f"{_STEP.update} AND NOT EXISTS (SELECT 1 FROM flow_steps other WHERE "
     f"other.flow_id = flow_steps.flow_id AND other.run_id = ? AND other.id <> flow_steps.id) RETURNING {_STEP.columns}"
 )
 _FLOWS_ENDED = """SELECT id,
@@ -2536,28 +2517,24 @@ class FlowStore(_Facet):
     @_write
     def insert(self, tx: _Tx, flow: Flow) -> Flow:
         """Store a new flow and return it as stored. Raises AlreadyExists. Source: FlowStore.insert."""
-        return _insert(tx, _FLOW, "flows", "flow", flow)
+        return _add(tx, _FLOW, flow)
 
     @_read
     def get(self, tx: _Tx, id: AnyId) -> Flow | None:
         """The flow as it is now, or None. Source: FlowStore.get."""
-        return _FLOW.maybe(tx.row(_FLOW_BY_ID, _id(id, "id")))
+        return self._get(tx, _FLOW, id=id)
 
     @_read
-    def list_by_owner(
-        self, tx: _Tx, owner_session_key: str, *, limit: int | None = None, offset: int = 0
-    ) -> list[Flow]:
+    def list_by_owner(self, tx: _Tx, owner_session_key: str, *, limit: int | None = None,
+                      offset: int = 0) -> list[Flow]:
         """The owner's flows, newest `created_at` first. Source: FlowStore.list_by_owner."""
-        owner = _key(owner_session_key, "owner_session_key")
-        return _FLOW.decode_all(tx.rows(_FLOWS_BY_OWNER, owner, _limit(limit), _count(offset, "offset")))
+        return self._page(tx, _FLOW, "created_at DESC, id DESC", limit, offset, owner_session_key=owner_session_key)
 
     @_read
-    def list_by_status(
-        self, tx: _Tx, status: FlowStatus | str, *, limit: int | None = None, offset: int = 0
-    ) -> list[Flow]:
+    def list_by_status(self, tx: _Tx, status: FlowStatus | str, *, limit: int | None = None,
+                       offset: int = 0) -> list[Flow]:
         """The flows in a status, oldest `updated_at` first. Source: FlowStore.list_by_status."""
-        word = _enum(FlowStatus, status, "status").value
-        return _FLOW.decode_all(tx.rows(_FLOWS_BY_STATUS, word, _limit(limit), _count(offset, "offset")))
+        return self._page(tx, _FLOW, "updated_at, id", limit, offset, status=status)
 
     @_write
     def update_with_revision(self, tx: _Tx, flow: Flow) -> Flow:
@@ -2565,12 +2542,12 @@ class FlowStore(_Facet):
         return self._update(tx, flow)
 
     def _update(self, tx: _Tx, flow: Flow) -> Flow:
-        values = _FLOW.encode(flow, argument="flow")
-        flow_id, revision, _ = values.pop("id"), values["revision"], values.pop("created_at")
+        values = _FLOW.encode(flow)
+        revision = values["revision"]
         values |= {"revision": _int(revision + 1, "revision"), "updated_at": tx.now()}
-        row = tx.row(_FLOW_UPDATE, *values.values(), flow_id, revision)
+        row = tx.row(_FLOW_UPDATE, *_FLOW.changes(values), revision)
         if row is None:
-            raise RevisionMismatch(revision, _found(tx.row(_FLOW_REVISION, flow_id), "flow", flow_id)[0])
+            raise RevisionMismatch(revision, _found(tx.row(_FLOW_REVISION, values["id"]), "flow", values["id"])[0])
         return _FLOW.decode(row)
 
     @_write
@@ -2585,7 +2562,7 @@ class FlowStore(_Facet):
     @_read
     def list_events(self, tx: _Tx, flow_id: AnyId, limit: int = 100) -> list[FlowEvent]:
         """The flow's audit trail, newest first. Source: FlowStore.list_events."""
-        return _FLOW_EVENT.decode_all(tx.rows(_FLOW_EVENTS, _id(flow_id, "flow_id"), _limit(limit)))
+        return self._page(tx, _FLOW_EVENT, "id DESC", limit, flow_id=flow_id)
 
     @_write
     def update_and_append(self, tx: _Tx, flow: Flow, event_kind: str, event_payload: Json) -> tuple[Flow, FlowEvent]:
@@ -2599,39 +2576,37 @@ class FlowStore(_Facet):
         """Store a new step. Raises NotFound (flow), AlreadyExists (id, or run id in the flow). Source: insert_step."""
         flow_id, run_id = _id(_is(FlowStep, step, "step").flow_id, "flow_id"), _id(step.run_id, "run_id")
         _found(tx.row(_FLOW_REVISION, flow_id), "flow", flow_id)
-        if tx.row(_STEP_BY_RUN_ID, flow_id, run_id):
+        if self._get(tx, _STEP, flow_id=flow_id, run_id=run_id):
             raise AlreadyExists("flow step", run_id)
-        return _insert(tx, _STEP, "flow_steps", "flow step", step)
+        return _add(tx, _STEP, step)
 
     @_write
     def update_step(self, tx: _Tx, step: FlowStep) -> FlowStep:
         """Write the step; the last writer wins. Raises NotFound, AlreadyExists (run id). Source: update_step."""
-        values = _STEP.encode(step, argument="step") | {"updated_at": tx.now()}
-        step_id, run_id = values.pop("id"), values["run_id"]
-        del values["flow_id"], values["created_at"]
-        row = tx.row(_STEP_UPDATE, *values.values(), step_id, run_id)
+        values = _STEP.encode(step) | {"updated_at": tx.now()}
+        row = tx.row(_STEP_UPDATE, *_STEP.changes(values), values["run_id"])
         if row is None:
-            _found(tx.row(_STEP_BY_ID, step_id), "flow step", step_id)
-            raise AlreadyExists("flow step", run_id)
+            self._need(tx, _STEP, id=values["id"])
+            raise AlreadyExists("flow step", values["run_id"])
         return _STEP.decode(row)
 
     @_read
     def get_step(self, tx: _Tx, id: AnyId) -> FlowStep | None:
         """The step as it is now, or None. Source: FlowStore.get_step."""
-        return _STEP.maybe(tx.row(_STEP_BY_ID, _id(id, "id")))
+        return self._get(tx, _STEP, id=id)
 
     @_read
     def list_steps(self, tx: _Tx, flow_id: AnyId) -> list[FlowStep]:
         """The flow's steps, oldest `created_at` first. Source: FlowStore.list_steps."""
-        return _STEP.decode_all(tx.rows(_STEPS, _id(flow_id, "flow_id")))
+        return self._page(tx, _STEP, "created_at, id", flow_id=flow_id)
 
     @_read
     def find_step_by_run_id(self, tx: _Tx, flow_id: AnyId, run_id: AnyId) -> FlowStep | None:
         """The flow's step with this run id, or None. Source: FlowStore.find_step_by_run_id."""
-        return _STEP.maybe(tx.row(_STEP_BY_RUN_ID, _id(flow_id, "flow_id"), _id(run_id, "run_id")))
+        return self._get(tx, _STEP, flow_id=flow_id, run_id=run_id)
 
     @_steps
-    def prune_terminal_flows(self, retain_days: int) -> Generator[Any, Any, int]:
+    def prune_terminal_flows(self, retain_days: int) -> _Steps[int]:
         """Drop ended flows not updated for `retain_days` days, in small transactions; how many. Source: FlowStore."""
         age, gone = _count(retain_days, "retain_days") * 86_400_000_000, 0
         before = max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age)
@@ -2893,81 +2868,32 @@ class EventStore(_LogFacet):
         return _STORED.decode_all(tx.rows(sql.one, *behind, tenant_id, 1000))
 
 # --- the state backend ---
-_RUN_BY_ID = _Sql(_RUN.select("flowstore_runs WHERE execution_id = ? {tenant}"))
-_RUNS, _RUNS_BY_STATUS = (_Sql(_RUN.select(
-    f"flowstore_runs WHERE {which} {{tenant}} ORDER BY updated_at DESC, execution_id DESC LIMIT ? OFFSET ?"
-)) for which in ("true", "status = ?"))
-_RUN_SET_STATUS = _Sql(
-    """UPDATE flowstore_runs SET status = ?, updated_at = ?, completed_at = COALESCE(completed_at, ?)
-    WHERE execution_id = ? {tenant} RETURNING execution_id"""
-)
-_RUN_SET_STATE = _Sql(
-    "UPDATE flowstore_runs SET current_state = ?, updated_at = ? WHERE execution_id = ? {tenant} RETURNING execution_id"
-)
-_SNAPSHOT_LATEST = _Sql(_SNAPSHOT.select(
-    "flowstore_snapshots WHERE execution_id = ? AND at_sequence <= ? {tenant} ORDER BY at_sequence DESC LIMIT 1"
-))
+_SNAPSHOT_LATEST = _select(_SNAPSHOT, "ORDER BY at_sequence DESC LIMIT 1", "execution_id", "at_sequence <= ?")
 # An id is taken whoever took it: this one asks without regard to tenants.
 _SNAPSHOT_PLACE = "SELECT execution_id, at_sequence FROM flowstore_snapshots WHERE id = ?"
-_SNAPSHOT_WRITE = (
-    f"INSERT INTO flowstore_snapshots ({_SNAPSHOT.columns}, tenant_id) VALUES (?, ?, ?, ?, ?, ?) "
-    "ON CONFLICT (execution_id, at_sequence) DO UPDATE SET state = excluded.state, id = excluded.id, "
-    "created_at = excluded.created_at"
-)
+_SNAPSHOT_WRITE = _SNAPSHOT.upsert("execution_id, at_sequence")
 _SNAPSHOT_PRUNE = _Sql(
     """DELETE FROM flowstore_snapshots WHERE execution_id = ? {tenant} AND at_sequence <= (
         SELECT at_sequence FROM flowstore_snapshots WHERE execution_id = ? {tenant}
-        ORDER BY at_sequence DESC LIMIT 1 OFFSET ?)
-    RETURNING id"""
+        ORDER BY at_sequence DESC LIMIT 1 OFFSET ?) RETURNING id"""
 )
-_ITEM_BY_ID = _Sql(_ITEM.select("flowstore_work_items WHERE id = ? {tenant}"))
-_CLAIM = _Sql(
-    """UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, lease_expires_at = ?,
-        lease_fence = lease_fence + 1
-    WHERE id = ? AND status = 'pending' {tenant} RETURNING {columns}""",
-    columns=_ITEM.columns,
-)
-_EXPIRED = _Sql(_ITEM.select(
-    """flowstore_work_items WHERE queue_type = ? AND status = 'claimed' AND lease_expires_at <= ? {tenant}
-    ORDER BY lease_expires_at, id LIMIT ?"""
-))
+_CLAIM = _update(_ITEM, "status = 'claimed', worker_id = ?, lease_expires_at = ?, lease_fence = lease_fence + 1",
+                 "AND status = 'pending'", _ITEM.columns)
+_RENEW = _update(_ITEM, "lease_expires_at = ?", """AND status = 'claimed'
+                 AND lease_fence = COALESCE(?, lease_fence) AND worker_id = COALESCE(?, worker_id)""")
+_SETTLE = _update(_ITEM, "status = ?, lease_expires_at = NULL, last_error = COALESCE(?, last_error)",
+                  """AND status <> 'dead_lettered' AND status = COALESCE(?, status)
+                  AND lease_fence = COALESCE(?, lease_fence)""", _ITEM.columns)
+_UNLEASED = "attempt = ?, worker_id = NULL, lease_expires_at = NULL, last_error = COALESCE(?, last_error)"
+_RETRY = _update(_ITEM, f"status = 'pending', available_at = ?, {_UNLEASED}", returning=_ITEM.columns)
+_BURY = _update(_DEAD, f"status = 'dead_lettered', dead_lettered_at = ?, {_UNLEASED}", returning=_DEAD.columns)
+_EXPIRED = _select(_ITEM, "ORDER BY lease_expires_at, id LIMIT ?",
+                   "queue_type", "status = 'claimed'", "lease_expires_at <= ?")
 _NEXT_LEASED_QUEUE = _Sql(
     """SELECT queue_type FROM flowstore_work_items WHERE status = 'claimed' AND queue_type > ? {tenant}
     ORDER BY queue_type LIMIT 1"""
 )
-_RENEW = _Sql(
-    """UPDATE flowstore_work_items SET lease_expires_at = ?
-    WHERE id = ? AND status = 'claimed' AND lease_fence = COALESCE(?, lease_fence)
-        AND worker_id = COALESCE(?, worker_id) {tenant}
-    RETURNING lease_expires_at"""
-)
-_SETTLE = _Sql(
-    """UPDATE flowstore_work_items SET status = ?, lease_expires_at = NULL, last_error = COALESCE(?, last_error)
-    WHERE id = ? AND status <> 'dead_lettered' {tenant} RETURNING {columns}""",
-    columns=_ITEM.columns,
-)
-_SETTLE_FENCED = _Sql(
-    """UPDATE flowstore_work_items SET status = ?, lease_expires_at = NULL, last_error = COALESCE(?, last_error)
-    WHERE id = ? AND status = 'claimed' AND lease_fence = ? {tenant} RETURNING {columns}""",
-    columns=_ITEM.columns,
-)
-_RETRY = _Sql(
-    """UPDATE flowstore_work_items SET status = 'pending', attempt = ?, available_at = ?, worker_id = NULL,
-        lease_expires_at = NULL, last_error = COALESCE(?, last_error)
-    WHERE id = ? {tenant} RETURNING {columns}""",
-    columns=_ITEM.columns,
-)
-_BURY = _Sql(
-    """UPDATE flowstore_work_items SET status = 'dead_lettered', attempt = ?, dead_lettered_at = ?, worker_id = NULL,
-        lease_expires_at = NULL, last_error = COALESCE(?, last_error)
-    WHERE id = ? {tenant} RETURNING {columns}""",
-    columns=_DEAD.columns,
-)
-_DEAD_LETTERS = _Sql(_DEAD.select(
-    """flowstore_work_items WHERE status = 'dead_lettered' {tenant}
-    ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?"""
-))
-_DEFINITION_GET = _Sql(_DEFINITION.select("flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}")).one
+_DEAD_LETTERS = _select(_DEAD, "ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?", "status = 'dead_lettered'")
 _DEFINITION_DROP = _Sql("DELETE FROM flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}").one
 # Counts for a tenant's limits, made only where it has one.
 _DEFINITIONS_KEPT = _Sql("SELECT COUNT(*) FROM flowstore_definitions WHERE true {tenant}").one
@@ -2976,18 +2902,15 @@ _EFFECT_INSERT = (
     "INSERT INTO flowstore_effects (tenant_id, key, result, execution_id) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"
 )
 _EFFECT_GET = _Sql("SELECT result FROM flowstore_effects WHERE key = ? {tenant}").one
-_ARTIFACT_REF = _Sql(_ARTIFACT.select("flowstore_artifacts WHERE hash = ? {tenant}")).one
+_ARTIFACT_REF = _select(_ARTIFACT, "", "hash").one
 _ARTIFACT_GET = _Sql("SELECT data FROM flowstore_artifacts WHERE hash = ? {tenant}").one
 _TOKEN_VALID = _Sql(_TOKEN.select(
     """flowstore_tokens WHERE hash = ? AND revoked_at IS NULL AND COALESCE(expires_at > ?, true) {tenant}
     AND EXISTS (SELECT 1 FROM flowstore_tenants t WHERE t.id = tenant_id AND t.status = 'active')"""
 ))
-_REVOKE = _Sql("UPDATE flowstore_tokens SET revoked_at = COALESCE(revoked_at, ?) WHERE id = ? {tenant} RETURNING id")
-_TOKENS = _Sql(_TOKEN.select("flowstore_tokens WHERE true {tenant} ORDER BY created_at DESC, id DESC"))
-_TENANT_BY_ID = _TENANT.select("flowstore_tenants WHERE id = ?")
-_TENANT_UPDATE = f"{_TENANT.update('flowstore_tenants', 'created_at')} RETURNING {_TENANT.columns}"
-_TENANTS = _TENANT.select("flowstore_tenants ORDER BY created_at, id")
+_TENANT_UPDATE = f"{_TENANT.update} RETURNING {_TENANT.columns}"
 _RECLAIMED_PER_CLAIM = 16
+_LEASE_EXPIRED = "the lease expired"
 
 @functools.cache
 def _look_sql(queues: int) -> _Sql:
@@ -3001,15 +2924,24 @@ def _look_sql(queues: int) -> _Sql:
         FROM (VALUES {', '.join(['(?)'] * queues)}) q"""
     )
 
-@functools.cache
-def _items_sql(*filters: str) -> _Sql:
-    return _Sql(
-        f"""SELECT {_ITEM.columns} FROM flowstore_work_items WHERE true
-        {' '.join(f'AND {name} = ?' for name in filters)} {{tenant}} ORDER BY available_at, id LIMIT ? OFFSET ?"""
-    )
+def _given(**options: Any) -> dict[str, Any]:
+    """Those options that are not left out."""
+    return {name: value for name, value in options.items() if value is not None}
+
+def _claimed(item: object, fence: object = None) -> tuple[str, int | None]:
+    """The id of what is given as an item, and the fence to check: the one given, else the claimed item's own."""
+    if fence is None and isinstance(item, WorkItem):
+        fence = item.lease_fence
+    id = _id(item.id if isinstance(item, (WorkItem, DeadLetter)) else item, "item_id")
+    return id, _optional(_int, fence, "lease_fence")
 
 class StateBackend(_LogFacet):
     """Executions, queue, tenants and theirs; `for_tenant` alone isolates. Source: StateBackend, SqliteBackend."""
+
+    @property
+    def _home(self) -> str:
+        """Whose the definitions, effects, artifacts and new tokens are."""
+        return self._tenant or DEFAULT_TENANT
 
     def _admit(self, tx: _Tx, writes: bool) -> None:
         """Refuse an operation that the tenant of this view may not do."""
@@ -3019,8 +2951,7 @@ class StateBackend(_LogFacet):
 
     def _obey(self, tx: _Tx, tenant: str, limit: str, count: str, added: bool) -> None:
         """After a write: NotFound for an unregistered tenant, LimitExceeded when that was one row too many."""
-        record = _TENANT.decode(_found(tx.row(_TENANT_BY_ID, tenant), "tenant", tenant))
-        most = getattr(record.limits, limit)
+        most = getattr(self._need(tx, _TENANT, id=tenant).limits, limit)
         if added and most is not None and tx.rows(count, tenant)[0][0] > most:
             raise LimitExceeded(tenant)
 
@@ -3035,76 +2966,59 @@ class StateBackend(_LogFacet):
 
         Raises AlreadyExists for an id that has a record or is another tenant's, NotFound for an unregistered tenant,
         LimitExceeded beyond its `max_concurrent_executions`. Source: StateBackend.create_execution."""
-        now = tx.now()
-        values = _stamped(_RUN.encode(execution, argument="execution"), now, "started_at", "updated_at")
-        values["tenant_id"] = tenant = self._tenant or values["tenant_id"]
-        execution_id = values["execution_id"]
-        tx.run(_EXECUTION_INSERT, execution_id, tenant, now)
-        owner = tx.row(_EXECUTION_OWNER.all, execution_id)
-        if owner != (tenant,) or not tx.run(_RUN.insert("flowstore_runs"), *values.values()):
-            raise AlreadyExists("execution", execution_id)
-        stored = _RUN.decode(values.values())
+        stored = _add(tx, _RUN, execution, **_given(tenant_id=self._tenant))
+        id, tenant = stored.execution_id, stored.tenant_id
+        tx.run(_EXECUTION_INSERT, id, tenant, tx.now())
+        if tx.row(_EXECUTION_OWNER.all, id) != (tenant,):
+            raise AlreadyExists("execution", id)
         self._obey(tx, tenant, "max_concurrent_executions", _RUNS_OPEN, not stored.status.is_terminal)
         return stored
 
     @_read
     def get_execution(self, tx: _Tx, id: AnyId) -> WorkflowExecution | None:
         """The record of an execution, or None. Source: StateBackend.get_execution."""
-        return _RUN.maybe(self._row(tx, _RUN_BY_ID, _id(id, "id")))
+        return self._get(tx, _RUN, execution_id=_id(id, "id"))
 
     @_read
-    def list_executions(
-        self, tx: _Tx, status: ExecutionStatus | str | None = None, limit: int = 100, offset: int = 0
-    ) -> list[WorkflowExecution]:
+    def list_executions(self, tx: _Tx, status: ExecutionStatus | str | None = None, limit: int = 100,
+                        offset: int = 0) -> list[WorkflowExecution]:
         """Executions with a record, newest `updated_at` first. Source: StateBackend.list_executions."""
-        page = _limit(limit), _count(offset, "offset")
-        if status is None:
-            return _RUN.decode_all(self._rows(tx, _RUNS, *page))
-        return _RUN.decode_all(self._rows(tx, _RUNS_BY_STATUS, _enum(ExecutionStatus, status, "status").value, *page))
+        return self._page(tx, _RUN, "updated_at DESC, execution_id DESC", limit, offset, **_given(status=status))
 
     @_write
     def update_execution_status(self, tx: _Tx, id: AnyId, status: ExecutionStatus | str) -> None:
-        """Set the status and `updated_at`, and `completed_at` at the first terminal status; no transition is checked.
-
-        Raises NotFound. Source: StateBackend.update_execution_status."""
-        execution_id, new, now = _id(id, "id"), _enum(ExecutionStatus, status, "status"), tx.now()
-        done = now if new.is_terminal else None
-        _found(self._row(tx, _RUN_SET_STATUS, new.value, now, done, execution_id), "execution", execution_id)
+        """Set status, `updated_at` and, once ended, `completed_at`; no check. Raises NotFound. Source: StateBackend."""
+        new, now = _enum(ExecutionStatus, status, "status"), tx.now()
+        changes = "status = ?, updated_at = ?, completed_at = COALESCE(completed_at, ?)"
+        self._change(tx, _RUN, changes, id, new.value, now, now if new.is_terminal else None)
 
     @_write
     def update_execution_current_state(self, tx: _Tx, id: AnyId, state: Json) -> None:
-        """Replace the whole state, without a merge, and set `updated_at`.
-
-        Raises NotFound. Source: StateBackend.update_execution_current_state."""
-        execution_id, text = _id(id, "id"), _json(state, "state")
-        _found(self._row(tx, _RUN_SET_STATE, text, tx.now(), execution_id), "execution", execution_id)
+        """Replace the whole state, without a merge; sets `updated_at`. Raises NotFound. Source: StateBackend."""
+        self._change(tx, _RUN, "current_state = ?, updated_at = ?", id, _json(state, "state"), tx.now())
 
     @_write
     def patch_append_array(self, tx: _Tx, id: AnyId, key: str, value: Json) -> None:
-        """Append a value to an array in the state, making it if it is not there: one step, however many callers race.
+        """Append to an array in the state, made if it is not there: one step, however many callers race.
 
-        Raises NotFound, and InvalidData for a state that is no object or a member that is no array.
-        Source: StateBackend.patch_append_array."""
+        Raises NotFound, and InvalidData for what is no object or no array. Source: StateBackend.patch_append_array."""
         execution_id, member = _id(id, "id"), _text(key, "key")
         _json(value, "value")
-        state = _RUN.decode(_found(self._row(tx, _RUN_BY_ID, execution_id), "execution", execution_id)).current_state
+        state = self._need(tx, _RUN, execution_id=execution_id).current_state
         if not isinstance(state, dict):
             raise InvalidData(f"current_state: an array can only be kept in an object, not in {type(state).__name__}")
         array = state.setdefault(member, [])
         if not isinstance(array, list):
             raise InvalidData(f"current_state.{member}: cannot append to {type(array).__name__}")
         array.append(value)
-        self._row(tx, _RUN_SET_STATE, _json(state, "current_state"), tx.now(), execution_id)
+        text = _json(state, "current_state")
+        self._change(tx, _RUN, "current_state = ?, updated_at = ?", execution_id, text, tx.now())
 
     # --- the log ---
     @_write
-    def append_event(
-        self, tx: _Tx, execution_id: AnyId, event: Mapping[str, Json], *, expected_sequence: int | None = None,
-        event_id: AnyId | None = None
-    ) -> int:
-        """Append one event under the execution's tenant; its sequence. Otherwise as `EventStore.append`.
-
-        Raises NotFound for an unknown execution, SequenceConflict. Source: StateBackend.append_event."""
+    def append_event(self, tx: _Tx, execution_id: AnyId, event: Mapping[str, Json], *,
+                     expected_sequence: int | None = None, event_id: AnyId | None = None) -> int:
+        """`EventStore.append` under the execution's tenant. Raises NotFound, SequenceConflict. Source: append_event."""
         execution, text = _id(execution_id, "execution_id"), _event_text(event, "event")
         owner, _, last = _found(self._row(tx, _LOG_HEAD, execution), "execution", execution)
         return self._append_to(tx, execution, owner, last or 0, text, expected_sequence, event_id)
@@ -3127,14 +3041,11 @@ class StateBackend(_LogFacet):
     # --- snapshots ---
     @_write
     def write_snapshot(self, tx: _Tx, snapshot: Snapshot) -> Snapshot:
-        """Store a snapshot and return it; the same `at_sequence` again replaces.
-
-        Raises NotFound for an unknown execution, InvalidData for a sequence below 0. Source: write_snapshot."""
-        values = _stamped(_SNAPSHOT.encode(snapshot, argument="snapshot"), tx.now(), "created_at")
-        _int(values["at_sequence"], "at_sequence", 0)
-        tenant = self._owner(tx, values["execution_id"])
-        place = tx.row(_SNAPSHOT_PLACE, values["id"])
-        if place not in (None, (values["execution_id"], values["at_sequence"])):
+        """Store a snapshot; the same `at_sequence` replaces. Raises NotFound (execution). Source: write_snapshot."""
+        values = _SNAPSHOT.encode(snapshot, now=tx.now())
+        place = values["execution_id"], _int(values["at_sequence"], "at_sequence", 0)
+        tenant = self._owner(tx, place[0])
+        if tx.row(_SNAPSHOT_PLACE, values["id"]) not in (None, place):
             raise AlreadyExists("snapshot", values["id"])
         tx.run(_SNAPSHOT_WRITE, *values.values(), tenant)
         return _SNAPSHOT.decode(values.values())
@@ -3151,13 +3062,10 @@ class StateBackend(_LogFacet):
         return len(self._rows(tx, _SNAPSHOT_PRUNE, execution, execution, _count(keep, "keep")))
 
     @_steps
-    def replay(
-        self, execution_id: AnyId, reducer: Callable[[Any, StoredEvent], Any], initial: Json = None
-    ) -> Generator[Any, Any, tuple[Any, int]]:
-        """Fold `reducer(state, event)` over the events after the latest snapshot; the state and its sequence.
-
-        Starts from the snapshot's state, or from `initial` when there is none. The reducer runs outside transactions.
-        """
+    def replay(self, execution_id: AnyId, reducer: Callable[[Any, StoredEvent], Any],
+               initial: Json = None) -> _Steps[tuple[Any, int]]:
+        """Fold `reducer(state, event)`, outside transactions, over the events after the latest snapshot, beginning with
+        its state, or with `initial` when there is none; the state and its sequence."""
         state, sequence = (yield self._replay_start(execution_id)) or (initial, 0)
         while events := (yield self._chunk(execution_id, sequence, 1000)):
             for event in events:
@@ -3180,78 +3088,58 @@ class StateBackend(_LogFacet):
 
         It takes its execution's tenant and starts pending, whatever the record says. Raises NotFound for an unknown
         execution, AlreadyExists for an id that any item has or had. Source: StateBackend.enqueue_work_item."""
-        values = _stamped(_ITEM.encode(item, argument="item"), tx.now(), "created_at")
+        values = _ITEM.encode(item, now=tx.now())
         for name in ("attempt", "max_attempts"):
             _int(values[name], name, 0, 2**31 - 1)
-        values["tenant_id"] = self._owner(tx, values["execution_id"])
-        values = _stamped(values, values["created_at"], "available_at")
-        values |= dict.fromkeys(("lease_expires_at", "worker_id", "last_error"))
-        values |= {"lease_fence": 0, "status": "pending"}
-        if not tx.run(_ITEM.insert("flowstore_work_items"), *values.values()):
-            raise AlreadyExists("work item", values["id"])
-        return str(values["id"])
+        if item.available_at is None:
+            values["available_at"] = values["created_at"]
+        values |= {"lease_fence": 0, "status": "pending", "tenant_id": self._owner(tx, values["execution_id"]),
+                   "lease_expires_at": None, "worker_id": None, "last_error": None}
+        return _store(tx, _ITEM, values).id
 
     @_read
-    def get_work_item(self, tx: _Tx, item_id: AnyId | WorkItem) -> WorkItem | None:
+    def get_work_item(self, tx: _Tx, item_id: AnyItem) -> WorkItem | None:
         """The item as it is now, or None."""
-        return self._item(tx, _item_id(item_id))
-
-    def _item(self, tx: _Tx, item_id: str) -> WorkItem | None:
-        return _ITEM.maybe(self._row(tx, _ITEM_BY_ID, item_id))
+        return self._get(tx, _ITEM, id=_claimed(item_id)[0])
 
     @_read
-    def list_work_items(
-        self, tx: _Tx, *, status: WorkItemStatus | str | None = None, queue_type: AnyId | None = None, execution_id:
-        AnyId | None = None, limit: int = 100, offset: int = 0
-    ) -> list[WorkItem]:
+    def list_work_items(self, tx: _Tx, *, status: WorkItemStatus | str | None = None, queue_type: AnyId | None = None,
+                        execution_id: AnyId | None = None, limit: int = 100, offset: int = 0) -> list[WorkItem]:
         """Items, oldest `available_at` first, filtered by what is given."""
-        filters = {}
-        if status is not None:
-            filters["status"] = _enum(WorkItemStatus, status, "status").value
-        if queue_type is not None:
-            filters["queue_type"] = _id(queue_type, "queue_type")
-        if execution_id is not None:
-            filters["execution_id"] = _id(execution_id, "execution_id")
-        page = _limit(limit), _count(offset, "offset")
-        return _ITEM.decode_all(self._rows(tx, _items_sql(*filters), *filters.values(), *page))
+        filters = _given(status=status, queue_type=queue_type, execution_id=execution_id)
+        return self._page(tx, _ITEM, "available_at, id", limit, offset, **filters)
 
     @_steps
-    def claim_work_item(
-        self, worker_id: AnyId, queue_types: Sequence[AnyId], *, lease_seconds: float | None = None, wait: float = 0.0
-    ) -> Generator[Any, Any, WorkItem | None]:
+    def claim_work_item(self, worker_id: AnyId, queue_types: Sequence[AnyId], *, lease_seconds: float | None = None,
+                        wait: float = 0.0) -> _Steps[WorkItem | None]:
         """Lease the item of these queues that has been available longest, to this worker alone; None without one.
 
         The item carries a new `lease_fence`, greater than any before. First, expired leases of these queues (some of
         them, per call) are taken back. Waits up to `wait` seconds for an item, not at all inside a transaction.
         Raises InvalidData. Source: StateBackend.claim_work_item."""
         worker = _id(worker_id, "worker_id")
-        if not isinstance(queue_types, (list, tuple, set, frozenset)):
-            raise InvalidData(f"queue_types: a list of queues is needed, not {type(queue_types).__name__}")
-        queues = list({_id(queue, f"queue_types[{index}]"): None for index, queue in enumerate(queue_types)})
+        given = _is((list, tuple, set, frozenset), queue_types, "queue_types", "a list of queues")
+        queues = [*dict.fromkeys(_id(queue, f"queue_types[{index}]") for index, queue in enumerate(given))]
         lease = self._lease(lease_seconds)
         deadline = time.monotonic() + min(_seconds(wait, "wait"), threading.TIMEOUT_MAX)
+        first = True
         while True:
             seen = self._engine.commits
-            item: WorkItem | None = yield self._claim(worker, queues, lease)
-            if item is not None or not queues:
-                return item
-            while True:
-                left = deadline - time.monotonic()
-                if left <= 0 or self._engine.block() is not None:
-                    return None
-                if (yield self._claimable(queues)):
-                    break
-                yield self._engine.wait(seen, left)
-                seen = self._engine.commits
+            if first or (yield self._claimable(queues)):
+                item: WorkItem | None = yield self._claim(worker, queues, lease)
+                if item is not None or not queues:
+                    return item
+            left, first = deadline - time.monotonic(), False
+            if left <= 0 or self._engine.block() is not None:
+                return None
+            yield self._engine.wait(seen, left)
 
     @_write
     def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
-        now = tx.now()
-        expires, looks = _after(now, lease, "lease_seconds"), self._look(tx, queues, now)
+        expires, looks = _after(now := tx.now(), lease, "lease_seconds"), self._look(tx, queues, now)
         if overdue := [queue for queue, _, _, lapsed in looks if lapsed is not None]:
             for queue in overdue:
-                for row in self._rows(tx, _EXPIRED, queue, now, _RECLAIMED_PER_CLAIM):
-                    self._try_again(tx, _ITEM.decode(row), now, "the lease expired")
+                self._take_back(tx, queue, now, _RECLAIMED_PER_CLAIM)
             looks = self._look(tx, queues, now)
         heads = [(available, item_id) for _, available, item_id, _ in looks if item_id is not None]
         return _ITEM.maybe(self._row(tx, _CLAIM, worker_id, expires, min(heads)[1]) if heads else None)
@@ -3264,62 +3152,62 @@ class StateBackend(_LogFacet):
         """Whether a claim would find something to do: idle waiters look with reads and never take the writer."""
         return any(head is not None or lapsed is not None for _, _, head, lapsed in self._look(tx, queues, tx.now()))
 
+    def _take_back(self, tx: _Tx, queue: str, now: int, most: int) -> list[WorkItem | DeadLetter]:
+        """End the leases of a queue that have expired, the oldest first."""
+        expired = _ITEM.decode_all(self._rows(tx, _EXPIRED, queue, now, most))
+        return [self._try_again(tx, item, now, _LEASE_EXPIRED) for item in expired]
+
     def _backoff(self, attempt: int) -> float:
         """Seconds until the next try; the default stands in for a function that fails."""
-        seconds: object = None
-        if self._engine.options.backoff is not None:
-            with contextlib.suppress(Exception):
-                seconds = self._engine.options.backoff(attempt)
-        try:
-            return _seconds(seconds, "backoff")
-        except InvalidData:
-            return float(2 ** min(attempt, 6))
+        backoff = self._engine.options.backoff
+        with contextlib.suppress(Exception):
+            if backoff is not None:
+                return _seconds(backoff(attempt), "backoff")
+        return float(2 ** min(attempt, 6))
 
-    def _try_again(
-        self, tx: _Tx, item: WorkItem, now: int, error: str | None, delay: float | None = None
-    ) -> WorkItem | DeadLetter:
+    def _try_again(self, tx: _Tx, item: WorkItem, now: int, error: str | None,
+                   delay: float | None = None) -> WorkItem | DeadLetter:
         """Count an attempt: pending again after the delay, or a dead letter when that was the last."""
         attempt = min(item.attempt + 1, 2**31 - 1)
         if attempt >= item.max_attempts:
             return self._bury(tx, item.id, attempt, now, error)
         seconds = min(self._backoff(attempt) if delay is None else delay, (_LAST_TIME - now) / 1e6)
-        # An expired lease says less than the error of an earlier attempt.
-        last_error = None if error == "the lease expired" and item.last_error else error
-        row = self._row(tx, _RETRY, attempt, now + round(seconds * 1e6), last_error, item.id)
-        return _ITEM.decode(row or ())
+        if error == _LEASE_EXPIRED and item.last_error:
+            error = None  # it says less than the error of an earlier attempt
+        return _ITEM.decode(self._row(tx, _RETRY, now + round(seconds * 1e6), attempt, error, item.id) or ())
 
     def _bury(self, tx: _Tx, item_id: str, attempt: int, now: int, error: str | None) -> DeadLetter:
-        return _DEAD.decode(self._row(tx, _BURY, attempt, now, error, item_id) or ())
+        return _DEAD.decode(self._row(tx, _BURY, now, attempt, error, item_id) or ())
 
     @_write
-    def renew_lease(
-        self, tx: _Tx, item_id: AnyId | WorkItem, worker_id: AnyId | None = None, *, lease_fence: int | None = None,
-        lease_seconds: float | None = None
-    ) -> datetime:
+    def renew_lease(self, tx: _Tx, item_id: AnyItem, worker_id: AnyId | None = None, *,
+                    lease_fence: int | None = None, lease_seconds: float | None = None) -> datetime:
         """Lease the item anew from now on; the new expiry.
 
         Raises LeaseLost when it is not leased to this worker or under this fence, NotFound. Source: renew_lease."""
-        item, fence = _item_id(item_id), _fence(item_id, lease_fence)
+        id, fence = _claimed(item_id, lease_fence)
         if worker_id is None and isinstance(item_id, WorkItem):
             worker_id = item_id.worker_id
-        worker = None if worker_id is None else _id(worker_id, "worker_id")
+        worker = _optional(_id, worker_id, "worker_id")
         expires = _after(tx.now(), self._lease(lease_seconds), "lease_seconds")
-        if self._row(tx, _RENEW, expires, item, fence, worker) is None:
-            raise self._not_held(tx, item)
+        self._held(tx, id, self._row(tx, _RENEW, expires, id, fence, worker))
         return _datetime(expires)
 
-    def _not_held(self, tx: _Tx, item_id: str) -> FlowStoreError:
-        """Why a change of an item found nothing to change."""
-        return NotFound("work item", item_id) if self._row(tx, _ITEM_BY_ID, item_id) is None else LeaseLost(item_id)
+    def _held(self, tx: _Tx, item_id: str, row: tuple[Any, ...] | None) -> tuple[Any, ...]:
+        """What a statement returned of an item that was to be held: LeaseLost when that is nothing, NotFound."""
+        if row is None:
+            self._need(tx, _ITEM, id=item_id)
+            raise LeaseLost(item_id)
+        return row
 
     def hold(self, item: WorkItem, *, lease_seconds: float | None = None) -> Hold:
-        """A context manager that renews the item's lease in the background, every third of it, while the block runs.
+        """`with state.hold(item):` renew its lease in the background, every third of it, while the block runs.
 
         Raises LeaseLost at the end of the block if the lease was lost; `.lost` tells meanwhile."""
         return Hold(self, _is(WorkItem, item, "item"), self._lease(lease_seconds))
 
     @_steps
-    def _renew_held(self, hold: Hold) -> Generator[Any, Any, bool]:
+    def _renew_held(self, hold: Hold) -> _Steps[bool]:
         """Renew a lease; False when it cannot be, and `lost` unless the block itself has ended it."""
         try:
             hold.expires = yield self.renew_lease(hold.item, lease_seconds=hold.lease_seconds)
@@ -3336,7 +3224,7 @@ class StateBackend(_LogFacet):
         return True
 
     @_write
-    def complete_work_item(self, tx: _Tx, item_id: AnyId | WorkItem, *, lease_fence: int | None = None) -> WorkItem:
+    def complete_work_item(self, tx: _Tx, item_id: AnyItem, *, lease_fence: int | None = None) -> WorkItem:
         """The work is done: settle the item under its fence, and return it.
 
         With a fence (or the claimed item itself): LeaseLost, and nothing changed, unless claimed under that fence.
@@ -3344,45 +3232,34 @@ class StateBackend(_LogFacet):
         return self._settle(tx, WorkItemStatus.COMPLETED, item_id, lease_fence)
 
     @_write
-    def fail_work_item(
-        self, tx: _Tx, item_id: AnyId | WorkItem, error: str, *, lease_fence: int | None = None
-    ) -> WorkItem:
-        """The work failed for good: settle the item, `error` as its `last_error`, by the rules of `complete_work_item`.
-
-        It stays failed until someone calls `retry_work_item`. Source: StateBackend.fail_work_item."""
+    def fail_work_item(self, tx: _Tx, item_id: AnyItem, error: str, *, lease_fence: int | None = None) -> WorkItem:
+        """Failed until someone calls `retry_work_item`; rules as for `complete_work_item`. Source: fail_work_item."""
         return self._settle(tx, WorkItemStatus.FAILED, item_id, lease_fence, _text(error, "error"))
 
-    def _settle(
-        self, tx: _Tx, status: WorkItemStatus, item_id: AnyId | WorkItem, fence: object, error: str | None = None
-    ) -> WorkItem:
-        item, held = _item_id(item_id), _fence(item_id, fence)
-        if held is None:
-            row = self._row(tx, _SETTLE, status.value, error, item)
-        else:
-            row = self._row(tx, _SETTLE_FENCED, status.value, error, item, held)
-        if row is None:
-            raise self._not_held(tx, item)
-        return _ITEM.decode(row)
+    def _settle(self, tx: _Tx, status: WorkItemStatus, item_id: AnyItem, lease_fence: object,
+                error: str | None = None) -> WorkItem:
+        id, fence = _claimed(item_id, lease_fence)
+        needed = None if fence is None else "claimed"
+        return _ITEM.decode(self._held(tx, id, self._row(tx, _SETTLE, status.value, error, id, needed, fence)))
+
+    def _item_in(self, tx: _Tx, item_id: AnyItem, lease_fence: object, *statuses: str) -> WorkItem:
+        """The item, which is to be in one of these statuses, and under the fence: LeaseLost, NotFound."""
+        id, fence = _claimed(item_id, lease_fence)
+        item = self._need(tx, _ITEM, id=id)
+        if item.status not in statuses or fence not in (None, item.lease_fence):
+            raise LeaseLost(id)
+        return item
 
     @_write
-    def retry_work_item(
-        self, tx: _Tx, item_id: AnyId | WorkItem, error: str | None = None, *, delay: float | None = None, lease_fence:
-        int | None = None
-    ) -> WorkItem | DeadLetter:
+    def retry_work_item(self, tx: _Tx, item_id: AnyItem, error: str | None = None, *, delay: float | None = None,
+                        lease_fence: int | None = None) -> WorkItem | DeadLetter:
         """The attempt failed: pending again after `delay` seconds (None: the store's backoff), or a dead letter.
 
         Counts an attempt; the last one of `max_attempts` makes the dead letter. Raises LeaseLost unless the item is
         claimed or failed (under the fence, if one is given), NotFound."""
-        item_key, fence = _item_id(item_id), _fence(item_id, lease_fence)
-        text = None if error is None else _text(error, "error")
-        now = tx.now()
-        seconds = None if delay is None else _seconds(delay, "delay")
-        if seconds is not None:
-            _after(now, seconds, "delay")
-        item = _found(self._item(tx, item_key), "work item", item_key)
-        held = item.status in (WorkItemStatus.CLAIMED, WorkItemStatus.FAILED)
-        if not held or (fence is not None and fence != item.lease_fence):
-            raise LeaseLost(item_key)
+        text, seconds, now = _optional(_text, error, "error"), _optional(_seconds, delay, "delay"), tx.now()
+        _after(now, seconds or 0, "delay")
+        item = self._item_in(tx, item_id, lease_fence, "claimed", "failed")
         return self._try_again(tx, item, now, text, seconds)
 
     @_write
@@ -3391,29 +3268,21 @@ class StateBackend(_LogFacet):
 
         Below `max_attempts` the item is pending again after the store's backoff, else a dead letter. Claims do this
         by themselves for their queues. Source: StateBackend.reclaim_expired_leases."""
-        now, queue, result = tx.now(), "", ReclaimResult()
+        now, queue, ended = tx.now(), "", []
         while (following := self._row(tx, _NEXT_LEASED_QUEUE, queue)) is not None:
-            queue = str(following[0])
-            for row in self._rows(tx, _EXPIRED, queue, now, _INT_MAX):
-                outcome = self._try_again(tx, _ITEM.decode(row), now, "the lease expired")
-                if isinstance(outcome, DeadLetter):
-                    result.exhausted.append(outcome)
-                else:
-                    result.retryable.append(outcome)
-        return result
+            queue = following[0]
+            ended += self._take_back(tx, queue, now, _INT_MAX)
+        return ReclaimResult(retryable=[item for item in ended if isinstance(item, WorkItem)],
+                             exhausted=[item for item in ended if isinstance(item, DeadLetter)])
 
     @_write
-    def move_to_dead_letter(self, tx: _Tx, item_id: AnyId | WorkItem, last_error: str) -> DeadLetter:
-        """Give an item up: no claim finds it any more.
+    def move_to_dead_letter(self, tx: _Tx, item_id: AnyItem, last_error: str) -> DeadLetter:
+        """Give an item up: no claim finds it any more. Source: StateBackend.move_to_dead_letter.
 
-        Raises LeaseLost for a completed item, or one that is not the claim it was given as; NotFound.
-        Source: StateBackend.move_to_dead_letter."""
-        item_key, fence, error = _item_id(item_id), _fence(item_id, None), _text(last_error, "last_error")
-        item = _found(self._item(tx, item_key), "work item", item_key)
-        settled = item.status in (WorkItemStatus.COMPLETED, WorkItemStatus.DEAD_LETTERED)
-        if settled or (fence is not None and fence != item.lease_fence):
-            raise LeaseLost(item_key)
-        return self._bury(tx, item_key, item.attempt, tx.now(), error)
+        Raises LeaseLost for a completed item, or one that is not the claim it was given as; NotFound."""
+        error, unsettled = _text(last_error, "last_error"), ("pending", "claimed", "failed")
+        item = self._item_in(tx, item_id, None, *unsettled)
+        return self._bury(tx, item.id, item.attempt, tx.now(), error)
 
     @_read
     def list_dead_letters(self, tx: _Tx, limit: int = 100, offset: int = 0) -> list[DeadLetter]:
@@ -3421,26 +3290,22 @@ class StateBackend(_LogFacet):
         return _DEAD.decode_all(self._rows(tx, _DEAD_LETTERS, _limit(limit), _count(offset, "offset")))
 
     @_write
-    def requeue_dead_letter(self, tx: _Tx, item_id: AnyId | WorkItem | DeadLetter) -> WorkItem:
+    def requeue_dead_letter(self, tx: _Tx, item_id: AnyItem | DeadLetter) -> WorkItem:
         """Make a dead letter a pending item again, available now, at attempt 0. Raises NotFound for anything else."""
-        item = self._item(tx, key := _item_id(item_id))
-        if item is None or item.status is not WorkItemStatus.DEAD_LETTERED:
-            raise NotFound("dead letter", key)
-        return _ITEM.decode(self._row(tx, _RETRY, 0, tx.now(), None, key) or ())
+        item = self._need(tx, _DEAD, id=_claimed(item_id)[0], status=WorkItemStatus.DEAD_LETTERED)
+        return _ITEM.decode(self._row(tx, _RETRY, tx.now(), 0, None, item.id) or ())
 
     @_write
-    def commit_turn(
-        self, tx: _Tx, item_id: AnyId | WorkItem, lease_fence: int | None, event: Mapping[str, Json], *,
-        failed: bool = False, snapshot_state: Json = ..., effect_key: AnyId | None = None, effect: Json = None,
-        expected_sequence: int | None = None, event_id: AnyId | None = None
-    ) -> int:
+    def commit_turn(self, tx: _Tx, item_id: AnyItem, lease_fence: int | None, event: Mapping[str, Json], *,
+                    failed: bool = False, snapshot_state: Json = ..., effect_key: AnyId | None = None,
+                    effect: Json = None, expected_sequence: int | None = None, event_id: AnyId | None = None) -> int:
         """Settle the item under its fence, append the event, keep snapshot and effect where given, all or nothing.
 
         Returns the event's sequence; a known `event_id` has its own. Raises LeaseLost, NotFound, SequenceConflict."""
-        fence, text = _int(_fence(item_id, lease_fence), "lease_fence"), _event_text(event, "event")
-        if effect is not None and effect_key is None:
+        fence, text = _int(_claimed(item_id, lease_fence)[1], "lease_fence"), _event_text(event, "event")
+        key, result = _optional(_id, effect_key, "effect_key"), _json(effect, "effect")
+        if effect is not None and key is None:
             raise InvalidData("effect: it is found again by its effect_key: give one")
-        key, result = None if effect_key is None else _id(effect_key, "effect_key"), _json(effect, "effect")
         state = None if snapshot_state is ... else _json(snapshot_state, "snapshot_state")
         status = WorkItemStatus.FAILED if _bool(failed, "failed") else WorkItemStatus.COMPLETED
         item = self._settle(tx, status, item_id, fence)
@@ -3456,60 +3321,56 @@ class StateBackend(_LogFacet):
     @_write
     def store_workflow(self, tx: _Tx, definition: WorkflowDefinition) -> WorkflowDefinition:
         """Store a definition, or replace it. Raises NotFound (tenant), LimitExceeded. Source: store_workflow."""
-        values = _stamped(_DEFINITION.encode(definition, argument="definition"), tx.now(), "created_at")
-        values["tenant_id"] = tenant = self._tenant or values["tenant_id"]
+        values = _DEFINITION.encode(definition, now=tx.now()) | _given(tenant_id=self._tenant)
+        tenant = values["tenant_id"]
         replaced = tx.run(_DEFINITION_DROP, values["workflow_id"], values["version"], tenant)
-        tx.run(_DEFINITION.insert("flowstore_definitions"), *values.values())
+        stored = _store(tx, _DEFINITION, values)
         self._obey(tx, tenant, "max_workflows", _DEFINITIONS_KEPT, not replaced)
-        return _DEFINITION.decode(values.values())
+        return stored
 
     @_read
     def get_workflow(self, tx: _Tx, workflow_id: AnyId, version: str) -> WorkflowDefinition | None:
         """The definition, or None. Source: StateBackend.get_workflow."""
-        place = _id(workflow_id, "workflow_id"), _text(version, "version"), self._tenant or DEFAULT_TENANT
-        return _DEFINITION.maybe(tx.row(_DEFINITION_GET, *place))
+        return self._get(tx, _DEFINITION, workflow_id=workflow_id, version=version, tenant_id=self._home)
 
     @_write
     def record_effect(self, tx: _Tx, key: AnyId, result: Json, *, execution_id: AnyId | None = None) -> Json:
         """Keep a result if there is none under the key yet; the one that is kept. Raises NotFound (execution)."""
-        name, tenant, text = _id(key, "key"), self._tenant or DEFAULT_TENANT, _json(result, "result")
-        execution = None if execution_id is None else _id(execution_id, "execution_id")
+        name, text, execution = _id(key, "key"), _json(result, "result"), _optional(_id, execution_id, "execution_id")
         if execution is not None:
             self._owner(tx, execution)
-        tx.run(_EFFECT_INSERT, tenant, name, text, execution)
-        return _of_json(tx.rows(_EFFECT_GET, name, tenant)[0][0])
+        tx.run(_EFFECT_INSERT, self._home, name, text, execution)
+        return _of_json(tx.rows(_EFFECT_GET, name, self._home)[0][0])
 
     @_read
     def get_effect(self, tx: _Tx, key: AnyId, default: Json = None) -> Json:
         """The result kept under the key, else `default`. Source: get_tool_effect."""
-        row = tx.row(_EFFECT_GET, _id(key, "key"), self._tenant or DEFAULT_TENANT)
+        row = tx.row(_EFFECT_GET, _id(key, "key"), self._home)
         return default if row is None else _of_json(row[0])
 
     @_write
     def put_artifact(self, tx: _Tx, data: bytes, media_type: str | None = None) -> ArtifactRef:
         """Keep bytes under their SHA-256: once, however often they come, with the media type that came first."""
-        digest, tenant = hashlib.sha256(_is(bytes, data, "data")).hexdigest(), self._tenant or DEFAULT_TENANT
+        digest = hashlib.sha256(_is(bytes, data, "data")).hexdigest()
         values = _ARTIFACT.encode(ArtifactRef(hash=digest, size=len(data), media_type=media_type)).values()
-        tx.run(_ARTIFACT.insert("flowstore_artifacts", "tenant_id", "data"), *values, tenant, data)
-        return _ARTIFACT.decode(tx.rows(_ARTIFACT_REF, digest, tenant)[0])
+        tx.run(_ARTIFACT.insert, *values, self._home, data)
+        return _ARTIFACT.decode(tx.rows(_ARTIFACT_REF, digest, self._home)[0])
 
     @_read
     def get_artifact(self, tx: _Tx, hash: str) -> bytes | None:
         """The bytes with this SHA-256, in hex, or None."""
-        row = tx.row(_ARTIFACT_GET, _text(hash, "hash"), self._tenant or DEFAULT_TENANT)
+        row = tx.row(_ARTIFACT_GET, _text(hash, "hash"), self._home)
         return None if row is None else bytes(row[0])
 
     # --- tokens and tenants ---
     @_write
-    def create_token(
-        self, tx: _Tx, name: str, role: str, *, expires_at: datetime | None = None
-    ) -> tuple[str, ApiToken]:
+    def create_token(self, tx: _Tx, name: str, role: str, *,
+                     expires_at: datetime | None = None) -> tuple[str, ApiToken]:
         """A new token: its plaintext, which is not stored (its SHA-256 is), and its record. Source: create_token."""
+        token = f"fs_{os.urandom(32).hex()}"
         info = ApiToken(id=new_id(), name=name, role=role, created_at=_datetime(tx.now()), expires_at=expires_at,
-                        revoked_at=None, tenant_id=self._tenant or DEFAULT_TENANT)
-        token, values = f"fs_{os.urandom(32).hex()}", _TOKEN.encode(info).values()
-        tx.run(_TOKEN.insert("flowstore_tokens", "hash"), *values, hashlib.sha256(token.encode()).hexdigest())
-        return token, _TOKEN.decode(values)
+                        revoked_at=None, tenant_id=self._home)
+        return token, _add(tx, _TOKEN, info, hash=hashlib.sha256(token.encode()).hexdigest())
 
     @_read
     def validate_token(self, tx: _Tx, token: str) -> ApiToken | None:
@@ -3520,38 +3381,36 @@ class StateBackend(_LogFacet):
     @_write
     def revoke_token(self, tx: _Tx, token_id: AnyId) -> None:
         """Make a token invalid; again has no effect. Raises NotFound."""
-        token = _id(token_id, "token_id")
-        _found(self._row(tx, _REVOKE, tx.now(), token), "token", token)
+        self._change(tx, _TOKEN, "revoked_at = COALESCE(revoked_at, ?)", _id(token_id, "token_id"), tx.now())
 
     @_read
     def list_tokens(self, tx: _Tx) -> list[ApiToken]:
         """All tokens, revoked and expired ones too, newest first."""
-        return _TOKEN.decode_all(self._rows(tx, _TOKENS))
+        return self._page(tx, _TOKEN, "created_at DESC, id DESC")
 
     @_write
     def create_tenant(self, tx: _Tx, tenant: Tenant) -> Tenant:
         """Register a tenant. Raises AlreadyExists, in a view TenantMismatch. Source: StateBackend.create_tenant."""
         self._administer(_is(Tenant, tenant, "tenant").id)
-        return _insert(tx, _TENANT, "flowstore_tenants", "tenant", tenant)
+        return _add(tx, _TENANT, tenant)
 
     @_read
     def get_tenant(self, tx: _Tx, id: AnyId) -> Tenant | None:
         """A tenant's record, or None; a view knows its own alone. Source: StateBackend.get_tenant."""
         tenant = _id(id, "id")
-        return _TENANT.maybe(tx.row(_TENANT_BY_ID, tenant) if self._tenant in (None, tenant) else None)
+        return self._get(tx, _TENANT, id=tenant) if self._tenant in (None, tenant) else None
 
     @_read
     def list_tenants(self, tx: _Tx) -> list[Tenant]:
         """All tenants, oldest first; a view knows its own alone. Source: StateBackend.list_tenants."""
-        return _TENANT.decode_all(tx.rows(_TENANT_BY_ID, self._tenant) if self._tenant else tx.rows(_TENANTS))
+        return self._page(tx, _TENANT, "created_at, id", **_given(id=self._tenant))
 
     @_write
     def update_tenant(self, tx: _Tx, tenant: Tenant) -> Tenant:
         """Write a tenant's record. Raises NotFound, in a view TenantMismatch. Source: StateBackend.update_tenant."""
-        values = _TENANT.encode(tenant, argument="tenant") | {"updated_at": tx.now()}
-        tenant_id, _ = values.pop("id"), values.pop("created_at")
-        self._administer(tenant_id)
-        return _TENANT.decode(_found(tx.row(_TENANT_UPDATE, *values.values(), tenant_id), "tenant", tenant_id))
+        values = _TENANT.encode(tenant) | {"updated_at": tx.now()}
+        self._administer(values["id"])
+        return _TENANT.decode(_found(tx.row(_TENANT_UPDATE, *_TENANT.changes(values)), "tenant", values["id"]))
 
     def for_tenant(self, tenant_id: AnyId) -> Self:
         """The view of one tenant: the same methods, its rows alone. In a view TenantMismatch. Source: for_tenant."""
@@ -3561,15 +3420,6 @@ class StateBackend(_LogFacet):
     def _administer(self, tenant_id: AnyId) -> None:
         if self._tenant is not None:
             raise TenantMismatch(str(tenant_id), self._tenant)
-
-def _item_id(item: object) -> str:
-    return _id(item.id if isinstance(item, (WorkItem, DeadLetter)) else item, "item_id")
-
-def _fence(item: object, lease_fence: object) -> int | None:
-    """The fence to check: the one given, else the claimed item's own."""
-    if lease_fence is None:
-        return _int(item.lease_fence, "lease_fence") if isinstance(item, WorkItem) else None
-    return _int(lease_fence, "lease_fence")
 
 class Hold:
     """`with state.hold(item)`: a lease that is renewed while the block runs."""
@@ -3608,28 +3458,23 @@ class Hold:
             raise LeaseLost(self.item.id)
 
 # --- workflow persistence ---
-_INSTANCES = f"SELECT {_INSTANCE.columns} FROM workflows WHERE id IN ({{}}) ORDER BY id"
+_INSTANCES = _INSTANCE.select("workflows WHERE id IN ({}) ORDER BY id")
 _INSTANCE_BY_NAME = "SELECT id FROM workflows WHERE name = ?"
-_INSTANCE_CHANGED = tuple(name for name in _INSTANCE.names if name not in ("id", "create_time"))
-_INSTANCE_UPDATE = f"UPDATE workflows SET {' = ?, '.join(_INSTANCE_CHANGED)} = ?, stamp = ? WHERE id = ?"
 _INSTANCES_OLD = """SELECT id FROM workflows WHERE status = ? AND COALESCE(complete_time, create_time) < ?
     ORDER BY COALESCE(complete_time, create_time), id LIMIT 100"""
 _COUNTER_NEXT = """INSERT INTO flowstore_counters (definition_id, value) VALUES (?, 1)
     ON CONFLICT (definition_id) DO UPDATE SET value = flowstore_counters.value + 1 RETURNING value"""
-_POINTERS = f"""SELECT workflow_id, place, {_POINTER.columns} FROM execution_pointers WHERE workflow_id IN ({{}})
+_POINTERS = f"""SELECT {', '.join(_POINTER.written)} FROM execution_pointers WHERE workflow_id IN ({{}})
     ORDER BY workflow_id, place, id"""
-_POINTER_WRITE = f"""INSERT INTO execution_pointers (workflow_id, place, {_POINTER.columns})
-    VALUES ({', '.join('?' * (len(_POINTER.names) + 2))}) ON CONFLICT (workflow_id, id) DO UPDATE SET
-    {', '.join(f'{name} = excluded.{name}' for name in ('place', *_POINTER.names) if name != 'id')}"""
+_POINTER_WRITE = _POINTER.upsert("workflow_id, id")
 _UNHELD = "(external_token IS NULL OR external_token_expiry <= ?)"
-_HOLD_SUBSCRIPTION = f"""UPDATE event_subscriptions
-    SET external_token = ?, external_worker_id = ?, external_token_expiry = ?
-    WHERE id = ? AND terminated_at IS NULL AND {_UNHELD}"""
-_LET_GO = """UPDATE event_subscriptions SET external_token = NULL, external_worker_id = NULL,
-    external_token_expiry = NULL WHERE external_token = ? AND id = ?"""
-_SUBSCRIPTIONS = f"""SELECT {_SUBSCRIPTION.columns} FROM event_subscriptions
-    WHERE event_name = ? AND event_key = ? AND subscribe_as_of <= ? AND terminated_at IS NULL {{}}
-    ORDER BY subscribe_as_of, id LIMIT ?"""
+_HOLD_SUBSCRIPTION = _update(_SUBSCRIPTION, "external_token = ?, external_worker_id = ?, external_token_expiry = ?",
+                             f"AND terminated_at IS NULL AND {_UNHELD}")
+_LET_GO = _update(_SUBSCRIPTION, "external_token = NULL, external_worker_id = NULL, external_token_expiry = NULL",
+                  "AND external_token = ?")
+_TO_EVENT = ("event_name", "event_key", "subscribe_as_of <= ?", "terminated_at IS NULL")
+_SUBSCRIPTIONS = _select(_SUBSCRIPTION, "ORDER BY subscribe_as_of, id", *_TO_EVENT)
+_SUBSCRIPTION_OPEN = _select(_SUBSCRIPTION, "ORDER BY subscribe_as_of, id LIMIT 1", *_TO_EVENT, _UNHELD)
 # A lease that has expired holds nothing: scheduling takes it away, so that its handler's late return finds it gone.
 _FREE_COMMAND = "(scheduled_commands.lease_token IS NULL OR scheduled_commands.lease_expires_at <= ?)"
 _SCHEDULE = f"""INSERT INTO scheduled_commands (command_name, data, execute_time) VALUES (?, ?, ?)
@@ -3650,13 +3495,6 @@ _GIVE_BACK = """UPDATE scheduled_commands SET again_at = NULL, lease_token = NUL
     execute_time = CASE WHEN again_at < execute_time THEN again_at ELSE execute_time END
     WHERE lease_token = ? AND lease_expires_at > ? AND execute_time <= ?"""
 
-# What is stored with a time that defaults to now: the table, the mapper and that time, by kind.
-_TIMED: dict[str, tuple[str, _Mapper[Any], str]] = {
-    "subscription": ("event_subscriptions", _SUBSCRIPTION, "subscribe_as_of"),
-    "event": ("events", _EVENT, "event_time"),
-    "error": ("execution_errors", _ERROR, "error_time"),
-}
-
 # Whether a pointer has changed is told, for a tenth of what encoding it costs, by marshal's bytes (== would take True
 # for 1) and, for what marshal does not know, by comparing.
 _COMPARED = ("sleep_until", "start_time", "end_time", "status", "status.__class__")
@@ -3675,17 +3513,14 @@ def _fingerprints(pointers: Sequence[Any]) -> dict[Any, Any]:
     except (AttributeError, TypeError, ValueError):
         return {}
 
-def _pointer_row(pointer: ExecutionPointer, index: int) -> tuple[Any, ...]:
-    path = f"execution_pointers[{index}]"
-    return tuple(_POINTER.encode(pointer, f"{path}.", argument=path).values())
-
-def _listed(value: object, path: str) -> Sequence[Any]:
-    if not isinstance(value, (list, tuple)):
-        raise InvalidData(f"{path}: a list is needed, not {type(value).__name__}")
-    return value
+def _pointer_row(pointers: Sequence[Any], index: int) -> tuple[Any, ...]:
+    return tuple(_POINTER.encode(pointers[index], f"execution_pointers[{index}]").values())
 
 def _as_of(tx: _Tx, value: datetime | None, path: str = "as_of") -> int:
     return tx.now() if value is None else _time(value, path)
+
+def _event_until(tx: _Tx, event_name: object, event_key: object, as_of: datetime | None) -> tuple[str, str, int]:
+    return _key(event_name, "event_name"), _key(event_key, "event_key"), _as_of(tx, as_of)
 
 class PersistenceProvider(_Facet):
     """Workflow instances, events, subscriptions, commands and errors. Source: PersistenceProvider."""
@@ -3696,28 +3531,6 @@ class PersistenceProvider(_Facet):
         # of their pointers. Each write leaves a new stamp: one that still stands says all without a look.
         self._known: dict[str, tuple[int, dict[Any, Any], list[int]]] = {}
 
-    def _add(self, tx: _Tx, kind: str, record: object, path: str = "") -> str:
-        """Insert a record; its id."""
-        table, mapper, time = _TIMED[kind]
-        values = mapper.encode(record, path and f"{path}.", argument=path or kind)
-        if values[time] is None:
-            values[time] = tx.now()
-        if not tx.run(mapper.insert(table), *values.values()):
-            raise AlreadyExists(kind, values["id"])
-        return str(values.get("id"))
-
-    def _get(self, tx: _Tx, kind: str, id: AnyId) -> Any:
-        table, mapper, _ = _TIMED[kind]
-        row = tx.row(f"SELECT {mapper.columns} FROM {table} WHERE id = ?", key := _id(id, "id"))
-        if row is None:
-            raise NotFound(kind, key)
-        return mapper.decode(row)
-
-    def _change(self, tx: _Tx, kind: str, statement: str, id: AnyId, *params: Any) -> None:
-        """Run a statement whose last parameter is an id; NotFound when it finds no row."""
-        if not tx.run(statement, *params, key := _id(id, "id")):
-            raise NotFound(kind, key)
-
     # --- instances ---
     @_write
     def create_new_workflow(self, tx: _Tx, instance: WorkflowInstance) -> str:
@@ -3727,16 +3540,14 @@ class PersistenceProvider(_Facet):
         Raises AlreadyExists for a taken id or name, InvalidData."""
         if _is(WorkflowInstance, instance, "instance").id == "":
             instance = dataclasses.replace(instance, id=new_id())
-        values, stamp = _INSTANCE.encode(instance), _random_bits(62)
-        if values["create_time"] is None:
-            values["create_time"] = tx.now()
+        values = _INSTANCE.encode(instance, now=tx.now()) | {"stamp": _random_bits(62)}
         automatic, definition = not values["name"], values["workflow_definition_id"]
         while automatic and (not values["name"] or tx.row(_INSTANCE_BY_NAME, values["name"])):
             values["name"] = _key(f"{definition}-{tx.rows(_COUNTER_NEXT, definition)[0][0]}", "the automatic name")
-        if not tx.run(_INSTANCE.insert("workflows", "stamp"), *values.values(), stamp):
+        if not tx.run(_INSTANCE.insert, *values.values()):
             id_is_taken = tx.row("SELECT id FROM workflows WHERE id = ?", values["id"])
             raise AlreadyExists("workflow", values["id" if id_is_taken else "name"])
-        self._write_pointers(tx, values["id"], instance.execution_pointers, None, stamp)
+        self._write_pointers(tx, values, instance.execution_pointers, None)
         return str(values["id"])
 
     @_write
@@ -3753,49 +3564,48 @@ class PersistenceProvider(_Facet):
         """`persist_workflow`, and new subscriptions: all or none. Raises AlreadyExists. Source: WorkflowRepository."""
         self._persist(tx, instance)
         for index, subscription in enumerate(_listed(subscriptions, "subscriptions")):
-            self._add(tx, "subscription", subscription, f"subscriptions[{index}]")
+            _add(tx, _SUBSCRIPTION, subscription, f"subscriptions[{index}]")
 
     def _persist(self, tx: _Tx, instance: WorkflowInstance) -> None:
-        values, stamp = _INSTANCE.encode(instance, argument="instance"), _random_bits(62)
-        stored = tx.row("SELECT name, stamp FROM workflows WHERE id = ?", id := values["id"])
-        if stored is None:
-            raise NotFound("workflow", id)
-        values["name"] = values["name"] or stored[0]
-        if values["name"] != stored[0] and tx.row(_INSTANCE_BY_NAME, values["name"]):
+        values = _INSTANCE.encode(_is(WorkflowInstance, instance, "instance")) | {"stamp": _random_bits(62)}
+        stored = tx.row("SELECT name, stamp FROM workflows WHERE id = ?", values["id"])
+        name, stamp = _found(stored, "workflow", values["id"])
+        values["name"] = values["name"] or name
+        if values["name"] != name and tx.row(_INSTANCE_BY_NAME, values["name"]):
             raise AlreadyExists("workflow", values["name"])
-        tx.run(_INSTANCE_UPDATE, *(values[name] for name in _INSTANCE_CHANGED), stamp, id)
-        self._write_pointers(tx, id, instance.execution_pointers, stored[1], stamp)
+        tx.run(_INSTANCE.update, *_INSTANCE.changes(values))
+        self._write_pointers(tx, values, instance.execution_pointers, stamp)
 
-    def _write_pointers(self, tx: _Tx, id: str, given: object, stored_stamp: int | None, stamp: int) -> None:
+    def _write_pointers(self, tx: _Tx, values: dict[str, Any], given: object, stored_stamp: int | None) -> None:
         """Write the pointers that differ from the stored ones, which are read unless the stamp is our own."""
-        pointers = _listed(given, "execution_pointers")
+        id, pointers = values["id"], _listed(given, "execution_pointers")
         prints, (known_stamp, known, places) = _fingerprints(pointers), self._known.pop(id, (-1, {}, []))
         if known_stamp == stored_stamp and len(prints) == len(pointers) and [*known] == [*prints][: len(known)]:
             end = max(places, default=-1) + 1
             places = [*places, *range(end, end + len(prints) - len(known))]
             pairs = enumerate(itertools.zip_longest(prints.values(), known.values()))
-            rows = [(places[at], *_pointer_row(pointers[at], at)) for at, (now, before) in pairs if now != before]
+            rows = [(*_pointer_row(pointers, at), id, places[at]) for at, (now, before) in pairs if now != before]
         else:
             rows, places = self._compare(tx, id, pointers)
-        tx.run_many(_POINTER_WRITE, [(id, *row) for row in rows])
+        tx.run_many(_POINTER_WRITE, rows)
         if len(self._known) >= 16:  # a few, since they may be large
             self._known.clear()
         if len(prints) == len(pointers):
-            self._known[id] = stamp, prints, places
+            self._known[id] = values["stamp"], prints, places
 
     def _compare(self, tx: _Tx, id: str, pointers: Sequence[Any]) -> tuple[list[tuple[Any, ...]], list[int]]:
         """The rows that differ, and all places, kept while they only ever increase; pointers that are gone go."""
-        stored = {row[2]: row[1:] for row in tx.rows(_POINTERS.format("?"), id)}
+        stored = {row[0]: row for row in tx.rows(_POINTERS.format("?"), id)}
         places: dict[str, int] = {}
         rows, last = [], -1
-        for index, pointer in enumerate(pointers):
-            row = _pointer_row(pointer, index)
-            if row[0] in places:
-                raise InvalidData(f"execution_pointers[{index}].id: {row[0]!r} is another pointer's too")
-            before = stored.pop(row[0], (-1,))
-            places[row[0]] = last = max(before[0], last + 1)
-            if before != (last, *row):
-                rows.append((last, *row))
+        for index in range(len(pointers)):
+            key, *_ = row = _pointer_row(pointers, index)
+            if key in places:
+                raise InvalidData(f"execution_pointers[{index}].id: {key!r} is another pointer's too")
+            before = stored.pop(key, (-1,))
+            places[key] = last = max(before[-1], last + 1)
+            if before != (*row, id, last):
+                rows.append((*row, id, last))
         tx.run_many("DELETE FROM execution_pointers WHERE workflow_id = ? AND id = ?", [(id, gone) for gone in stored])
         return rows, [*places.values()]
 
@@ -3808,13 +3618,13 @@ class PersistenceProvider(_Facet):
     @_snapshot
     def get_workflow_instance(self, tx: _Tx, id: AnyId) -> WorkflowInstance:
         """One instance, its pointers in their order. Raises NotFound. Source: get_workflow_instance."""
-        return self._instances(tx, [_id(id, "id")], required=True)[0]
+        return _found(next(iter(self._instances(tx, [key := _id(id, "id")])), None), "workflow", key)
 
     @_snapshot
     def get_workflow_instance_by_name(self, tx: _Tx, name: str) -> WorkflowInstance:
         """One instance by its name. Raises NotFound. Source: get_workflow_instance_by_name."""
-        row = tx.row(_INSTANCE_BY_NAME, _key(name, "name"))
-        return self._instances(tx, [row[0] if row else name], required=True)[0]
+        found = self._instances(tx, [id for (id,) in tx.rows(_INSTANCE_BY_NAME, _key(name, "name"))])
+        return _found(next(iter(found), None), "workflow", name)
 
     @_snapshot
     def get_workflow_instances(self, tx: _Tx, ids: Sequence[AnyId]) -> list[WorkflowInstance]:
@@ -3822,14 +3632,12 @@ class PersistenceProvider(_Facet):
         asked = [_id(id, f"ids[{index}]") for index, id in enumerate(_listed(ids, "ids"))]
         return [one for at in range(0, len(asked), 10_000) for one in self._instances(tx, asked[at : at + 10_000])]
 
-    def _instances(self, tx: _Tx, ids: list[str], *, required: bool = False) -> list[WorkflowInstance]:
+    def _instances(self, tx: _Tx, ids: list[str]) -> list[WorkflowInstance]:
         marks = ", ".join("?" * len(ids))
         rows = {row[0]: row for row in tx.rows(_INSTANCES.format(marks), *ids)}
         pointers: dict[str, list[tuple[Any, ...]]] = {id: [] for id in rows}
         for row in tx.rows(_POINTERS.format(marks), *ids):
-            pointers[row[0]].append(row[2:])
-        if required and not rows:
-            raise NotFound("workflow", ids[0])
+            pointers[row[-2]].append(row[:-2])
         found = [_INSTANCE.decode(rows[id]) for id in ids if id in rows]
         for instance in found:
             instance.execution_pointers = _POINTER.decode_all(pointers[instance.id])
@@ -3849,11 +3657,12 @@ class PersistenceProvider(_Facet):
         """Delete an instance with all that is its own; how many rows that took."""
         of_it = ("execution_pointers", "event_subscriptions", "execution_errors")
         rows = sum(tx.run(f"DELETE FROM {table} WHERE workflow_id = ?", id) for table in of_it)
-        self._change(tx, "workflow", "DELETE FROM workflows WHERE id = ?", id)
+        if not tx.run("DELETE FROM workflows WHERE id = ?", id):
+            raise NotFound("workflow", id)
         return rows + 1
 
     @_steps
-    def purge_workflows(self, status: WorkflowStatus | str, older_than: datetime) -> Generator[Any, Any, int]:
+    def purge_workflows(self, status: WorkflowStatus | str, older_than: datetime) -> _Steps[int]:
         """Delete those of a status completed (else created) before a time; how many. Source: purge_workflows."""
         word, before, total = _enum(WorkflowStatus, status, "status").value, _time(older_than, "older_than"), 0
         while gone := (yield self._purge(word, before)):
@@ -3873,35 +3682,31 @@ class PersistenceProvider(_Facet):
     @_write
     def create_event_subscription(self, tx: _Tx, subscription: EventSubscription) -> str:
         """Store a subscription; its id. Raises AlreadyExists. Source: create_event_subscription."""
-        return self._add(tx, "subscription", subscription)
+        return _add(tx, _SUBSCRIPTION, subscription).id
 
     @_read
     def get_subscription(self, tx: _Tx, id: AnyId) -> EventSubscription:
         """A subscription, terminated ones too. Raises NotFound. Source: get_subscription."""
-        return _is(EventSubscription, self._get(tx, "subscription", id), "subscription")
+        return self._need(tx, _SUBSCRIPTION, id=id)
 
     @_write
     def terminate_subscription(self, tx: _Tx, id: AnyId) -> None:
         """End a subscription; again has no effect. Raises NotFound. Source: terminate_subscription."""
-        sql = "UPDATE event_subscriptions SET terminated_at = COALESCE(terminated_at, ?) WHERE id = ?"
-        self._change(tx, "subscription", sql, id, tx.now())
+        self._change(tx, _SUBSCRIPTION, "terminated_at = COALESCE(terminated_at, ?)", id, tx.now())
 
     @_read
-    def get_subscriptions(
-        self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
-    ) -> list[EventSubscription]:
+    def get_subscriptions(self, tx: _Tx, event_name: str, event_key: str,
+                          as_of: datetime | None = None) -> list[EventSubscription]:
         """Those to an event, begun by a time (None: now), not terminated, oldest first. Source: get_subscriptions."""
-        event = _key(event_name, "event_name"), _key(event_key, "event_key"), _as_of(tx, as_of)
-        return _SUBSCRIPTION.decode_all(tx.rows(_SUBSCRIPTIONS.format(""), *event, _INT_MAX))
+        until = _event_until(tx, event_name, event_key, as_of)
+        return _SUBSCRIPTION.decode_all(self._rows(tx, _SUBSCRIPTIONS, *until))
 
     @_read
-    def get_first_open_subscription(
-        self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
-    ) -> EventSubscription | None:
+    def get_first_open_subscription(self, tx: _Tx, event_name: str, event_key: str,
+                                    as_of: datetime | None = None) -> EventSubscription | None:
         """The oldest of them with no token, or an expired one, or None. Source: get_first_open_subscription."""
-        event = _key(event_name, "event_name"), _key(event_key, "event_key"), _as_of(tx, as_of)
-        row = tx.row(_SUBSCRIPTIONS.format(f"AND {_UNHELD}"), *event, tx.now(), 1)
-        return None if row is None else _SUBSCRIPTION.decode(row)
+        until = _event_until(tx, event_name, event_key, as_of)
+        return _SUBSCRIPTION.maybe(self._row(tx, _SUBSCRIPTION_OPEN, *until, tx.now()))
 
     @_write
     def set_subscription_token(self, tx: _Tx, id: AnyId, token: str, worker_id: AnyId, expiry: datetime) -> bool:
@@ -3909,26 +3714,26 @@ class PersistenceProvider(_Facet):
 
         False while a token that has not expired is set, even one's own. Raises NotFound if missing or terminated."""
         key, until = _id(id, "id"), _time(expiry, "expiry")
-        if tx.run(_HOLD_SUBSCRIPTION, _text(token, "token"), _id(worker_id, "worker_id"), until, key, tx.now()):
+        held = _text(token, "token"), _id(worker_id, "worker_id"), until
+        if self._row(tx, _HOLD_SUBSCRIPTION, *held, key, tx.now()):
             return True
-        if tx.row("SELECT id FROM event_subscriptions WHERE id = ? AND terminated_at IS NULL", key) is None:
-            raise NotFound("subscription", key)
-        return False
+        alive = tx.row("SELECT id FROM event_subscriptions WHERE id = ? AND terminated_at IS NULL", key)
+        return not _found(alive, "subscription", key)
 
     @_write
     def clear_subscription_token(self, tx: _Tx, id: AnyId, token: str) -> None:
         """Give a subscription back. Raises NotFound unless this is its token. Source: clear_subscription_token."""
-        self._change(tx, "subscription", _LET_GO, id, _text(token, "token"))
+        _found(self._row(tx, _LET_GO, key := _id(id, "id"), _text(token, "token")), "subscription", key)
 
     @_write
     def create_event(self, tx: _Tx, event: Event) -> str:
         """Store an event; its id. Raises AlreadyExists. Source: create_event."""
-        return self._add(tx, "event", event)
+        return _add(tx, _EVENT, event).id
 
     @_read
     def get_event(self, tx: _Tx, id: AnyId) -> Event:
         """An event. Raises NotFound. Source: get_event."""
-        return _is(Event, self._get(tx, "event", id), "event")
+        return self._need(tx, _EVENT, id=id)
 
     @_read
     def get_runnable_events(self, tx: _Tx, as_at: datetime | None = None) -> list[str]:
@@ -3939,19 +3744,19 @@ class PersistenceProvider(_Facet):
     @_read
     def get_events(self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None) -> list[str]:
         """The ids of events of a name and key up to `as_of` (None: now), oldest first. Source: get_events."""
-        event = _key(event_name, "event_name"), _key(event_key, "event_key"), _as_of(tx, as_of)
+        until = _event_until(tx, event_name, event_key, as_of)
         sql = "SELECT id FROM events WHERE event_name = ? AND event_key = ? AND event_time <= ? ORDER BY event_time, id"
-        return [id for (id,) in tx.rows(sql, *event)]
+        return [id for (id,) in tx.rows(sql, *until)]
 
     @_write
     def mark_event_processed(self, tx: _Tx, id: AnyId) -> None:
         """The event is done with. Raises NotFound. Source: mark_event_processed."""
-        self._change(tx, "event", "UPDATE events SET is_processed = 1 WHERE id = ?", id)
+        self._change(tx, _EVENT, "is_processed = 1", id)
 
     @_write
     def mark_event_unprocessed(self, tx: _Tx, id: AnyId) -> None:
         """The event is to be processed again. Raises NotFound. Source: mark_event_unprocessed."""
-        self._change(tx, "event", "UPDATE events SET is_processed = 0 WHERE id = ?", id)
+        self._change(tx, _EVENT, "is_processed = 0", id)
 
     # --- scheduled commands and errors ---
     def supports_scheduled_commands(self) -> bool:
@@ -3961,13 +3766,12 @@ class PersistenceProvider(_Facet):
     @_write
     def schedule_command(self, tx: _Tx, command: ScheduledCommand) -> None:
         """Have a command handled: one per name and data, at the earliest time asked for. Source: schedule_command."""
-        values, now = _COMMAND.encode(command, argument="command"), tx.now()
+        values, now = _COMMAND.encode(command), tx.now()
         tx.run(_SCHEDULE, *values.values(), now, now, now)
 
     @_steps
-    def process_commands(
-        self, as_of: datetime | None, handler: Callable[[ScheduledCommand], Any], *, lease_seconds: float | None = None
-    ) -> Generator[Any, Any, int]:
+    def process_commands(self, as_of: datetime | None, handler: Callable[[ScheduledCommand], Any], *,
+                         lease_seconds: float | None = None) -> _Steps[int]:
         """Handle each command due by `as_of` (None: now), soonest first, at most once; how many handlers returned.
 
         Each is leased to one caller just before `handler(command)`, outside any transaction, and removed when that
@@ -4003,9 +3807,8 @@ class PersistenceProvider(_Facet):
         return handled
 
     @_write
-    def _lease_next(
-        self, tx: _Tx, due: int, place: tuple[int, str, str], seen: set[tuple[str, str]], token: str, lease: float
-    ) -> tuple[int, str, str] | None:
+    def _lease_next(self, tx: _Tx, due: int, place: tuple[int, str, str], seen: set[tuple[str, str]], token: str,
+                    lease: float) -> tuple[int, str, str] | None:
         """Lease the first due command behind `place` that is free; its time, name and data."""
         now, found = tx.now(), place
         while (row := tx.row(_DUE, due, now, *found)) is not None:
@@ -4031,13 +3834,12 @@ class PersistenceProvider(_Facet):
     def persist_errors(self, tx: _Tx, errors: Sequence[ExecutionError]) -> None:
         """Keep errors of steps, all or none. Source: persist_errors."""
         for index, error in enumerate(_listed(errors, "errors")):
-            self._add(tx, "error", error, f"errors[{index}]")
+            _add(tx, _ERROR, error, f"errors[{index}]")
 
     @_read
     def list_errors(self, tx: _Tx, workflow_id: AnyId, limit: int = 100, offset: int = 0) -> list[ExecutionError]:
         """The errors of a workflow, newest first."""
-        sql = f"SELECT {_ERROR.columns} FROM execution_errors WHERE workflow_id = ? ORDER BY id DESC LIMIT ? OFFSET ?"
-        return _ERROR.decode_all(tx.rows(sql, _id(workflow_id, "workflow_id"), _limit(limit), _count(offset, "offset")))
+        return self._page(tx, _ERROR, "id DESC", limit, offset, workflow_id=workflow_id)
 
     @_read
     def ensure_store_exists(self, tx: _Tx) -> None:
@@ -4071,7 +3873,7 @@ class _StoreBase(_Facet):
         return f"<flowstore.{type(self).__name__} {self.target!r}{' (closed)' if self._engine.closed else ''}>"
 
     @_steps
-    def close(self) -> Generator[Any, Any, None]:
+    def close(self) -> _Steps[None]:
         """Close the store: calls under way finish, waiters and later calls get StoreClosed; again has no effect.
 
         Raises StorageError inside one's own transaction. Source: StorageBackend.shutdown."""
@@ -4079,7 +3881,7 @@ class _StoreBase(_Facet):
         yield self._engine.close()
 
     @_steps
-    def backup(self, path: str | os.PathLike[str]) -> Generator[Any, Any, None]:
+    def backup(self, path: str | os.PathLike[str]) -> _Steps[None]:
         """Copy the store to a new file while it is in use: consistent, and complete or not there at all.
 
         Raises StorageError for a path that exists, and inside one's own transaction."""
@@ -4087,7 +3889,7 @@ class _StoreBase(_Facet):
         yield self._engine.aside(self._engine.sync.backup, _path(path, "path"))
 
     @_steps
-    def check(self) -> Generator[Any, Any, list[str]]:
+    def check(self) -> _Steps[list[str]]:
         """Read the whole store and list what is wrong with it; empty when it is sound.
 
         Raises StorageError inside one's own transaction."""
@@ -4096,7 +3898,7 @@ class _StoreBase(_Facet):
         return problems
 
     @_steps
-    def compact(self) -> Generator[Any, Any, None]:
+    def compact(self) -> _Steps[None]:
         """Give unused space back to the file system and empty the write-ahead log; writers go on between its steps.
 
         Raises StoreBusy, and StorageError inside one's own transaction."""

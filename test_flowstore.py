@@ -3352,6 +3352,13 @@ def test_no_queues_give_nothing(store: Store) -> None:
     assert store.state.claim_work_item("w1", [], wait=3600) is None
 
 
+@pytest.mark.parametrize("kind", [list, tuple, set, frozenset])
+def test_queues_may_come_in_any_of_these(store: Store, kind: Callable[[list[str]], Any]) -> None:
+    item_id = enqueue(store)
+    item = store.state.claim_work_item("w1", kind(["q", "r"]))
+    assert item is not None and item.id == item_id
+
+
 def test_each_claim_of_an_item_has_a_greater_fence(store: Store, clock: Clock) -> None:
     item = claimed(store, max_attempts=100)
     fences = [item.lease_fence]
@@ -7450,7 +7457,7 @@ def test_every_cascade_has_an_index(schema: sqlite3.Connection) -> None:
 
 
 def test_a_view_finds_the_items_of_an_execution_by_the_execution(schema: sqlite3.Connection) -> None:
-    (step,) = plan(schema, flowstore._items_sql("execution_id").one)
+    (step,) = plan(schema, flowstore._select(flowstore._ITEM, "ORDER BY available_at, id LIMIT 100", "execution_id").one)
     assert "(execution_id=?)" in step
 
 
