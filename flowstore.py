@@ -3827,6 +3827,52 @@ class Store(_Facet):
         self._engine.forbid_inside("compact()")
         self._engine.compact()
 
+    @_steps
+    def prune(self, older_than: timedelta | datetime, *, dry_run: bool = False) -> Generator[Any, Any, dict[str, int]]:
+        """Drop what ended before a time, or longer ago than a span, with all that is its own; how many, by kind.
+
+        That is terminal executions and flows, completed and terminated workflows, processed events, terminated
+        subscriptions, errors, revoked and expired tokens; artifacts stay. `dry_run` only counts. It works in small
+        transactions, so that writers are never held up (inside a transaction it is part of that), and may be killed
+        between them: the next prune goes on. An execution too large for one has no record and no tenant from the first
+        on, so that nobody goes on with what is left of it. Raises InvalidData."""
+        if isinstance(older_than, timedelta):
+            age = max(timedelta(0), older_than) // _MICROSECOND
+            before = max(_FIRST_TIME, _time(self.now(), "clock()") - age)
+        else:
+            before = _time(older_than, "older_than")
+        if _bool(dry_run, "dry_run"):
+            return dict((yield self._prunable(before)))
+        counts = {name: 0 for name, *_ in _PRUNED}
+        for number, (name, *_) in enumerate(_PRUNED):
+            while any(dropped := (yield self._prune_some(number, before))):
+                counts[name] += dropped[0]
+        return counts
+
+    @_snapshot
+    def _prunable(self, tx: _Tx, before: int) -> dict[str, int]:
+        counts = {name: 0 for name, *_ in _PRUNED}
+        for name, tables, _, ended, *_ in _PRUNED:
+            sql = f"SELECT COUNT(*) FROM {tables[0]} WHERE {ended}"
+            counts[name] += tx.rows(sql, *[before] * sql.count("?"))[0][0]
+        return counts
+
+    @_write
+    def _prune_some(self, tx: _Tx, number: int, before: int) -> tuple[int, int]:
+        """Drop as much of a kind as a short transaction can: how many went whole, and how many rows that took."""
+        _, tables, key, ended, parts, in_pieces = _PRUNED[number]
+        gone = rows = 0
+        sql = f"SELECT {key} FROM {tables[0]} WHERE {ended} LIMIT {_PRUNED_AT_ONCE}"
+        for (id,) in tx.rows(sql, *[before] * sql.count("?")):
+            for part in parts:
+                rows += tx.run(part, *(id, max(0, _PRUNED_AT_ONCE - rows))[: part.count("?")])
+            if rows >= _PRUNED_AT_ONCE:
+                for statement in in_pieces:
+                    tx.run(statement, id)
+                break
+            gone, rows = gone + 1, rows + sum(tx.run(f"DELETE FROM {table} WHERE {key} = ?", id) for table in tables)
+        return gone, rows
+
     @_snapshot
     def stats(self, tx: _Tx) -> dict[str, Any]:
         """How much is in the store, as JSON values: rows, runs by status, queues, bytes. Source: health_check."""
@@ -3862,6 +3908,45 @@ def _problems(tx: _Tx) -> list[str]:
         raise
     except StorageError as error:
         return [str(error)]
+
+def _some(table: str, owner: str, key: str = "id", order: str = "") -> str:
+    """A statement that drops some rows of one owner: its id, and how many at most."""
+    return (f"DELETE FROM {table} WHERE {key} IN "
+            f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)")
+
+# The log goes from its end, so that what is left of it never has a gap. The row with the highest position of all stays
+# as one of no execution until there is a higher one: its position must not be given again.
+_OF_EXECUTION = (
+    _some("flowstore_work_items", "execution_id"),
+    _some("flowstore_effects", "execution_id", "(tenant_id, key)"),
+    _some("flowstore_snapshots", "execution_id"),
+    """UPDATE flowstore_log SET execution_id = '', sequence = position, tenant_id = '', event = '{}', event_id = NULL
+        WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
+    "DELETE FROM flowstore_log WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)",
+    _some("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC"),
+)
+# What prune() drops: the kind, the tables it has a row in, by which key, which rows of the first have ended, what goes
+# before them, and what is done to one that is left in pieces, lest someone goes on with the whole that he knows. What
+# may belong to others comes first, and is counted as what it is.
+_PRUNED: tuple[tuple[str, tuple[str, ...], str, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("errors", ("execution_errors",), "id", "error_time < ?", (), ()),
+    ("subscriptions", ("event_subscriptions",), "id", "terminated_at < ?", (), ()),
+    ("events", ("events",), "id", "is_processed = 1 AND event_time < ?", (), ()),
+    ("tokens", ("flowstore_tokens",), "id", "created_at <= ? AND (revoked_at < ? OR expires_at < ?)", (), ()),
+    ("workflows", ("workflows",), "id",
+     "status IN ('Complete', 'Terminated') AND COALESCE(complete_time, create_time) < ?",
+     (_some("execution_errors", "workflow_id"), _some("event_subscriptions", "workflow_id"),
+      _some("execution_pointers", "workflow_id", "(workflow_id, id)")),
+     ("UPDATE workflows SET stamp = stamp - 1 WHERE id = ?",)),
+    ("flows", ("flows",), "id", "status IN ('cancelled', 'finished', 'failed') AND updated_at < ?",
+     (_some("flow_events", "flow_id"), _some("flow_steps", "flow_id")),
+     ("UPDATE flows SET revision = revision + 1 WHERE id = ?",)),
+    ("executions", ("flowstore_runs", "flowstore_executions"), "execution_id",
+     "status IN ('completed', 'failed', 'cancelled', 'limit_exceeded') AND updated_at < ?", _OF_EXECUTION,
+     ("UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?",
+      "DELETE FROM flowstore_runs WHERE execution_id = ?")),
+    ("executions", ("flowstore_executions",), "execution_id", "tenant_id = ''", _OF_EXECUTION, ()),
+)
 
 def _path(path: object, argument: str) -> str:
     """An absolute path: what is opened again later must not depend on the working directory."""
