@@ -34,7 +34,7 @@ The chapters, each resting only on those above it:
     Engine        SQLite: connections, transactions, group commit, waiting, fork
     Facets        FlowStore, EventStore, StateBackend, PersistenceProvider
     Store         what open() returns
-    Command line  selftest, demo, bench, check, backup, compact
+    Command line  selftest, demo, bench, check, backup, prune, compact
 """
 
 from __future__ import annotations
@@ -4030,7 +4030,7 @@ __all__ += ["DEFAULT_TENANT"]
 
 
 # ============================================================================================================
-# Command line: selftest, demo, bench, check, backup, compact
+# Command line: selftest, demo, bench, check, backup, prune, compact
 # ============================================================================================================
 
 # What only commands need is imported in them: who imports this module for its store does not pay for it.
@@ -4114,6 +4114,43 @@ def _selftest_writer(target: str, run: str) -> int:
         while True:
             print(store.events.append(run, "default", {"type": "custom", "text": "child"}), flush=True)
 
+class _Selftest:
+    """A store to try the promises on, a file beside it for those that set the clock, and which were kept so far."""
+
+    def __init__(self, store: Store, folder: str) -> None:
+        self.store, self.folder, self.path = store, folder, os.path.join(folder, "other.db")
+        self.now, self.kept, self.notes = datetime.now(UTC), list[bool](), list[str]()
+
+    @contextlib.contextmanager
+    def promise(self, text: str) -> Iterator[str]:
+        """Say whether the block kept the promise; it has an execution of its own, its log at 1, to try it on."""
+        try:
+            self.notes.clear()
+            self.append(run := new_id(), "begin")
+            ended = WorkflowExecution(execution_id=run, workflow_id="selftest", status=ExecutionStatus.COMPLETED)
+            self.store.state.create_execution(ended)  # so that a prune of the user's store takes it away
+            yield run
+            self.kept.append(True)
+        except Exception as error:  # the other promises are still worth a try
+            self.kept.append(False)
+            self.notes[:] = [type(error).__name__, *str(error).split()]
+        notes = f" ({' '.join(self.notes)})" if self.notes else ""
+        print("ok  " if self.kept[-1] else "FAIL", text + notes, flush=True)
+
+    def append(self, run: str, text: str, to: Store | None = None, **options: Any) -> int:
+        """Append an event with a text."""
+        return (to or self.store).events.append(run, "default", {"type": "custom", "text": text}, **options)
+
+    def expect_log(self, run: str, *texts: str) -> None:
+        """The log has to hold, without a gap and in any order, events of these texts behind its first."""
+        stored = self.store.events.load_events(run)
+        _expect([event.sequence for event in stored], list(range(1, len(texts) + 2)))
+        _expect(sorted(event.event["text"] for event in stored), sorted(["begin", *texts]))
+
+    def other(self, target: str | None = None) -> Store:
+        """The file beside it, or a target, under the clock that the promises set."""
+        return open(target or self.path, backoff=lambda attempt: 0, clock=lambda: self.now)
+
 def _selftest(args: Any) -> int:
     """Try every promise, a line each, and say how many passed and failed."""
     import tempfile
@@ -4121,145 +4158,128 @@ def _selftest(args: Any) -> int:
         return _complain("--target: a file is needed, other processes cannot see a store in memory", 2)
     with (tempfile.TemporaryDirectory(prefix="flowstore-", ignore_cleanup_errors=True) as folder,
           open(args.target or os.path.join(folder, "selftest.db")) as store):
-        return _selftest_promises(store, folder)
+        test = _Selftest(store, folder)
+        for part in (_selftest_log, _selftest_queue, _selftest_facets, _selftest_processes):
+            part(test)
+    print(f"{sum(test.kept)} passed, {len(test.kept) - sum(test.kept)} failed")
+    return 0 if all(test.kept) else 1
 
-def _selftest_promises(store: Store, folder: str) -> int:
-    """Each promise and a block that fails unless it holds; returns the exit status."""
-    state: Any = store.state
-    target, kept, notes = store.target, list[bool](), list[str]()
-    def append(run: str, text: str, to: Store = store, **options: Any) -> int:
-        return to.events.append(run, "default", {"type": "custom", "text": text}, **options)
-    def expect_log(run: str, *texts: str) -> None:
-        """The log has to hold, without a gap and in any order, events of these texts behind its first."""
-        stored = store.events.load_events(run)
-        _expect([event.sequence for event in stored], list(range(1, len(texts) + 2)))
-        _expect(sorted(event.event["text"] for event in stored), sorted(["begin", *texts]))
-    @contextlib.contextmanager
-    def promise(text: str) -> Iterator[str]:
-        """Say whether the block kept the promise; it has an execution of its own, its log at 1, to try it on."""
-        try:
-            notes.clear()
-            append(run := new_id(), "begin")
-            state.create_execution(WorkflowExecution(execution_id=run, workflow_id="selftest"))
-            state.update_execution_status(run, "completed")  # so that a prune of the user's store takes it away
-            yield run
-            kept.append(True)
-        except Exception as error:  # the other promises are still worth a try
-            kept.append(False)
-            notes[:] = [type(error).__name__, *str(error).split()]
-        print("ok  " if kept[-1] else "FAIL", text + (f" ({' '.join(notes)})" if notes else ""), flush=True)
-    with promise("sqlite: its version and threading mode will do"):
+def _selftest_log(test: _Selftest) -> None:
+    with test.promise("sqlite: its version and threading mode will do"):
         mode = "serialized" if sqlite3.threadsafety == 3 else "multi-thread"
-        notes.append(f"{sqlite3.sqlite_version}, {mode}, Python {sys.version.split()[0]}")
+        test.notes.append(f"{sqlite3.sqlite_version}, {mode}, Python {sys.version.split()[0]}")
         _expect((sqlite3.sqlite_version_info >= (3, 35), sqlite3.threadsafety > 0), (True, True))
-    with promise("file: WAL works on this file system, and a commit waits until the disk has it") as run:
-        with store.transaction() as tx:
+    with test.promise("file: WAL works on this file system, and a commit waits until the disk has it") as run:
+        with test.store.transaction() as tx:
             modes = tx.execute("SELECT journal_mode, synchronous FROM pragma_journal_mode, pragma_synchronous")
         _expect(tuple(modes[0]), ("wal", 2))
         start = time.perf_counter()
-        expect_log(run, *(f"event {append(run, f'event {number}')}" for number in range(2, 12)))
-        notes.append(f"synchronous FULL, {(time.perf_counter() - start) * 100:.2f} ms each")
-    with promise("log: 8 threads append to one execution without gap or loss") as run:
-        told = _in_threads(8, lambda _: [append(run, "\u00e9") for _ in range(10)])
+        test.expect_log(run, *(f"event {test.append(run, f'event {number}')}" for number in range(2, 12)))
+        test.notes.append(f"synchronous FULL, {(time.perf_counter() - start) * 100:.2f} ms each")
+    with test.promise("log: 8 threads append to one execution without gap or loss") as run:
+        told = _in_threads(8, lambda _: [test.append(run, "\u00e9") for _ in range(10)])
         _expect(sorted(sequence for some in told for sequence in some), list(range(2, 82)))
-        expect_log(run, *["\u00e9"] * 80)
-    with promise("log: expected_sequence refuses what comes too late, event_id what comes twice") as run:
-        _expect([append(run, "once", event_id="id-" + run, expected_sequence=1) for _ in range(3)], [2, 2, 2])
-        _expect_error(SequenceConflict, append, run, "late", expected_sequence=1)
-        expect_log(run, "once")
-    with promise("transaction: all or nothing, over log, queue and your own tables; a nested one alone") as run:
+        test.expect_log(run, *["\u00e9"] * 80)
+    with test.promise("log: expected_sequence refuses what comes too late, event_id what comes twice") as run:
+        _expect([test.append(run, "once", event_id="id-" + run, expected_sequence=1) for _ in range(3)], [2, 2, 2])
+        _expect_error(SequenceConflict, test.append, run, "late", expected_sequence=1)
+        test.expect_log(run, "once")
+    with test.promise("transaction: all or nothing, over log, queue and your own tables; a nested one alone") as run:
         table = f"selftest_{run.replace('-', '_')}"
-        with store.transaction() as tx:
-            append(run, "outer")
-            with contextlib.suppress(KeyError), store.transaction():
+        with test.store.transaction() as tx:
+            test.append(run, "outer")
+            with contextlib.suppress(KeyError), test.store.transaction():
                 tx.execute(f"CREATE TABLE {table} (total INTEGER)")
-                state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run))
+                test.store.state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run))
                 raise KeyError
             _expect_error(StorageError, tx.execute, f"SELECT total FROM {table}")
-        with contextlib.suppress(KeyError), store.transaction():
-            append(run, "undone")
+        with contextlib.suppress(KeyError), test.store.transaction():
+            test.append(run, "undone")
             raise KeyError
-        _expect(state.list_work_items(queue_type=run), [])
-        expect_log(run, "outer")
-    with promise("queue: 8 threads claim every item exactly once") as run:
+        _expect(test.store.state.list_work_items(queue_type=run), [])
+        test.expect_log(run, "outer")
+
+def _selftest_queue(test: _Selftest) -> None:
+    state: Any = test.store.state
+    with test.promise("queue: 8 threads claim every item exactly once") as run:
         wanted = [state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run)) for _ in range(40)]
         claims = _in_threads(8, lambda _: [state.claim_work_item("worker", [run]) for _ in range(5)])
         _expect(sorted(state.complete_work_item(item).id for some in claims for item in some), sorted(wanted))
-    now, path, copy = [datetime.now(UTC)], os.path.join(folder, "other.db"), os.path.join(folder, "copy.db")
-    later = functools.partial(open, backoff=lambda attempt: 0, clock=lambda: now[0])
-    with promise("lease: an expired one is taken over, and its stale fence is refused") as run, later(target) as other:
+    with (test.promise("lease: an expired one is taken over, and its stale fence is refused") as run,
+          test.other(test.store.target) as other):
         state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run))
         first = state.claim_work_item("worker-1", [run])
-        now[0] += timedelta(days=1)
+        test.now += timedelta(days=1)
         second: Any = other.state.claim_work_item("worker-2", [run], wait=5)
         _expect(second.lease_fence > first.lease_fence, True)
         _expect_error(LeaseLost, state.complete_work_item, first)
         _expect(other.state.complete_work_item(second).status, "completed")
-    with promise("lease: each expiry counts as an attempt; a poison item ends as a dead letter"), later(path) as other:
-        append("run", "begin", other)
+    with test.promise("lease: each expiry counts as an attempt, the last ends as a dead letter"), test.other() as other:
+        test.append("run", "begin", other)
         other.state.enqueue_work_item(WorkItem(id="poison", execution_id="run", queue_type="queue"))
         for attempt in range(3):
             _expect((item := other.state.claim_work_item("worker", ["queue"])) and item.attempt, attempt)
-            now[0] += timedelta(days=1)
+            test.now += timedelta(days=1)
             other.state.reclaim_expired_leases()
         _expect([letter.id for letter in other.state.list_dead_letters()], ["poison"])
-    with promise("snapshot: replay goes on from the latest one") as run:
-        _expect([append(run, text) for text in "bc"], [2, 3])
-        state.write_snapshot(Snapshot(execution_id=run, at_sequence=2, state="AB"))
-        _expect(state.replay(run, lambda state, stored: state + stored.event["text"]), ("ABc", 3))
-    with promise("flow: a stale revision is refused, and its event with it"), later(path) as other:
+
+def _selftest_facets(test: _Selftest) -> None:
+    with test.promise("snapshot: replay goes on from the latest one") as run:
+        _expect([test.append(run, text) for text in "bc"], [2, 3])
+        test.store.state.write_snapshot(Snapshot(execution_id=run, at_sequence=2, state="AB"))
+        _expect(test.store.state.replay(run, lambda state, stored: state + stored.event["text"]), ("ABc", 3))
+    with test.promise("flow: a stale revision is refused, and its event with it"), test.other() as other:
         flow = other.flows.insert(Flow())
         other.flows.update_and_append(flow, "begun", {})
         _expect_error(RevisionMismatch, other.flows.update_and_append, flow, "late", {})
         _expect([entry.kind for entry in other.flows.list_events(flow.id)], ["begun"])
-    with promise("tenant: a view shows nothing of another's, and a token tells its tenant"), later(path) as other:
+    with test.promise("tenant: a view shows nothing of another's, and a token tells its tenant"), test.other() as other:
         other.state.create_tenant(Tenant(id="acme"))
         acme: Any = other.state.for_tenant("acme")
         _expect((acme.get_events("run"), acme.list_dead_letters()), ([], []))
         _expect(acme.validate_token(acme.create_token("ci", "worker")[0]).tenant_id, "acme")
-    with promise("workflow: one of 8 hosts gets a subscription; a command is handled once"), later(path) as other:
-        host = other.workflows
+    with test.promise("workflow: one of 8 hosts gets a subscription; a command is handled once"), test.other() as other:
+        host, until = other.workflows, test.now + timedelta(days=1)
         key = host.create_event_subscription(EventSubscription(
             workflow_id="run", step_id=0, execution_pointer_id="pointer", event_name="event", event_key="key"))
-        until = now[0] + timedelta(days=1)
         _expect(sum(_in_threads(8, lambda number: host.set_subscription_token(key, str(number), "host", until))), 1)
         host.schedule_command(ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=key, execute_time=0))
         _expect([host.process_commands(None, lambda command: None) for _ in range(2)], [1, 0])
-    with promise("crash: what a process was told is stored survives its kill") as run:
-        with _spawn("selftest-writer", target, run) as child:
+
+def _selftest_processes(test: _Selftest) -> None:
+    with test.promise("crash: what a process was told is stored survives its kill") as run:
+        with _spawn("selftest-writer", test.store.target, run) as child:
             told_of = [int(child.stdout.readline()) for _ in range(20)]
             child.kill()
             told_of += [int(line) for line in child.stdout if line.endswith("\n")]
-        stored = store.events.count_events(run)
+        stored = test.store.events.count_events(run)
         _expect((told_of, stored >= told_of[-1]), (list(range(2, len(told_of) + 2)), True))
-        notes.append(f"killed after {len(told_of)} appends")
-        expect_log(run, *["child"] * (stored - 1))
+        test.notes.append(f"killed after {len(told_of)} appends")
+        test.expect_log(run, *["child"] * (stored - 1))
     if hasattr(os, "fork"):
-        with promise("fork: both sides go on, and nothing is lost") as run, open(target) as other:
-            append(run, "before", other)
+        with test.promise("fork: both sides go on, and nothing is lost") as run, open(test.store.target) as other:
+            test.append(run, "before", other)
             if (pid := os.fork()) == 0:
                 try:
-                    os._exit(append(run, "child", other) < 3)
+                    os._exit(test.append(run, "child", other) < 3)
                 finally:
                     os._exit(1)  # past every `finally` of the parent's
-            append(run, "parent", other)
+            test.append(run, "parent", other)
             _expect(os.waitpid(pid, 0)[1], 0)
-            expect_log(run, "before", "child", "parent")
-    with promise("file: opened again, or as a backup made while in use, it is sound and holds the same"):
-        with open(path) as other:
-            other.backup(copy)
+            test.expect_log(run, "before", "child", "parent")
+    with test.promise("file: opened again, or as a backup made while in use, it is sound and holds the same"):
+        with open(test.path) as other:
+            other.backup(copy := os.path.join(test.folder, "copy.db"))
             _expect_error(StorageError, other.backup, copy)
             written = other.events.load_events("run")
-        for again in (path, copy):
+        for again in (test.path, copy):
             with open(again, read_only=True) as other:
                 _expect((other.check(), other.events.load_events("run")), ([], written))
-    with promise("errors: bad input is refused in one line, and nothing is written") as run:
+    with test.promise("errors: bad input is refused in one line, and nothing is written") as run:
         for bad in ({"type": "custom", "x": [float("nan")]}, {"type": "custom", "x": object()}, {"type": ""}):
-            _expect_error(InvalidData, store.events.append, run, "default", bad)
-        _expect_error(StorageError, open, folder)
-        expect_log(run)
-    print(f"{sum(kept)} passed, {len(kept) - sum(kept)} failed")
-    return 0 if all(kept) else 1
+            _expect_error(InvalidData, test.store.events.append, run, "default", bad)
+        _expect_error(StorageError, open, test.folder)
+        test.expect_log(run)
 
 # --- demo: a durable pipeline over real files, one of whose workers is killed ---
 def _demo(args: Any) -> int:
@@ -4563,7 +4583,7 @@ def _bench_writer(target: str, seconds: float) -> list[float]:
         def write(_: int) -> list[float]:
             run, waits, end = new_id(), list[float](), time.monotonic() + seconds
             while time.monotonic() < end:
-                waits.append(_ms(lambda: store.events.append(run, "default", {"type": "step_completed", "x": "x" * 230})))
+                waits.append(_ms(lambda: store.events.append(run, "default", {"type": "custom", "text": "x" * 225})))
             return waits
         return list(itertools.chain(*_in_threads(4, write)))
 
@@ -4679,7 +4699,7 @@ def _file_system(folder: str) -> str:
         return max((at, kind) for at, kind in found if os.path.commonpath([os.path.realpath(folder), at]) == at)[1]
     return "an unknown file system"
 
-# --- check, backup, compact ---
+# --- check, backup, compact, prune ---
 def _check(args: Any) -> int:
     """Print the problems of a store; status 1 when there are any."""
     with open(args.store, read_only=True) as store:
@@ -4695,13 +4715,40 @@ def _backup(args: Any) -> int:
     print(f"{args.path}: {os.path.getsize(args.path):,} bytes")
     return 0
 
+def _existing(target: str) -> Store:
+    """Open a store to change it: a mistyped name must not make a new one."""
+    with contextlib.suppress(SchemaError):  # an older schema is fine: opening it to write upgrades it
+        open(target, read_only=True).close()
+    return open(target)
+
 def _compact(args: Any) -> int:
     """Shrink a store's file, and say to what."""
-    with contextlib.suppress(SchemaError):  # an older schema is fine: opening it to write upgrades it
-        open(args.store, read_only=True).close()  # a mistyped name must not make a new store
-    with open(args.store) as store:
+    with _existing(args.store) as store:
         store.compact()
         print(f"{args.store}: {store.stats()['file_bytes']:,} bytes")
+    return 0
+
+def _prune(args: Any) -> int:
+    """Drop what has ended, with a bar on a terminal, and say how much that was."""
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+    if (age := re.fullmatch(r"([0-9]{1,6})([smhdw])", args.older_than)) is None:
+        return _complain("--older-than: a number with s, m, h, d or w behind it is needed, as in 30d", 2)
+    older_than = timedelta(**{units[age[2]]: int(age[1])})
+    with _existing(args.store) as store:
+        counts = store.prune(older_than, dry_run=True)
+        steps, done, dropped, total = inspect.unwrap(Store.prune)(store, older_than), 0, None, sum(counts.values())
+        try:
+            while not args.dry_run:
+                dropped = steps.send(dropped)
+                done += dropped[0]
+                _bar(sys.stderr, done, total, "pruned")
+        except StopIteration as end:
+            counts = end.value
+        finally:
+            _bar(sys.stderr)
+    text = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    result = {"store": args.store, "dry_run": args.dry_run, "pruned": counts}
+    print(json.dumps(result) if args.json else f"{args.store}: {text} {'would go' if args.dry_run else 'are gone'}")
     return 0
 
 # Each command: the function, which returns the exit status, what it is about, and its arguments as argparse has them.
@@ -4719,6 +4766,9 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, dict[str, dict[str, Any]]]
         "--quick": {"action": "store_true", "help": "under 30 s, with 100,000 items for 1,000,000"}}),
     "check": (_check, "read the whole store and list what is wrong with it", _STORE | _JSON_OUT),
     "backup": (_backup, "copy a store, also one in use, into a new file", _STORE | {"path": {"metavar": "FILE"}}),
+    "prune": (_prune, "drop what has ended long enough ago", _STORE | _JSON_OUT | {
+        "--older-than": {"required": True, "metavar": "AGE", "help": "as 90s, 45m, 12h, 30d or 8w"},
+        "--dry-run": {"action": "store_true", "help": "only count"}}),
     "compact": (_compact, "give space that a store no longer needs back to the file system", _STORE),
 }
 _HELPERS: dict[str, Callable[..., int]] = {"demo-worker": _demo_worker, "selftest-writer": _selftest_writer}

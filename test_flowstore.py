@@ -9457,6 +9457,8 @@ def test_demo_goes_on_where_it_was_killed(tmp_path: Path, files: Path) -> None:
         (["check", "text.txt"], 1), (["check", "missing.db"], 1), (["check", "no/such/folder.db"], 1),
         (["backup", "app.db", "app.db"], 1), (["check", "ftp://host/app.db"], 1), (["check", "sqlite:app.db?x=1"], 1),
         (["compact", "text.txt"], 1), (["selftest", "--target", "."], 1),
+        (["prune", "app.db"], 2), (["prune", "app.db", "--older-than", "30"], 2), (["bench", "--target", ":memory:"], 2),
+        (["prune", "app.db", "--older-than", "-1d"], 2), (["prune", "missing.db", "--older-than", "1d"], 1),
     ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path, arguments: list[str], status: int) -> None:
@@ -9481,6 +9483,59 @@ def test_check_backup_and_compact_from_the_command_line(tmp_path: Path) -> None:
     plain.commit()
     plain.close()
     assert "'e' has a gap" in run("check", "copy.db", cwd=tmp_path, status=1).stdout
+
+
+def test_prune_from_the_command_line(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "app.db", clock=lambda: datetime(2000, 1, 1, tzinfo=UTC)) as store:
+        for number in range(3):
+            run_with(store.state, f"e{number}", status="failed")
+        store.events.append("open", "default", EVENT)
+    said = run("prune", "app.db", "--older-than", "999999d", cwd=tmp_path).stdout
+    assert said == "app.db: 0 errors, 0 subscriptions, 0 events, 0 tokens, 0 workflows, 0 flows, 0 executions are gone\n"
+    for _ in range(2):
+        dry = json.loads(run("prune", "app.db", "--older-than", "30d", "--dry-run", "--json", cwd=tmp_path).stdout)
+        assert (dry["dry_run"], dry["pruned"]["executions"]) == (True, 3)
+    done = json.loads(run("prune", "app.db", "--older-than", "30d", "--json", cwd=tmp_path).stdout)
+    assert done == dry | {"dry_run": False}
+    with flowstore.open(tmp_path / "app.db") as store:
+        assert store.events.list_executions() == ["open"] and store.check() == []
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this platform has no terminals to open")
+def test_prune_shows_a_bar_on_a_terminal_and_clears_it(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "app.db", clock=lambda: datetime(2000, 1, 1, tzinfo=UTC)) as store:
+        for _ in range(3):
+            store.flows.insert(Flow(status=FlowStatus.FAILED))
+    ours, theirs = os.openpty()
+    command = [sys.executable, flowstore.__file__, "prune", "app.db", "--older-than", "1d"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
+    os.close(theirs)
+    drawn = os.read(ours, 4096).decode()
+    os.close(ours)
+    assert done.returncode == 0 and "3 flows" in done.stdout
+    assert "3/3 pruned" in drawn and drawn.endswith("\r")
+    assert drawn.rstrip("\r").rpartition("\r")[2].strip() == ""
+
+
+def test_every_row_of_the_bench_measures_something_and_one_that_misses_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begin = flowstore._Bench.__init__
+
+    def tiny(self: flowstore._Bench, quick: bool) -> None:
+        begin(self, quick)
+        self.rounds, self.seconds, self.depth = 1, 0.01, 500
+
+    monkeypatch.setattr(flowstore._Bench, "__init__", tiny)
+    monkeypatch.setitem(flowstore._ROWS, "never", (lambda on: flowstore._under(1, "ms", [2, 1, 3]),))
+    assert flowstore.main(["bench", "--json", "--target", str(tmp_path / "app.db")]) == 1
+    found = json.loads(capfd.readouterr().out)
+    assert len(found["rows"]) == len(flowstore._ROWS) >= 16
+    assert all(row["measured"] and row["said"] for row in found["rows"])
+    assert all(row["measured"][0] > 0 for row in found["rows"] if row["name"].startswith(("dur", "app", "load", "claim")))
+    assert found["rows"][-1] == {"name": "never", "holds": False, "said": "2.0 ms (under 1)", "measured": [2]}
+    assert found["holds"] is False
+    assert "SQLite" in found["machine"] and list(tmp_path.iterdir()) == []
 
 
 def test_version_is_the_modules(tmp_path: Path) -> None:
