@@ -4159,15 +4159,14 @@ def _selftest(args: Any) -> int:
     with (tempfile.TemporaryDirectory(prefix="flowstore-", ignore_cleanup_errors=True) as folder,
           open(args.target or os.path.join(folder, "selftest.db")) as store):
         test = _Selftest(store, folder)
-        for part in (_selftest_log, _selftest_queue, _selftest_facets, _selftest_processes):
+        for part in (_selftest_log, _selftest_facets, _selftest_processes):
             part(test)
     print(f"{sum(test.kept)} passed, {len(test.kept) - sum(test.kept)} failed")
     return 0 if all(test.kept) else 1
 
 def _selftest_log(test: _Selftest) -> None:
     with test.promise("sqlite: its version and threading mode will do"):
-        mode = "serialized" if sqlite3.threadsafety == 3 else "multi-thread"
-        test.notes.append(f"{sqlite3.sqlite_version}, {mode}, Python {sys.version.split()[0]}")
+        test.notes.append(f"{sqlite3.sqlite_version}, level {sqlite3.threadsafety}, Python {sys.version.split()[0]}")
         _expect((sqlite3.sqlite_version_info >= (3, 35), sqlite3.threadsafety > 0), (True, True))
     with test.promise("file: WAL works on this file system, and a commit waits until the disk has it") as run:
         with test.store.transaction() as tx:
@@ -4190,16 +4189,14 @@ def _selftest_log(test: _Selftest) -> None:
             test.append(run, "outer")
             with contextlib.suppress(KeyError), test.store.transaction():
                 tx.execute(f"CREATE TABLE {table} (total INTEGER)")
-                test.store.state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run))
-                raise KeyError
+                raise KeyError(test.store.state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run)))
             _expect_error(StorageError, tx.execute, f"SELECT total FROM {table}")
         with contextlib.suppress(KeyError), test.store.transaction():
-            test.append(run, "undone")
-            raise KeyError
+            raise KeyError(test.append(run, "undone"))
         _expect(test.store.state.list_work_items(queue_type=run), [])
         test.expect_log(run, "outer")
 
-def _selftest_queue(test: _Selftest) -> None:
+def _selftest_facets(test: _Selftest) -> None:
     state: Any = test.store.state
     with test.promise("queue: 8 threads claim every item exactly once") as run:
         wanted = [state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run)) for _ in range(40)]
@@ -4222,12 +4219,10 @@ def _selftest_queue(test: _Selftest) -> None:
             test.now += timedelta(days=1)
             other.state.reclaim_expired_leases()
         _expect([letter.id for letter in other.state.list_dead_letters()], ["poison"])
-
-def _selftest_facets(test: _Selftest) -> None:
     with test.promise("snapshot: replay goes on from the latest one") as run:
         _expect([test.append(run, text) for text in "bc"], [2, 3])
-        test.store.state.write_snapshot(Snapshot(execution_id=run, at_sequence=2, state="AB"))
-        _expect(test.store.state.replay(run, lambda state, stored: state + stored.event["text"]), ("ABc", 3))
+        state.write_snapshot(Snapshot(execution_id=run, at_sequence=2, state="AB"))
+        _expect(state.replay(run, lambda so_far, stored: so_far + stored.event["text"]), ("ABc", 3))
     with test.promise("flow: a stale revision is refused, and its event with it"), test.other() as other:
         flow = other.flows.insert(Flow())
         other.flows.update_and_append(flow, "begun", {})
@@ -4284,7 +4279,6 @@ def _selftest_processes(test: _Selftest) -> None:
 # --- demo: a durable pipeline over real files, one of whose workers is killed ---
 def _demo(args: Any) -> int:
     """Enqueue the files, have them done, and prove from the store that each was done exactly once."""
-    import itertools
     if args.limit < 0:
         return _complain(f"--limit: 0 or more is needed, not {args.limit}", 2)
     if not os.path.isdir(args.folder):
@@ -4432,10 +4426,6 @@ def _demo_table(store: Store, keys: list[str]) -> bool:
 # --- bench: what the design promises, measured against plain sqlite3 in the same run ---
 _Verdict: TypeAlias = tuple[bool, str, list[float]]  # of a row: whether it holds, in words, and what was measured
 
-def _median(values: Iterable[float]) -> float:
-    ordered = sorted(values)
-    return ordered[len(ordered) // 2]
-
 def _ms(operation: Callable[[], object]) -> float:
     """How many milliseconds it takes."""
     start = time.perf_counter()
@@ -4444,7 +4434,8 @@ def _ms(operation: Callable[[], object]) -> float:
 
 def _under(most: float, unit: str, values: Iterable[float]) -> _Verdict:
     """The median has to be under a limit."""
-    value = _median(values)
+    from statistics import median
+    value = median(values)
     return value < most, f"{value:.1f} {unit} (under {most})", [value]
 
 class _Bench:
@@ -4460,10 +4451,6 @@ class _Bench:
         store = self.row.enter_context(open(os.path.join(self.folder, f"{new_id()}.db"), synchronous=synchronous))
         store.events.append("run", "default", self.event)
         return store
-
-    def database(self, store: Store) -> sqlite3.Connection:
-        """A plain connection to a store's file."""
-        return self.row.enter_context(contextlib.closing(sqlite3.connect(store.target, isolation_level=None)))
 
     def processes(self) -> Any:
         """Up to 4 new processes, as an executor."""
@@ -4483,16 +4470,15 @@ class _Bench:
 
     def plain(self, synchronous: str, rows: int = 1) -> Callable[[], float]:
         """The plain loop: the same row into the same table, so many a transaction, and nothing else."""
-        db, numbers, text = self.database(self.store()), itertools.count(2), json.dumps(self.event)
+        db = self.row.enter_context(contextlib.closing(sqlite3.connect(self.store().target, isolation_level=None)))
+        numbers, text = itertools.count(2), json.dumps(self.event)
         db.executescript(f"PRAGMA synchronous = {synchronous}; PRAGMA fullfsync = ON")  # the latter as a store does
         sql = """INSERT INTO flowstore_log (execution_id, tenant_id, event, timestamp, sequence)
             VALUES ('run', 'default', ?, ?, ?)"""
         def insert() -> None:
+            values = [(text, time.time_ns() // 1000, next(numbers)) for _ in range(rows)]
             db.execute("BEGIN IMMEDIATE")
-            if rows == 1:
-                db.execute(sql, (text, time.time_ns() // 1000, next(numbers)))
-            else:
-                db.executemany(sql, [(text, time.time_ns() // 1000, next(numbers)) for _ in range(rows)])
+            db.executemany(sql, values) if rows > 1 else db.execute(sql, values[0])
             db.execute("COMMIT")
         return lambda: self.rate(insert)
 
@@ -4508,14 +4494,15 @@ class _Bench:
 
     def compare(self, ours: Callable[[], float], *others: tuple[str, float, Callable[[], float]]) -> _Verdict:
         """Our rate against others' (what, how many times its rate, itself): one median of the ratios has to hold."""
+        from statistics import median
         sides, rates = [ours, *(measure for _, _, measure in others)], list[list[float]]()
         for turn in range(self.rounds + 1):
             found = {side: side() for side in (sides if turn % 2 else sides[::-1])}  # nobody is always first
             rates += [[found[side] for side in sides]] if turn else []  # the first round only warms up
-        ratios = [_median(some[0] / some[side] for some in rates) for side in range(1, len(sides))]
+        ratios = [median(some[0] / some[side] for some in rates) for side in range(1, len(sides))]
         told = [(f"{ratio:.2f} x {what} (at least {least})", ratio >= least)
                 for ratio, (what, least, _) in zip(ratios, others, strict=True)]
-        said, rate = ", or ".join(text for text, _ in told), _median(some[0] for some in rates)
+        said, rate = ", or ".join(text for text, _ in told), median(some[0] for some in rates)
         return any(holds for _, holds in told), f"{said}; {rate:,.0f}/s", [*ratios, rate]
 
 def _bench_append(on: _Bench, threads: int, synchronous: str, least: dict[str, float]) -> _Verdict:
@@ -4533,7 +4520,8 @@ def _bench_batch(on: _Bench) -> _Verdict:
 def _bench_load(on: _Bench) -> _Verdict:
     store = on.store()
     store.events.append_batch("run", "default", [on.event] * 9_999)
-    db, sql = on.database(store), "SELECT * FROM flowstore_log WHERE execution_id = 'run' ORDER BY sequence"
+    db = on.row.enter_context(contextlib.closing(sqlite3.connect(store.target)))
+    sql = "SELECT * FROM flowstore_log WHERE execution_id = 'run' ORDER BY sequence"
     return on.compare(lambda: on.rate(lambda: store.events.load_events("run")), ("fetchall + json.loads", 0.5, lambda:
                       on.rate(lambda: [json.loads(row[4]) for row in db.execute(sql).fetchall()])))
 
@@ -4616,8 +4604,10 @@ def _bench_prune(on: _Bench) -> _Verdict:
         waits.append(_ms(lambda: store.events.append("run", "default", on.event)))
     return _under(50, "ms at the 99th percentile", [sorted(waits)[len(waits) * 99 // 100]])
 
-def _bench_wake(on: _Bench) -> _Verdict:
+def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
     store, pool = on.store(), on.processes()
+    if idle:
+        return _under(2, "% of a core", [pool.submit(_bench_waiter, store.target, 4 * on.seconds + 1).result()[1]])
     def wake() -> float:
         waiting = pool.submit(_bench_waiter, store.target, 5)
         time.sleep(random.uniform(0.2, 0.3))  # out of step with the times at which it looks
@@ -4626,16 +4616,12 @@ def _bench_wake(on: _Bench) -> _Verdict:
         return float(waiting.result()[0] - start) * 1000
     return _under(50, "ms", [wake() for _ in range(2 * on.rounds)])
 
-def _bench_idle(on: _Bench) -> _Verdict:
-    used = on.processes().submit(_bench_waiter, on.store().target, 4 * on.seconds + 1).result()[1]
-    return _under(2, "% of a core", [used * 100])
-
 def _bench_waiter(target: str, seconds: float) -> tuple[float, float]:
-    """Wait for an item: when it came, and what share of a core the waiting took."""
+    """Wait for an item: when it came, and how many % of a core the waiting took."""
     with open(target) as store:
         begun, used = time.monotonic(), time.process_time()
         store.state.claim_work_item("worker", ["queue"], wait=seconds)
-        return time.time(), (time.process_time() - used) / (time.monotonic() - begun)
+        return time.time(), (time.process_time() - used) / (time.monotonic() - begun) * 100
 
 def _bench_import(on: _Bench) -> _Verdict:
     import subprocess
@@ -4662,8 +4648,8 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "4 processes x 4 threads, FULL": (_bench_processes,),
     "iter_events over {} events": (_bench_iterate,),
     "a writer's wait while a tenth of {} flows is pruned": (_bench_prune,),
-    "wake-up of a claim that waits in another process": (_bench_wake,),
-    "a claim that waits": (_bench_idle,),
+    "wake-up of a claim that waits in another process": (_bench_wait, False),
+    "a claim that waits": (_bench_wait, True),
     "import flowstore": (_bench_import,),
 }
 
