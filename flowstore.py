@@ -34,7 +34,7 @@ The chapters, each resting only on those above it:
     Engine        SQLite: connections, transactions, group commit, waiting, fork
     Facets        FlowStore, EventStore, StateBackend, PersistenceProvider
     Store         what open() returns
-    Command line  selftest, demo, bench, check, backup, compact
+    Command line  selftest, demo, bench, check, backup, prune, compact
 """
 
 from __future__ import annotations
@@ -3905,6 +3905,52 @@ class _StoreBase(_Facet):
         self._engine.forbid_inside("compact()")
         yield self._engine.aside(self._engine.sync.compact)
 
+    @_steps
+    def prune(self, older_than: timedelta | datetime, *, dry_run: bool = False) -> Generator[Any, Any, dict[str, int]]:
+        """Drop what ended before a time, or longer ago than a span, with all that is its own; how many, by kind.
+
+        That is terminal executions and flows, completed and terminated workflows, processed events, terminated
+        subscriptions, errors, revoked and expired tokens; artifacts stay. `dry_run` only counts. It works in small
+        transactions, so that writers are never held up (inside a transaction it is part of that), and may be killed
+        between them: the next prune goes on. An execution too large for one has no record and no tenant from the first
+        on, so that nobody goes on with what is left of it. Raises InvalidData."""
+        if isinstance(older_than, timedelta):
+            age = max(timedelta(0), older_than) // _MICROSECOND
+            before = max(_FIRST_TIME, _time(self.now(), "clock()") - age)
+        else:
+            before = _time(older_than, "older_than")
+        if _bool(dry_run, "dry_run"):
+            return dict((yield self._prunable(before)))
+        counts = {name: 0 for name, *_ in _PRUNED}
+        for number, (name, *_) in enumerate(_PRUNED):
+            while any(dropped := (yield self._prune_some(number, before))):
+                counts[name] += dropped[0]
+        return counts
+
+    @_snapshot
+    def _prunable(self, tx: _Tx, before: int) -> dict[str, int]:
+        counts = {name: 0 for name, *_ in _PRUNED}
+        for name, tables, _, ended, *_ in _PRUNED:
+            sql = f"SELECT COUNT(*) FROM {tables[0]} WHERE {ended}"
+            counts[name] += tx.rows(sql, *[before] * sql.count("?"))[0][0]
+        return counts
+
+    @_write
+    def _prune_some(self, tx: _Tx, number: int, before: int) -> tuple[int, int]:
+        """Drop as much of a kind as a short transaction can: how many went whole, and how many rows that took."""
+        _, tables, key, ended, parts, in_pieces = _PRUNED[number]
+        gone = rows = 0
+        sql = f"SELECT {key} FROM {tables[0]} WHERE {ended} LIMIT {_PRUNED_AT_ONCE}"
+        for (id,) in tx.rows(sql, *[before] * sql.count("?")):
+            for part in parts:
+                rows += tx.run(part, *(id, max(0, _PRUNED_AT_ONCE - rows))[: part.count("?")])
+            if rows >= _PRUNED_AT_ONCE:
+                for statement in in_pieces:
+                    tx.run(statement, id)
+                break
+            gone, rows = gone + 1, rows + sum(tx.run(f"DELETE FROM {table} WHERE {key} = ?", id) for table in tables)
+        return gone, rows
+
     @_snapshot
     def stats(self, tx: _Tx) -> dict[str, Any]:
         """How much is in the store, as JSON values: rows, runs by status, queues, bytes. Source: health_check."""
@@ -4083,6 +4129,45 @@ def _problems(tx: _Tx) -> list[str]:
     except StorageError as error:
         return [str(error)]
 
+def _some(table: str, owner: str, key: str = "id", order: str = "") -> str:
+    """A statement that drops some rows of one owner: its id, and how many at most."""
+    return (f"DELETE FROM {table} WHERE {key} IN "
+            f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)")
+
+# The log goes from its end, so that what is left of it never has a gap. The row with the highest position of all stays
+# as one of no execution until there is a higher one: its position must not be given again.
+_OF_EXECUTION = (
+    _some("flowstore_work_items", "execution_id"),
+    _some("flowstore_effects", "execution_id", "(tenant_id, key)"),
+    _some("flowstore_snapshots", "execution_id"),
+    """UPDATE flowstore_log SET execution_id = '', sequence = position, tenant_id = '', event = '{}', event_id = NULL
+        WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
+    "DELETE FROM flowstore_log WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)",
+    _some("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC"),
+)
+# What prune() drops: the kind, the tables it has a row in, by which key, which rows of the first have ended, what goes
+# before them, and what is done to one that is left in pieces, lest someone goes on with the whole that he knows. What
+# may belong to others comes first, and is counted as what it is.
+_PRUNED: tuple[tuple[str, tuple[str, ...], str, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("errors", ("execution_errors",), "id", "error_time < ?", (), ()),
+    ("subscriptions", ("event_subscriptions",), "id", "terminated_at < ?", (), ()),
+    ("events", ("events",), "id", "is_processed = 1 AND event_time < ?", (), ()),
+    ("tokens", ("flowstore_tokens",), "id", "created_at <= ? AND (revoked_at < ? OR expires_at < ?)", (), ()),
+    ("workflows", ("workflows",), "id",
+     "status IN ('Complete', 'Terminated') AND COALESCE(complete_time, create_time) < ?",
+     (_some("execution_errors", "workflow_id"), _some("event_subscriptions", "workflow_id"),
+      _some("execution_pointers", "workflow_id", "(workflow_id, id)")),
+     ("UPDATE workflows SET stamp = stamp - 1 WHERE id = ?",)),
+    ("flows", ("flows",), "id", "status IN ('cancelled', 'finished', 'failed') AND updated_at < ?",
+     (_some("flow_events", "flow_id"), _some("flow_steps", "flow_id")),
+     ("UPDATE flows SET revision = revision + 1 WHERE id = ?",)),
+    ("executions", ("flowstore_runs", "flowstore_executions"), "execution_id",
+     "status IN ('completed', 'failed', 'cancelled', 'limit_exceeded') AND updated_at < ?", _OF_EXECUTION,
+     ("UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?",
+      "DELETE FROM flowstore_runs WHERE execution_id = ?")),
+    ("executions", ("flowstore_executions",), "execution_id", "tenant_id = ''", _OF_EXECUTION, ()),
+)
+
 def _path(path: object, argument: str) -> str:
     """An absolute path: what is opened again later must not depend on the working directory."""
     try:
@@ -4194,7 +4279,7 @@ __all__ += ["DEFAULT_TENANT"]
 
 
 # ============================================================================================================
-# Command line: selftest, demo, bench, check, backup, compact
+# Command line: selftest, demo, bench, check, backup, prune, compact
 # ============================================================================================================
 
 # What only commands need is imported in them: who imports this module for its store does not pay for it.
@@ -4278,6 +4363,43 @@ def _selftest_writer(target: str, run: str) -> int:
         while True:
             print(store.events.append(run, "default", {"type": "custom", "text": "child"}), flush=True)
 
+class _Selftest:
+    """A store to try the promises on, a file beside it for those that set the clock, and which were kept so far."""
+
+    def __init__(self, store: Store, folder: str) -> None:
+        self.store, self.folder, self.path = store, folder, os.path.join(folder, "other.db")
+        self.now, self.kept, self.notes = datetime.now(UTC), list[bool](), list[str]()
+
+    @contextlib.contextmanager
+    def promise(self, text: str) -> Iterator[str]:
+        """Say whether the block kept the promise; it has an execution of its own, its log at 1, to try it on."""
+        try:
+            self.notes.clear()
+            self.append(run := new_id(), "begin")
+            ended = WorkflowExecution(execution_id=run, workflow_id="selftest", status=ExecutionStatus.COMPLETED)
+            self.store.state.create_execution(ended)  # so that a prune of the user's store takes it away
+            yield run
+            self.kept.append(True)
+        except Exception as error:  # the other promises are still worth a try
+            self.kept.append(False)
+            self.notes[:] = [type(error).__name__, *str(error).split()]
+        notes = f" ({' '.join(self.notes)})" if self.notes else ""
+        print("ok  " if self.kept[-1] else "FAIL", text + notes, flush=True)
+
+    def append(self, run: str, text: str, to: Store | None = None, **options: Any) -> int:
+        """Append an event with a text."""
+        return (to or self.store).events.append(run, "default", {"type": "custom", "text": text}, **options)
+
+    def expect_log(self, run: str, *texts: str) -> None:
+        """The log has to hold, without a gap and in any order, events of these texts behind its first."""
+        stored = self.store.events.load_events(run)
+        _expect([event.sequence for event in stored], list(range(1, len(texts) + 2)))
+        _expect(sorted(event.event["text"] for event in stored), sorted(["begin", *texts]))
+
+    def other(self, target: str | None = None) -> Store:
+        """The file beside it, or a target, under the clock that the promises set."""
+        return open(target or self.path, backoff=lambda attempt: 0, clock=lambda: self.now)
+
 def _selftest(args: Any) -> int:
     """Try every promise, a line each, and say how many passed and failed."""
     import tempfile
@@ -4285,150 +4407,127 @@ def _selftest(args: Any) -> int:
         return _complain("--target: a file is needed, other processes cannot see a store in memory", 2)
     with (tempfile.TemporaryDirectory(prefix="flowstore-", ignore_cleanup_errors=True) as folder,
           open(args.target or os.path.join(folder, "selftest.db")) as store):
-        return _selftest_promises(store, folder)
+        test = _Selftest(store, folder)
+        for part in (_selftest_log, _selftest_facets, _selftest_processes):
+            part(test)
+    print(f"{sum(test.kept)} passed, {len(test.kept) - sum(test.kept)} failed")
+    return 0 if all(test.kept) else 1
 
-def _selftest_promises(store: Store, folder: str) -> int:
-    """Each promise and a block that fails unless it holds; returns the exit status."""
-    state: Any = store.state
-    target, kept, notes = store.target, list[bool](), list[str]()
-    def append(run: str, text: str, to: Store = store, **options: Any) -> int:
-        return to.events.append(run, "default", {"type": "custom", "text": text}, **options)
-    def expect_log(run: str, *texts: str) -> None:
-        """The log has to hold, without a gap and in any order, events of these texts behind its first."""
-        stored = store.events.load_events(run)
-        _expect([event.sequence for event in stored], list(range(1, len(texts) + 2)))
-        _expect(sorted(event.event["text"] for event in stored), sorted(["begin", *texts]))
-    @contextlib.contextmanager
-    def promise(text: str) -> Iterator[str]:
-        """Say whether the block kept the promise; it has an execution of its own, its log at 1, to try it on."""
-        try:
-            notes.clear()
-            append(run := new_id(), "begin")
-            state.create_execution(WorkflowExecution(execution_id=run, workflow_id="selftest"))
-            state.update_execution_status(run, "completed")  # so that a prune of the user's store takes it away
-            yield run
-            kept.append(True)
-        except Exception as error:  # the other promises are still worth a try
-            kept.append(False)
-            notes[:] = [type(error).__name__, *str(error).split()]
-        print("ok  " if kept[-1] else "FAIL", text + (f" ({' '.join(notes)})" if notes else ""), flush=True)
-    with promise("sqlite: its version and threading mode will do"):
-        mode = "serialized" if sqlite3.threadsafety == 3 else "multi-thread"
-        notes.append(f"{sqlite3.sqlite_version}, {mode}, Python {sys.version.split()[0]}")
+def _selftest_log(test: _Selftest) -> None:
+    with test.promise("sqlite: its version and threading mode will do"):
+        test.notes.append(f"{sqlite3.sqlite_version}, level {sqlite3.threadsafety}, Python {sys.version.split()[0]}")
         _expect((sqlite3.sqlite_version_info >= (3, 35), sqlite3.threadsafety > 0), (True, True))
-    with promise("file: WAL works on this file system, and a commit waits until the disk has it") as run:
-        with store.transaction() as tx:
+    with test.promise("file: WAL works on this file system, and a commit waits until the disk has it") as run:
+        with test.store.transaction() as tx:
             modes = tx.execute("SELECT journal_mode, synchronous FROM pragma_journal_mode, pragma_synchronous")
         _expect(tuple(modes[0]), ("wal", 2))
         start = time.perf_counter()
-        expect_log(run, *(f"event {append(run, f'event {number}')}" for number in range(2, 12)))
-        notes.append(f"synchronous FULL, {(time.perf_counter() - start) * 100:.2f} ms each")
-    with promise("log: 8 threads append to one execution without gap or loss") as run:
-        told = _in_threads(8, lambda _: [append(run, "\u00e9") for _ in range(10)])
+        test.expect_log(run, *(f"event {test.append(run, f'event {number}')}" for number in range(2, 12)))
+        test.notes.append(f"synchronous FULL, {(time.perf_counter() - start) * 100:.2f} ms each")
+    with test.promise("log: 8 threads append to one execution without gap or loss") as run:
+        told = _in_threads(8, lambda _: [test.append(run, "\u00e9") for _ in range(10)])
         _expect(sorted(sequence for some in told for sequence in some), list(range(2, 82)))
-        expect_log(run, *["\u00e9"] * 80)
-    with promise("log: expected_sequence refuses what comes too late, event_id what comes twice") as run:
-        _expect([append(run, "once", event_id="id-" + run, expected_sequence=1) for _ in range(3)], [2, 2, 2])
-        _expect_error(SequenceConflict, append, run, "late", expected_sequence=1)
-        expect_log(run, "once")
-    with promise("transaction: all or nothing, over log, queue and your own tables; a nested one alone") as run:
+        test.expect_log(run, *["\u00e9"] * 80)
+    with test.promise("log: expected_sequence refuses what comes too late, event_id what comes twice") as run:
+        _expect([test.append(run, "once", event_id="id-" + run, expected_sequence=1) for _ in range(3)], [2, 2, 2])
+        _expect_error(SequenceConflict, test.append, run, "late", expected_sequence=1)
+        test.expect_log(run, "once")
+    with test.promise("transaction: all or nothing, over log, queue and your own tables; a nested one alone") as run:
         table = f"selftest_{run.replace('-', '_')}"
-        with store.transaction() as tx:
-            append(run, "outer")
-            with contextlib.suppress(KeyError), store.transaction():
+        with test.store.transaction() as tx:
+            test.append(run, "outer")
+            with contextlib.suppress(KeyError), test.store.transaction():
                 tx.execute(f"CREATE TABLE {table} (total INTEGER)")
-                state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run))
-                raise KeyError
+                raise KeyError(test.store.state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run)))
             _expect_error(StorageError, tx.execute, f"SELECT total FROM {table}")
-        with contextlib.suppress(KeyError), store.transaction():
-            append(run, "undone")
-            raise KeyError
-        _expect(state.list_work_items(queue_type=run), [])
-        expect_log(run, "outer")
-    with promise("queue: 8 threads claim every item exactly once") as run:
+        with contextlib.suppress(KeyError), test.store.transaction():
+            raise KeyError(test.append(run, "undone"))
+        _expect(test.store.state.list_work_items(queue_type=run), [])
+        test.expect_log(run, "outer")
+
+def _selftest_facets(test: _Selftest) -> None:
+    state: Any = test.store.state
+    with test.promise("queue: 8 threads claim every item exactly once") as run:
         wanted = [state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run)) for _ in range(40)]
         claims = _in_threads(8, lambda _: [state.claim_work_item("worker", [run]) for _ in range(5)])
         _expect(sorted(state.complete_work_item(item).id for some in claims for item in some), sorted(wanted))
-    now, path, copy = [datetime.now(UTC)], os.path.join(folder, "other.db"), os.path.join(folder, "copy.db")
-    later = functools.partial(open, backoff=lambda attempt: 0, clock=lambda: now[0])
-    with promise("lease: an expired one is taken over, and its stale fence is refused") as run, later(target) as other:
+    with (test.promise("lease: an expired one is taken over, and its stale fence is refused") as run,
+          test.other(test.store.target) as other):
         state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run))
         first = state.claim_work_item("worker-1", [run])
-        now[0] += timedelta(days=1)
+        test.now += timedelta(days=1)
         second: Any = other.state.claim_work_item("worker-2", [run], wait=5)
         _expect(second.lease_fence > first.lease_fence, True)
         _expect_error(LeaseLost, state.complete_work_item, first)
         _expect(other.state.complete_work_item(second).status, "completed")
-    with promise("lease: each expiry counts as an attempt; a poison item ends as a dead letter"), later(path) as other:
-        append("run", "begin", other)
+    with test.promise("lease: each expiry counts as an attempt, the last ends as a dead letter"), test.other() as other:
+        test.append("run", "begin", other)
         other.state.enqueue_work_item(WorkItem(id="poison", execution_id="run", queue_type="queue"))
         for attempt in range(3):
             _expect((item := other.state.claim_work_item("worker", ["queue"])) and item.attempt, attempt)
-            now[0] += timedelta(days=1)
+            test.now += timedelta(days=1)
             other.state.reclaim_expired_leases()
         _expect([letter.id for letter in other.state.list_dead_letters()], ["poison"])
-    with promise("snapshot: replay goes on from the latest one") as run:
-        _expect([append(run, text) for text in "bc"], [2, 3])
+    with test.promise("snapshot: replay goes on from the latest one") as run:
+        _expect([test.append(run, text) for text in "bc"], [2, 3])
         state.write_snapshot(Snapshot(execution_id=run, at_sequence=2, state="AB"))
-        _expect(state.replay(run, lambda state, stored: state + stored.event["text"]), ("ABc", 3))
-    with promise("flow: a stale revision is refused, and its event with it"), later(path) as other:
+        _expect(state.replay(run, lambda so_far, stored: so_far + stored.event["text"]), ("ABc", 3))
+    with test.promise("flow: a stale revision is refused, and its event with it"), test.other() as other:
         flow = other.flows.insert(Flow())
         other.flows.update_and_append(flow, "begun", {})
         _expect_error(RevisionMismatch, other.flows.update_and_append, flow, "late", {})
         _expect([entry.kind for entry in other.flows.list_events(flow.id)], ["begun"])
-    with promise("tenant: a view shows nothing of another's, and a token tells its tenant"), later(path) as other:
+    with test.promise("tenant: a view shows nothing of another's, and a token tells its tenant"), test.other() as other:
         other.state.create_tenant(Tenant(id="acme"))
         acme: Any = other.state.for_tenant("acme")
         _expect((acme.get_events("run"), acme.list_dead_letters()), ([], []))
         _expect(acme.validate_token(acme.create_token("ci", "worker")[0]).tenant_id, "acme")
-    with promise("workflow: one of 8 hosts gets a subscription; a command is handled once"), later(path) as other:
-        host = other.workflows
+    with test.promise("workflow: one of 8 hosts gets a subscription; a command is handled once"), test.other() as other:
+        host, until = other.workflows, test.now + timedelta(days=1)
         key = host.create_event_subscription(EventSubscription(
             workflow_id="run", step_id=0, execution_pointer_id="pointer", event_name="event", event_key="key"))
-        until = now[0] + timedelta(days=1)
         _expect(sum(_in_threads(8, lambda number: host.set_subscription_token(key, str(number), "host", until))), 1)
         host.schedule_command(ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=key, execute_time=0))
         _expect([host.process_commands(None, lambda command: None) for _ in range(2)], [1, 0])
-    with promise("crash: what a process was told is stored survives its kill") as run:
-        with _spawn("selftest-writer", target, run) as child:
+
+def _selftest_processes(test: _Selftest) -> None:
+    with test.promise("crash: what a process was told is stored survives its kill") as run:
+        with _spawn("selftest-writer", test.store.target, run) as child:
             told_of = [int(child.stdout.readline()) for _ in range(20)]
             child.kill()
             told_of += [int(line) for line in child.stdout if line.endswith("\n")]
-        stored = store.events.count_events(run)
+        stored = test.store.events.count_events(run)
         _expect((told_of, stored >= told_of[-1]), (list(range(2, len(told_of) + 2)), True))
-        notes.append(f"killed after {len(told_of)} appends")
-        expect_log(run, *["child"] * (stored - 1))
+        test.notes.append(f"killed after {len(told_of)} appends")
+        test.expect_log(run, *["child"] * (stored - 1))
     if hasattr(os, "fork"):
-        with promise("fork: both sides go on, and nothing is lost") as run, open(target) as other:
-            append(run, "before", other)
+        with test.promise("fork: both sides go on, and nothing is lost") as run, open(test.store.target) as other:
+            test.append(run, "before", other)
             if (pid := os.fork()) == 0:
                 try:
-                    os._exit(append(run, "child", other) < 3)
+                    os._exit(test.append(run, "child", other) < 3)
                 finally:
                     os._exit(1)  # past every `finally` of the parent's
-            append(run, "parent", other)
+            test.append(run, "parent", other)
             _expect(os.waitpid(pid, 0)[1], 0)
-            expect_log(run, "before", "child", "parent")
-    with promise("file: opened again, or as a backup made while in use, it is sound and holds the same"):
-        with open(path) as other:
-            other.backup(copy)
+            test.expect_log(run, "before", "child", "parent")
+    with test.promise("file: opened again, or as a backup made while in use, it is sound and holds the same"):
+        with open(test.path) as other:
+            other.backup(copy := os.path.join(test.folder, "copy.db"))
             _expect_error(StorageError, other.backup, copy)
             written = other.events.load_events("run")
-        for again in (path, copy):
+        for again in (test.path, copy):
             with open(again, read_only=True) as other:
                 _expect((other.check(), other.events.load_events("run")), ([], written))
-    with promise("errors: bad input is refused in one line, and nothing is written") as run:
+    with test.promise("errors: bad input is refused in one line, and nothing is written") as run:
         for bad in ({"type": "custom", "x": [float("nan")]}, {"type": "custom", "x": object()}, {"type": ""}):
-            _expect_error(InvalidData, store.events.append, run, "default", bad)
-        _expect_error(StorageError, open, folder)
-        expect_log(run)
-    print(f"{sum(kept)} passed, {len(kept) - sum(kept)} failed")
-    return 0 if all(kept) else 1
+            _expect_error(InvalidData, test.store.events.append, run, "default", bad)
+        _expect_error(StorageError, open, test.folder)
+        test.expect_log(run)
 
 # --- demo: a durable pipeline over real files, one of whose workers is killed ---
 def _demo(args: Any) -> int:
     """Enqueue the files, have them done, and prove from the store that each was done exactly once."""
-    import itertools
     if args.limit < 0:
         return _complain(f"--limit: 0 or more is needed, not {args.limit}", 2)
     if not os.path.isdir(args.folder):
@@ -4574,134 +4673,272 @@ def _demo_table(store: Store, keys: list[str]) -> bool:
     return once == len(keys) and not gaps
 
 # --- bench: what the design promises, measured against plain sqlite3 in the same run ---
-def _bench(args: Any) -> int:
-    """Print each promise with what was measured; status 1 when one does not hold."""
-    import platform
-    import tempfile
+_Verdict: TypeAlias = tuple[bool, str, list[float]]  # of a row: whether it holds, in words, and what was measured
+
+def _ms(operation: Callable[[], object]) -> float:
+    """How many milliseconds it takes."""
+    start = time.perf_counter()
+    operation()
+    return (time.perf_counter() - start) * 1000
+
+def _under(most: float, unit: str, values: Iterable[float]) -> _Verdict:
+    """The median has to be under a limit."""
     from statistics import median
-    rounds, seconds, depth = (5, 0.2, 100_000) if args.quick else (11, 0.5, 1_000_000)
-    machine = (f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, SQLite "
-               f"{sqlite3.sqlite_version}{f'; quick, {depth:,} items for 1,000,000' if args.quick else ''}")
-    event = {"type": "step_completed", "node": "charge", "worker": "worker-1", "result": "x" * 180}
-    rows, say = list[dict[str, Any]](), functools.partial(print, file=io.StringIO() if args.json else None, flush=True)
-    def row(name: str, ours: Callable[[], float], *others: tuple[str, float, Callable[[], float]]) -> None:
-        """Measure ours against others (what, how many times its rate, itself): one median of the ratios has to hold."""
-        rates, sides = list[list[float]](), [ours, *(measure for _, _, measure in others)]
-        for turn in range(rounds + 1):
-            _bar(sys.stderr, turn, rounds, name)
-            found = {side: side() for side in (sides if turn % 2 else sides[::-1])}  # nobody is always first
-            rates += [[found[side] for side in sides]] if turn else []  # the first round only warms up
-        _bar(sys.stderr)
-        ratios = [(what, median(some[0] / some[side] for some in rates), least)
-                  for side, (what, least, _) in enumerate(others, 1)]
-        ours_rate, holds = median(some[0] for some in rates), any(ratio >= least for _, ratio, least in ratios)
-        rows.append({"name": name, "rate": ours_rate, "ratios": ratios, "holds": holds})
-        shown = ", or ".join(f"{ratio:.2f} x {what} (at least {least})" for what, ratio, least in ratios)
-        say(f"{'holds ' if holds else 'MISSES'} {name}: {shown}; {ours_rate:,.0f}/s")
-    def new(synchronous: str) -> Store:
-        return stack.enter_context(open(os.path.join(folder, f"{new_id()}.db"), synchronous=synchronous))
-    def rate(operation: Callable[[], object]) -> float:
+    value = median(values)
+    return value < most, f"{value:.1f} {unit} (under {most})", [value]
+
+class _Bench:
+    """What the rows share: for how long and how deep to measure, stores, other processes, the plain loop."""
+
+    def __init__(self, quick: bool) -> None:
+        self.rounds, self.seconds, self.depth = (3, 0.1, 100_000) if quick else (11, 0.5, 1_000_000)
+        self.event = {"type": "step_completed", "node": "charge", "worker": "worker-1", "result": "x" * 180}
+        self.folder, self.row = "", contextlib.ExitStack()  # of the row that is being measured
+
+    def store(self, synchronous: str = "FULL") -> Store:
+        """A new store, which knows the execution "run"."""
+        store = self.row.enter_context(open(os.path.join(self.folder, f"{new_id()}.db"), synchronous=synchronous))
+        store.events.append("run", "default", self.event)
+        return store
+
+    def processes(self) -> Any:
+        """4 new processes, as an executor; the Ctrl-C that is for this one does not strike them."""
+        import multiprocessing
+        import signal
+        from concurrent.futures import ProcessPoolExecutor
+        pool = self.row.enter_context(ProcessPoolExecutor(4, multiprocessing.get_context("spawn")))
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which they inherit
+        for _ in range(4):
+            pool.submit(int)  # starts one
+        signal.signal(signal.SIGINT, usual)
+        return pool
+
+    def rate(self, operation: Callable[[], object]) -> float:
+        """How often a second it can be done."""
         done, start = 0, time.perf_counter()
-        while (now := time.perf_counter()) < start + seconds:
+        while (now := time.perf_counter()) < start + self.seconds:
             operation()
             done += 1
         return done / (now - start)
-    def plain(synchronous: str) -> Callable[[], float]:
-        """The plain loop: the same row into the same table, one transaction each, and nothing else."""
-        db = sqlite3.connect(new("FULL").target, isolation_level=None)
-        stack.callback(db.close)
-        db.execute(f"PRAGMA synchronous = {synchronous}")
-        db.execute("PRAGMA fullfsync = ON")  # as the store does where there is such a thing
-        columns, text = "execution_id, tenant_id, event, timestamp, sequence", json.dumps(event)
-        sql = f"INSERT INTO flowstore_log ({columns}) VALUES ('run', 'default', ?, ?, ?)"
-        sequences = iter(range(1, 2**62))
-        def append() -> None:
+
+    def plain(self, synchronous: str, rows: int = 1) -> Callable[[], float]:
+        """The plain loop: the same row into the same table, so many a transaction, and nothing else."""
+        db = self.row.enter_context(contextlib.closing(sqlite3.connect(self.store().target, isolation_level=None)))
+        numbers, text = itertools.count(2), json.dumps(self.event)
+        db.executescript(f"PRAGMA synchronous = {synchronous}; PRAGMA fullfsync = ON")  # the latter as a store does
+        sql = """INSERT INTO flowstore_log (execution_id, tenant_id, event, timestamp, sequence)
+            VALUES ('run', 'default', ?, ?, ?)"""
+        def insert() -> None:
+            values = [(text, time.time_ns() // 1000, next(numbers)) for _ in range(rows)]
             db.execute("BEGIN IMMEDIATE")
-            db.execute(sql, (text, time.time_ns() // 1000, next(sequences)))
+            db.executemany(sql, values) if rows > 1 else db.execute(sql, values[0])
             db.execute("COMMIT")
-        return lambda: rate(append)
-    def append(store: Store, thread: int = 0) -> float:
-        return rate(lambda: store.events.append(f"run-{thread}", "default", event))
-    def fill(store: Store, queue: str, items: int, what: str = "pending") -> None:
-        """Add items that are due for an hour already, or in a day when delayed: copies of one by the API."""
-        template = store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type=queue))
-        due = f"available_at + n + {(86_400 if what == 'delayed' else -3_600) * 1_000_000}"
-        changed = {"id": "id || printf('-%07d', n)", "available_at": due,
-                   "status": "'completed'" if what == "completed" else "'pending'",
-                   "tenant_id": "'other'" if what == "of another tenant" else "tenant_id"}
-        sql = (f"INSERT INTO flowstore_work_items ({_ITEM.columns}) "
-               "WITH RECURSIVE numbers (n) AS (SELECT ? UNION ALL SELECT n + 1 FROM numbers WHERE n + 1 < ?) "
-               f"SELECT {', '.join(changed.get(name, name) for name in _ITEM.names)} "
-               "FROM flowstore_work_items CROSS JOIN numbers WHERE id = ?")
-        for start in range(0, items, 50_000):
+        return lambda: self.rate(insert)
+
+    def copies(self, store: Store, table: str, original: str, count: int, **changed: str) -> None:
+        """Copies of one row, numbered n, some columns changed: by SQL, for a million calls would take minutes."""
+        for start in range(1, count + 1, 50_000):
             with store.transaction() as tx:
-                tx.execute(sql, (start, min(start + 50_000, items), template))
-    def claim(store: Store, what: str, *queues: str) -> float:
-        state = store.state.for_tenant("default") if what == "of another tenant" else store.state
-        start = time.perf_counter()
-        for _ in range(200):
-            if (item := state.claim_work_item("worker", queues)) is None:
-                raise StorageError("the queue ran dry")
-            state.complete_work_item(item)
-        passed = time.perf_counter() - start
+                names = [name for (name,) in tx.execute(f"SELECT name FROM pragma_table_info('{table}')")]
+                tx.execute(f"""INSERT INTO {table} ({', '.join(names)})
+                    WITH RECURSIVE numbers (n) AS (SELECT ? UNION ALL SELECT n + 1 FROM numbers WHERE n < ?)
+                    SELECT {', '.join(changed.get(name, name) for name in names)}
+                    FROM numbers CROSS JOIN {table} WHERE {original}""", (start, min(start + 49_999, count)))
+
+    def compare(self, ours: Callable[[], float], *others: tuple[str, float, Callable[[], float]]) -> _Verdict:
+        """Our rate against others' (what, how many times its rate, itself): one median of the ratios has to hold."""
+        from statistics import median
+        sides, rates = [ours, *(measure for _, _, measure in others)], list[list[float]]()
+        for turn in range(self.rounds + 1):
+            found = {side: side() for side in (sides if turn % 2 else sides[::-1])}  # nobody is always first
+            rates += [[found[side] for side in sides]] if turn else []  # the first round only warms up
+        ratios = [median(some[0] / some[side] for some in rates) for side in range(1, len(sides))]
+        told = [(f"{ratio:.2f} x {what} (at least {least})", ratio >= least)
+                for ratio, (what, least, _) in zip(ratios, others, strict=True)]
+        said, rate = ", or ".join(text for text, _ in told), median(some[0] for some in rates)
+        return any(holds for _, holds in told), f"{said}; {rate:,.0f}/s", [*ratios, rate]
+
+def _bench_append(on: _Bench, threads: int, synchronous: str, least: dict[str, float]) -> _Verdict:
+    store = on.store(synchronous)
+    def one(thread: int) -> float:
+        return on.rate(lambda: store.events.append(f"run-{thread}", "default", on.event))
+    return on.compare(lambda: sum(_in_threads(threads, one)) if threads > 1 else one(0),
+                      *((f"plain {mode}", ratio, on.plain(mode)) for mode, ratio in least.items()))
+
+def _bench_batch(on: _Bench) -> _Verdict:
+    store, batch = on.store(), [on.event] * 1000
+    return on.compare(lambda: on.rate(lambda: store.events.append_batch("run", "default", batch)),
+                      ("executemany", 0.5, on.plain("FULL", 1000)))
+
+def _bench_load(on: _Bench) -> _Verdict:
+    store = on.store()
+    store.events.append_batch("run", "default", [on.event] * 9_999)
+    db = on.row.enter_context(contextlib.closing(sqlite3.connect(store.target)))
+    sql = "SELECT * FROM flowstore_log WHERE execution_id = 'run' ORDER BY sequence"
+    return on.compare(lambda: on.rate(lambda: store.events.load_events("run")), ("fetchall + json.loads", 0.5, lambda:
+                      on.rate(lambda: [json.loads(row[4]) for row in db.execute(sql).fetchall()])))
+
+def _bench_claims(on: _Bench, queues: str, changed: dict[str, str], tenant: str = "") -> _Verdict:
+    few, many = on.store("NORMAL"), on.store("NORMAL")  # waiting for the disk would hide what a claim costs
+    def fill(store: Store, queue: str, count: int, **changed: str) -> None:
+        item = store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type=queue))
+        new = {"id": "id || printf('-%07d', n)", "available_at": "available_at - 3600000000 + n"} | changed
+        on.copies(store, "flowstore_work_items", f"id = '{item}'", count, **new)
+    def claim(store: Store, *queues: str) -> float:
+        state: Any = store.state.for_tenant(tenant) if tenant else store.state
+        def work() -> None:
+            for _ in range(200):
+                state.complete_work_item(state.claim_work_item("worker", queues))
+        passed = _ms(work)
         fill(store, "a", 200)  # outside the time
-        return 200 / passed
-    def claims(what: str, *queues: str) -> None:
-        few, many = new("NORMAL"), new("NORMAL")  # waiting for the disk would hide what a claim costs
-        for store, items in ((few, 0), (many, depth)):
-            store.events.append("run", "default", event)
-            fill(store, "a", items, what)
-            for queue in queues:
-                fill(store, queue, 1_000 if queue == "a" else 10_000 if items else 1)
-        name = f"claim + complete, {depth:,} {what}" + (", asking for three queues" if queues[1:] else "")
-        base = ("that with 1,000 pending", 0.8, lambda: claim(few, what, "a"))
-        row(name, lambda: claim(many, what, *queues), base)
-    def persisting() -> None:
-        host, pointers = new("NORMAL").workflows, [ExecutionPointer(step_id=n, outcome=event) for n in range(1000)]
-        instance = WorkflowInstance(workflow_definition_id="bench", execution_pointers=pointers)
-        instance.id = host.create_new_workflow(instance)
-        def persist(*steps: list[ExecutionPointer]) -> None:
-            pointers[500].retry_count += 1
-            for instance.execution_pointers in steps:
-                host.persist_workflow(instance)
-        row("persist_workflow, 1,000 pointers, one changed", lambda: rate(lambda: persist(pointers)),
-            ("deleting and rewriting all", 10.0, lambda: rate(lambda: persist([], pointers))))
-    def pruning() -> None:
-        store, flows = new("FULL"), depth // 10
-        flow = store.flows.insert(Flow(status=FlowStatus.FINISHED, updated_at=datetime(2000, 1, 1, tzinfo=UTC)))
-        copied = ", ".join({"id": "id || n"}.get(name, name) for name in _FLOW.names)
-        numbers = f"WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {flows})"
-        with store.transaction() as tx:
-            tx.execute(f"INSERT INTO flows ({_FLOW.columns}) {numbers} SELECT {copied} FROM flows, numbers")
-            tx.execute("INSERT INTO flow_events (flow_id, kind, payload, at) SELECT id, 'ended', '{}', 0 FROM flows")
-        waits, pruner = list[float](), threading.Thread(target=store.flows.prune_terminal_flows, args=(1,))
-        pruner.start()
-        while pruner.is_alive():
-            start = time.perf_counter()
-            store.events.append(flow.id, "default", event)
-            waits.append(time.perf_counter() - start)
-        wait = sorted(waits)[len(waits) * 99 // 100]
-        row(f"a writer's wait while {flows:,} flows are pruned, 99th percentile, as a rate", lambda: 1 / wait,
-            ("one in 50 ms", 1.0, lambda: 20.0))
-    with (tempfile.TemporaryDirectory(prefix="flowstore-", ignore_cleanup_errors=True) as folder,
-          contextlib.ExitStack() as stack):
-        say(machine)
-        full, normal, loop, relaxed = new("FULL"), new("NORMAL"), plain("FULL"), plain("NORMAL")
-        row("durable append, 1 thread, FULL", lambda: append(full), ("plain FULL", 0.85, loop))
-        row("append, 1 thread, NORMAL", lambda: append(normal), ("plain NORMAL", 0.7, relaxed))
-        row("durable append, 64 threads, FULL", lambda: sum(_in_threads(64, functools.partial(append, full))),
-            ("plain FULL", 4.0, loop), ("plain NORMAL", 0.4, relaxed))
-        for what, *queues in (("pending", "a"), ("pending", "a", "b", "c"), ("delayed", "a"), ("completed", "a"),
-                              ("of another tenant", "a")):
-            claims(what, *queues)
-        persisting()
-        pruning()
-    missed = sum(not one["holds"] for one in rows)
+        return 200_000 / passed
+    fill(many, "a", on.depth, **changed)
+    for store, others in ((few, 1), (many, 10_000)):
+        for queue in queues:
+            fill(store, queue, 1_000 if queue == "a" else others)
+    return on.compare(lambda: claim(many, *queues), ("that with 1,000 pending", 0.8, lambda: claim(few, "a")))
+
+def _bench_persist(on: _Bench) -> _Verdict:
+    host, pointers = on.store("NORMAL").workflows, [ExecutionPointer(step_id=n, outcome=on.event) for n in range(1000)]
+    instance = WorkflowInstance(workflow_definition_id="bench", execution_pointers=pointers)
+    instance.id = host.create_new_workflow(instance)
+    def persist(*steps: list[ExecutionPointer]) -> None:
+        pointers[500].retry_count += 1
+        for instance.execution_pointers in steps:
+            host.persist_workflow(instance)
+    return on.compare(lambda: on.rate(lambda: persist(pointers)),
+                      ("deleting and rewriting all", 10.0, lambda: on.rate(lambda: persist([], pointers))))
+
+def _bench_processes(on: _Bench) -> _Verdict:
+    store, pool, longest = on.store(), on.processes(), list[float]()
+    def ours() -> float:
+        waits = list(itertools.chain(*pool.map(_bench_writer, [store.target] * 4, [on.seconds] * 4)))
+        longest.append(max(waits))
+        return len(waits) / on.seconds
+    holds, said, measured = on.compare(ours, ("plain FULL", 1.0, on.plain("FULL")))
+    return holds, f"{said}, no error, longest call {max(longest):,.0f} ms", [*measured, max(longest)]
+
+def _bench_writer(target: str, seconds: float) -> list[float]:
+    """Append with 4 threads: how many milliseconds each call took."""
+    with open(target) as store:
+        def write(_: int) -> list[float]:
+            run, waits, end = new_id(), list[float](), time.monotonic() + seconds
+            while time.monotonic() < end:
+                waits.append(_ms(lambda: store.events.append(run, "default", {"type": "custom", "text": "x" * 225})))
+            return waits
+        return list(itertools.chain(*_in_threads(4, write)))
+
+def _bench_iterate(on: _Bench) -> _Verdict:
+    store = on.store("OFF")
+    on.copies(store, "flowstore_log", "position = 1", on.depth - 1, position="1 + n", sequence="1 + n")
+    return _under(50, "MB", [on.processes().submit(_bench_reader, store.target).result()])
+
+def _bench_reader(target: str) -> float:
+    """Read all events: by how many MB that raises the most memory that the process ever had."""
+    with open(target) as store:
+        before = _peak(store.events.load_events("run-0"))
+        return _peak(deque(store.events.iter_events("run"), maxlen=0)) - before
+
+def _peak(_: object) -> float:
+    with contextlib.suppress(OSError), io.FileIO("/proc/self/status") as status:
+        return int(status.readall().partition(b"VmHWM:")[2].split()[0]) / 1024
+    import resource  # not on Linux, where its figure begins with that of the parent
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+
+def _bench_prune(on: _Bench) -> _Verdict:
+    store, waits = on.store(), list[float]()
+    store.flows.insert(Flow(id="flow", status=FlowStatus.FINISHED, updated_at=datetime(2000, 1, 1, tzinfo=UTC)))
+    store.flows.append_event("flow", "ended", {})
+    on.copies(store, "flows", "id = 'flow'", on.depth // 10, id="'flow-' || n")
+    on.copies(store, "flow_events", "id = 1", on.depth // 10, id="1 + n", flow_id="'flow-' || n")
+    pruner = threading.Thread(target=store.prune, args=(timedelta(days=1),))
+    pruner.start()
+    while pruner.is_alive():
+        waits.append(_ms(lambda: store.events.append("run", "default", on.event)))
+    return _under(50, "ms at the 99th percentile", [sorted(waits)[len(waits) * 99 // 100]])
+
+def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
+    store, pool = on.store(), on.processes()
+    if idle:
+        return _under(2, "% of a core", [pool.submit(_bench_waiter, store.target, 4 * on.seconds + 1).result()[1]])
+    def wake() -> float:
+        waiting = pool.submit(_bench_waiter, store.target, 5)
+        time.sleep(random.uniform(0.2, 0.3))  # out of step with the times at which it looks
+        start = time.time()
+        store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="queue"))
+        return float(waiting.result()[0] - start) * 1000
+    return _under(50, "ms", [wake() for _ in range(2 * on.rounds)])
+
+def _bench_waiter(target: str, seconds: float) -> tuple[float, float]:
+    """Wait for an item: when it came, and how many % of a core the waiting took."""
+    with open(target) as store:
+        begun, used = time.monotonic(), time.process_time()
+        store.state.claim_work_item("worker", ["queue"], wait=seconds)
+        return time.time(), (time.process_time() - used) / (time.monotonic() - begun) * 100
+
+def _bench_import(on: _Bench) -> _Verdict:
+    import subprocess
+    folder, name = os.path.split(os.path.abspath(__file__))
+    python = [sys.executable, "-I", "-X", f"pycache_prefix={on.folder}", "-c"]
+    def run(code: str) -> float:
+        return _ms(lambda: subprocess.run([*python, f"import sys; sys.path.insert(0, {folder!r}); {code}"], check=True))
+    run(code := f"import {name.removesuffix('.py')}")  # which compiles it
+    return _under(60, "ms", [run(code) - run("pass") for _ in range(on.rounds)])
+
+# The table of the design: the name of each row, its function, and what that is given. {} is how many there are.
+_ROWS: dict[str, tuple[Any, ...]] = {
+    "durable append, 1 thread, FULL": (_bench_append, 1, "FULL", {"FULL": 0.85}),
+    "append, 1 thread, NORMAL": (_bench_append, 1, "NORMAL", {"NORMAL": 0.7}),
+    "durable append, 64 threads, FULL": (_bench_append, 64, "FULL", {"FULL": 4.0, "NORMAL": 0.4}),
+    "append_batch of 1,000": (_bench_batch,),
+    "load 10,000 events": (_bench_load,),
+    "claim + complete, {} pending": (_bench_claims, "a", {}),
+    "claim + complete, {} pending, asking for three queues": (_bench_claims, "abc", {}),
+    "claim + complete, {} delayed": (_bench_claims, "a", {"available_at": "available_at + 86400000000 + n"}),
+    "claim + complete, {} completed": (_bench_claims, "a", {"status": "'completed'"}),
+    "claim + complete, {} of another tenant": (_bench_claims, "a", {"tenant_id": "'other'"}, "default"),
+    "persist_workflow, 1,000 pointers, one changed": (_bench_persist,),
+    "4 processes x 4 threads, FULL": (_bench_processes,),
+    "iter_events over {} events": (_bench_iterate,),
+    "a writer's wait while a tenth of {} flows is pruned": (_bench_prune,),
+    "wake-up of a claim that waits in another process": (_bench_wait, False),
+    "a claim that waits": (_bench_wait, True),
+    "import flowstore": (_bench_import,),
+}
+
+def _bench(args: Any) -> int:
+    """Measure each row of the table, and print whether it holds; status 1 when one does not."""
+    import platform
+    import tempfile
+    if args.target and (path := _parse_target(args.target)[1]) is None:
+        return _complain("--target: a file is needed, other processes cannot see a store in memory", 2)
+    beside = os.path.dirname(path) if args.target and path else tempfile.gettempdir()
+    on, rows = _Bench(args.quick), list[dict[str, Any]]()
+    say = functools.partial(print, file=io.StringIO() if args.json else None, flush=True)
+    machine = (f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, SQLite "
+               f"{sqlite3.sqlite_version}, {_file_system(beside)}{f'; quick, {on.depth:,} for 1,000,000' * args.quick}")
+    say(machine)
+    for number, (title, (function, *given)) in enumerate(_ROWS.items()):
+        _bar(sys.stderr, number, len(_ROWS), name := title.format(f"{on.depth:,}"))
+        with (tempfile.TemporaryDirectory(prefix="flowstore-", dir=beside, ignore_cleanup_errors=True) as on.folder,
+              contextlib.ExitStack() as on.row):
+            holds, said, measured = function(on, *given)
+        _bar(sys.stderr)
+        say(f"{'holds ' if holds else 'MISSES'} {name}: {said}")
+        rows.append({"name": name, "holds": holds, "said": said, "measured": measured})
+    missed = sum(not row["holds"] for row in rows)
     result = {"machine": machine, "quick": args.quick, "rows": rows, "holds": not missed}
     print(json.dumps(result) if args.json else f"{len(rows) - missed} hold, {missed} missed")
     return 1 if missed else 0
 
-# --- check, backup, compact ---
+def _file_system(folder: str) -> str:
+    """What kind of file system a folder is on, as far as Linux tells."""
+    with contextlib.suppress(OSError), io.FileIO("/proc/mounts") as mounts:
+        found = [os.fsdecode(line).split()[1:3] for line in mounts]
+        return max((at, kind) for at, kind in found if os.path.commonpath([os.path.realpath(folder), at]) == at)[1]
+    return "an unknown file system"
+
+# --- check, backup, compact, prune ---
 def _check(args: Any) -> int:
     """Print the problems of a store; status 1 when there are any."""
     with open(args.store, read_only=True) as store:
@@ -4717,13 +4954,40 @@ def _backup(args: Any) -> int:
     print(f"{args.path}: {os.path.getsize(args.path):,} bytes")
     return 0
 
+def _existing(target: str) -> Store:
+    """Open a store to change it: a mistyped name must not make a new one."""
+    with contextlib.suppress(SchemaError):  # an older schema is fine: opening it to write upgrades it
+        open(target, read_only=True).close()
+    return open(target)
+
 def _compact(args: Any) -> int:
     """Shrink a store's file, and say to what."""
-    with contextlib.suppress(SchemaError):  # an older schema is fine: opening it to write upgrades it
-        open(args.store, read_only=True).close()  # a mistyped name must not make a new store
-    with open(args.store) as store:
+    with _existing(args.store) as store:
         store.compact()
         print(f"{args.store}: {store.stats()['file_bytes']:,} bytes")
+    return 0
+
+def _prune(args: Any) -> int:
+    """Drop what has ended, with a bar on a terminal, and say how much that was."""
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+    if (age := re.fullmatch(r"([0-9]{1,6})([smhdw])", args.older_than)) is None:
+        return _complain("--older-than: a number with s, m, h, d or w behind it is needed, as in 30d", 2)
+    older_than = timedelta(**{units[age[2]]: int(age[1])})
+    with _existing(args.store) as store:
+        counts = store.prune(older_than, dry_run=True)
+        steps, done, dropped, total = inspect.unwrap(Store.prune)(store, older_than), 0, None, sum(counts.values())
+        try:
+            while not args.dry_run:
+                dropped = steps.send(dropped)
+                done += dropped[0]
+                _bar(sys.stderr, done, total, "pruned")
+        except StopIteration as end:
+            counts = end.value
+        finally:
+            _bar(sys.stderr)
+    text = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    result = {"store": args.store, "dry_run": args.dry_run, "pruned": counts}
+    print(json.dumps(result) if args.json else f"{args.store}: {text} {'would go' if args.dry_run else 'are gone'}")
     return 0
 
 # Each command: the function, which returns the exit status, what it is about, and its arguments as argparse has them.
@@ -4737,9 +5001,13 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, dict[str, dict[str, Any]]]
         "--limit": {"type": int, "default": 200, "metavar": "N", "help": "at most so many files (default: 200)"},
         "--store": {"default": "flowstore-demo.db", "metavar": "FILE", "help": "default: flowstore-demo.db"}}),
     "bench": (_bench, "measure what the design promises against plain sqlite3", _JSON_OUT | {
+        "--target": {"metavar": "FILE", "help": "beside this file (default: in the folder for temporary ones)"},
         "--quick": {"action": "store_true", "help": "under 30 s, with 100,000 items for 1,000,000"}}),
     "check": (_check, "read the whole store and list what is wrong with it", _STORE | _JSON_OUT),
     "backup": (_backup, "copy a store, also one in use, into a new file", _STORE | {"path": {"metavar": "FILE"}}),
+    "prune": (_prune, "drop what has ended long enough ago", _STORE | _JSON_OUT | {
+        "--older-than": {"required": True, "metavar": "AGE", "help": "as 90s, 45m, 12h, 30d or 8w"},
+        "--dry-run": {"action": "store_true", "help": "only count"}}),
     "compact": (_compact, "give space that a store no longer needs back to the file system", _STORE),
 }
 _HELPERS: dict[str, Callable[..., int]] = {"demo-worker": _demo_worker, "selftest-writer": _selftest_writer}

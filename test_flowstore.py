@@ -7377,6 +7377,7 @@ MORE_CALLS: list[Callable[[Store], Any]] = [
     lambda s: (s.flows.get("f"), s.flows.get_step("s"), s.flows.find_step_by_run_id("f", "r")),
     lambda s: (s.flows.list_by_owner("o"), s.flows.list_by_status("failed"), s.flows.list_events("f")),
     lambda s: (s.flows.list_steps("f"), s.flows.prune_terminal_flows(0)),
+    lambda s: (s.prune(START, dry_run=True), s.prune(START + timedelta(days=1))),
     lambda s: (s.events.append("log", "tenant-a", EVENT, event_id="id"), s.events.append("log", "tenant-z", EVENT)),
     lambda s: (s.events.append_batch("log", "tenant-a", [EVENT]), s.events.load_events_after("log", 1)),
     lambda s: (s.events.list_executions(), s.events.execution_exists("log"), s.events.count_events("log")),
@@ -9640,6 +9641,360 @@ def test_no_statement_of_the_workflow_facet_scans_a_table_or_sorts(
 
 
 # ==========================================================================================================
+# Pruning the store
+# ==========================================================================================================
+
+TERMINAL_PRUNE = {"flows": ["finished", "failed", "cancelled"], "workflows": ["Complete", "Terminated"],
+                  "flowstore_runs": ["completed", "failed", "cancelled", "limit_exceeded"]}  # fmt: skip
+PruneRows = dict[str, list[dict[str, Any]]]
+
+
+def rows_to_prune(store: Store) -> PruneRows:
+    """Every row of every table, but for those that stand for the end of the log."""
+    with store.transaction() as tx:
+        columns = {name: [row[1] for row in tx.execute(f"SELECT * FROM pragma_table_info('{name}')")]
+                   for name in flowstore._TABLE_NAMES}  # fmt: skip
+        found = {name: [dict(zip(columns[name], row, strict=True)) for row in tx.execute(f"SELECT * FROM {name}")]
+                 for name in columns}  # fmt: skip
+    found["flowstore_log"] = [row for row in found["flowstore_log"] if row["execution_id"]]
+    return found
+
+
+def pruned_by_hand(rows: PruneRows, before: datetime) -> tuple[PruneRows, dict[str, int]]:
+    """What is left of the rows, and how many things of each kind went: the promise, said in another way."""
+    limit = (before - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+    def due(table: str, ended: Callable[[dict[str, Any]], int | None]) -> list[Any]:
+        statuses = TERMINAL_PRUNE.get(table)
+        return [row.get("id", row.get("execution_id")) for row in rows[table]
+                if (statuses is None or row["status"] in statuses) and (ended(row) or limit) < limit]  # fmt: skip
+
+    gone = {
+        "errors": due("execution_errors", lambda row: row["error_time"]),
+        "subscriptions": due("event_subscriptions", lambda row: row["terminated_at"]),
+        "events": due("events", lambda row: row["event_time"] if row["is_processed"] else None),
+        "tokens": due("flowstore_tokens", lambda row: min(row["revoked_at"] or limit, row["expires_at"] or limit)),
+        "workflows": due("workflows", lambda row: row["complete_time"] or row["create_time"]),
+        "flows": due("flows", lambda row: row["updated_at"]),
+        "executions": due("flowstore_runs", lambda row: row["updated_at"]),
+    }
+    of_table = {"execution_errors": "errors", "event_subscriptions": "subscriptions", "flowstore_tokens": "tokens",
+                "events": "events", "workflows": "workflows", "flows": "flows"}  # fmt: skip
+    owners = {"execution_id": "executions", "flow_id": "flows", "workflow_id": "workflows"}
+    left = {
+        table: [row for row in of if row.get("id") not in gone.get(of_table.get(table, ""), [])
+                and not any(row.get(owner) in gone[kind] for owner, kind in owners.items() if table != "flowstore_definitions")]
+        for table, of in rows.items()
+    }  # fmt: skip
+    return left, {kind: len(ids) for kind, ids in gone.items()}
+
+
+def populate(store: Store, clock: Clock, seed: int, count: int = 12) -> None:
+    """Things of all kinds and statuses, ended at random times of the days before the clock's, with rows of their own."""
+    chance, now = random.Random(seed), clock.now
+    store.state.create_tenant(Tenant(id="acme"))
+    for number in range(count):
+        clock.now = now - timedelta(days=chance.randrange(12))
+        tenant, own = chance.choice(["default", "acme"]), chance.choice([0, 1, 3, 40])
+        run = WorkflowExecution(execution_id=f"e{number}", workflow_id="w", status=chance.choice(list(ExecutionStatus)))
+        run.tenant_id = tenant
+        store.state.create_execution(run)
+        store.events.append(f"log{number}", tenant, EVENT)
+        if own:
+            store.events.append_batch(run.execution_id, tenant, [{"type": "custom", "n": n} for n in range(own)])
+            store.state.write_snapshot(Snapshot(execution_id=run.execution_id, at_sequence=own, state=own))
+            store.state.record_effect(f"effect {number}", own, execution_id=run.execution_id)
+            store.state.record_effect(f"free {number}", own)
+        for index in range(own // 2):
+            store.state.enqueue_work_item(WorkItem(id=f"i{number}-{index}", execution_id=f"e{number}", queue_type="q"))
+        if own == 40:
+            store.state.move_to_dead_letter(f"i{number}-0", "poison")
+        store.state.put_artifact(f"{number}".encode())
+        flow = store.flows.insert(Flow(status=chance.choice(list(FlowStatus))))
+        place = WorkflowInstance(workflow_definition_id="d", status=chance.choice(list(WorkflowStatus)))
+        place.execution_pointers = [ExecutionPointer(step_id=step) for step in range(own)]
+        place.complete_time = chance.choice([None, clock.now, now])
+        place.id = store.workflows.create_new_workflow(place)
+        for index in range(own):
+            store.flows.append_event(flow.id, "k", {})
+            store.flows.insert_step(FlowStep(flow_id=flow.id, run_id=str(index)))
+        event = store.workflows.create_event(Event(event_name="n", event_key="k"))
+        waiting = EventSubscription(workflow_id=place.id, step_id=0, execution_pointer_id="p", event_name="n", event_key="k")
+        store.workflows.create_event_subscription(waiting)
+        error = ExecutionError(workflow_id=chance.choice([place.id, "gone"]), execution_pointer_id="p", message="m")
+        store.workflows.persist_errors([error] * (own + 1))
+        expires = chance.choice([None, clock.now + timedelta(hours=1), now + timedelta(days=1)])
+        _, token = store.state.create_token("n", "r", expires_at=expires)
+        clock.advance(chance.randrange(40_000))
+        if chance.random() < 0.5:
+            store.workflows.mark_event_processed(event)
+            store.workflows.terminate_subscription(waiting.id)
+            store.state.revoke_token(token.id)
+    clock.now = now
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("at_once", [3, 250])
+def test_prune_drops_what_a_model_says_and_counts_it_first(
+    make_store: MakeStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, seed: int, at_once: int
+) -> None:
+    monkeypatch.setattr(flowstore, "_PRUNED_AT_ONCE", at_once)
+    store = make_store(clock=clock)
+    populate(store, clock, seed)
+    for days in (20, 8, 4, 0):
+        before = rows_to_prune(store)
+        left, counts = pruned_by_hand(before, clock.now - timedelta(days=days))
+        assert store.prune(timedelta(days=days), dry_run=True) == counts
+        assert rows_to_prune(store) == before
+        older_than = clock.now - timedelta(days=days) if days == 4 else timedelta(days=days)
+        assert store.prune(older_than) == counts
+        assert rows_to_prune(store) == left
+        assert store.check() == []
+    assert not any(store.prune(clock.now).values())
+    store.prune(clock.advance(1))
+    assert {run.status.is_terminal for run in store.state.list_executions()} == {False}
+
+
+def test_prune_spares_what_ended_at_the_very_time_and_a_negative_span_counts_as_none(store: Store, clock: Clock) -> None:
+    flow = store.flows.insert(Flow(status=FlowStatus.FAILED))
+    for span in (timedelta(0), timedelta(-5), timedelta.max):
+        assert store.prune(span)["flows"] == 0
+    assert store.flows.get(flow.id) is not None
+    assert store.prune(store.now() + timedelta(seconds=1))["flows"] == 1
+
+
+@pytest.mark.parametrize("older_than", [None, 30, 1.5, True, "30d", datetime(2030, 1, 1), date(2030, 1, 1), [timedelta(1)]])
+def test_prune_refuses_what_is_no_time(store: Store, older_than: Any) -> None:
+    with pytest.raises(InvalidData, match="older_than"):
+        store.prune(older_than)
+
+
+def test_prune_dry_run_is_true_or_false_and_all_that_a_read_only_store_can_do(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "app.db") as store:
+        store.flows.insert(Flow(status=FlowStatus.FAILED))
+        with pytest.raises(InvalidData, match="dry_run"):
+            store.prune(timedelta(0), dry_run=1)  # type: ignore[arg-type]
+    with flowstore.open(tmp_path / "app.db", read_only=True) as store:
+        assert store.prune(timedelta(0), dry_run=True)["flows"] == 1
+        with pytest.raises(StorageError):
+            store.prune(timedelta(0))
+        assert store.prune(timedelta(0), dry_run=True)["flows"] == 1
+
+
+def test_prune_inside_a_transaction_is_undone_with_it(make_store: MakeStore, clock: Clock) -> None:
+    store = make_store(clock=clock)
+    populate(store, clock, 1)
+    before = rows_to_prune(store)
+    with pytest.raises(ZeroDivisionError), store.transaction():
+        assert sum(store.prune(timedelta(0)).values()) > 10
+        assert rows_to_prune(store) != before
+        raise ZeroDivisionError
+    assert rows_to_prune(store) == before
+
+
+def ended_log(store: Store, execution_id: str, events: int, tenant: str = "default") -> None:
+    """A completed execution with so many events."""
+    store.events.append_batch(execution_id, tenant, [EVENT] * events)
+    run = WorkflowExecution(execution_id=execution_id, workflow_id="w", status=ExecutionStatus.COMPLETED)
+    run.updated_at, run.tenant_id = START - timedelta(days=1), tenant
+    store.state.create_execution(run)
+
+
+def test_a_pruned_id_is_unknown_and_its_positions_are_never_given_again(make_store: MakeStore, clock: Clock) -> None:
+    store = make_store(clock=clock)
+    seen = 0
+    for turn in range(4):
+        ended_log(store, "e", 3)
+        last = store.events.read_all(seen)[-1].position
+        if turn == 2:
+            store.events.append("other", "default", EVENT)
+            last = store.events.read_all(seen)[-1].position
+        assert store.prune(clock.now)["executions"] == 1
+        assert store.check() == [] and store.events.load_events("e") == []
+        assert not store.events.execution_exists("e") and store.state.get_execution("e") is None
+        assert [one.position > last for one in store.events.read_all(last)] == []
+        assert store.events.append("e", "acme", EVENT) == 1  # another tenant may have it now
+        assert [one.execution_id for one in store.events.read_all(last)] == ["e"]
+        run_of = WorkflowExecution(execution_id="e", workflow_id="w", tenant_id="acme", status=ExecutionStatus.FAILED)
+        run_of.updated_at = START - timedelta(days=1)
+        store.state.create_execution(run_of)
+        seen = store.events.read_all(last)[-1].position
+        assert store.prune(clock.now)["executions"] == 1
+        assert store.stats()["tables"]["flowstore_log"] <= 2  # `other`, and one row that stands for the end
+
+
+def test_a_prune_takes_the_data_of_every_tenant_and_leaves_each_its_own(make_store: MakeStore, clock: Clock) -> None:
+    store = make_store(clock=clock)
+    for tenant in ("acme", "other"):
+        ended_log(store, f"ended of {tenant}", 2, tenant)
+        store.state.for_tenant(tenant).create_execution(WorkflowExecution(execution_id=f"open of {tenant}", workflow_id="w"))
+    assert store.prune(clock.now)["executions"] == 2
+    for tenant in ("acme", "other"):
+        view = store.state.for_tenant(tenant)
+        assert [run.execution_id for run in view.list_executions()] == [f"open of {tenant}"]
+        assert view.get_events(f"ended of {tenant}") == []
+
+
+def test_an_execution_that_goes_in_pieces_is_nobodys_meanwhile(
+    make_store: MakeStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flowstore, "_PRUNED_AT_ONCE", 10)
+    store = make_store(clock=clock)
+    ended_log(store, "giant", 55)
+    steps: Any = inspect.unwrap(Store.prune)(store, clock.now)
+    dropped: Any = None
+    lengths = []
+    with pytest.raises(StopIteration) as end:
+        while True:
+            dropped = steps.send(dropped)
+            if 0 < store.events.count_events("giant") < 55:
+                lengths.append(len(store.events.load_events("giant")))
+                assert store.check() == []
+                with pytest.raises(TenantMismatch):
+                    store.events.append("giant", "default", EVENT)
+                with pytest.raises(NotFound):
+                    store.state.update_execution_status("giant", "running")
+                with pytest.raises(AlreadyExists):
+                    run_with(store.state, "giant")
+                with pytest.raises(NotFound):
+                    store.state.for_tenant("default").append_event("giant", EVENT)
+                assert store.state.append_event("giant", EVENT) == lengths[-1] + 1  # the administrator's goes with it
+    assert end.value.value["executions"] == 1 and len(lengths) > 3
+    assert not store.events.execution_exists("giant")
+    assert store.events.append("giant", "default", EVENT) == 1
+    assert store.check() == []
+
+
+def test_who_knew_a_flow_or_workflow_that_goes_in_pieces_does_not_go_on_with_it(
+    make_store: MakeStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flowstore, "_PRUNED_AT_ONCE", 10)
+    store = make_store(clock=clock)
+    flow = store.flows.insert(Flow(status=FlowStatus.FINISHED))
+    for _ in range(30):
+        store.flows.append_event(flow.id, "k", {})
+    place = WorkflowInstance(workflow_definition_id="d", status=WorkflowStatus.COMPLETE)
+    place.execution_pointers = [ExecutionPointer(step_id=step) for step in range(30)]
+    place.id = store.workflows.create_new_workflow(place)
+    later = clock.advance(10)
+    steps: Any = inspect.unwrap(Store.prune)(store, later)
+    dropped: Any = None
+    while (dropped := steps.send(dropped)) is not None and len(store.flows.list_events(flow.id)) == 30:
+        if len(store.workflows.get_workflow_instances([place.id])) and dropped[1]:
+            store.workflows.persist_workflow(place)  # whoever writes it has it whole
+            assert len(store.workflows.get_workflow_instance(place.id).execution_pointers) == 30
+            place.status, place.complete_time = WorkflowStatus.RUNNABLE, None
+            store.workflows.persist_workflow(place)
+    with pytest.raises(RevisionMismatch):
+        store.flows.update_with_revision(flow)
+    assert place.status is WorkflowStatus.RUNNABLE
+    assert len(store.workflows.get_workflow_instance(place.id).execution_pointers) == 30
+
+
+def test_prune_takes_everything_apart_into_small_transactions(
+    watched: type[Watched], make_store_state: Callable[[], Store], clock: StateClock
+) -> None:
+    store = make_store_state()
+    ended_log(store, "giant", 3000)
+    flow = flow_with(store, "finished", updated_at=START - timedelta(1))
+    with store.transaction() as tx:
+        tx.executemany("INSERT INTO flow_events (flow_id, kind, payload, at) VALUES (?, 'k', '{}', 0)", [(flow.id,)] * 3000)
+        for number in range(300):
+            ended_log(store, f"small{number}", 2)
+    place = WorkflowInstance(workflow_definition_id="d", status=WorkflowStatus.TERMINATED)
+    place.execution_pointers = [ExecutionPointer(step_id=step) for step in range(2000)]
+    place.create_time = START - timedelta(days=1)
+    store.workflows.create_new_workflow(place)
+    del watched.commits[:-1]
+    counts = store.prune(START)
+    assert (counts["executions"], counts["flows"], counts["workflows"]) == (301, 1, 1)
+    changes = [after - before for before, after in itertools.pairwise(watched.commits)]
+    assert max(changes) <= flowstore._PRUNED_AT_ONCE + 10 and len(changes) > 30
+    assert store.check() == [] and store.stats()["tables"]["flowstore_log"] == 1
+
+
+def test_writers_append_to_executions_while_they_are_pruned(make_store_state: Callable[[], Store]) -> None:
+    store = make_store_state()
+    for number in range(20):
+        ended_log(store, f"e{number}", 700)
+    refused = []
+
+    def write() -> None:
+        for number in range(20):
+            for _ in range(10):
+                try:
+                    store.events.append(f"e{number}", "default", EVENT)
+                except TenantMismatch:
+                    refused.append(number)
+
+    outcomes = together_state([lambda: store.prune(START)["executions"], write, write])
+    assert outcomes == [20, None, None]
+    assert store.check() == []
+    for number in range(20):  # known again by what came after, or not at all
+        assert store.events.count_events(f"e{number}") <= 20
+        assert store.state.get_execution(f"e{number}") is None
+
+
+KILLED_IN_PRUNE = """
+import functools, os, signal, sqlite3, sys
+import flowstore
+from datetime import datetime, timedelta, UTC
+
+class Connection(sqlite3.Connection):
+    left = int(sys.argv[2])
+    def execute(self, sql, *parameters):
+        if sql.lstrip().startswith(("DELETE", "UPDATE", "COMMIT")):
+            Connection.left -= 1
+            if not Connection.left:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().execute(sql, *parameters)
+
+with flowstore.open(sys.argv[1], synchronous="OFF") as store:
+    flowstore._PRUNED_AT_ONCE = 20
+    store.close()
+sqlite3.connect = functools.partial(sqlite3.connect, factory=Connection)
+with flowstore.open(sys.argv[1], synchronous="OFF") as store:
+    store.prune(datetime(2030, 1, 1, tzinfo=UTC))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
+def test_a_prune_that_is_killed_anywhere_leaves_whole_things_or_logs_from_their_beginning(
+    tmp_path: Path, clock: Clock
+) -> None:
+    with flowstore.open(tmp_path / "app.db", clock=clock, synchronous="OFF") as store:
+        populate(store, clock, 5)
+        ended_log(store, "giant", 130)
+        first = rows_to_prune(store)
+        logs = {run: [one.event for one in store.events.load_events(run)] for run in store.events.list_executions()}
+        left, _ = pruned_by_hand(first, START)
+        highest = max(row["position"] for row in first["flowstore_log"])
+    environment, kills = os.environ | {"PYTHONPATH": str(HERE)}, 0
+    for number in itertools.count(1, 7):
+        path = shutil.copy(tmp_path / "app.db", tmp_path / f"{number}.db")
+        command = [sys.executable, "-c", KILLED_IN_PRUNE, str(path), str(number)]
+        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert child.returncode in (0, -signal.SIGKILL), child.stderr
+        with flowstore.open(path, clock=clock, synchronous="OFF") as store:
+            assert store.check() == []
+            for run, events in logs.items():
+                found = [one.event for one in store.events.load_events(run)]
+                assert found == events[: len(found)]
+                assert found == events or store.state.get_execution(run) is None
+            survived = rows_to_prune(store)
+            for table, of in left.items():
+                assert [row for row in of if row not in survived[table]] == []
+            store.prune(START)
+            assert rows_to_prune(store) == left
+            store.events.append("new", "default", EVENT)
+            assert store.events.read_all(highest)[0].execution_id == "new"
+        kills += child.returncode != 0
+        if child.returncode == 0:
+            break
+    assert kills > 10
+
+
+# ==========================================================================================================
 # The command line, the README, the schema
 # ==========================================================================================================
 
@@ -9772,6 +10127,8 @@ def test_demo_goes_on_where_it_was_killed(tmp_path: Path, files: Path) -> None:
         (["check", "text.txt"], 1), (["check", "missing.db"], 1), (["check", "no/such/folder.db"], 1),
         (["backup", "app.db", "app.db"], 1), (["check", "ftp://host/app.db"], 1), (["check", "sqlite:app.db?x=1"], 1),
         (["compact", "text.txt"], 1), (["selftest", "--target", "."], 1),
+        (["prune", "app.db"], 2), (["prune", "app.db", "--older-than", "30"], 2), (["bench", "--target", ":memory:"], 2),
+        (["prune", "app.db", "--older-than", "-1d"], 2), (["prune", "missing.db", "--older-than", "1d"], 1),
     ],
 )
 def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path, arguments: list[str], status: int) -> None:
@@ -9796,6 +10153,59 @@ def test_check_backup_and_compact_from_the_command_line(tmp_path: Path) -> None:
     plain.commit()
     plain.close()
     assert "'e' has a gap" in run("check", "copy.db", cwd=tmp_path, status=1).stdout
+
+
+def test_prune_from_the_command_line(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "app.db", clock=lambda: datetime(2000, 1, 1, tzinfo=UTC)) as store:
+        for number in range(3):
+            run_with(store.state, f"e{number}", status="failed")
+        store.events.append("open", "default", EVENT)
+    said = run("prune", "app.db", "--older-than", "999999d", cwd=tmp_path).stdout
+    assert said == "app.db: 0 errors, 0 subscriptions, 0 events, 0 tokens, 0 workflows, 0 flows, 0 executions are gone\n"
+    for _ in range(2):
+        dry = json.loads(run("prune", "app.db", "--older-than", "30d", "--dry-run", "--json", cwd=tmp_path).stdout)
+        assert (dry["dry_run"], dry["pruned"]["executions"]) == (True, 3)
+    done = json.loads(run("prune", "app.db", "--older-than", "30d", "--json", cwd=tmp_path).stdout)
+    assert done == dry | {"dry_run": False}
+    with flowstore.open(tmp_path / "app.db") as store:
+        assert store.events.list_executions() == ["open"] and store.check() == []
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="this platform has no terminals to open")
+def test_prune_shows_a_bar_on_a_terminal_and_clears_it(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "app.db", clock=lambda: datetime(2000, 1, 1, tzinfo=UTC)) as store:
+        for _ in range(3):
+            store.flows.insert(Flow(status=FlowStatus.FAILED))
+    ours, theirs = os.openpty()
+    command = [sys.executable, flowstore.__file__, "prune", "app.db", "--older-than", "1d"]
+    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
+    os.close(theirs)
+    drawn = os.read(ours, 4096).decode()
+    os.close(ours)
+    assert done.returncode == 0 and "3 flows" in done.stdout
+    assert "3/3 pruned" in drawn and drawn.endswith("\r")
+    assert drawn.rstrip("\r").rpartition("\r")[2].strip() == ""
+
+
+def test_every_row_of_the_bench_measures_something_and_one_that_misses_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    begin = flowstore._Bench.__init__
+
+    def tiny(self: flowstore._Bench, quick: bool) -> None:
+        begin(self, quick)
+        self.rounds, self.seconds, self.depth = 1, 0.01, 500
+
+    monkeypatch.setattr(flowstore._Bench, "__init__", tiny)
+    monkeypatch.setitem(flowstore._ROWS, "never", (lambda on: flowstore._under(1, "ms", [2, 1, 3]),))
+    assert flowstore.main(["bench", "--json", "--target", str(tmp_path / "app.db")]) == 1
+    found = json.loads(capfd.readouterr().out)
+    assert len(found["rows"]) == len(flowstore._ROWS) >= 16
+    assert all(row["measured"] and row["said"] for row in found["rows"])
+    assert all(row["measured"][0] > 0 for row in found["rows"] if row["name"].startswith(("dur", "app", "load", "claim")))
+    assert found["rows"][-1] == {"name": "never", "holds": False, "said": "2.0 ms (under 1)", "measured": [2]}
+    assert found["holds"] is False
+    assert "SQLite" in found["machine"] and list(tmp_path.iterdir()) == []
 
 
 def test_version_is_the_modules(tmp_path: Path) -> None:
