@@ -4196,8 +4196,8 @@ STEPS = int(os.environ.get("FLOWSTORE_STEPS", "80"))
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no os.fork")
 needs_kill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
 needs_sigint = pytest.mark.skipif(os.name != "posix", reason="only POSIX sends SIGINT to one process")
-# a strike may hit a finalizer, which can only report it
-swallows = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# A strike may hit a finalizer or a generator being closed, which can only report it.
+swallows = pytest.mark.usefixtures("unraisable_unheard")
 
 
 # ---------------------------------------------------------------- helpers, for this process and for children
@@ -4479,6 +4479,14 @@ def watchdog() -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def unraisable_unheard() -> Iterator[None]:
+    """Reports of finalizers go to a function in C: in one in Python, the next strike could hit the report."""
+    usual, sys.unraisablehook = sys.unraisablehook, id
+    yield
+    sys.unraisablehook = usual
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -8454,17 +8462,18 @@ class FlowStriker:
         return True
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # struck between two steps
+@swallows
 def test_ctrl_c_anywhere_in_a_call_leaves_no_lease_and_loses_no_command(clock: Clock) -> None:
     with flowstore.open(":memory:", clock=clock) as store_flow:
         for strike_at in range(random.randint(1, 5), 10_000, 5):  # some of the places, others each time
             seen: list[ScheduledCommand] = []
             store_flow.workflows.schedule_command(command("a"))
-            ended = FlowStriker(strike_at).run(partial(store_flow.workflows.process_commands, None, seen.append))
+            striker = FlowStriker(strike_at)
+            ended = striker.run(partial(store_flow.workflows.process_commands, None, seen.append))
             left = handled(store_flow.workflows)
             assert [*left, *(found.data for found in seen)][:1] == ["a"], strike_at
             assert rows(store_flow)["scheduled_commands"] == 0, strike_at
-            if ended:
+            if striker.places < strike_at:  # a strike at the close of a generator does not end the call either
                 break
         assert ended and strike_at > 100
 
