@@ -48,7 +48,7 @@ from types import CodeType, FrameType
 from typing import IO, Any, ClassVar, NoReturn
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
 
@@ -95,6 +95,7 @@ from flowstore import (
     StoreCorrupt,
     StoredEvent,
     Tenant,
+    TenantInactive,
     TenantLimits,
     TenantMismatch,
     TenantStatus,
@@ -9298,3 +9299,876 @@ CREATE INDEX execution_errors_by_time ON execution_errors (error_time, id);
 DELETE FROM "sqlite_sequence";
 COMMIT;
 """
+
+
+# ==========================================================================================================
+# Trust: what happens when everything goes wrong
+# ==========================================================================================================
+
+
+# --- every facet against a plain model, alone and all together ---
+
+
+@dataclass
+class Plain:
+    """All that a store holds, in dicts; what a rolled back transaction leaves is a copy made before it."""
+
+    flows: dict[str, Flow] = dataclasses.field(default_factory=dict)
+    steps: dict[str, FlowStep] = dataclasses.field(default_factory=dict)
+    trail: list[Any] = dataclasses.field(default_factory=list)
+    tenants: dict[str, Tenant] = dataclasses.field(default_factory=dict)
+    known: dict[str, tuple[str, datetime]] = dataclasses.field(default_factory=dict)
+    log: list[StoredEvent] = dataclasses.field(default_factory=list)
+    runs: dict[str, WorkflowExecution] = dataclasses.field(default_factory=dict)
+    snapshots: dict[tuple[str, int], Snapshot] = dataclasses.field(default_factory=dict)
+    definitions: dict[tuple[str, str], WorkflowDefinition] = dataclasses.field(default_factory=dict)
+    effects: dict[tuple[str, str], Any] = dataclasses.field(default_factory=dict)
+    artifacts: dict[tuple[str, bytes], str | None] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, ApiToken] = dataclasses.field(default_factory=dict)
+    items: dict[str, WorkItem] = dataclasses.field(default_factory=dict)
+    dead: dict[str, datetime] = dataclasses.field(default_factory=dict)
+    instances: dict[str, WorkflowInstance] = dataclasses.field(default_factory=dict)
+    counters: dict[str, int] = dataclasses.field(default_factory=dict)
+    subscriptions: dict[str, EventSubscription] = dataclasses.field(default_factory=dict)
+    terminated: set[str] = dataclasses.field(default_factory=set)
+    events: dict[str, Event] = dataclasses.field(default_factory=dict)
+    errors: list[ExecutionError] = dataclasses.field(default_factory=list)
+    commands: dict[str, int] = dataclasses.field(default_factory=dict)
+    rows: list[int] = dataclasses.field(default_factory=list)  # of the user's own table
+
+
+three = st.sampled_from("abc")
+ages = st.none() | st.integers(-9, 9).map(lambda age: START + seconds(age))
+small_json = st.sampled_from([None, True, 1, 1.0, "\U0001f600", [1, {"a": []}], {"list": [1]}, {}])
+
+
+class Machine(RuleBasedStateMachine):
+    """A store, its model and a clock that may go back; children add the rules of a facet."""
+
+    in_file = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.folder = tempfile.TemporaryDirectory()
+        self.store = self.open()
+        self.model = Plain(tenants={"default": Tenant(id="default", created_at=START, updated_at=START)})
+        self.blocks: list[tuple[Any, Plain]] = []
+
+    def open(self) -> Store:
+        target = os.path.join(self.folder.name, "app.db") if self.in_file else ":memory:"
+        return flowstore.open(target, clock=self.clock, backoff=float, lease_seconds=10, synchronous="OFF")
+
+    def refuses(self, error: type[Exception], call: Callable[[], Any]) -> None:
+        with pytest.raises(error) as caught:
+            call()
+        assert type(caught.value) is error
+
+    def active(self, tenant: str) -> bool:
+        return self.model.tenants[tenant].status is TenantStatus.ACTIVE
+
+    @rule(step=st.integers(-4, 12))
+    def time_goes_by(self, step: int) -> None:
+        self.clock.advance(step)
+
+    @precondition(lambda self: self.in_file and not self.blocks)
+    @rule(through_backup=st.booleans())
+    def reopen(self, through_backup: bool) -> None:
+        if through_backup:
+            copied = os.path.join(self.folder.name, "copy.db")
+            self.store.backup(copied)
+            self.store.close()
+            os.replace(copied, os.path.join(self.folder.name, "app.db"))
+        self.store.close()
+        self.store = self.open()
+        assert self.store.check() == []
+
+    def teardown(self) -> None:
+        while self.blocks:
+            self.blocks.pop()[0].__exit__(Stop, Stop(), None)
+        self.store.close()
+        self.folder.cleanup()
+
+
+class FlowRules(Machine):
+    """Flows, their steps and their trail."""
+
+    @rule(id=three, owner=three, status=st.sampled_from(FlowStatus), at=ages, state=small_json)
+    def insert_flow(self, id: str, owner: str, status: FlowStatus, at: datetime | None, state: Any) -> None:
+        flow = Flow(id=id, owner_session_key=owner, status=status, created_at=at, state=state)
+        if id in self.model.flows:
+            self.refuses(AlreadyExists, lambda: self.store.flows.insert(flow))
+        else:
+            now = self.clock()
+            self.model.flows[id] = dataclasses.replace(flow, created_at=at or now, updated_at=now)
+            assert self.store.flows.insert(flow) == self.model.flows[id]
+
+    @precondition(lambda self: self.model.flows)
+    @rule(id=three, behind=st.sampled_from([0, 0, 0, 1, -1]), status=st.sampled_from(FlowStatus), trail=st.booleans())
+    def update_flow(self, id: str, behind: int, status: FlowStatus, trail: bool) -> None:
+        stored = self.model.flows.get(id, Flow(id=id))
+        flow = dataclasses.replace(stored, revision=stored.revision - behind, status=status, goal=f"{status}")
+
+        def call() -> Any:
+            if trail:
+                return self.store.flows.update_and_append(flow, "updated", {"revision": flow.revision})
+            return self.store.flows.update_with_revision(flow)
+
+        if id not in self.model.flows or behind:
+            return self.refuses(RevisionMismatch if id in self.model.flows else NotFound, call)
+        changed = dataclasses.replace(flow, revision=stored.revision + 1, updated_at=self.clock())
+        self.model.flows[id] = changed
+        if not trail:
+            assert call() == changed
+        else:
+            found, event = call()
+            assert found == changed
+            self.trailed(event, id, "updated", {"revision": flow.revision})
+        return None
+
+    def trailed(self, event: Any, flow_id: str, kind: str, payload: Any) -> None:
+        assert (event.flow_id, event.kind, event.payload, event.at) == (flow_id, kind, payload, self.clock())
+        assert all(event.id > older.id for older in self.model.trail)
+        self.model.trail.append(event)
+
+    @precondition(lambda self: self.model.flows)
+    @rule(flow_id=three, kind=st.sampled_from(["", "k"]), payload=small_json)
+    def append_to_trail(self, flow_id: str, kind: str, payload: Any) -> None:
+        if flow_id not in self.model.flows:
+            self.refuses(NotFound, lambda: self.store.flows.append_event(flow_id, kind, payload))
+        else:
+            self.trailed(self.store.flows.append_event(flow_id, kind, payload), flow_id, kind, payload)
+
+    @precondition(lambda self: self.model.flows)
+    @rule(id=three, flow_id=three, run_id=three, result=small_json)
+    def insert_step(self, id: str, flow_id: str, run_id: str, result: Any) -> None:
+        step = FlowStep(id=id, flow_id=flow_id, run_id=run_id, result=result)
+        taken = id in self.model.steps or any(
+            (other.flow_id, other.run_id) == (flow_id, run_id) for other in self.model.steps.values()
+        )
+        if flow_id not in self.model.flows:
+            self.refuses(NotFound, lambda: self.store.flows.insert_step(step))
+        elif taken:
+            self.refuses(AlreadyExists, lambda: self.store.flows.insert_step(step))
+        else:
+            self.model.steps[id] = dataclasses.replace(step, created_at=self.clock(), updated_at=self.clock())
+            assert self.store.flows.insert_step(step) == self.model.steps[id]
+
+    @precondition(lambda self: self.model.steps)
+    @rule(id=three, run_id=three, status=st.sampled_from(FlowStepStatus))
+    def update_step(self, id: str, run_id: str, status: FlowStepStatus) -> None:
+        stored = self.model.steps.get(id)
+        step = FlowStep(id=id, flow_id="elsewhere", run_id=run_id, status=status)
+        if stored is None:
+            return self.refuses(NotFound, lambda: self.store.flows.update_step(step))
+        others = [other for other in self.model.steps.values() if other.flow_id == stored.flow_id and other.id != id]
+        if run_id in {other.run_id for other in others}:
+            return self.refuses(AlreadyExists, lambda: self.store.flows.update_step(step))
+        changed = dataclasses.replace(
+            step, flow_id=stored.flow_id, created_at=stored.created_at, updated_at=self.clock()
+        )
+        self.model.steps[id] = changed
+        assert self.store.flows.update_step(step) == changed
+        return None
+
+    @precondition(lambda self: self.model.flows)
+    @rule()
+    def prune_flows(self) -> None:
+        gone = {
+            flow.id for flow in self.model.flows.values()
+            if flow.status.is_terminal and flow.updated_at is not None and flow.updated_at < self.clock()
+        }
+        assert self.store.flows.prune_terminal_flows(0) == len(gone)
+        self.model.flows = {id: flow for id, flow in self.model.flows.items() if id not in gone}
+        self.model.steps = {id: step for id, step in self.model.steps.items() if step.flow_id not in gone}
+        self.model.trail = [event for event in self.model.trail if event.flow_id not in gone]
+
+    @invariant()
+    def flows_agree(self) -> None:
+        flows = self.store.flows
+        for key in "abc":
+            assert flows.get(key) == self.model.flows.get(key)
+            assert flows.get_step(key) == self.model.steps.get(key)
+            assert flows.list_events(key) == [event for event in self.model.trail[::-1] if event.flow_id == key]
+            mine = [flow for flow in self.model.flows.values() if flow.owner_session_key == key]
+            assert flows.list_by_owner(key) == sorted(mine, key=lambda f: (f.created_at, f.id), reverse=True)
+            steps = [step for step in self.model.steps.values() if step.flow_id == key]
+            assert flows.list_steps(key) == sorted(steps, key=lambda step: (step.created_at, step.id))
+        for status in (FlowStatus.CREATED, FlowStatus.FINISHED):
+            those = [flow for flow in self.model.flows.values() if flow.status is status]
+            assert flows.list_by_status(status) == sorted(those, key=lambda flow: (flow.updated_at, flow.id))
+
+
+tenants_named = st.sampled_from(["default", "default", "t", "u"])
+
+
+class LogRules(Machine):
+    """The log of three executions of three tenants."""
+
+    def opened(self, run: str, tenant: str) -> type[Exception] | None:
+        """What an append to the run as this tenant meets."""
+        if self.model.known.get(run, (tenant,))[0] != tenant:
+            return TenantMismatch
+        return TenantInactive if tenant in self.model.tenants and not self.active(tenant) else None
+
+    def logged(self, run: str) -> list[StoredEvent]:
+        return [stored for stored in self.model.log if stored.execution_id == run]
+
+    def append_to_log(self, run: str, tenant: str, event: Any, event_id: str | None = None) -> int:
+        """What an append that is not refused leaves in the model."""
+        now = self.clock()
+        self.model.tenants.setdefault(tenant, Tenant(id=tenant, created_at=now, updated_at=now))
+        self.model.known.setdefault(run, (tenant, now))
+        sequence = len(self.logged(run)) + 1
+        last = max((stored.position for stored in self.model.log), default=0)
+        self.model.log.append(StoredEvent(
+            execution_id=run, sequence=sequence, tenant_id=tenant, event=event, timestamp=now, id=event_id,
+            position=last + 1,
+        ))
+        return sequence
+
+    @rule(
+        run=three, tenant=tenants_named, value=small_json, event_id=st.none() | three,
+        expected=st.none() | st.integers(0, 3),
+    )
+    def append(self, run: str, tenant: str, value: Any, event_id: str | None, expected: int | None) -> None:
+        event = {"type": "t", "value": value}
+        call = partial(
+            self.store.events.append, run, tenant, event, event_id=event_id, expected_sequence=expected
+        )
+        twice = [stored.sequence for stored in self.logged(run) if stored.id is not None and stored.id == event_id]
+        if (refused := self.opened(run, tenant)) is not None:
+            self.refuses(refused, call)
+        elif twice:
+            assert call() == twice[0]
+        elif expected not in (None, len(self.logged(run))):
+            self.refuses(SequenceConflict, call)
+        else:
+            assert call() == self.append_to_log(run, tenant, event, event_id)
+
+    @rule(run=three, tenant=tenants_named, values=st.lists(small_json, min_size=1, max_size=3), torn=st.booleans())
+    def append_batch(self, run: str, tenant: str, values: list[Any], torn: bool) -> None:
+        events: list[Any] = [{"type": "t", "value": value} for value in values]
+        if torn:
+            return self.refuses(InvalidData, lambda: self.store.events.append_batch(run, tenant, [*events, {}]))
+        call = partial(self.store.events.append_batch, run, tenant, events)
+        if (refused := self.opened(run, tenant)) is not None:
+            return self.refuses(refused, call)
+        [first, *_] = [self.append_to_log(run, tenant, event) for event in events]
+        assert call() == first
+        return None
+
+    @invariant()
+    def logs_agree(self) -> None:
+        log = self.store.events.read_all()
+        # Positions are the store's own: a rolled back one may be given again.
+        assert [(s.execution_id, s.sequence, s.tenant_id, s.event, s.timestamp, s.id) for s in log] == [
+            (s.execution_id, s.sequence, s.tenant_id, s.event, s.timestamp, s.id) for s in self.model.log
+        ]
+        assert [stored.position for stored in log] == sorted({stored.position for stored in log})
+        for run in "abc":
+            mine = [stored for stored in log if stored.execution_id == run]
+            assert [stored.sequence for stored in mine] == [*range(1, len(mine) + 1)]
+            assert self.store.events.load_events(run) == mine
+            assert self.store.events.execution_exists(run) is (run in self.model.known)
+        for tenant in ("default", "t", "u"):
+            known = [(at, run) for run, (owner, at) in self.model.known.items() if owner == tenant]
+            assert self.store.events.list_executions(tenant) == [run for _, run in sorted(known, reverse=True)]
+        assert self.store.state.list_tenants() == sorted(
+            self.model.tenants.values(), key=lambda tenant: (tenant.created_at, tenant.id)
+        )
+
+
+class StateRules(LogRules):
+    """Executions, snapshots, definitions, effects, artifacts, tenants and tokens, through the store and its views."""
+
+    def seen_by(self, tenant: str | None) -> tuple[StateBackend, str, type[Exception] | None]:
+        """The backend or a view, the tenant that it writes as, and what a change through it meets."""
+        if tenant is None:
+            return self.store.state, "default", None
+        if tenant not in self.model.tenants:
+            return self.store.state.for_tenant(tenant), tenant, NotFound
+        return self.store.state.for_tenant(tenant), tenant, None if self.active(tenant) else TenantInactive
+
+    @rule(id=st.sampled_from("tuv"), status=st.sampled_from(TenantStatus), most=st.none() | st.integers(0, 2))
+    def write_tenant(self, id: str, status: TenantStatus, most: int | None) -> None:
+        limits = TenantLimits(max_workflows=most, max_concurrent_executions=most)
+        tenant, now = Tenant(id=id, status=status, limits=limits), self.clock()
+        stored = self.model.tenants.get(id)
+        if stored is None:
+            self.refuses(NotFound, lambda: self.store.state.update_tenant(tenant))
+            self.model.tenants[id] = dataclasses.replace(tenant, created_at=now, updated_at=now)
+            assert self.store.state.create_tenant(tenant) == self.model.tenants[id]
+        else:
+            self.refuses(AlreadyExists, lambda: self.store.state.create_tenant(tenant))
+            self.model.tenants[id] = dataclasses.replace(tenant, created_at=stored.created_at, updated_at=now)
+            assert self.store.state.update_tenant(tenant) == self.model.tenants[id]
+
+    @rule(run=three, tenant=tenants_named, status=st.sampled_from(ExecutionStatus), state=small_json)
+    def create_run(self, run: str, tenant: str, status: ExecutionStatus, state: Any) -> None:
+        given = WorkflowExecution(
+            execution_id=run, workflow_id="w", status=status, tenant_id=tenant, current_state=state
+        )
+        call, now = partial(self.store.state.create_execution, given), self.clock()
+        if run in self.model.runs or self.model.known.get(run, (tenant,))[0] != tenant:
+            return self.refuses(AlreadyExists, call)
+        if tenant not in self.model.tenants:
+            return self.refuses(NotFound, call)
+        going = [r for r in self.model.runs.values() if r.tenant_id == tenant and not r.status.is_terminal]
+        most = self.model.tenants[tenant].limits.max_concurrent_executions
+        if most is not None and not status.is_terminal and len(going) >= most:
+            return self.refuses(LimitExceeded, call)
+        self.model.known.setdefault(run, (tenant, now))
+        self.model.runs[run] = dataclasses.replace(given, started_at=now, updated_at=now)
+        assert call() == self.model.runs[run]
+        return None
+
+    @precondition(lambda self: self.model.runs)
+    @rule(run=three, status=st.sampled_from(ExecutionStatus))
+    def change_status(self, run: str, status: ExecutionStatus) -> None:
+        if run not in self.model.runs:
+            return self.refuses(NotFound, lambda: self.store.state.update_execution_status(run, status))
+        stored, now = self.model.runs[run], self.clock()
+        done = stored.completed_at or (now if status.is_terminal else None)
+        self.model.runs[run] = dataclasses.replace(stored, status=status, updated_at=now, completed_at=done)
+        return self.store.state.update_execution_status(run, status)
+
+    @precondition(lambda self: self.model.runs)
+    @rule(run=three, value=small_json, patch=st.booleans())
+    def change_state(self, run: str, value: Any, patch: bool) -> None:
+        state = self.store.state
+        call = partial(state.patch_append_array, run, "list") if patch else partial(
+            state.update_execution_current_state, run
+        )
+        if run not in self.model.runs:
+            return self.refuses(NotFound, lambda: call(value))
+        stored = self.model.runs[run]
+        before = stored.current_state
+        if patch and not isinstance(before, dict):
+            return self.refuses(InvalidData, lambda: call(value))
+        after = {**before, "list": [*before.get("list", []), value]} if patch else value
+        self.model.runs[run] = dataclasses.replace(stored, current_state=after, updated_at=self.clock())
+        return call(value)
+
+    @precondition(lambda self: self.model.known)
+    @rule(run=three, id=three, sequence=st.integers(0, 3), value=small_json)
+    def write_snapshot(self, run: str, id: str, sequence: int, value: Any) -> None:
+        snapshot = Snapshot(execution_id=run, at_sequence=sequence, state=value, id=id)
+        elsewhere = [place for place, other in self.model.snapshots.items() if other.id == id]
+        if run not in self.model.known:
+            self.refuses(NotFound, lambda: self.store.state.write_snapshot(snapshot))
+        elif elsewhere not in ([], [(run, sequence)]):
+            self.refuses(AlreadyExists, lambda: self.store.state.write_snapshot(snapshot))
+        else:
+            stored = dataclasses.replace(snapshot, created_at=self.clock())
+            self.model.snapshots[run, sequence] = stored
+            assert self.store.state.write_snapshot(snapshot) == stored
+
+    @precondition(lambda self: self.model.snapshots)
+    @rule(run=three, keep=st.integers(-1, 2))
+    def prune_snapshots(self, run: str, keep: int) -> None:
+        those = sorted(place for place in self.model.snapshots if place[0] == run)
+        gone = those[: max(0, len(those) - max(0, keep))]
+        assert self.store.state.prune_snapshots(run, keep) == len(gone)
+        for place in gone:
+            del self.model.snapshots[place]
+
+    @rule(id=three, tenant=st.none() | tenants_named, ir=small_json)
+    def store_definition(self, id: str, tenant: str | None, ir: Any) -> None:
+        backend, owner, refused = self.seen_by(tenant)
+        call = partial(backend.store_workflow, WorkflowDefinition(workflow_id=id, version="1", ir=ir))
+        if refused is not None:
+            return self.refuses(refused, call)
+        most = self.model.tenants[owner].limits.max_workflows
+        count = sum(place[0] == owner for place in self.model.definitions)
+        if (owner, id) not in self.model.definitions and most is not None and count >= most:
+            return self.refuses(LimitExceeded, call)
+        self.model.definitions[owner, id] = WorkflowDefinition(
+            workflow_id=id, version="1", ir=ir, created_at=self.clock(), tenant_id=owner
+        )
+        assert call() == self.model.definitions[owner, id]
+        return None
+
+    @rule(key=three, tenant=st.none() | tenants_named, result=small_json)
+    def record_effect(self, key: str, tenant: str | None, result: Any) -> None:
+        backend, owner, refused = self.seen_by(tenant)
+        if refused is not None:
+            return self.refuses(refused, lambda: backend.record_effect(key, result))
+        kept = self.model.effects.setdefault((owner, key), result)
+        assert plain_json(backend.record_effect(key, result)) == plain_json(kept)
+        return None
+
+    @rule(data=st.sampled_from([b"", b"one", b"\0" * 9999]), tenant=st.none() | tenants_named, kind=st.none() | three)
+    def put_artifact(self, data: bytes, tenant: str | None, kind: str | None) -> None:
+        backend, owner, refused = self.seen_by(tenant)
+        if refused is not None:
+            return self.refuses(refused, lambda: backend.put_artifact(data, kind))
+        kept = self.model.artifacts.setdefault((owner, data), kind)
+        digest = hashlib.sha256(data).hexdigest()
+        assert backend.put_artifact(data, kind) == ArtifactRef(hash=digest, size=len(data), media_type=kept)
+        return None
+
+    @precondition(lambda self: len(self.model.tokens) < 6)
+    @rule(tenant=st.none() | tenants_named, expires=ages)
+    def create_token(self, tenant: str | None, expires: datetime | None) -> None:
+        backend, owner, refused = self.seen_by(tenant)
+        if refused is not None:
+            return self.refuses(refused, lambda: backend.create_token("n", "r"))
+        secret, token = backend.create_token("n", "r", expires_at=expires)
+        assert (token.tenant_id, token.created_at, token.expires_at) == (owner, self.clock(), expires)
+        assert token.revoked_at is None
+        self.model.tokens[secret] = token
+        return None
+
+    @precondition(lambda self: self.model.tokens)
+    @rule(place=st.integers(0, 5))
+    def revoke_token(self, place: int) -> None:
+        for secret, token in [*self.model.tokens.items()][place : place + 1]:
+            self.store.state.revoke_token(token.id)
+            when = token.revoked_at or self.clock()
+            self.model.tokens[secret] = dataclasses.replace(token, revoked_at=when)
+
+    @invariant()
+    def state_agrees(self) -> None:
+        state, model = self.store.state, self.model
+        runs = sorted(model.runs.values(), key=lambda run: (run.updated_at, run.execution_id), reverse=True)
+        assert state.list_executions() == runs
+        assert state.list_executions("running") == [run for run in runs if run.status == "running"]
+        for run in "abc":
+            newest = max((place for place in model.snapshots if place[0] == run), default=None)
+            assert state.latest_snapshot(run) == (None if newest is None else model.snapshots[newest])
+        for tenant in ("default", "t"):
+            if tenant not in model.tenants:
+                continue
+            view = state.for_tenant(tenant)
+            assert view.list_executions() == [run for run in runs if run.tenant_id == tenant]
+            for key in "abc":
+                assert view.get_workflow(key, "1") == model.definitions.get((tenant, key))
+                assert view.get_effect(key, "none") == model.effects.get((tenant, key), "none")
+            for data in (b"", b"one"):
+                found = view.get_artifact(hashlib.sha256(data).hexdigest())
+                assert found == (data if (tenant, data) in model.artifacts else None)
+        for secret, token in model.tokens.items():
+            lives = token.revoked_at is None and (token.expires_at is None or token.expires_at > self.clock())
+            valid = lives and self.active(token.tenant_id)
+            assert state.validate_token(secret) == (token if valid else None)
+        listed = sorted(model.tokens.values(), key=lambda token: (token.created_at, token.id), reverse=True)
+        assert state.list_tokens() == listed
+
+
+def plain_json(value: Any) -> str:
+    """JSON tells True from 1 and 1.0, where == does not."""
+    return json.dumps(value, sort_keys=True)
+
+
+class ItemRules(StateRules):
+    """Work items and turns; QueueModel goes deeper into the queue alone."""
+
+    @precondition(lambda self: self.model.known)
+    @rule(id=three, run=three, queue=st.sampled_from("pq"), most=st.integers(0, 3), at=ages)
+    def enqueue(self, id: str, run: str, queue: str, most: int, at: datetime | None) -> None:
+        item, now = WorkItem(id=id, execution_id=run, queue_type=queue, max_attempts=most, available_at=at), self.clock()
+        if run not in self.model.known:
+            self.refuses(NotFound, lambda: self.store.state.enqueue_work_item(item))
+        elif id in self.model.items:
+            self.refuses(AlreadyExists, lambda: self.store.state.enqueue_work_item(item))
+        else:
+            owner = self.model.known[run][0]
+            self.model.items[id] = dataclasses.replace(
+                item, tenant_id=owner, created_at=now, available_at=at or now
+            )
+            assert self.store.state.enqueue_work_item(item) == id
+
+    def attempted(self, id: str, error: str | None, delay: float | None) -> None:
+        """One more attempt of an item has failed."""
+        item = self.model.items[id]
+        attempt = item.attempt + 1
+        last_error = item.last_error if error is None or (error == "the lease expired" and item.last_error) else error
+        item = dataclasses.replace(item, attempt=attempt, last_error=last_error, worker_id=None, lease_expires_at=None)
+        if attempt >= item.max_attempts:
+            self.model.dead[id] = self.clock()
+            item.status = WorkItemStatus.DEAD_LETTERED
+        else:
+            item.available_at = self.clock() + seconds(attempt if delay is None else delay)
+            item.status = WorkItemStatus.PENDING
+        self.model.items[id] = item
+
+    def take_back(self, queues: str) -> None:
+        for id, item in [*self.model.items.items()]:
+            lapsed = item.lease_expires_at is not None and item.lease_expires_at <= self.clock()
+            if item.status is WorkItemStatus.CLAIMED and lapsed and item.queue_type in queues:
+                self.attempted(id, "the lease expired", None)
+
+    @precondition(lambda self: self.model.items)
+    @rule(queues=st.sampled_from(["p", "q", "pq", ""]), lease=st.integers(0, 12))
+    def claim(self, queues: str, lease: int) -> None:
+        self.take_back(queues)
+        due = [
+            (item.available_at, id) for id, item in self.model.items.items()
+            if item.status is WorkItemStatus.PENDING and item.queue_type in queues
+            and item.available_at is not None and item.available_at <= self.clock()
+        ]
+        got = self.store.state.claim_work_item("w", [*queues], lease_seconds=lease)
+        if not due:
+            assert got is None
+            return
+        id = min(due)[1]
+        self.model.items[id] = dataclasses.replace(
+            self.model.items[id], status=WorkItemStatus.CLAIMED, worker_id="w",
+            lease_fence=self.model.items[id].lease_fence + 1, lease_expires_at=self.clock() + seconds(lease),
+        )
+        assert got == self.model.items[id]
+
+    @precondition(lambda self: self.model.items)
+    @rule(id=three, stale=st.booleans(), how=st.sampled_from(["complete", "fail", "retry", "turn"]), value=small_json)
+    def settle(self, id: str, stale: bool, how: str, value: Any) -> None:
+        state = self.store.state
+        item = self.model.items.get(id, WorkItem(id=id, execution_id="a", queue_type="q"))
+        fence = item.lease_fence - stale
+        event = {"type": "turn", "value": value}
+        calls: dict[str, Callable[[], Any]] = {
+            "complete": partial(state.complete_work_item, id, lease_fence=fence),
+            "fail": partial(state.fail_work_item, id, "failed", lease_fence=fence),
+            "retry": partial(state.retry_work_item, id, "again", delay=1, lease_fence=fence),
+            "turn": partial(
+                state.commit_turn, id, fence, event, snapshot_state=value, effect_key=f"turn {id}", effect=value
+            ),
+        }
+        call = calls[how]
+        if id not in self.model.items:
+            return self.refuses(NotFound, call)
+        held = item.status is WorkItemStatus.CLAIMED or (how == "retry" and item.status is WorkItemStatus.FAILED)
+        if stale or not held:
+            return self.refuses(LeaseLost, call)
+        if how == "retry":
+            self.attempted(id, "again", 1)
+            assert call().attempt == self.model.items[id].attempt
+            return None
+        changed = dataclasses.replace(item, lease_expires_at=None, status=WorkItemStatus.COMPLETED)
+        if how == "fail":
+            changed = dataclasses.replace(changed, status=WorkItemStatus.FAILED, last_error="failed")
+        self.model.items[id] = changed
+        if how != "turn":
+            assert call() == changed
+            return None
+        sequence = self.append_to_log(item.execution_id, item.tenant_id, event)
+        self.model.effects.setdefault((item.tenant_id, f"turn {id}"), value)
+        assert call() == sequence
+        with self.store.transaction() as tx:
+            place = item.execution_id, sequence
+            [(made,)] = tx.execute("SELECT id FROM flowstore_snapshots WHERE execution_id = ? AND at_sequence = ?", place)
+        self.model.snapshots[place] = Snapshot(
+            execution_id=item.execution_id, at_sequence=sequence, state=value, created_at=self.clock(), id=made
+        )
+        return None
+
+    @precondition(lambda self: self.model.dead)
+    @rule(id=three)
+    def requeue(self, id: str) -> None:
+        item = self.model.items.get(id)
+        if item is None or item.status is not WorkItemStatus.DEAD_LETTERED:
+            return self.refuses(NotFound, lambda: self.store.state.requeue_dead_letter(id))
+        del self.model.dead[id]
+        self.model.items[id] = dataclasses.replace(
+            item, attempt=0, available_at=self.clock(), status=WorkItemStatus.PENDING
+        )
+        assert self.store.state.requeue_dead_letter(id) == self.model.items[id]
+        return None
+
+    @invariant()
+    def items_agree(self) -> None:
+        items = sorted(self.model.items.values(), key=lambda item: (item.available_at, item.id))
+        assert self.store.state.list_work_items() == items
+        for status in WorkItemStatus:
+            assert self.store.state.list_work_items(status=status) == [i for i in items if i.status is status]
+        dead = sorted(((at, id) for id, at in self.model.dead.items()), reverse=True)
+        assert [(d.dead_lettered_at, d.id) for d in self.store.state.list_dead_letters()] == dead
+
+
+class WorkflowRules(Machine):
+    """Instances with their pointers, subscriptions, events, errors, counters and commands."""
+
+    pointers = st.lists(
+        st.tuples(st.sampled_from("pqrs"), st.sampled_from(PointerStatus), small_json), max_size=4,
+        unique_by=lambda made: made[0],
+    )
+
+    def made(self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus) -> WorkflowInstance:
+        return WorkflowInstance(
+            id=id, name=name, workflow_definition_id="d", next_execution=due, status=status,
+            execution_pointers=[
+                ExecutionPointer(id=key, step_id=step, status=word, outcome=value)
+                for step, (key, word, value) in enumerate(pointers)
+            ],
+        )
+
+    def taken(self, name: str, id: str | None = None) -> bool:
+        return name in {instance.name for instance in self.model.instances.values() if instance.id != id}
+
+    @rule(id=three, name=st.sampled_from(["", "d-1", "d-2", "n"]), pointers=pointers, due=st.none() | st.integers(0, 9),
+          status=st.sampled_from(WorkflowStatus))  # fmt: skip
+    def create_instance(self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus) -> None:
+        instance = self.made(id, name, pointers, due, status)
+        if id in self.model.instances or self.taken(name):
+            return self.refuses(AlreadyExists, lambda: self.store.workflows.create_new_workflow(instance))
+        while not name or self.taken(name):
+            self.model.counters["d"] = self.model.counters.get("d", 0) + 1
+            name = f"d-{self.model.counters['d']}"
+        self.model.instances[id] = dataclasses.replace(instance, name=name, create_time=self.clock())
+        assert self.store.workflows.create_new_workflow(instance) == id
+        return None
+
+    @precondition(lambda self: self.model.instances)
+    @rule(id=three, name=st.sampled_from(["", "d-1", "n"]), pointers=pointers, due=st.none() | st.integers(0, 9),
+          status=st.sampled_from(WorkflowStatus), subscription=st.none() | three)  # fmt: skip
+    def persist(
+        self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus, subscription: str | None
+    ) -> None:
+        instance = self.made(id, name, pointers, due, status)
+        added = [] if subscription is None else [EventSubscription(
+            id=subscription, workflow_id=id, step_id=0, execution_pointer_id="p", event_name="paid", event_key="k"
+        )]
+        call = partial(self.store.workflows.persist_workflow_with_subscriptions, instance, added)
+        stored = self.model.instances.get(id)
+        if stored is None:
+            return self.refuses(NotFound, call)
+        if self.taken(name, id) or subscription in self.model.subscriptions:
+            return self.refuses(AlreadyExists, call)
+        for one in added:
+            self.model.subscriptions[one.id] = dataclasses.replace(one, subscribe_as_of=self.clock())
+        self.model.instances[id] = dataclasses.replace(
+            instance, name=name or stored.name, create_time=stored.create_time
+        )
+        return call()
+
+    @precondition(lambda self: self.model.instances)
+    @rule(id=three)
+    def delete(self, id: str) -> None:
+        if id not in self.model.instances:
+            return self.refuses(NotFound, lambda: self.store.workflows.delete_workflow(id))
+        self.drop({id})
+        return self.store.workflows.delete_workflow(id)
+
+    def drop(self, gone: set[str]) -> None:
+        model = self.model
+        model.instances = {id: instance for id, instance in model.instances.items() if id not in gone}
+        model.subscriptions = {id: one for id, one in model.subscriptions.items() if one.workflow_id not in gone}
+        model.terminated &= model.subscriptions.keys()
+        model.errors = [error for error in model.errors if error.workflow_id not in gone]
+
+    @precondition(lambda self: self.model.instances)
+    @rule(status=st.sampled_from(WorkflowStatus))
+    def purge(self, status: WorkflowStatus) -> None:
+        gone = {
+            id for id, instance in self.model.instances.items()
+            if instance.status is status and instance.create_time is not None and instance.create_time < self.clock()
+        }
+        assert self.store.workflows.purge_workflows(status, self.clock()) == len(gone)
+        self.drop(gone)
+
+    @rule()
+    def count_on(self) -> None:
+        self.model.counters["d"] = self.model.counters.get("d", 0) + 1
+        assert self.store.workflows.next_definition_sequence("d") == self.model.counters["d"]
+
+    @precondition(lambda self: self.model.subscriptions)
+    @rule(id=three, token=st.sampled_from(["t1", "t2"]), lasts=st.integers(-2, 9))
+    def hold_subscription(self, id: str, token: str, lasts: int) -> None:
+        until = self.clock() + seconds(lasts)
+        call = partial(self.store.workflows.set_subscription_token, id, token, "host", until)
+        if id not in self.model.subscriptions or id in self.model.terminated:
+            return self.refuses(NotFound, call)
+        free = self.is_free(self.model.subscriptions[id])
+        if free:
+            self.model.subscriptions[id] = dataclasses.replace(
+                self.model.subscriptions[id], external_token=token, external_worker_id="host",
+                external_token_expiry=until,
+            )
+        assert call() is free
+        return None
+
+    def is_free(self, one: EventSubscription) -> bool:
+        return one.external_token_expiry is None or one.external_token_expiry <= self.clock()
+
+    @precondition(lambda self: self.model.subscriptions)
+    @rule(id=three, token=st.sampled_from(["t1", "t2"]), end=st.booleans())
+    def let_go(self, id: str, token: str, end: bool) -> None:
+        workflows, stored = self.store.workflows, self.model.subscriptions.get(id)
+        if end:
+            if stored is None:
+                return self.refuses(NotFound, lambda: workflows.terminate_subscription(id))
+            self.model.terminated.add(id)
+            return workflows.terminate_subscription(id)
+        if stored is None or stored.external_token != token:
+            return self.refuses(NotFound, lambda: workflows.clear_subscription_token(id, token))
+        self.model.subscriptions[id] = dataclasses.replace(
+            stored, external_token=None, external_worker_id=None, external_token_expiry=None
+        )
+        return workflows.clear_subscription_token(id, token)
+
+    @rule(id=three, at=ages, data=small_json)
+    def create_event(self, id: str, at: datetime | None, data: Any) -> None:
+        event = Event(id=id, event_name="paid", event_key="k", event_time=at, event_data=data)
+        if id in self.model.events:
+            self.refuses(AlreadyExists, lambda: self.store.workflows.create_event(event))
+        else:
+            self.model.events[id] = dataclasses.replace(event, event_time=at or self.clock())
+            assert self.store.workflows.create_event(event) == id
+
+    @precondition(lambda self: self.model.events)
+    @rule(id=three, done=st.booleans())
+    def mark_event(self, id: str, done: bool) -> None:
+        workflows = self.store.workflows
+        call = partial(workflows.mark_event_processed if done else workflows.mark_event_unprocessed, id)
+        if id not in self.model.events:
+            return self.refuses(NotFound, call)
+        self.model.events[id] = dataclasses.replace(self.model.events[id], is_processed=done)
+        return call()
+
+    @rule(ids=st.lists(three, max_size=3), torn=st.booleans())
+    def persist_errors(self, ids: list[str], torn: bool) -> None:
+        made = [ExecutionError(workflow_id=id, execution_pointer_id="p", message=f"{n}") for n, id in enumerate(ids)]
+        if torn:
+            wrong = dataclasses.replace(made[0], message="\0") if made else None
+            return self.refuses(InvalidData, lambda: self.store.workflows.persist_errors([*made, wrong]))  # type: ignore[list-item]
+        self.model.errors += [dataclasses.replace(error, error_time=self.clock()) for error in made]
+        return self.store.workflows.persist_errors(made)
+
+    @rule(data=three, at=st.integers(0, 20))
+    def schedule(self, data: str, at: int) -> None:
+        when = int(START.timestamp()) * 1000 + at * 1000
+        self.model.commands[data] = min(when, self.model.commands.get(data, when))
+        self.store.workflows.schedule_command(
+            ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=data, execute_time=when)
+        )
+
+    @rule(fail=st.sets(three))
+    def process(self, fail: set[str]) -> None:
+        def handler(found: ScheduledCommand) -> None:
+            seen.append(found.data)
+            if found.data in fail:
+                raise KeyError(found.data)
+
+        if self.blocks:
+            return self.refuses(StorageError, lambda: self.store.workflows.process_commands(None, print))
+        seen: list[str] = []
+        now = self.clock().timestamp() * 1000
+        due = [data for at, data in sorted((at, data) for data, at in self.model.commands.items()) if at <= now]
+        failing = [data for data in due if data in fail]
+        try:
+            assert self.store.workflows.process_commands(None, handler) == len(due) and not failing
+        except ExceptionGroup as group:
+            assert [error.args[0] for error in group.exceptions] == failing != []
+        assert seen == due
+        for data in due:
+            if data not in fail:
+                del self.model.commands[data]
+        return None
+
+    @invariant()
+    def workflows_agree(self) -> None:
+        workflows, model, now = self.store.workflows, self.model, self.clock()
+        milliseconds = int(now.timestamp() * 1000)
+        for id in "abc":
+            if id in model.instances:
+                assert workflows.get_workflow_instance(id) == model.instances[id]
+                assert workflows.get_workflow_instance_by_name(model.instances[id].name) == model.instances[id]
+            if id in model.subscriptions:
+                assert workflows.get_subscription(id) == model.subscriptions[id]
+            if id in model.events:
+                assert workflows.get_event(id) == model.events[id]
+            errors = [error for error in model.errors[::-1] if error.workflow_id == id]
+            assert workflows.list_errors(id) == errors
+        assert workflows.get_workflow_instances([*"cab"]) == [model.instances[id] for id in "cab" if id in model.instances]
+        due = [
+            (instance.next_execution, id) for id, instance in model.instances.items()
+            if instance.status is WorkflowStatus.RUNNABLE and isinstance(instance.next_execution, int)
+            and instance.next_execution <= milliseconds
+        ]
+        assert workflows.get_runnable_instances() == [id for _, id in sorted(due)]
+        begun = sorted(
+            (one.subscribe_as_of, id) for id, one in model.subscriptions.items()
+            if id not in model.terminated and one.subscribe_as_of is not None and one.subscribe_as_of <= now
+        )
+        assert [one.id for one in workflows.get_subscriptions("paid", "k")] == [id for _, id in begun]
+        free = [model.subscriptions[id] for _, id in begun if self.is_free(model.subscriptions[id])]
+        assert workflows.get_first_open_subscription("paid", "k") == (free[0] if free else None)
+        happened = sorted(
+            (event.event_time, id) for id, event in model.events.items() if event.event_time and event.event_time <= now
+        )
+        assert workflows.get_events("paid", "k") == [id for _, id in happened]
+        assert workflows.get_runnable_events() == [id for _, id in happened if not model.events[id].is_processed]
+        counts = self.store.stats()["tables"]
+        assert counts["scheduled_commands"] == len(model.commands)
+        assert counts["workflows"] == len(model.instances)
+        assert counts["execution_pointers"] == sum(len(one.execution_pointers) for one in model.instances.values())
+
+
+class EverythingRules(FlowRules, ItemRules, WorkflowRules):
+    """All facets in one store, in transactions that nest, end well or are undone, with a table of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with self.store.transaction() as tx:
+            tx.execute("CREATE TABLE mine (n INTEGER PRIMARY KEY)")
+
+    @precondition(lambda self: len(self.blocks) < 3)
+    @rule()
+    def begin(self) -> None:
+        block = self.store.transaction()
+        block.__enter__()
+        self.blocks.append((block, copy.deepcopy(self.model)))
+
+    begin_too = begin_again = begin_once_more = begin  # chosen four times as often
+
+    @precondition(lambda self: self.blocks)
+    @rule(error=st.sampled_from([None, None, ValueError(), Stop()]))
+    def end(self, error: BaseException | None) -> None:
+        block, before = self.blocks.pop()
+        assert not block.__exit__(None if error is None else type(error), error, None)
+        if error is not None:
+            self.model = before
+
+    end_too = end_again = end_once_more = end
+
+    @rule(number=st.integers(0, 5), twice=st.booleans())
+    def write_row(self, number: int, twice: bool) -> None:
+        with contextlib.suppress(StorageError), self.store.transaction() as tx:
+            for one in [number] * (1 + twice):
+                tx.execute("INSERT INTO mine VALUES (?)", (one,))
+            self.model.rows.append(number)
+
+    @invariant()
+    def rows_agree(self) -> None:
+        with self.store.transaction() as tx:
+            assert tx.execute("SELECT n FROM mine") == [(n,) for n in sorted(self.model.rows)]
+
+    @precondition(lambda self: self.blocks and self.in_file)
+    @rule()
+    def nobody_else_sees_it(self) -> None:
+        before = self.blocks[0][1]
+        found = Caller(lambda: [self.store.stats()["tables"][name] for name in ("flows", "workflows")]).outcome()
+        assert found == [len(before.flows), len(before.instances)]
+
+
+def modelled(rules: type[RuleBasedStateMachine], in_file: bool, examples: int = 25, steps: int = 40) -> Any:
+    """The test case of a model, in memory or in a file."""
+    machine: Any = type(f"{rules.__name__}In{'File' if in_file else 'Memory'}", (rules,), {"in_file": in_file})
+    case = machine.TestCase
+    examples *= int(os.environ.get("FLOWSTORE_MODEL_EXAMPLES", "1"))
+    case.settings = settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None,
+        phases=[Phase.generate],  # shrinking would outlast the watchdog
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+    return case
+
+
+TestFlowsByAModelInMemory, TestFlowsByAModelInAFile = modelled(FlowRules, False), modelled(FlowRules, True)
+TestLogsByAModelInMemory, TestLogsByAModelInAFile = modelled(LogRules, False), modelled(LogRules, True)
+TestStateByAModelInMemory, TestStateByAModelInAFile = modelled(StateRules, False), modelled(StateRules, True)
+TestItemsByAModelInMemory, TestItemsByAModelInAFile = modelled(ItemRules, False), modelled(ItemRules, True)
+TestWorkflowsByAModelInMemory = modelled(WorkflowRules, False)
+TestWorkflowsByAModelInAFile = modelled(WorkflowRules, True)
+TestEverythingByAModelInMemory = modelled(EverythingRules, False, 30, 60)
+TestEverythingByAModelInAFile = modelled(EverythingRules, True, 30, 60)
