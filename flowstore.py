@@ -1038,8 +1038,8 @@ def _failure(error: Exception) -> FlowStoreError:
         return StoreBusy("the store is held by another transaction: try again, or open it with a longer busy_timeout")
     if code == sqlite3.SQLITE_FULL:
         return StoreFull("the disk is full, nothing was written: make room and try again")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return StoreCorrupt(f"the file is damaged or not an SQLite database ({error}): restore it from a backup")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "decode to UTF-8" in str(error):  # that has no code
+        return StoreCorrupt(f"the file is damaged or not an SQLite database ({error!s:.60}): restore it from a backup")
     if code == sqlite3.SQLITE_TOOBIG or isinstance(error, sqlite3.DataError):
         return InvalidData(f"the value is too large to be stored: {error}")
     if code == sqlite3.SQLITE_READONLY:

@@ -10193,7 +10193,7 @@ ALL_PARTS = 1112111111  # of the execution pointers there are two
 
 def write_everywhere(store_engine: flowstore.Store, key: str) -> None:
     """One transaction over all facets and a table of the user's own."""
-    flow = flowstore.Flow(id=key, status="finished")
+    flow = flowstore.Flow(id=key, status=flowstore.FlowStatus.FINISHED)
     pointers = [flowstore.ExecutionPointer(id=f"{key}.{n}", step_id=n) for n in range(2)]
     with store_engine.transaction() as tx:
         store_engine.flows.insert(flow)
@@ -10207,7 +10207,7 @@ def write_everywhere(store_engine: flowstore.Store, key: str) -> None:
         ))
         store_engine.workflows.create_event(flowstore.Event(id=key, event_name="n", event_key="k"))
         store_engine.workflows.schedule_command(flowstore.ScheduledCommand(
-            command_name="ProcessEvent", data=key, execute_time=0
+            command_name=flowstore.CommandName.PROCESS_EVENT, data=key, execute_time=0
         ))
         tx.execute("INSERT INTO mine (key) VALUES (?)", (key,))
 
@@ -10453,3 +10453,16 @@ def test_after_a_loss_of_power_the_file_holds_a_consistent_prefix_of_what_was_wr
         print(f"\npower: {len(images)} stops, {sum(cut > 0 for _, cut, _ in images)} of the logs cut, "
               f"{len(said)} transactions acknowledged, each image a prefix, 0 torn")  # fmt: skip
     assert lost, "some of the cuts took away what only a disk that lies can lose"
+
+
+# --- broken files, vanished folders, no permission ---
+
+
+def test_a_stored_text_that_is_no_text_any_more_is_corrupt_in_one_sentence(path: Path) -> None:
+    with flowstore.open(path) as store:
+        store.events.append("e1", "default", {"type": "t", "text": "x" * 1000})
+        with store.transaction() as tx:
+            tx.execute("UPDATE flowstore_log SET event = CAST(event || x'ff' AS TEXT)")
+        with pytest.raises(StoreCorrupt) as caught:
+            store.events.load_events("e1")
+        assert one_sentence(caught.value) and len(str(caught.value)) < 200
