@@ -10466,3 +10466,466 @@ def test_a_stored_text_that_is_no_text_any_more_is_corrupt_in_one_sentence(path:
         with pytest.raises(StoreCorrupt) as caught:
             store.events.load_events("e1")
         assert one_sentence(caught.value) and len(str(caught.value)) < 200
+
+
+def everything_in(store: Store) -> list[Any]:
+    """All that reads can show of what `furnished_for_damage` wrote."""
+    return [
+        store.events.read_all(limit=MAX_INT), store.state.list_work_items(limit=MAX_INT),
+        store.workflows.get_workflow_instances([f"all.{n}" for n in range(60)]),
+        *(store.flows.get(f"all.{n}") for n in range(60)), *(store.flows.list_events(f"all.{n}") for n in range(60)),
+        {name: count for name, count in store.stats().items() if name != "wal_bytes"},
+    ]
+
+
+@pytest.fixture
+def whole(path: Path) -> bytes:
+    """A sound file with something in every facet, and a text that needs pages of its own."""
+    prepared_for_crashes(path)
+    with flowstore.open(path) as store:
+        for number in range(60):
+            write_everywhere(store, f"all.{number}")
+        store.events.append("large", "default", {"type": "t", "text": "x" * 30_000})
+        store.compact()
+    return path.read_bytes()
+
+
+def test_any_page_overwritten_is_store_corrupt_or_named_by_check_and_mends_with_the_page(
+    path: Path, whole: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with flowstore.open(path) as store:
+        sound = everything_in(store)
+    told: Counter[str] = Counter()
+    for start in range(0, len(whole), 4096):
+        broken = whole[:start] + b"\xff" * 4096 + whole[start + 4096 :]
+        path.write_bytes(broken)
+        try:
+            with flowstore.open(path) as store:
+                assert store.check(), f"check() is blind for page {start // 4096 + 1}"
+                told["by check()"] += 1
+                try:
+                    assert everything_in(store) == sound  # it was not among the pages read
+                except StoreCorrupt as error:
+                    assert one_sentence(error)
+                    told["by a read"] += 1
+        except StoreCorrupt as error:
+            assert one_sentence(error)
+            told["by open()"] += 1
+        assert path.read_bytes() == broken, "the file is left as it was"
+    path.write_bytes(whole)
+    with flowstore.open(path) as store:
+        assert everything_in(store) == sound
+        assert store.check() == []
+    with capsys.disabled():
+        print(f"\ndamage: {len(whole) // 4096} pages overwritten one at a time, told {dict(told)}, 0 unnoticed")
+    assert told["by check()"] + told["by open()"] == len(whole) // 4096
+
+
+@pytest.mark.parametrize("left", [100, 512, 4095, 4096, 5000, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_truncated_file_is_store_corrupt_and_left_as_it_was(
+    path: Path, whole: bytes, left: float, read_only: bool
+) -> None:
+    cut = whole[: left if isinstance(left, int) else int(len(whole) * left) // 4096 * 4096]
+    path.write_bytes(cut)
+    with pytest.raises(StoreCorrupt) as caught:
+        flowstore.open(path, read_only=read_only)
+    assert one_sentence(caught.value)
+    assert folder_contents(path.parent)[path.name] == cut
+    path.write_bytes(whole)
+    with flowstore.open(path, read_only=read_only) as store:
+        assert store.check() == []
+
+
+def test_a_folder_that_vanishes_under_an_open_store_is_a_storage_error_until_it_is_back(tmp_path: Path) -> None:
+    folder, away = tmp_path / "here", tmp_path / "away"
+    folder.mkdir()
+    with flowstore.open(folder / "app.db") as store:
+        acknowledged = [write(store, "run", "before")]
+        folder.rename(away)
+        calls: list[Callable[[], Any]] = [
+            partial(store.events.load_events, "run"), store.check, store.stats, partial(flowstore.open, folder / "app.db"),
+            partial(store.backup, tmp_path / "copy.db"), partial(store.backup, folder / "copy.db"),
+        ]
+        for call in calls:
+            with pytest.raises(StorageError) as caught:
+                call()
+            assert one_sentence(caught.value)
+        with contextlib.suppress(StorageError):  # the file is open: it may be written where it is now
+            acknowledged.append(write(store, "run", "meanwhile"))
+        assert not folder.exists() and not (tmp_path / "copy.db").exists()
+        away.rename(folder)
+        acknowledged.append(write(store, "run", "after"))
+        assert store.check() == []
+        assert [stored.sequence for stored in store.events.load_events("run")] == acknowledged
+
+
+def as_nobody(call: Callable[[], Any]) -> Any:
+    """The call in a child that root's rights are taken from."""
+
+    def run() -> Any:
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        return call()
+
+    return in_fork(run)
+
+
+@forking
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_without_permission_to_write_each_call_is_refused_until_it_is_given(what: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, path = Path(name), Path(name) / "app.db"
+        with flowstore.open(path) as store:
+            write(store, "run", "before")
+        # A file of a folder that cannot be written may still be: then SQLite cannot make its log beside it.
+        modes = {"file": (0o777, 0o444), "folder": (0o555, 0o666)}[what]
+        folder.chmod(modes[0])
+        path.chmod(modes[1])
+        before = path.read_bytes()
+
+        def tried() -> tuple[str, str, list[str]]:
+            with flowstore.open(path, read_only=True) as store:
+                kept = keys(store, "run")
+            try:
+                with flowstore.open(path) as store:
+                    write(store, "run", "refused")
+            except StorageError as error:
+                return type(error).__name__, str(error), kept
+            return "", "", kept
+
+        try:
+            error, message, kept = as_nobody(tried)
+            assert error == "StorageError" and message.strip() and "\n" not in message
+            assert kept == ["before"]
+            assert path.read_bytes() == before
+        finally:
+            folder.chmod(0o777)
+            path.chmod(0o666)
+        for left in folder.iterdir():
+            left.chmod(0o666)
+
+        def written() -> int:
+            with flowstore.open(path) as store:
+                return write(store, "run", "after")
+
+        assert as_nobody(written) == 2
+
+
+# --- upgrades: a version 2 that does not exist yet, on the files of version 1 ---
+
+UPGRADE = """
+CREATE TABLE flowstore_second (n INTEGER PRIMARY KEY, text TEXT NOT NULL);
+ALTER TABLE flows ADD COLUMN weight INTEGER NOT NULL DEFAULT 7;
+INSERT INTO flowstore_second WITH RECURSIVE numbers (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < {rows})
+    SELECT n, 'row ' || n FROM numbers;
+UPDATE flows SET weight = 8
+"""  # fmt: skip
+
+
+def learn_version_2(script: str) -> None:
+    """Makes the module one of a later version."""
+    flowstore._SCHEMA_VERSION = 2
+    flowstore._UPGRADES = {1: script}
+    flowstore._TABLE_NAMES = (*flowstore._TABLE_NAMES, "flowstore_second")
+
+
+TOOLS.append(learn_version_2)
+
+
+def upgrading(path: str, script: str) -> None:
+    learn_version_2(script)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    store_engine = flowstore.open(path)
+    print(write(store_engine, "run", "upgraded"), flush=True)
+    store_engine.close()
+
+
+@pytest.fixture
+def of_version_1(path: Path) -> Path:
+    """A file of the frozen version 1, in the mode in which a store leaves it."""
+    old = sqlite3.connect(path)
+    old.executescript(VERSION_1)
+    old.execute("PRAGMA journal_mode = WAL")
+    old.close()
+    return path
+
+
+def version_of(path: Path) -> tuple[str, int]:
+    """The version that a file says it is of, and how many rows only version 2 has."""
+    with contextlib.closing(sqlite3.connect(path)) as plain:
+        [(version,)] = plain.execute("SELECT value FROM flowstore_meta WHERE key = 'schema'").fetchall()
+        tables = plain.execute("SELECT name FROM sqlite_master WHERE name = 'flowstore_second'").fetchall()
+        columns = [row[1] for row in plain.execute("PRAGMA table_info(flows)")]
+        assert bool(tables) == ("weight" in columns) == (version == "2"), "an upgrade is half there"
+        count = plain.execute("SELECT COUNT(*) FROM flowstore_second").fetchone()[0] if tables else 0
+        assert plain.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        return version, count
+
+
+def test_processes_that_open_an_old_file_at_once_upgrade_it_once(of_version_1: Path) -> None:
+    script = UPGRADE.format(rows=20_000)
+    with contextlib.ExitStack() as stack:
+        children = [stack.enter_context(Process(upgrading, of_version_1, script)) for _ in range(5)]
+        assert [child.read() for child in children] == ["ready"] * 5
+        for child in children:
+            child.tell()
+        assert sorted(int(child.read()) for child in children) == [1, 2, 3, 4, 5]
+        for child in children:
+            child.finish()
+    assert version_of(of_version_1) == ("2", 20_000)
+    with pytest.raises(SchemaError) as caught:  # this version does not know it
+        flowstore.open(of_version_1)
+    assert one_sentence(caught.value) and "upgrade flowstore" in str(caught.value)
+
+
+@needs_kill
+def test_a_process_killed_in_the_middle_of_an_upgrade_leaves_the_old_file_or_the_new_one(of_version_1: Path) -> None:
+    script, whole = UPGRADE.format(rows=300_000), of_version_1.read_bytes()
+    seen: Counter[str] = Counter()
+    for number in range(12):
+        for suffix in ("-wal", "-shm"):
+            Path(f"{of_version_1}{suffix}").unlink(missing_ok=True)
+        of_version_1.write_bytes(whole)
+        with Process(upgrading, of_version_1, script) as child:
+            assert child.read() == "ready"
+            child.tell()
+            time.sleep(0.05 * number * random.random())
+            child.kill()
+        version, count = version_of(of_version_1)
+        assert (version, count) in {("1", 0), ("2", 300_000)}
+        seen[version] += 1
+        if version == "1":
+            with flowstore.open(of_version_1) as store:  # the version that wrote it goes on
+                assert store.check() == []
+                assert store.events.count_events("order-1") == 1
+    assert seen["1"], "no process was killed before its upgrade was over"
+
+
+def test_an_upgrade_that_fails_leaves_the_file_to_the_version_that_wrote_it(
+    of_version_1: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as later:
+        for name in ("_SCHEMA_VERSION", "_UPGRADES", "_TABLE_NAMES"):
+            later.setattr(flowstore, name, getattr(flowstore, name))
+        learn_version_2(UPGRADE.format(rows=5) + "; INSERT INTO nowhere VALUES (1)")
+        for _ in range(2):
+            with pytest.raises(StorageError) as caught:
+                flowstore.open(of_version_1)
+            assert one_sentence(caught.value)
+        with pytest.raises(SchemaError):
+            flowstore.open(of_version_1, read_only=True)
+    assert version_of(of_version_1) == ("1", 0)
+    with flowstore.open(of_version_1) as store:
+        assert [stored.event["note"] for stored in store.events.load_events("order-1")] == ["kept"]
+        assert store.check() == []
+
+
+# --- neighbours ---
+
+
+def ending_with_open_stores(path: str, how: str) -> None:
+    stores = [flowstore.open(path), flowstore.open(":memory:"), flowstore.open(path)]
+
+    def work(me: int) -> None:
+        number = 0
+        while True:
+            number += 1
+            (write_pair, write_pair_in_block)[number % 2](stores[0], "run", f"{me}.{number}")
+            os.write(1, f"{me}.{number}\n".encode())
+
+    def wait() -> None:
+        stores[2].state.claim_work_item("w", ["q"], wait=10 * WATCHDOG)
+
+    for me in range(4):
+        Caller(partial(work, me))
+    Caller(wait)
+    walk = stores[0].events.iter_events("run")
+    next(walk, None)
+    block = stores[1].transaction()
+    block.__enter__()
+    sys.stdin.readline()
+    if how == "error":
+        raise SystemExit("ended on purpose")
+
+
+@pytest.mark.parametrize("how", ["end", "error"])
+def test_the_interpreter_ends_with_open_stores_and_threads_inside_calls(path: Path, how: str) -> None:
+    with Process(ending_with_open_stores, path, how) as child:
+        first = [child.read() for _ in range(20)]
+        output, errors = child.popen.communicate("go\n", timeout=WATCHDOG)
+        assert child.popen.returncode == (how == "error")
+        assert errors == ("ended on purpose\n" if how == "error" else "")
+    with flowstore.open(path) as store:
+        assert set(pairs(store, "run")) >= {*first, *output.split("\n")[:-1]}
+        assert store.check() == []
+
+
+def test_a_clock_that_goes_backwards_breaks_no_promise(make_store: MakeStore) -> None:
+    clock = Clock()
+    store = make_store(clock=clock, backoff=float, lease_seconds=10)
+    item = claimed(store, max_attempts=9)
+    fences = [item.lease_fence]
+    for step in (-3600, -86_400, 7200):
+        clock.advance(step)
+        assert store.events.append("e1", "default", EVENT) == len(fences)
+        store.state.renew_lease(item)
+        assert store.state.claim_work_item("other", ["q"]) is None, "the lease holds"
+        clock.advance(20)
+        again = store.state.claim_work_item("w", ["q"])
+        while again is None:  # its backoff
+            clock.advance(1)
+            again = store.state.claim_work_item("w", ["q"])
+        with pytest.raises(LeaseLost):
+            store.state.complete_work_item(item)
+        item = again
+        fences.append(item.lease_fence)
+    assert fences == sorted(set(fences))
+    assert [stored.sequence for stored in store.events.load_events("e1")] == [1, 2, 3]
+    secret, _ = store.state.create_token("n", "r", expires_at=clock.now + seconds(5))
+    clock.advance(6)
+    assert store.state.validate_token(secret) is None
+    flow = store.flows.insert(Flow())
+    clock.advance(-9999)
+    flow = store.flows.update_with_revision(flow)
+    assert (flow.revision, flow.updated_at) == (1, clock.now)
+    assert store.check() == []
+
+
+def test_a_sync_store_works_inside_an_event_loop_and_its_threads(path: Path) -> None:
+    with flowstore.open(path) as store:
+
+        async def task(me: int) -> None:
+            for number in range(10):
+                write_pair(store, "run", f"{me}.{number}")
+                await asyncio.to_thread(write_pair_in_block, store, "run", f"{me}.{number}, thread")
+
+        async def all_of_them() -> None:
+            await asyncio.gather(*map(task, range(5)))
+            with store.transaction():
+                write(store, "one", "block")  # no await inside: the loop is the block's alone
+                assert keys(store, "one") == ["block"]
+
+        asyncio.run(all_of_them())
+        assert len(pairs(store, "run")) == 100
+
+
+def test_short_lived_threads_of_every_kind_leave_no_descriptor_behind(path: Path) -> None:
+    prepared_for_crashes(path)
+    with flowstore.open(path, synchronous="OFF") as store:
+
+        def block(number: int) -> None:
+            write_everywhere(store, f"all.{number}")
+
+        def failing(number: int) -> None:
+            with pytest.raises(Stop), store.transaction():
+                store.flows.insert(Flow(id=f"undone {number}"))
+                raise Stop
+
+        def reading(_number: int) -> None:
+            next(store.events.iter_events("all", chunk=1), None)  # left half read
+            store.stats()
+
+        def waiting(_number: int) -> None:
+            assert store.state.claim_work_item("w", ["none"], wait=0.001) is None
+
+        kinds = [block, failing, reading, waiting]
+        outcomes([partial(kind, number) for number, kind in enumerate(kinds)])
+        before = descriptors()
+        for wave in range(1, 16):
+            calls = [partial(kinds[n % 4], 100 * wave + n) for n in range(20)]
+            assert outcomes(calls) == [None] * 20
+        gc.collect()
+        assert descriptors() <= before + flowstore._IDLE_READERS
+        assert store.check() == []
+
+
+# --- space ---
+
+
+def test_a_slow_reader_costs_what_is_written_meanwhile_and_no_more(path: Path) -> None:
+    chunk, bound = 1_000_000, flowstore._WAL_BOUND
+    with flowstore.open(path, synchronous="OFF") as store, flowstore.open(path, read_only=True) as reader:
+        number = itertools.count()
+
+        def write_on(bytes_: int) -> int:
+            """The largest log that so many written bytes leave on the way."""
+            largest = 0
+            for _ in range(bytes_ // chunk):
+                store.events.append("write", "default", event(str(next(number)), text="x" * chunk))
+                largest = max(largest, os.path.getsize(f"{path}-wal"))
+            return largest
+
+        assert write_on(40_000_000) <= bound + 4 * chunk, "without readers"
+        for _ in range(2):
+            with reader.transaction():  # one snapshot, held on and on
+                seen = reader.events.count_events("write")
+                assert write_on(24_000_000) >= 20_000_000, "the snapshot was not held"
+                assert reader.events.count_events("write") == seen
+            write_on(2 * bound + 24_000_000)  # the next try to restart the log comes 16 MB later
+            assert os.path.getsize(f"{path}-wal") <= bound + 4 * chunk
+        store.compact()
+        assert os.path.getsize(f"{path}-wal") == 0
+        assert store.check() == []
+
+
+# --- backups ---
+
+
+def test_backups_under_load_are_consistent_prefixes_and_can_be_worked_on(path: Path, tmp_path: Path) -> None:
+    prepared_for_crashes(path)
+    with Process(stopped_now_and_then, path) as child, flowstore.open(path, read_only=True) as reader:
+        child.read()
+        copies: list[tuple[Path, set[str]]] = []
+        for number in range(6):
+            acknowledged = {child.read() for _ in range(5)}
+            copied = tmp_path / f"copy-{number}.db"
+            if number % 2:
+                assert "bytes" in run("backup", path, copied, cwd=tmp_path).stdout
+            else:
+                reader.backup(copied)
+            assert "sound" in run("check", copied, cwd=tmp_path).stdout
+            copies.append((copied, acknowledged))
+        child.kill()
+    with flowstore.open(path) as store:
+        whole = [stored.id for stored in store.events.load_events("all")]
+    for copied, acknowledged in copies:
+        with flowstore.open(copied) as store:  # restored: it is a store like any other
+            there = [stored.id for stored in store.events.load_events("all")]
+            assert there == whole[: len(there)] and acknowledged <= set(there)
+            with store.transaction() as tx:
+                parts = dict(tx.execute(EVERYWHERE))
+            assert set(parts) == set(there) and set(parts.values()) == {ALL_PARTS}
+            write_everywhere(store, "all.after")
+            assert store.check() == []
+
+
+def backing_up(path: str, copied: str) -> None:
+    store_engine = flowstore.open(path)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    store_engine.backup(copied)
+    print("complete", flush=True)
+
+
+@needs_kill
+def test_a_backup_whose_process_is_killed_is_complete_or_not_there(path: Path, tmp_path: Path) -> None:
+    with flowstore.open(path) as store, store.transaction() as tx:
+        tx.execute("CREATE TABLE ballast (text TEXT)")
+        tx.executemany("INSERT INTO ballast VALUES (?)", [("x" * 1000,)] * 20_000)
+    seen: Counter[bool] = Counter()
+    for number in range(8):
+        copied = tmp_path / f"copy-{number}.db"
+        with Process(backing_up, path, copied) as child:
+            assert child.read() == "ready"
+            child.tell()
+            time.sleep(random.random() * 0.02 * number)
+            told = "complete" in child.kill()
+        assert copied.exists() or not told
+        seen[copied.exists()] += 1
+        if copied.exists():
+            assert "sound" in run("check", copied, cwd=tmp_path).stdout
+            with contextlib.closing(sqlite3.connect(copied)) as plain:
+                assert plain.execute("SELECT COUNT(*) FROM ballast").fetchone() == (20_000,)
+    assert seen[False], "no process was killed before its backup was complete"
