@@ -10612,6 +10612,24 @@ def test_without_permission_to_write_each_call_is_refused_until_it_is_given(what
         assert as_nobody(written) == 2
 
 
+@forking
+def test_a_file_that_cannot_be_created_is_a_storage_error() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o555)
+
+        def tried() -> str:
+            with pytest.raises(StorageError) as caught:
+                flowstore.open(os.path.join(name, "new.db"))
+            assert one_sentence(caught.value)
+            return type(caught.value).__name__
+
+        assert as_nobody(tried) == "StorageError"
+        with pytest.raises(StorageError) as caught:
+            flowstore.open(os.path.join(name, "x" * 300))
+        assert one_sentence(caught.value)
+        assert os.listdir(name) == []
+
+
 # --- upgrades: a version 2 that does not exist yet, on the files of version 1 ---
 
 UPGRADE = """
@@ -10929,3 +10947,376 @@ def test_a_backup_whose_process_is_killed_is_complete_or_not_there(path: Path, t
             with contextlib.closing(sqlite3.connect(copied)) as plain:
                 assert plain.execute("SELECT COUNT(*) FROM ballast").fetchone() == (20_000,)
     assert seen[False], "no process was killed before its backup was complete"
+
+
+@pytest.mark.parametrize("word", [10**5000, object(), 5, None, b"created", "x" * 9999], ids=type)
+def test_what_is_no_status_is_invalid_data_in_few_words(store: Store, word: Any) -> None:
+    with pytest.raises(InvalidData, match="status") as caught:
+        store.flows.list_by_status(word)
+    assert one_sentence(caught.value) and len(str(caught.value)) < 250
+    with pytest.raises(InvalidData):
+        Flow().transition_to(word)
+
+
+# --- hostile input ---
+
+
+class Text(str):
+    """Text of a type of its own."""
+
+
+class Whole(int):
+    """A number of a type of its own."""
+
+
+SQL_IN_NAMES = ["x'; DROP TABLE flows; --", '"', "]) OR 1=1 --", "?1", ":name", "{tenant}", "%s", "flowstore_log"]
+HOSTILE: list[Any] = [
+    None, True, False, -1, 0, 1, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**5000, 1.5, -0.0, 1e308, float("nan"),
+    float("inf"), -float("inf"), 1j, Decimal("NaN"), "", "a", "\0", "a\0b", NOT_UTF8, "a\udfff", "\U0010ffff", "x" * 255,
+    "x" * 256, "\U0001f600" * 255, "y" * 1_000_000, *SQL_IN_NAMES, b"", b"\xff\0", bytearray(b"x"), memoryview(b"x"), [],
+    (), {}, set(), [None], [[]], ["\0"], [NOT_UTF8], [object()], {"type": "t"}, {"type": 5}, {1: {2: {3: None}}},
+    {"type": "t", "x": float("nan")}, {("t",): 1}, {NOT_UTF8: 1}, BAD_LEAVES["circle"], nested(256), nested(257),
+    nested(257, "{"), nested(100_000), object(), object, len, print, iter([EVENT]), (item for item in [EVENT]), range(3),
+    datetime(2030, 1, 1), datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC),
+    datetime.min.replace(tzinfo=timezone(timedelta(hours=23))), date(2030, 1, 1), timedelta(1), uuid.UUID(int=0),
+    Text("own"), Whole(5), FlowStatus.CREATED, ExecutionStatus.RUNNING, PointerStatus.PENDING, Flow(), Flow,
+    Exception("x"), threading.Lock(), Path("."), ..., NotImplemented,
+]  # fmt: skip
+
+# Every public method with arguments that it takes; each argument in turn is replaced by everything hostile, and so is
+# each field of a record among them. What a method makes has a new id each time.
+WELCOME: dict[str, Callable[[], dict[str, Any]]] = {
+    "flows.insert": lambda: {"flow": Flow()},
+    "flows.get": lambda: {"id": "f"},
+    "flows.list_by_owner": lambda: {"owner_session_key": "o", "limit": 1, "offset": 0},
+    "flows.list_by_status": lambda: {"status": "created", "limit": 1, "offset": 0},
+    "flows.update_with_revision": lambda: {"flow": Flow(id="f")},
+    "flows.append_event": lambda: {"flow_id": "f", "kind": "k", "payload": {}},
+    "flows.list_events": lambda: {"flow_id": "f", "limit": 1},
+    "flows.update_and_append": lambda: {"flow": Flow(id="f"), "event_kind": "k", "event_payload": {}},
+    "flows.insert_step": lambda: {"step": FlowStep(flow_id="f", run_id=flowstore.new_id())},
+    "flows.update_step": lambda: {"step": FlowStep(id="s", flow_id="f", run_id="r")},
+    "flows.get_step": lambda: {"id": "s"},
+    "flows.list_steps": lambda: {"flow_id": "f"},
+    "flows.find_step_by_run_id": lambda: {"flow_id": "f", "run_id": "r"},
+    "flows.prune_terminal_flows": lambda: {"retain_days": 9},
+    "events.append": lambda: {"execution_id": "e1", "tenant_id": "default", "event": EVENT, "expected_sequence": None,
+                              "event_id": None},
+    "events.append_batch": lambda: {"execution_id": "e1", "tenant_id": "default", "events": [EVENT],
+                                    "expected_sequence": None},
+    "events.load_events": lambda: {"execution_id": "e1"},
+    "events.load_events_after": lambda: {"execution_id": "e1", "after_seq": 0},
+    "events.get_latest_sequence": lambda: {"execution_id": "e1"},
+    "events.list_executions": lambda: {"tenant_id": "default", "limit": 1, "offset": 0},
+    "events.execution_exists": lambda: {"execution_id": "e1"},
+    "events.count_events": lambda: {"execution_id": "e1"},
+    "events.iter_events": lambda: {"execution_id": "e1", "after_seq": 0, "chunk": 9},
+    "events.read_all": lambda: {"after_position": 0, "limit": 1, "tenant_id": None},
+    "state.create_execution": lambda: {"execution": WorkflowExecution(workflow_id="w")},
+    "state.get_execution": lambda: {"id": "e1"},
+    "state.list_executions": lambda: {"status": None, "limit": 1, "offset": 0},
+    "state.update_execution_status": lambda: {"id": "e1", "status": "running"},
+    "state.update_execution_current_state": lambda: {"id": "e1", "state": {}},
+    "state.patch_append_array": lambda: {"id": "e1", "key": "k", "value": 1},
+    "state.append_event": lambda: {"execution_id": "e1", "event": EVENT, "expected_sequence": None, "event_id": None},
+    "state.get_events": lambda: {"execution_id": "e1"},
+    "state.get_events_since": lambda: {"execution_id": "e1", "since_sequence": 0},
+    "state.latest_sequence": lambda: {"execution_id": "e1"},
+    "state.write_snapshot": lambda: {"snapshot": Snapshot(execution_id="e1", at_sequence=1, state={})},
+    "state.latest_snapshot": lambda: {"execution_id": "e1"},
+    "state.prune_snapshots": lambda: {"execution_id": "e1", "keep": 1},
+    "state.replay": lambda: {"execution_id": "e1", "reducer": no_reduce, "initial": None},
+    "state.enqueue_work_item": lambda: {"item": WorkItem(execution_id="e1", queue_type="q")},
+    "state.get_work_item": lambda: {"item_id": "held"},
+    "state.list_work_items": lambda: {"status": None, "queue_type": None, "execution_id": None, "limit": 1, "offset": 0},
+    "state.claim_work_item": lambda: {"worker_id": "w", "queue_types": ["none"], "lease_seconds": 1},
+    "state.renew_lease": lambda: {"item_id": "held", "worker_id": "w1", "lease_fence": None, "lease_seconds": 1},
+    "state.hold": lambda: {"item": WorkItem(execution_id="e1", queue_type="q"), "lease_seconds": 1},
+    "state.complete_work_item": lambda: {"item_id": "waiting", "lease_fence": 7},
+    "state.fail_work_item": lambda: {"item_id": "waiting", "error": "e", "lease_fence": 7},
+    "state.retry_work_item": lambda: {"item_id": "waiting", "error": None, "delay": None, "lease_fence": 7},
+    "state.reclaim_expired_leases": dict,
+    "state.move_to_dead_letter": lambda: {"item_id": "none", "last_error": "e"},
+    "state.list_dead_letters": lambda: {"limit": 1, "offset": 0},
+    "state.requeue_dead_letter": lambda: {"item_id": "none"},
+    "state.commit_turn": lambda: {"item_id": "waiting", "lease_fence": 7, "event": EVENT, "failed": False,
+                                  "snapshot_state": {}, "effect_key": "k", "effect": {}, "expected_sequence": None,
+                                  "event_id": None},
+    "state.store_workflow": lambda: {"definition": WorkflowDefinition(workflow_id="w", version="1", ir={})},
+    "state.get_workflow": lambda: {"workflow_id": "w", "version": "1"},
+    "state.record_effect": lambda: {"key": "k", "result": {}, "execution_id": None},
+    "state.get_effect": lambda: {"key": "k", "default": None},
+    "state.put_artifact": lambda: {"data": b"x", "media_type": None},
+    "state.get_artifact": lambda: {"hash": "0" * 64},
+    "state.create_token": lambda: {"name": "n", "role": "r", "expires_at": None},
+    "state.validate_token": lambda: {"token": "fs_"},
+    "state.revoke_token": lambda: {"token_id": "none"},
+    "state.list_tokens": dict,
+    "state.create_tenant": lambda: {"tenant": Tenant(id=flowstore.new_id())},
+    "state.get_tenant": lambda: {"id": "default"},
+    "state.list_tenants": dict,
+    "state.update_tenant": lambda: {"tenant": Tenant(id="t")},
+    "state.for_tenant": lambda: {"tenant_id": "default"},
+    "workflows.create_new_workflow": lambda: {"instance": WorkflowInstance(
+        workflow_definition_id="d", execution_pointers=[ExecutionPointer(step_id=0)])},
+    "workflows.persist_workflow": lambda: {"instance": WorkflowInstance(id="w", workflow_definition_id="d")},
+    "workflows.persist_workflow_with_subscriptions": lambda: {
+        "instance": WorkflowInstance(id="w", workflow_definition_id="d"), "subscriptions": []},
+    "workflows.get_runnable_instances": lambda: {"as_at": None},
+    "workflows.get_workflow_instance": lambda: {"id": "w"},
+    "workflows.get_workflow_instance_by_name": lambda: {"name": "n"},
+    "workflows.get_workflow_instances": lambda: {"ids": ["w"]},
+    "workflows.next_definition_sequence": lambda: {"definition_id": "d"},
+    "workflows.delete_workflow": lambda: {"id": "none"},
+    "workflows.purge_workflows": lambda: {"status": "Terminated", "older_than": START},
+    "workflows.create_event_subscription": lambda: {"subscription": EventSubscription(
+        workflow_id="w", step_id=0, execution_pointer_id="p", event_name="n", event_key="k")},
+    "workflows.get_subscription": lambda: {"id": "none"},
+    "workflows.terminate_subscription": lambda: {"id": "none"},
+    "workflows.get_subscriptions": lambda: {"event_name": "n", "event_key": "k", "as_of": None},
+    "workflows.get_first_open_subscription": lambda: {"event_name": "n", "event_key": "k", "as_of": None},
+    "workflows.set_subscription_token": lambda: {"id": "sub", "token": "t", "worker_id": "w", "expiry": START},
+    "workflows.clear_subscription_token": lambda: {"id": "sub", "token": "none"},
+    "workflows.create_event": lambda: {"event": Event(event_name="n", event_key="k")},
+    "workflows.get_event": lambda: {"id": "none"},
+    "workflows.get_runnable_events": lambda: {"as_at": None},
+    "workflows.get_events": lambda: {"event_name": "n", "event_key": "k", "as_of": None},
+    "workflows.mark_event_processed": lambda: {"id": "none"},
+    "workflows.mark_event_unprocessed": lambda: {"id": "none"},
+    "workflows.supports_scheduled_commands": dict,
+    "workflows.schedule_command": lambda: {"command": ScheduledCommand(
+        command_name=CommandName.PROCESS_EVENT, data="d", execute_time=0)},
+    "workflows.process_commands": lambda: {"as_of": START - timedelta(9999), "handler": print, "lease_seconds": 1},
+    "workflows.persist_errors": lambda: {"errors": [ExecutionError(
+        workflow_id="w", execution_pointer_id="p", message="m")]},
+    "workflows.list_errors": lambda: {"workflow_id": "w", "limit": 1, "offset": 0},
+    "workflows.ensure_store_exists": dict,
+}
+# Arguments that the user's own code is: what is no function fails as Python's own error, once it would be called.
+OWN_CODE = {("state.replay", "reducer"), ("workflows.process_commands", "handler")}
+tried: Counter[str] = Counter()
+
+
+def hostile_arguments(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Arguments of a method of which one, or one field of a record, is hostile; and which one it is."""
+    for argument, usual in WELCOME[name]().items():
+        if (name, argument) in OWN_CODE:
+            continue
+        for value in HOSTILE:
+            yield argument, WELCOME[name]() | {argument: value}
+            if isinstance(usual, list):
+                yield f"{argument}[]", WELCOME[name]() | {argument: [*usual, value]}
+        record = usual[0] if isinstance(usual, list) and usual else usual
+        if not dataclasses.is_dataclass(record):
+            continue
+        for field in dataclasses.fields(record):
+            for value in HOSTILE:
+                made = WELCOME[name]()[argument]  # with an id of its own
+                changed = dataclasses.replace(made[0] if isinstance(made, list) else made, **{field.name: value})
+                given = [changed] if isinstance(usual, list) else changed
+                yield f"{argument}.{field.name}", WELCOME[name]() | {argument: given}
+    if name == "workflows.create_new_workflow":
+        for field in dataclasses.fields(ExecutionPointer):
+            for value in HOSTILE:
+                pointer = dataclasses.replace(ExecutionPointer(step_id=0), **{field.name: value})
+                made = WorkflowInstance(workflow_definition_id="d", execution_pointers=[pointer])
+                yield f"execution_pointers[0].{field.name}", {"instance": made}
+
+
+def public_methods() -> list[str]:
+    """Every method of every facet."""
+    facets = {"flows": FlowStore, "events": flowstore.EventStore, "state": StateBackend, "workflows": PersistenceProvider}
+    return [
+        f"{facet}.{name}" for facet, kind in facets.items() for name in dir(kind)
+        if not name.startswith("_") and callable(getattr(kind, name))
+    ]
+
+
+def test_every_public_method_is_given_hostile_arguments() -> None:
+    # New methods of readers' conveniences have no effect on what is stored, but they must be here too.
+    assert sorted(WELCOME) == sorted(public_methods())
+    for name, arguments in WELCOME.items():
+        facet, method = name.split(".")
+        with flowstore.open(":memory:") as store:
+            signature = inspect.signature(getattr(getattr(store, facet), method))
+        assert set(arguments()) >= set(signature.parameters) - {"wait"}, f"{name} has an argument that is not tried"
+
+
+@pytest.mark.parametrize("name", WELCOME)
+def test_hostile_arguments_are_stored_or_refused_with_nothing_written_and_the_store_unharmed(
+    name: str, clock: Clock
+) -> None:
+    facet, method = name.split(".")
+    with flowstore.open(":memory:", clock=clock) as store:
+        create(store)
+        claimed(store, id="held")
+        enqueue(store, id="waiting")
+        store.flows.insert(Flow(id="f"))
+        store.flows.insert_step(FlowStep(id="s", flow_id="f", run_id="r"))
+        store.state.create_tenant(Tenant(id="t"))
+        store.workflows.create_new_workflow(WorkflowInstance(id="w", name="n", workflow_definition_id="d"))
+        store.workflows.create_event_subscription(EventSubscription(
+            id="sub", workflow_id="w", step_id=0, execution_pointer_id="p", event_name="n", event_key="k"
+        ))
+        call = getattr(getattr(store, facet), method)
+
+        with store.transaction() as tx:
+            tables = tx.execute("SELECT name, sql FROM sqlite_master ORDER BY name")
+        for argument, arguments in hostile_arguments(name):
+            value = next((value for key, value in arguments.items() if key == argument), argument)
+            tried[name] += 1
+            before = store.stats()["tables"]
+            try:
+                found = call(**arguments)
+                if isinstance(found, types.GeneratorType):
+                    list(found)
+            except FlowStoreError as error:
+                assert one_sentence(error) and len(str(error)) < 2500, f"{name}, {argument}: {error!s:.300}"
+                assert store.stats()["tables"] == before, f"{name}, {argument}: {error}"
+            except Exception as error:
+                raise AssertionError(f"{name}, {argument}: {value!r:.80} raised {error!r}") from error
+        with store.transaction() as tx:
+            assert tx.execute("SELECT name, sql FROM sqlite_master ORDER BY name") == tables
+        assert store.check() == []
+        everything = contents(store)  # what was stored can be read
+        assert everything["known"]
+        [*map(store.flows.list_by_status, FlowStatus)]
+
+
+def test_the_hostile_inputs_were_many(capsys: pytest.CaptureFixture[str]) -> None:
+    if len(tried) < len(WELCOME) - 10:
+        pytest.xfail("only some of the methods were tried")
+    with capsys.disabled():
+        print(f"\nhostile input: {sum(tried.values())} calls of {len(tried)} methods, 0 harmful")
+    assert sum(tried.values()) > 10_000
+
+
+def test_hostile_targets_options_paths_and_statements_are_refused_by_an_error_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "copies").mkdir()
+    count = itertools.count()
+    with flowstore.open("app.db") as store:
+        write(store, "run", "kept")
+
+        def sql(*arguments: Any) -> Any:
+            with store.transaction() as tx:
+                return tx.execute(*arguments)
+
+        def many(rows: Any) -> None:
+            with store.transaction() as tx:
+                tx.executemany("SELECT ?", [(row,) for row in [rows]])
+
+        calls: dict[str, Callable[[Any], Any]] = {
+            "target": lambda v: flowstore.open(v).close(),
+            "read-only target": lambda v: flowstore.open(v, read_only=True).close(),
+            "url": lambda v: flowstore.open(f"sqlite:{v[:2000]}").close(),
+            "synchronous": lambda v: flowstore.open(":memory:", synchronous=v).close(),
+            "busy_timeout": lambda v: flowstore.open(":memory:", busy_timeout=v).close(),
+            "lease_seconds": lambda v: flowstore.open(":memory:", lease_seconds=v).close(),
+            "backoff": lambda v: flowstore.open(":memory:", backoff=v).close(),
+            "clock": lambda v: flowstore.open(":memory:", clock=v).close() if not callable(v) else None,
+            "read_only": lambda v: flowstore.open("app.db", read_only=v).close(),
+            "backup": store.backup,
+            "backup in a folder": lambda v: store.backup(f"copies/{next(count)}{v[:2000]}"),
+            "sql": sql,
+            "parameters": lambda v: sql("SELECT ?", v),
+            "parameter": lambda v: sql("SELECT ?", (v,)),
+            "rows": many,
+        }
+        for name, call in calls.items():
+            for value in HOSTILE:
+                if name in ("url", "backup in a folder") and not isinstance(value, str):
+                    continue
+                try:
+                    call(value)
+                except FlowStoreError as error:
+                    assert one_sentence(error)
+                except Exception as error:
+                    raise AssertionError(f"{name}: {type(value).__name__} raised {error!r}") from error
+                assert not store._engine.queue
+        assert keys(store, "run") == ["kept"]
+        assert store.check() == []
+
+
+def test_only_the_token_itself_is_valid_and_only_its_hash_is_stored(store: Store) -> None:
+    secret, token = store.state.create_token("n", "r")
+    with store.transaction() as tx:
+        [row] = tx.execute("SELECT * FROM flowstore_tokens")
+    digest = hashlib.sha256(secret.encode()).hexdigest()
+    assert digest in row and not any(secret[3:] in str(value) for value in row)
+    assert secret not in repr(token) and digest not in repr(token)
+    near = {secret[:-1], secret + "0", secret + "\n", " " + secret, secret.upper(), secret[3:], digest, token.id, "", "%", "fs_"}
+    near |= {secret[:at] + ("0" if secret[at] != "0" else "1") + secret[at + 1 :] for at in range(len(secret))}
+    assert [text for text in near if store.state.validate_token(text) is not None] == []
+    assert store.state.validate_token(secret) == token
+    assert len({store.state.create_token("n", "r")[0] for _ in range(100)} | {secret}) == 101
+
+
+# --- the command line ---
+
+# Commands that end by themselves and at once on whatever store they find; the others are always given what they refuse.
+AT_ONCE = {"check", "backup", "compact", "show", "report", "prune", "copy"}
+words = st.sampled_from([
+    "app.db", "text.txt", "empty.db", "missing.db", ".", "..", "", "-", "--", "-x", "--json", "--help", "--version",
+    "--limit", "-1", "0", "1e9", "NaN", "--store", "--older-than", "30d", "--dry-run", "no/such/folder.db", ":memory:",
+    "sqlite:app.db", "sqlite:///", "sqlite:app.db?x=1", "ftp://host/x", "postgresql://", "a\nb", "\x1b[31m", "\t",
+    "\udcff", "%s", "{}", "'; DROP TABLE flows; --", "x" * 300, "\U0001f600", "new.db", "copy.db", "app.db-wal", "0x10",
+])  # fmt: skip
+command_lines = st.builds(
+    lambda command, rest: [command, *rest] if command in AT_ONCE else [command, *rest, "--no-such-option"],
+    st.sampled_from([*flowstore._COMMANDS, "", "nonsense", "--version"]), st.lists(words | st.text(max_size=9), max_size=4),
+)  # fmt: skip
+
+
+def prepared_for_commands(folder: Path) -> None:
+    for left in folder.iterdir():
+        left.unlink()
+    (folder / "text.txt").write_text("this is no database, but it is long enough to be one\n" * 30)
+    (folder / "empty.db").touch()
+    with flowstore.open(folder / "app.db") as store:
+        write(store, "run", "kept")
+
+
+def test_no_command_line_whatever_ends_in_a_traceback_or_harms_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    count = 0
+
+    @given(command_lines)
+    @settings(max_examples=500, deadline=None, phases=[Phase.generate], suppress_health_check=[*HealthCheck])
+    def call(arguments: list[str]) -> None:
+        nonlocal count
+        count += 1
+        if count % 20 == 1:
+            prepared_for_commands(tmp_path)
+        status = flowstore.main(arguments)
+        said = capsys.readouterr()
+        assert status in (0, 1, 2, 130, 141)
+        assert re.fullmatch(r"(flowstore: [^\n]+\n)?", said.err), said.err
+        assert bool(said.err) is (status == 2) or status == 1, (status, said)
+        if (tmp_path / "app.db").exists():
+            with flowstore.open("app.db", read_only=True) as store:
+                assert keys(store, "run") == ["kept"]
+        assert (tmp_path / "text.txt").read_text().startswith("this is no database")
+
+    call()
+    with capsys.disabled():
+        print(f"\ncommand line: {count} tried, 0 tracebacks")
+
+
+@pytest.mark.parametrize("argument", [b"\xff\xfe", b"a\nb", b"--store=\xff", b"\x1b[31m", b"x" * 5000])
+@pytest.mark.parametrize("command", flowstore._COMMANDS)
+def test_bytes_that_are_no_text_are_one_line_on_the_command_line(
+    tmp_path: Path, command: str, argument: bytes
+) -> None:
+    arguments = [argument] if command in AT_ONCE else [argument, b"--no-such-option"]
+    done = subprocess.run(
+        [sys.executable, flowstore.__file__, command, *arguments], cwd=tmp_path, capture_output=True, timeout=60,
+        env={**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode in (1, 2)
+    assert re.fullmatch(rb"flowstore: [^\n]+\n", done.stderr), done.stderr
+    assert not done.stdout and not list(tmp_path.iterdir())
