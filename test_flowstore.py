@@ -11320,3 +11320,18 @@ def test_bytes_that_are_no_text_are_one_line_on_the_command_line(
     assert done.returncode in (1, 2)
     assert re.fullmatch(rb"flowstore: [^\n]+\n", done.stderr), done.stderr
     assert not done.stdout and not list(tmp_path.iterdir())
+
+
+# --- what the README promises ---
+
+
+def test_each_promise_of_the_readme_names_a_test_that_there_is() -> None:
+    [section] = re.findall(
+        r"\n## What flowstore promises\n(.*?)\n## ", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    promises = [line for line in section.split("\n") if line.startswith("- ")]
+    assert len(promises) > 30
+    for line in promises:
+        named = re.fullmatch(r"- .+: `([Tt]est\w+)`", line)
+        assert named, f"without its test: {line}"
+        assert callable(globals().get(named[1])), f"there is no {named[1]}"
