@@ -237,7 +237,8 @@ def _enum(kind: type[E], value: object, path: str) -> E:
             return kind(value)
     except ValueError:
         pass
-    raise InvalidData(f"{path}: {str(value)[:50]!r} is no {kind.__name__} ({', '.join(kind)})")
+    word = value[:50] if isinstance(value, str) else type(value)  # a type, for numbers may be too long to be shown
+    raise InvalidData(f"{path}: {word!r} is no {kind.__name__} ({', '.join(kind)})")
 
 # --- flows (seed 001) ---
 class FlowStatus(StrEnum):
@@ -1001,13 +1002,11 @@ def _failure(error: Exception) -> FlowStoreError:
         return StoreBusy("the store is held by another transaction: try again, or open it with a longer busy_timeout")
     if code == sqlite3.SQLITE_FULL:
         return StoreFull("the disk is full, nothing was written: make room and try again")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return StoreCorrupt(f"the file is damaged or not an SQLite database ({error}): restore it from a backup")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "decode to UTF-8" in str(error):  # that has no code
+        return StoreCorrupt(f"the file is damaged or not an SQLite database ({error!s:.60}): restore it from a backup")
     if code == sqlite3.SQLITE_TOOBIG or isinstance(error, sqlite3.DataError):
         return InvalidData(f"the value is too large to be stored: {error}")
-    if code == sqlite3.SQLITE_READONLY:
-        return StorageError(f"the database cannot be written: {error}")
-    return StorageError(f"the database failed: {error}")
+    return StorageError(f"the database {'cannot be written' if code == sqlite3.SQLITE_READONLY else 'failed'}: {error}")
 
 # What sqlite3 raises for a statement; values that it cannot bind raise the last three.
 _DRIVER_ERRORS = (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError, TypeError)
@@ -1299,7 +1298,7 @@ class _Engine:
             return
         if not self.options.read_only and not os.path.exists(self.path):
             # Made here, not by SQLite, so that the umask alone decides who may read it.
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(OSError):  # what is wrong is told by the attempt to open it
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
         self._patiently(self._prepare_file)
 
@@ -4183,7 +4182,8 @@ def _path(path: object, argument: str) -> str:
 def _parse_target(target: object) -> tuple[str, str | None]:
     """What to call a target, and the absolute path of its file (None: in memory)."""
     if not isinstance(target, str):
-        return str(target), _path(target, "target")
+        path = _path(target, "target")  # first: not everything has a text
+        return str(target), path
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", target)
     name = target
     if scheme and scheme[1].lower() == "sqlite":
