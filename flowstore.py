@@ -1918,7 +1918,10 @@ def _vacuum_step(tx: _Tx) -> bool:
         tx.run("VACUUM")
         return False
     before = tx.rows("PRAGMA freelist_count")[0][0]
-    tx.rows("PRAGMA incremental_vacuum(1000)")
+    try:
+        tx.db.executescript("PRAGMA incremental_vacuum(1000)")  # execute() would stop after the first page
+    except sqlite3.Error as error:
+        raise _failure(error) from error
     return bool(0 < tx.rows("PRAGMA freelist_count")[0][0] < before)
 
 def _truncate_wal(tx: _Tx) -> None:

@@ -9947,6 +9947,20 @@ def test_writers_append_to_executions_while_they_are_pruned(make_store_state: Ca
         assert store.state.get_execution(f"e{number}") is None
 
 
+def test_compact_gives_many_pages_back_in_each_step(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "app.db", synchronous="OFF") as store:
+        with store.transaction():
+            for number in range(100):
+                store.events.append(f"e{number}", "default", {"type": "custom", "text": "x" * 50_000})
+                run_with(store.state, f"e{number}", status="failed", updated_at=START)
+        store.prune(START + timedelta(days=1))
+        before = store.stats()["file_bytes"]
+        assert store._engine.alone(flowstore._vacuum_step)
+        assert before - store.stats()["file_bytes"] == 1000 * 4096
+        store.compact()
+        assert store.stats()["file_bytes"] < before / 10 and store.check() == []
+
+
 KILLED_IN_PRUNE = """
 import functools, os, signal, sqlite3, sys
 import flowstore
