@@ -4155,8 +4155,13 @@ _EMPTY: tuple[Any, ...] = (None, "", [], {})
 def _label(name: str) -> str:
     return re.sub("_(bytes|seconds|id)$", "", name).replace("_", " ")
 
+def _plain(text: str) -> str:
+    """Text whose characters that steer a terminal or turn the direction of what follows are spelt out."""
+    return text if text.isprintable() else "".join(
+        char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
 def _said(name: str, value: Any) -> str:
-    """A value in one line for people; its name tells the unit. Characters that steer a terminal are spelt out."""
+    """A value in one line for people; its name tells the unit."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         if name.endswith("_seconds"):
             return str(timedelta(seconds=round(value))) if value >= 60 else f"{value:.3g} s"
@@ -4166,8 +4171,7 @@ def _said(name: str, value: Any) -> str:
             f"{key}={json.dumps(member, ensure_ascii=False)}" for key, member in value.items() if key != "type")])
     text = f"{value:%Y-%m-%d %H:%M:%S}" if isinstance(value, datetime) else value if isinstance(value, str) else (
         json.dumps(value, ensure_ascii=False, default=str))
-    text = "-" if value in _EMPTY else text[: 2 * _CUT]
-    return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return "-" if value in _EMPTY else _plain(text[: 2 * _CUT]).replace("\n", "\\n")
 
 def _grids(view: dict[str, Any], most: int) -> Iterator[tuple[str, list[str], list[dict[str, Any]]]]:
     """Each table that is not empty: its title, which says what is left out, its columns and its last rows."""
@@ -4211,8 +4215,9 @@ def _drawn(view: dict[str, Any], colour: bool = False) -> str:
         return f"\33[{_COLOURS[_meaning(status)]}m{text}\33[0m" if colour and status else text
     head = f"{view['kind']} {_said('', view['id'] or '').strip('-')}".strip()
     lines = [paint(view["status"], f"{_fit(head, 60).rstrip()} {view['status'] or ''}".rstrip())]
-    told = view["facts"] | view.get("values", {}) | {name: ", ".join(
-        f"{_said('', count)} {word}" for word, count in words.items()) for name, words in view.get("counts", {}).items()}
+    told = view["facts"] | view.get("values", {}) | {
+        name: ", ".join(f"{_said('', count)} {word}" for word, count in words.items())
+        for name, words in view.get("counts", {}).items()}
     lines += [_fit(f"  {_label(name):20} {_said(name, value)}", 80).rstrip() for name, value in told.items()
               if value not in (*_EMPTY, view["id"])]
     title, bars = _axis(view)
@@ -4271,9 +4276,9 @@ class _Html(str):
 def _tag(element: str, /, *children: object, **attributes: object) -> _Html:
     """An element; of an attribute named like a word of Python the last underscore goes, one that is None goes whole."""
     from html import escape
-    its = "".join(f' {name.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
+    its = "".join(f' {name.rstrip("_").replace("_", "-")}="{escape(_plain(str(value)))}"'
                   for name, value in attributes.items() if value is not None)
-    inside = "".join(child if isinstance(child, _Html) else escape(str(child)) for child in children)
+    inside = "".join(child if isinstance(child, _Html) else escape(_plain(str(child))) for child in children)
     return _Html(f"<{element}{its}>" + f"{inside}</{element}>" * (element not in ("input", "meta", "link")))
 
 def _quoted(id: object) -> str:
@@ -4293,11 +4298,11 @@ def _html(view: dict[str, Any], address: str = "") -> _Html:
             "a", text, href=address + _quoted(value)) if address and name == linked else text, class_=kind)
     told = (*_EMPTY, view["id"])
     facts: list[Any] = [(name, [_said(name, value)]) for name, value in view["facts"].items() if value not in told]
-    facts += [(name, [chip(word, f"{_said('', count)} {word}") for word, count in words.items()] or ["none"])
+    facts += [(name, [chip(word, f"{_said('', count)} {word}") for word, count in words.items()])
               for name, words in view.get("counts", {}).items()]
     status = [chip(view["status"], view["status"])] if view["status"] else []
     parts = [_tag("h2", f"{view['kind']} {view['id'] or ''} ", *status), _tag("dl", *(
-        _tag("div", _tag("dt", _label(name)), _tag("dd", *said)) for name, said in facts), class_="card")]
+        _tag("div", _tag("dt", _label(name)), _tag("dd", *said or ["none"])) for name, said in facts), class_="card")]
     title, bars = _axis(view)
     if bars:
         parts.append(card(_tag("table", _tag("caption", f"Steps, {title}"), *(_tag(
@@ -4327,7 +4332,8 @@ def _page(target: str, *content: _Html, form: object = "", home: str | None = No
     """A page that needs nothing but itself."""
     head = _tag("head", _tag("meta", charset="utf-8"), _tag("title", f"flowstore {target}"), _tag("style", _Html(_CSS)),
                 _tag("meta", http_equiv="Content-Security-Policy", content=_policy()),
-                _tag("link", rel="icon", href="data:,"), _tag("meta", name="viewport", content="width=device-width, initial-scale=1"))
+                _tag("link", rel="icon", href="data:,"),
+                _tag("meta", name="viewport", content="width=device-width, initial-scale=1"))
     header = _tag("header", _tag("h1", _tag("a", "flowstore", href=home), f" {target}"), form)
     body = _tag("body", header, _tag("main", *content), class_="flowstore")
     return f"<!DOCTYPE html>{_tag('html', head, body, lang='en')}".encode(errors="backslashreplace")
@@ -4387,6 +4393,9 @@ def _tail(args: Any) -> int:
 
 def _report(args: Any) -> int:
     """Write one page: the overview with all that it lists, or all about one id."""
+    own = _parse_target(args.store)[1]
+    if args.output and own and os.path.exists(own) and _file_id(args.output) == _file_id(own):
+        return _complain(f"-o: {args.output} is the store itself: name another file", 2)
     with open(args.store, read_only=True) as store:
         views, target = _views(store, args.id), store.target
         rows = [row for table in views[0]["tables"].values() for row in table["rows"]] if args.id is None else []
