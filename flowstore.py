@@ -3245,7 +3245,8 @@ class StateBackend(_LogFacet):
     @_snapshot
     def timeline(self, tx: _Tx, execution_id: AnyId) -> View:
         """The execution's events and items on a time axis: text as `str()`, HTML in a notebook. Raises NotFound."""
-        return View(_details.function(self, tx, _id(execution_id, "execution_id"), "execution")[0])
+        execution = _id(execution_id, "execution_id")
+        return View(_found(_detail(self, tx, "execution", execution), "execution", execution))
 
     def for_tenant(self, tenant_id: AnyId) -> StateBackend:
         """The view of one tenant: the same methods, its rows alone. In a view TenantMismatch. Source: for_tenant."""
@@ -3955,17 +3956,15 @@ __all__ += ["DEFAULT_TENANT"]
 # ============================================================================================================
 
 # A view is a dict: `kind`, `id`, `status`, `facts`, and `tables` of `rows` with the `total` there is; an overview has
-# `counts` by status, a detail JSON `values` and `steps` with their stretches of time. Each is one short read whatever
+# `counts` by status, a detail `steps` with their stretches of time. Each is one short read whatever
 # the store holds: counts have a bound, lists a limit, the database cuts what is long.
 _COUNTED, _DEAD_COUNTED, _QUEUES, _LISTED, _DETAILED, _CUT = 200_000, 2000, 100, 20, 200, 4000
-# By kind: the facet that has it, its records and table, its statuses, those whose newest are listed, and by which time:
-# status and time begin an index.
-_KINDS: dict[str, tuple[type[_Facet], _Mapper[Any], str, type[StrEnum], Iterable[str], str]] = {
-    "executions": (_LogFacet, _RUN, "flowstore_runs", ExecutionStatus, ExecutionStatus, "updated_at"),
-    "flows": (FlowStore, _FLOW, "flows", FlowStatus, FlowStatus, "updated_at"),
-    "workflows": (PersistenceProvider, _INSTANCE, "workflows", WorkflowStatus, WorkflowStatus,
-                  "COALESCE(complete_time, create_time)"),
-    "work items": (StateBackend, _DEAD, "flowstore_work_items", WorkItemStatus, ("dead_lettered",), "dead_lettered_at"),
+# By kind: the facet that has it, its records and table, its statuses, and the time that with them begins an index.
+_KINDS: dict[str, tuple[type[_Facet], _Mapper[Any], str, type[StrEnum], str]] = {
+    "executions": (_LogFacet, _RUN, "flowstore_runs", ExecutionStatus, "updated_at"),
+    "flows": (FlowStore, _FLOW, "flows", FlowStatus, "updated_at"),
+    "workflows": (PersistenceProvider, _INSTANCE, "workflows", WorkflowStatus, "COALESCE(complete_time, create_time)"),
+    "work items": (StateBackend, _DEAD, "flowstore_work_items", WorkItemStatus, "dead_lettered_at"),
 }
 # By kind: its records and where they are; then the same of its tables.
 _DETAILS: dict[str, tuple[_Mapper[Any], str, dict[str, tuple[_Mapper[Any], str]]]] = {
@@ -3993,17 +3992,15 @@ def _meaning(status: object) -> str:
 
 def _seen(facet: _Facet, tx: _Tx, mapper: _Mapper[Any], rest: str, *params: Any) -> list[dict[str, Any]]:
     """Records as dicts, of the facet's tenant alone; of long texts and JSON the beginning, as text."""
-    decoders = {mapper.fields[index]: decode for index, decode in mapper._decoders}
     kinds = {spec.name: str(spec.type) for spec in dataclasses.fields(mapper.record)}
-    long = {name for name in mapper.fields if re.match("str|Json|list|dict", kinds[name])}
-    columns = (f"SUBSTR({column}, 1, {_CUT + 1})" if name in long else column
-               for name, column in zip(mapper.fields, mapper.names, strict=True))
-    def value(name: str, stored: Any) -> Any:
-        if name in long and stored is not None and len(stored) > _CUT:
-            return f"{stored[:_CUT]}... (cut)"
-        return decoders[name](stored) if name in decoders and stored is not None else stored
-    return [dict(zip(mapper.fields, map(value, mapper.fields, row), strict=True))
-            for row in facet._rows(tx, _Sql(f"SELECT {', '.join(columns)} FROM {rest}"), *params)]
+    long = {name: column for name, column in zip(mapper.fields, mapper.names, strict=True)
+            if re.match("str|Json|list|dict", kinds[name])}
+    columns = (f"SUBSTR({name}, 1, {_CUT + 1})" if name in long.values() else name for name in mapper.names)
+    rows = facet._rows(tx, _Sql(f"SELECT {', '.join(columns)} FROM {rest}"), *params)
+    decoders = {mapper.fields[index]: decode for index, decode in mapper._decoders}
+    return [{name: value if value is None else f"{value[:_CUT]}... (cut)" if name in long and len(value) > _CUT else
+             decoders.get(name, lambda value: value)(value) for name, value in zip(mapper.fields, row, strict=True)}
+            for row in rows]
 
 def _counted(facet: _Facet, tx: _Tx, rows: str, *params: Any) -> int | str:
     """How many rows there are, at 80 ns each; beyond the bound, that there are more."""
@@ -4021,14 +4018,15 @@ def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, An
     facts["read_at"] = _datetime(now)
     if isinstance(facet, (Store, StateBackend)):
         tables["queues"] = _queues(facet, tx, now)
-    for name, (owner, mapper, table, statuses, listed, by) in _KINDS.items():
+    for name, (owner, mapper, table, statuses, by) in _KINDS.items():
         if isinstance(facet, (Store, owner)):
+            listed = [word for word in (["dead_lettered"] if mapper is _DEAD else statuses) if status in (None, word)]
             mine, key = "{tenant}" * (mapper in (_RUN, _DEAD)), "execution_id" if mapper is _RUN else "id"
             # A tenant's items that are done have no index; those that wait, are leased or dead have.
             skip = ("completed", "failed") if facet._tenant is not None and mapper is _DEAD else ()
             counts[name] = {str(word): count for word in statuses if word not in skip and (
                 count := _counted(facet, tx, f"{table} WHERE status = '{word}' {mine}"))}
-            newest = [row for word in listed if (status or word) == word for row in _seen(facet, tx, mapper, f"""{table}
+            newest = [row for word in listed for row in _seen(facet, tx, mapper, f"""{table}
                 WHERE status = '{word}' {mine} ORDER BY {by} DESC, {key} DESC LIMIT {_LISTED}""")]
             tables["dead letters" if mapper is _DEAD else name] = sorted(newest, reverse=True, key=lambda row: max(
                 value for value in row.values() if isinstance(value, datetime)))[:_LISTED]
@@ -4075,13 +4073,13 @@ def _queues(facet: _Facet, tx: _Tx, now: int) -> list[dict[str, Any]]:
     return rows
 
 @_snapshot
-def _details(facet: _Facet, tx: _Tx, id: str, *kinds: str) -> list[dict[str, Any]]:
+def _details(facet: _Facet, tx: _Tx, id: str) -> list[dict[str, Any]]:
     """The execution, the flow and the workflow of this id, or else the execution of the work item of this id."""
-    views = [_detail(facet, tx, kind, _id(id, "id")) for kind in kinds or _DETAILS]
-    if not kinds and not any(views):
-        views = [_detail(facet, tx, "execution", item["execution_id"])
-                 for item in _seen(facet, tx, _ITEM, "flowstore_work_items WHERE id = ? {tenant}", id)]
-    return [view for view in views if view] or _found(None, " or ".join(kinds or _DETAILS), id)
+    kinds = _DETAILS if facet._tenant is None else ["execution"]  # the only kind that has a tenant
+    found = [view for kind in kinds if (view := _detail(facet, tx, kind, _id(id, "id")))]
+    items = _seen(facet, tx, _ITEM, "flowstore_work_items WHERE id = ? {tenant}", id) if not found else []
+    found += [view for item in items if (view := _detail(facet, tx, "execution", item["execution_id"]))]
+    return found or _found(None, " or ".join(kinds), id)
 
 def _detail(facet: _Facet, tx: _Tx, kind: str, id: str) -> dict[str, Any] | None:
     mapper, where, its_tables = _DETAILS[kind]
@@ -4100,9 +4098,7 @@ def _detail(facet: _Facet, tx: _Tx, kind: str, id: str) -> dict[str, Any] | None
         tables[name] = {"total": total, "rows": rows}
     for part in (part for bar in bars for part in bar["parts"]):
         part["to"] = part["to"] or max(part["from"], now)
-    names = [name for name in ("state", "current_state", "wait", "data", "initial_input") if name in facts]
-    return {"kind": kind, "id": id, "status": status, "values": {name: facts.pop(name) for name in names},
-            "facts": facts, "steps": bars, "tables": tables}
+    return {"kind": kind, "id": id, "status": status, "facts": facts, "steps": bars, "tables": tables}
 
 def _stretch(what: str, start: Any, end: Any = None) -> dict[str, Any]:
     return {"what": what, "from": start, "to": end}
@@ -4146,9 +4142,9 @@ def _event_bars(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # Of rows, what is shown, in this order, where any of them has it; JSON has it all.
 _COLUMNS = re.findall(r"\w+", """
     queue waiting oldest_seconds leased dead sequence timestamp at error_time execution_id id kind step_id
-    step_name run_id node_id queue_type task name goal current_step status attempt  retry_count
-    workflow_id events worker_id lease_expires_at dead_lettered_at last_error message event_name event_key
-    sleep_until event payload result outcome tenant_id updated_at complete_time""")
+    step_name run_id node_id queue_type task name goal current_step status last_error message attempt
+    retry_count workflow_id events worker_id event_name event_key event payload result outcome lease_expires_at
+    dead_lettered_at sleep_until tenant_id updated_at complete_time""")
 _LETTERS = {"event": "|", "waiting": ".", "running": "=", "done": "#", "failed": "x", "lost": "~"}
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
@@ -4215,7 +4211,7 @@ def _drawn(view: dict[str, Any], colour: bool = False) -> str:
         return f"\33[{_COLOURS[_meaning(status)]}m{text}\33[0m" if colour and status else text
     head = f"{view['kind']} {_said('', view['id'] or '').strip('-')}".strip()
     lines = [paint(view["status"], f"{_fit(head, 60).rstrip()} {view['status'] or ''}".rstrip())]
-    told = view["facts"] | view.get("values", {}) | {
+    told = view["facts"] | {
         name: ", ".join(f"{_said('', count)} {word}" for word, count in words.items())
         for name, words in view.get("counts", {}).items()}
     lines += [_fit(f"  {_label(name):20} {_said(name, value)}", 80).rstrip() for name, value in told.items()
@@ -4233,14 +4229,12 @@ def _drawn(view: dict[str, Any], colour: bool = False) -> str:
     lines += [f"  {', '.join(f'{letter} {what}' for what, letter in _LETTERS.items())}"] * bool(bars)
     for title, columns, rows in _grids(view, _LISTED):
         cells = [{name: _said(name, row.get(name)) for name in columns} for row in rows]
-        widths, least = dict[str, int](), dict[str, int]()
-        for name in columns:  # as many as can have what they need, which of a text is a little, of an id or a time all
+        widths, room = dict[str, int](), 80
+        for name in columns:  # what comes first is an id, to be copied; what comes last has all that is left
             widest = max(len(_label(name)), *(len(cell[name]) for cell in cells))
-            need = min(widest, 36 if name in ("id", "execution_id") else 19 if name.endswith(("at", "_time")) else 12)
-            if sum(least.values()) + 2 * len(least) + need + 2 <= 80:
-                widths[name], least[name] = widest, need
-        while sum(widths.values()) + 2 * len(widths) > 80:
-            widths[max(widths, key=lambda name: widths[name] - least[name])] -= 1
+            width = min(widest, room - 2, 80 if name == columns[-1] else 24 if widths else 36)
+            if width >= min(widest, 19):
+                widths[name], room = width, room - width - 2
         lines += ["", title, *("".join("  " + paint(name == "status" and row.get(name), _fit(
             cell[name], width, isinstance(row.get(name), (int, float)))) for name, width in widths.items()).rstrip()
             for row, cell in [({}, {name: _label(name) for name in columns}), *zip(rows, cells, strict=True)])]
@@ -4296,8 +4290,9 @@ def _html(view: dict[str, Any], address: str = "") -> _Html:
         kind = "n" if isinstance(value, (int, float)) else "at" if isinstance(value, datetime) else name
         return _tag("td", chip(value, text) if name == "status" and value else _tag(
             "a", text, href=address + _quoted(value)) if address and name == linked else text, class_=kind)
-    told = (*_EMPTY, view["id"])
-    facts: list[Any] = [(name, [_said(name, value)]) for name, value in view["facts"].items() if value not in told]
+    facts: list[Any] = [(name, [_tag("pre", json.dumps(value, ensure_ascii=False, default=str, indent=2)) if isinstance(
+        value, (dict, list)) else _said(name, value)]) for name, value in view["facts"].items()
+        if value not in (*_EMPTY, view["id"])]
     facts += [(name, [chip(word, f"{_said('', count)} {word}") for word, count in words.items()])
               for name, words in view.get("counts", {}).items()]
     status = [chip(view["status"], view["status"])] if view["status"] else []
@@ -4311,9 +4306,6 @@ def _html(view: dict[str, Any], address: str = "") -> _Html:
                 y=7 if what == "waiting" else 3, height=6 if what == "waiting" else 14) for what, left, share in drawn),
                 role="img", aria_label=f"{name}: {', '.join(what for what, *_ in drawn[:20])}")),
             _tag("td", chip(status.split(",")[0], status) if status else "")) for name, status, drawn in bars))))
-    for name, value in view.get("values", {}).items():
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2)
-        parts += [card(_tag("b", _label(name)), _tag("pre", text))] * (value not in _EMPTY)
     for caption, columns, rows in _grids(view, _DETAILED):
         linked = "" if "steps" in view else "execution_id" if "execution_id" in columns else "id"
         head = (_tag("th", _label(name), scope="col", class_="n" * isinstance(rows[0].get(name), (int, float)))
@@ -4339,14 +4331,11 @@ def _page(target: str, *content: _Html, form: object = "", home: str | None = No
     return f"<!DOCTYPE html>{_tag('html', head, body, lang='en')}".encode(errors="backslashreplace")
 
 # --- in notebooks ---
-class View:
-    """What can be looked at: text as `str()`, HTML in a notebook, plain values as `data`."""
-
-    def __init__(self, data: dict[str, Any]) -> None:
-        self.data = data
+class View(dict[str, Any]):
+    """What can be looked at: plain values that are text as `str()`, and HTML in a notebook."""
 
     def __str__(self) -> str:
-        return _drawn(self.data)
+        return _drawn(self)
 
     __repr__ = __str__
 
@@ -4361,7 +4350,7 @@ def _repr_html_(self: Any) -> str | None:
         engine = getattr(self, "_engine", None)
         if engine and engine.path is None and engine.lead is not None and engine.block() is None:
             return None  # in memory, another's transaction would have to be waited for
-        view = self.data if isinstance(self, View) else _views(self)[0] if engine else {
+        view = self if isinstance(self, View) else _views(self)[0] if engine else {
             "kind": type(self).__name__, "id": None, "status": None, "facts": vars(self), "tables": {}}
         return _tag("style", _Html(_CSS)) + _tag("div", _html(view), class_="flowstore")
     return None
@@ -4409,65 +4398,52 @@ def _report(args: Any) -> int:
 
 def _serve(args: Any) -> int:
     """Serve the same pages to the browsers of this machine, until Ctrl-C."""
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-    from urllib.parse import parse_qs, urlsplit
-    class Handler(BaseHTTPRequestHandler):
-        timeout, server_version, sys_version = 20, "flowstore", ""
-
-        def do_GET(self) -> None:
-            hosts, url = self.headers.get_all("Host", []), urlsplit(self.path)
-            try:
-                if len(hosts) != 1 or hosts[0].lower() not in names:
-                    self.send_error(421, "this page is at 127.0.0.1 alone")
-                elif url.path != "/":
-                    self.send_error(404, "there is no such page")
-                else:
-                    asked = {name: values[0] for name, values in parse_qs(url.query, max_num_fields=9).items()}
-                    facet = store.state.for_tenant(asked["tenant"]) if "tenant" in asked else store
-                    views = _views(facet, asked.get("id"), asked.get("status"))
-                    self.answer(200, asked, *(_html(view, "/?id=") for view in views))
-            except (FlowStoreError, ValueError) as error:
-                self.send_error(404 if isinstance(error, NotFound) else 400 if isinstance(error, ValueError) else 503,
-                                str(error))
-
-        do_HEAD = do_GET  # noqa: N815 (the server's name for it)
-
-        def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-            code, message = (405, "nothing can be changed here") if code == 501 else (code, message)
-            self.answer(code, {}, _tag("h2", message))
-
-        def answer(self, code: int, asked: dict[str, str], *content: _Html) -> None:
-            words = dict.fromkeys(str(word) for kind in _KINDS.values() for word in kind[3])
-            options = [_tag("option", word or "any", value=word, selected="" if asked.get("status") == word else None)
-                       for word in ("", *words)]
-            fields = [_tag("label", name, _tag("input", name=name, value=asked.get(name, "")))
-                      for name in ("id", "tenant")]
-            form = _tag("form", *fields, _tag("label", "status", _tag("select", *options, name="status")),
-                        _tag("button", "Search"), role="search")
-            page = _page(store.target, *content, form=form, home="/")
-            self.send_response(code)
-            for header in ("Content-Type: text/html; charset=utf-8", f"Content-Length: {len(page)}", "Allow: GET, HEAD",
-                           f"Content-Security-Policy: {_policy()}; frame-ancestors 'none'", "Cache-Control: no-store",
-                           "X-Content-Type-Options: nosniff", "Referrer-Policy: no-referrer"):
-                self.send_header(*header.split(": ", 1))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(page)
-
+    from socketserver import ThreadingMixIn
+    from urllib.parse import parse_qs
+    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+    class Handler(WSGIRequestHandler):
+        timeout = 20
         def log_message(self, *args: object) -> None:
             """A page looked at is no news."""
-
-    class Server(ThreadingHTTPServer):
+    class Server(ThreadingMixIn, WSGIServer):
+        daemon_threads = True
         def handle_error(self, request: object, address: object) -> None:
             """A browser that went away amid a page is no news either."""
-
+    def answer(request: dict[str, Any], start: Callable[..., object]) -> list[bytes]:
+        code, asked, content = "200 OK", dict[str, str](), list[_Html]()
+        try:
+            if request.get("HTTP_HOST", "").lower() not in names:  # a page elsewhere that had its name point here
+                code, content = "421 Misdirected Request", [_tag("h2", "this page is at 127.0.0.1 alone")]
+            elif request["REQUEST_METHOD"] not in ("GET", "HEAD"):
+                code, content = "405 Method Not Allowed", [_tag("h2", "nothing can be changed here")]
+            elif request["PATH_INFO"] != "/":
+                code, content = "404 Not Found", [_tag("h2", "there is no such page")]
+            else:
+                query = parse_qs(request["QUERY_STRING"], max_num_fields=9)
+                asked = {name: values[0] for name, values in query.items()}
+                facet = store.state.for_tenant(asked["tenant"]) if "tenant" in asked else store
+                content = [_html(view, "/?id=") for view in _views(facet, asked.get("id"), asked.get("status"))]
+        except (FlowStoreError, ValueError) as error:
+            code, content = "404 Not Found" if isinstance(error, NotFound) else "400 Bad Request" if isinstance(
+                error, ValueError) else "503 Service Unavailable", [_tag("h2", error)]
+        words = ("", *dict.fromkeys(str(word) for kind in _KINDS.values() for word in kind[3]))
+        options = [_tag("option", word or "any", value=word, selected="" if asked.get("status") == word else None)
+                   for word in words]
+        fields = [_tag("label", name, _tag("input", name=name, value=asked.get(name, ""))) for name in ("id", "tenant")]
+        page = _page(store.target, *content, home="/", form=_tag("form", *fields, _tag("label", "status", _tag(
+            "select", *options, name="status")), _tag("button", "Search"), role="search"))
+        start(code, [
+            ("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(page))), ("Allow", "GET, HEAD"),
+            ("Content-Security-Policy", f"{_policy()}; frame-ancestors 'none'"), ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")])
+        return [page] * (request["REQUEST_METHOD"] != "HEAD")
     if not 0 <= args.port < 65536:
         return _complain(f"--port: 0 to 65535 is needed, not {args.port}", 2)
     with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store, Server(
             ("127.0.0.1", args.port), Handler) as server:
-        port = server.server_port
-        names = {f"{name}:{port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")}
-        print(f"http://127.0.0.1:{port}/ shows {store.target}; Ctrl-C ends it", flush=True)
+        server.set_app(answer)
+        names = {f"{name}:{server.server_port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")}
+        print(f"http://127.0.0.1:{server.server_port}/ shows {store.target}; Ctrl-C ends it", flush=True)
         server.serve_forever()
     return 0
 
