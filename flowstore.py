@@ -34,7 +34,8 @@ The chapters, each resting only on those above it:
     Engine        SQLite: connections, transactions, group commit, waiting, fork
     Facets        FlowStore, EventStore, StateBackend, PersistenceProvider
     Store         what open() returns
-    Command line  selftest, demo, bench, check, backup, prune, compact
+    Views         what is stored, as text, as HTML and as JSON
+    Command line  selftest, demo, bench, show, tail, report, serve, check, backup, prune, compact
 """
 
 from __future__ import annotations
@@ -3414,6 +3415,12 @@ class StateBackend(_LogFacet):
         self._administer(values["id"])
         return _TENANT.decode(_found(tx.row(_TENANT_UPDATE, *_TENANT.changes(values)), "tenant", values["id"]))
 
+    @_snapshot
+    def timeline(self, tx: _Tx, execution_id: AnyId) -> View:
+        """The execution's events and items on a time axis: text as `str()`, HTML in a notebook. Raises NotFound."""
+        execution = _id(execution_id, "execution_id")
+        return View(_found(_detail(self, tx, "execution", execution), "execution", execution))
+
     def for_tenant(self, tenant_id: AnyId) -> Self:
         """The view of one tenant: the same methods, its rows alone. In a view TenantMismatch. Source: for_tenant."""
         self._administer(tenant := _id(tenant_id, "tenant_id"))
@@ -4282,6 +4289,503 @@ __all__ += ["DEFAULT_TENANT"]
 
 
 # ============================================================================================================
+# Views: what is stored, to look at: one model of plain values, drawn as text, as HTML and as JSON
+# ============================================================================================================
+
+# A view is a dict: `kind`, `id`, `status`, `facts`, and `tables` of `rows` with the `total` there is; an overview has
+# `counts` by status, a detail `steps` with their stretches of time. Each is one short read whatever
+# the store holds: counts have a bound, lists a limit, the database cuts what is long.
+_COUNTED, _DEAD_COUNTED, _QUEUES, _LISTED, _DETAILED, _CUT = 200_000, 2000, 100, 20, 200, 4000
+# By kind: the facet that has it, its records and table, its statuses, and the time that with them begins an index.
+_KINDS: dict[str, tuple[type[_Facet], _Mapper[Any], str, type[StrEnum], str]] = {
+    "executions": (_LogFacet, _RUN, "flowstore_runs", ExecutionStatus, "updated_at"),
+    "flows": (FlowStore, _FLOW, "flows", FlowStatus, "updated_at"),
+    "workflows": (PersistenceProvider, _INSTANCE, "workflows", WorkflowStatus, "COALESCE(complete_time, create_time)"),
+    "work items": (StateBackend, _DEAD, "flowstore_work_items", WorkItemStatus, "dead_lettered_at"),
+}
+# By kind: its records and where they are; then the same of its tables.
+_DETAILS: dict[str, tuple[_Mapper[Any], str, dict[str, tuple[_Mapper[Any], str]]]] = {
+    "execution": (_RUN, "flowstore_runs WHERE execution_id = ? {tenant}", {
+        "events": (_STORED, "flowstore_log WHERE execution_id = ? {tenant} ORDER BY sequence DESC"),
+        "work items": (_DEAD, """flowstore_work_items WHERE execution_id = ? {tenant}
+            ORDER BY available_at DESC, id DESC""")}),
+    "flow": (_FLOW, "flows WHERE id = ?", {
+        "events": (_FLOW_EVENT, "flow_events WHERE flow_id = ? ORDER BY id DESC"),
+        "steps": (_STEP, "flow_steps WHERE flow_id = ? ORDER BY created_at DESC, id DESC")}),
+    "workflow": (_INSTANCE, "workflows WHERE id = ?", {
+        "pointers": (_POINTER, "execution_pointers WHERE workflow_id = ? ORDER BY place DESC, id DESC"),
+        "subscriptions": (_SUBSCRIPTION, "event_subscriptions WHERE workflow_id = ? AND terminated_at IS NULL"),
+        "errors": (_ERROR, "execution_errors WHERE workflow_id = ? ORDER BY id DESC")}),
+}
+_MEANINGS = {word: meaning for meaning, words in {  # to the eye, in colours and bars; what is not named here waits
+    "running": "running started resumed claimed runnable", "done": "completed succeeded finished complete",
+    "failed": "failed dead_lettered limit_exceeded terminated", "lost": "lost cancelled skipped compensated",
+}.items() for word in words.split()}
+_STEP_EVENT = re.compile(f"(.+)_({'|'.join(_MEANINGS)}|discovered|scheduled|paused)")
+_STEP_KEYS = ("step", "step_id", "node_id", "node", "call_id", "tool_call_id", "tool", "tool_name", "name", "task")
+
+def _meaning(status: object) -> str:
+    return _MEANINGS.get(str(status).lower(), "waiting")
+
+def _seen(facet: _Facet, tx: _Tx, mapper: _Mapper[Any], rest: str, *params: Any) -> list[dict[str, Any]]:
+    """Records as dicts, of the facet's tenant alone; of long texts and JSON the beginning, as text."""
+    kinds = {spec.name: str(spec.type) for spec in dataclasses.fields(mapper.record)}
+    long = {name: column for name, column in zip(mapper.fields, mapper.names, strict=True)
+            if re.match("str|Json|list|dict", kinds[name])}
+    columns = (f"SUBSTR({name}, 1, {_CUT + 1})" if name in long.values() else name for name in mapper.names)
+    rows = facet._rows(tx, _Sql(f"SELECT {', '.join(columns)} FROM {rest}"), *params)
+    decoders = {mapper.fields[index]: decode for index, decode in mapper._decoders}
+    return [{name: value if value is None else f"{value[:_CUT]}... (cut)" if name in long and len(value) > _CUT else
+             decoders.get(name, lambda value: value)(value) for name, value in zip(mapper.fields, row, strict=True)}
+            for row in rows]
+
+def _counted(facet: _Facet, tx: _Tx, rows: str, *params: Any) -> int | str:
+    """How many rows there are, at 80 ns each; beyond the bound, that there are more."""
+    sql = _Sql(f"SELECT COUNT(*) FROM (SELECT 1 FROM {rows} LIMIT {_COUNTED + 1}) counted")
+    count = int(facet._rows(tx, sql, *params)[0][0])
+    return count if count <= _COUNTED else f"{_COUNTED:,}+"
+
+@_snapshot
+def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, Any]:
+    """What there is in a store, for a facet, or in a tenant's view; with a status, the lists are of that one."""
+    if status and all(status not in list(kind[3]) for kind in _KINDS.values()):
+        raise InvalidData(f"status: {status[:50]!r} is no status of anything in a store")
+    now, counts, tables = tx.now(), dict[str, Any](), dict[str, list[dict[str, Any]]]()
+    facts: dict[str, Any] = {"store": facet.target, **facet._engine.sizes(tx)} if isinstance(facet, Store) else {}
+    facts["read_at"] = _datetime(now)
+    if isinstance(facet, (Store, StateBackend)):
+        tables["queues"] = _queues(facet, tx, now)
+    for name, (owner, mapper, table, statuses, by) in _KINDS.items():
+        if isinstance(facet, (Store, owner)):
+            listed = [word for word in (["dead_lettered"] if mapper is _DEAD else statuses) if status in (None, word)]
+            mine, key = "{tenant}" * (mapper in (_RUN, _DEAD)), "execution_id" if mapper is _RUN else "id"
+            # A tenant's items that are done have no index; those that wait, are leased or dead have.
+            skip = ("completed", "failed") if facet._tenant is not None and mapper is _DEAD else ()
+            counts[name] = {str(word): count for word in statuses if word not in skip and (
+                count := _counted(facet, tx, f"{table} WHERE status = '{word}' {mine}"))}
+            newest = [row for word in listed for row in _seen(facet, tx, mapper, f"""{table}
+                WHERE status = '{word}' {mine} ORDER BY {by} DESC, {key} DESC LIMIT {_LISTED}""")]
+            tables["dead letters" if mapper is _DEAD else name] = sorted(newest, reverse=True, key=lambda row: max(
+                value for value in row.values() if isinstance(value, datetime)))[:_LISTED]
+    if isinstance(facet, (Store, _LogFacet)):
+        log = facet._rows(tx, _Sql("""SELECT execution_id, timestamp, position FROM flowstore_log
+            WHERE execution_id <> '' {tenant} ORDER BY position DESC LIMIT 1000"""))
+        if log:
+            seconds = (log[0][1] - log[-1][1]) / 1e6
+            rate = f"{(len(log) - 1) / seconds:,.1f} events/s" if seconds > 0 else "at one time"
+            facts |= {"last_position": log[0][2], "throughput": f"{rate}, the last {len(log):,} events"}
+        # What was appended to last comes first; of some executions only the log knows.
+        known, (mapper, where, _) = {row["execution_id"]: row for row in tables["executions"]}, _DETAILS["execution"]
+        ids = dict.fromkeys([*([] if status else [row[0] for row in log]), *known])
+        tables["executions"] = [(known.get(id) or next(iter(_seen(facet, tx, mapper, where, id)), {"execution_id": id}))
+                                | {"events": (facet._row(tx, _LOG_LAST, id) or (0,))[0]}
+                                for id in itertools.islice(ids, _LISTED)]
+    if isinstance(facet, (Store, PersistenceProvider)):
+        facts |= {name: _counted(facet, tx, rows) for name, rows in (
+            ("open_subscriptions", "event_subscriptions WHERE terminated_at IS NULL"),
+            ("unprocessed_events", "events WHERE is_processed = 0"),
+            ("due_commands", f"scheduled_commands WHERE execute_time <= {now // 1000}"),
+            ("later_commands", f"scheduled_commands WHERE execute_time > {now // 1000}"))}
+    return {"kind": "overview", "id": facet._tenant, "status": status, "facts": facts, "counts": counts,
+             "tables": {name: {"total": len(rows), "rows": rows} for name, rows in tables.items()}}
+
+def _queues(facet: _Facet, tx: _Tx, now: int) -> list[dict[str, Any]]:
+    """What each queue has that is not done: the indexes of what waits and is leased begin with the queue."""
+    items = "flowstore_work_items WHERE status = '{}' {{tenant}}".format
+    dead = [queue for (queue,) in facet._rows(tx, _Sql(
+        f"SELECT queue_type FROM {items('dead_lettered')} LIMIT {_DEAD_COUNTED}"))]
+    names, rows, more = set(dead), list[dict[str, Any]](), "+" * (len(dead) == _DEAD_COUNTED)
+    for status in ("pending", "claimed"):
+        name = ""
+        while len(names) < _QUEUES and (row := facet._row(tx, _Sql(
+                f"SELECT queue_type FROM {items(status)} AND queue_type > ? ORDER BY queue_type LIMIT 1"), name)):
+            names.add(name := row[0])
+    for name in sorted(names):
+        waiting, leased = (_counted(facet, tx, f"{items(word)} AND queue_type = ?", name)
+                           for word in ("pending", "claimed"))
+        oldest = facet._row(tx, _Sql(f"""SELECT available_at FROM {items('pending')} AND queue_type = ?
+            ORDER BY available_at, id LIMIT 1"""), name)
+        rows.append({"queue": name, "waiting": waiting, "leased": leased, "dead": f"{dead.count(name)}+" if more else
+                     dead.count(name), "oldest_seconds": max(0, now - oldest[0]) / 1e6 if oldest else None})
+    return rows
+
+@_snapshot
+def _details(facet: _Facet, tx: _Tx, id: str) -> list[dict[str, Any]]:
+    """The execution, the flow and the workflow of this id, or else the execution of the work item of this id."""
+    kinds = _DETAILS if facet._tenant is None else ["execution"]  # the only kind that has a tenant
+    found = [view for kind in kinds if (view := _detail(facet, tx, kind, _id(id, "id")))]
+    items = _seen(facet, tx, _ITEM, "flowstore_work_items WHERE id = ? {tenant}", id) if not found else []
+    found += [view for item in items if (view := _detail(facet, tx, "execution", item["execution_id"]))]
+    return found or _found(None, " or ".join(kinds), id)
+
+def _detail(facet: _Facet, tx: _Tx, kind: str, id: str) -> dict[str, Any] | None:
+    mapper, where, its_tables = _DETAILS[kind]
+    owner = facet._row(tx, _EXECUTION_OWNER, id) if kind == "execution" else None
+    facts = next(iter(_seen(facet, tx, mapper, where, id)), {"tenant_id": owner[0]} if owner else None)
+    if facts is None:
+        return None
+    now, status, tables = _datetime(tx.now()), facts.pop("status", None), dict[str, Any]()
+    bars: list[dict[str, Any]] = []
+    for name, (mapper, rest) in its_tables.items():
+        rows = _seen(facet, tx, mapper, f"{rest} LIMIT {_DETAILED}", id)[::-1]
+        total = rows[-1]["sequence"] if rows and mapper is _STORED else _counted(facet, tx, rest, id)
+        bars += _event_bars(rows) if mapper is _STORED else [_row_bar(row) for row in rows if "status" in row]
+        if rows and mapper is _STORED and _meaning(status) not in ("waiting", "running"):
+            now = rows[-1]["timestamp"]  # what has not ended goes on up to now, or to the last event when all has
+        tables[name] = {"total": total, "rows": rows}
+    for part in (part for bar in bars for part in bar["parts"]):
+        part["to"] = part["to"] or max(part["from"], now)
+    return {"kind": kind, "id": id, "status": status, "facts": facts, "steps": bars, "tables": tables}
+
+def _stretch(what: str, start: Any, end: Any = None) -> dict[str, Any]:
+    return {"what": what, "from": start, "to": end}
+
+def _row_bar(row: dict[str, Any]) -> dict[str, Any]:
+    """A step that is a row: of a flow, of a workflow, of a queue."""
+    name, end = (next((row[key] for key in keys if row.get(key)), None) for keys in (
+        ("task", "step_name", "node_id", "run_id", "queue_type", "step_id"),
+        ("end_time", "updated_at", "dead_lettered_at", "available_at")))
+    start, ready = row.get("start_time") or row.get("created_at"), row.get("available_at")
+    what = _meaning(row["status"])
+    ready = min(start, ready) if ready and what == "waiting" else ready  # when an item was claimed and settled is not
+    parts = [_stretch("waiting", min(start, ready), ready)] if ready else []  # kept, only since when it could be
+    parts += [_stretch(what, ready or start, None if what in ("waiting", "running") else end or start)] if start else []
+    return {"name": str(name or "step"), "status": row["status"], "parts": parts,
+            "attempts": row.get("attempt", row.get("retry_count", 0)) + 1}
+
+def _event_bars(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Steps as the log tells them, by events called step_started, tool_call_failed and the like."""
+    bars: dict[str, dict[str, Any]] = {}
+    for event, at in ((one["event"], one["timestamp"]) for one in events if isinstance(one["event"], dict)):
+        if not (match := _STEP_EVENT.fullmatch(event["type"])):
+            continue
+        kind, what, own = match[1], _meaning(match[2]), [str(event[key]) for key in _STEP_KEYS if key in event][:1]
+        name, going = " ".join([kind] * (kind != "step" or not own) + own), what in ("waiting", "running")
+        bar = bars.setdefault(name, {"name": name, "status": "", "parts": [], "attempts": 0})
+        parts = bar["parts"]
+        if parts and parts[-1]["to"] is None:
+            parts[-1]["to"] = at
+            if parts[-1]["what"] == "running" and what != "waiting":  # started again: its worker was lost
+                parts[-1]["what"] = "lost" if going else what
+        elif parts and going:
+            parts.append(_stretch("waiting", parts[-1]["to"], at))  # between two attempts
+        elif not going:
+            parts.append(_stretch(what, at, at))  # its start was not told, or lies before what is shown
+        parts += [_stretch(what, at)] * going
+        bar |= {"status": match[2], "attempts": bar["attempts"] + (match[2] == "started")}
+    return list(bars.values())
+
+# --- what both drawings say ---
+# Of rows, what is shown, in this order, where any of them has it; JSON has it all.
+_COLUMNS = re.findall(r"\w+", """
+    queue waiting oldest_seconds leased dead sequence timestamp at error_time execution_id id kind step_id
+    step_name run_id node_id queue_type task name goal current_step status last_error message attempt
+    retry_count workflow_id events worker_id event_name event_key event payload result outcome lease_expires_at
+    dead_lettered_at sleep_until tenant_id updated_at complete_time""")
+_LETTERS = {"event": "|", "waiting": ".", "running": "=", "done": "#", "failed": "x", "lost": "~"}
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+def _label(name: str) -> str:
+    return re.sub("_(bytes|seconds|id)$", "", name).replace("_", " ")
+
+def _plain(text: str) -> str:
+    """Text whose characters that steer a terminal or turn the direction of what follows are spelt out."""
+    return text if text.isprintable() else "".join(
+        char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+def _said(name: str, value: Any) -> str:
+    """A value in one line for people; its name tells the unit."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if name.endswith("_seconds"):
+            return str(timedelta(seconds=round(value))) if value >= 60 else f"{value:.3g} s"
+        return f"{value / 1e6:,.2f} MB" if name.endswith("_bytes") else f"{value:,}"
+    if name == "event" and isinstance(value, dict):
+        name, value = "", " ".join([str(value["type"]), *(
+            f"{key}={json.dumps(member, ensure_ascii=False)}" for key, member in value.items() if key != "type")])
+    text = f"{value:%Y-%m-%d %H:%M:%S}" if isinstance(value, datetime) else value if isinstance(value, str) else (
+        json.dumps(value, ensure_ascii=False, default=str))
+    return "-" if value in _EMPTY else _plain(text[: 2 * _CUT]).replace("\n", "\\n")
+
+def _grids(view: dict[str, Any], most: int) -> Iterator[tuple[str, list[str], list[dict[str, Any]]]]:
+    """Each table that is not empty: its title, which says what is left out, its columns and its last rows."""
+    for name, table in view["tables"].items():
+        rows = table["rows"][-most:]
+        left = "" if len(rows) == table["total"] else f" of {_said('', table['total'])}"
+        title = f"{name} ({'the last ' if left else ''}{len(rows)}{left})"
+        told = [*_EMPTY, view["id"], view["facts"].get("tenant_id")]
+        if rows:
+            yield title, [name for name in _COLUMNS if any(row.get(name) not in told for row in rows)], rows
+
+def _axis(view: dict[str, Any]) -> tuple[str, list[tuple[str, str, list[tuple[str, float, float]]]]]:
+    """The events and steps on one axis of time: a title, and of each its parts as shares of the axis."""
+    at = [row.get("timestamp") or row.get("at") for row in view["tables"].get("events", {"rows": []})["rows"]]
+    events = {"name": "events", "status": "", "parts": [_stretch("event", one, one) for one in at], "attempts": 0}
+    bars: list[dict[str, Any]] = [bar for bar in [events, *view.get("steps", [])] if bar["parts"] and "steps" in view]
+    times = sorted(part[end] for bar in bars for part in bar["parts"] for end in ("from", "to"))
+    if not times:
+        return "", []
+    start, span = times[0], max(times[-1] - times[0], _MICROSECOND)
+    title = f"{_said('', start)} to {_said('', times[-1])} ({_said('_seconds', span.total_seconds())})"
+    return title, [(bar["name"], bar["status"] + f", {bar['attempts']} attempts" * (bar["attempts"] > 1), [
+        (part["what"], (part["from"] - start) / span, (part["to"] - part["from"]) / span) for part in bar["parts"]])
+        for bar in bars]
+
+# --- drawn as text ---
+_COLOURS = {"waiting": 33, "running": 36, "done": 32, "failed": 31, "lost": 35}
+
+def _fit(text: str, width: int, right: bool = False) -> str:
+    """Text in exactly so many columns of a terminal, where some characters take two and some none."""
+    from unicodedata import combining, east_asian_width
+    ends = [0, *itertools.accumulate(0 if combining(char) else 1 + (east_asian_width(char) in "FW") for char in text)]
+    if ends[-1] > width:
+        most = next(index for index, end in enumerate(ends) if end > width - 3) - 1
+        text, ends = text[:most] + "...", [ends[most] + 3]
+    return " " * ((width - ends[-1]) * right) + text + " " * ((width - ends[-1]) * (not right))
+
+def _drawn(view: dict[str, Any], colour: bool = False) -> str:
+    """A view in lines of at most 80 columns."""
+    def paint(status: object, text: str) -> str:
+        return f"\33[{_COLOURS[_meaning(status)]}m{text}\33[0m" if colour and status else text
+    head = f"{view['kind']} {_said('', view['id'] or '').strip('-')}".strip()
+    lines = [paint(view["status"], f"{_fit(head, 60).rstrip()} {view['status'] or ''}".rstrip())]
+    told = view["facts"] | {
+        name: ", ".join(f"{_said('', count)} {word}" for word, count in words.items())
+        for name, words in view.get("counts", {}).items()}
+    lines += [_fit(f"  {_label(name):20} {_said(name, value)}", 80).rstrip() for name, value in told.items()
+              if value not in (*_EMPTY, view["id"])]
+    title, bars = _axis(view)
+    lines += ["", title] * bool(bars)
+    for name, status, parts in bars:
+        drawn = [" "] * 36
+        for what, left, share in parts:
+            first = min(35, int(left * 36))
+            last = max(first + 1, min(36, round((left + share) * 36)))
+            drawn[first:last] = _LETTERS[what] * (last - first)
+        end = paint(status, _fit(status, 22).rstrip())
+        lines.append(f"  {_fit(_said('', name), 18)} {''.join(drawn)} {end}".rstrip())
+    lines += [f"  {', '.join(f'{letter} {what}' for what, letter in _LETTERS.items())}"] * bool(bars)
+    for title, columns, rows in _grids(view, _LISTED):
+        cells = [{name: _said(name, row.get(name)) for name in columns} for row in rows]
+        widths, room = dict[str, int](), 80
+        for name in columns:  # what comes first is an id, to be copied; what comes last has all that is left
+            widest = max(len(_label(name)), *(len(cell[name]) for cell in cells))
+            width = min(widest, room - 2, 80 if name == columns[-1] else 24 if widths else 36)
+            if width >= min(widest, 19):
+                widths[name], room = width, room - width - 2
+        lines += ["", title, *("".join("  " + paint(name == "status" and row.get(name), _fit(
+            cell[name], width, isinstance(row.get(name), (int, float)))) for name, width in widths.items()).rstrip()
+            for row, cell in [({}, {name: _label(name) for name in columns}), *zip(rows, cells, strict=True)])]
+    return "\n".join(lines)
+
+# --- drawn as HTML ---
+_CSS = """.flowstore{color-scheme:light dark;--soft:light-dark(#566073,#a3adbd);--line:light-dark(#dde1e8,#323a48);
+--card:light-dark(#fff,#1a1f29);--waiting:light-dark(#7a5200,#e5b567);--running:light-dark(#1a56b0,#8ab6ff);
+--done:light-dark(#17663a,#73cf9a);--failed:light-dark(#b0261c,#ff968c);--lost:light-dark(#6b3fa0,#c9a6f5);
+--event:var(--soft);margin:0;padding:1rem;background:light-dark(#f4f5f8,#12161d);color:light-dark(#1c2330,#e4e8ef);
+font:15px/1.5 system-ui,sans-serif;text-align:left;*{box-sizing:border-box}>*{max-width:76rem;margin:0 auto 1.5rem}
+a{color:var(--running)}h1,h2{font-size:1.1rem;line-height:1.3;margin:0 0 .8rem}h2{font-size:1.4rem}
+h1,h2,dd,pre,td,th[scope=row]{overflow-wrap:anywhere}section{margin-bottom:2.5rem}
+.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem 1rem;margin:0 0 1rem;
+overflow-x:auto}dl{display:grid;gap:.7rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr))}dd{margin:0}
+dt,th,label,b{color:var(--soft);font-size:.82rem;font-weight:600}table{border-collapse:collapse;width:100%}
+caption{text-align:left;font-weight:650;padding:0 0 .4rem;color:inherit}th,td{text-align:left;vertical-align:top;
+padding:.35rem 1rem .35rem 0;border-top:1px solid var(--line);background:none;font-variant-numeric:tabular-nums}
+td{min-width:5.5rem;max-width:34rem}th,.at{white-space:nowrap}.n{text-align:right;min-width:0}th[scope=row]{min-width:5rem;
+white-space:normal;max-width:12rem}.id,.execution_id{min-width:9rem}.event,.payload,.goal,.last_error,.message{
+min-width:14rem}.chip{display:inline-block;padding:0 .55rem;border:1px solid;border-radius:99px;font-size:.82rem;
+font-weight:600;white-space:nowrap;margin:.1rem .3rem .1rem 0}svg{display:block;width:100%;min-width:7rem;height:20px}
+pre{margin:.2rem 0 0;white-space:pre-wrap;font-size:.85rem}form{display:flex;flex-wrap:wrap;gap:.6rem;align-items:end}
+label{display:grid;gap:.15rem;flex:0 1 13rem}input,select,button{font:400 1rem system-ui;color:inherit;height:2.3rem;
+background:var(--card);border:1px solid var(--soft);padding:.35rem .6rem;border-radius:7px;width:100%}
+button{width:auto}:focus-visible{outline:3px solid var(--running)}
+""" + "".join(f".chip.{what},rect.{what}{{color:var(--{what});fill:var(--{what})}}" for what in _LETTERS) + "}"
+
+class _Html(str):
+    """Markup: all other text is escaped where it enters an element, and there is no other way into a page."""
+    __slots__ = ()
+
+def _tag(element: str, /, *children: object, **attributes: object) -> _Html:
+    """An element; of an attribute named like a word of Python the last underscore goes, one that is None goes whole."""
+    from html import escape
+    its = "".join(f' {name.rstrip("_").replace("_", "-")}="{escape(_plain(str(value)))}"'
+                  for name, value in attributes.items() if value is not None)
+    inside = "".join(child if isinstance(child, _Html) else escape(_plain(str(child))) for child in children)
+    return _Html(f"<{element}{its}>" + f"{inside}</{element}>" * (element not in ("input", "meta", "link")))
+
+def _quoted(id: object) -> str:
+    from urllib.parse import quote
+    return quote(str(id), safe="", errors="replace")
+
+def _html(view: dict[str, Any], address: str = "") -> _Html:
+    """A view as a section; `address` is what stands before an id in a link to it."""
+    def chip(status: object, text: str) -> _Html:
+        return _tag("span", text, class_=f"chip {_meaning(status)}")
+    def card(*children: object, **attributes: object) -> _Html:
+        return _tag("div", *children, class_="card", **attributes)
+    def cell(name: str, row: dict[str, Any], linked: str) -> _Html:
+        value, text = row.get(name), _said(name, row.get(name))
+        kind = "n" if isinstance(value, (int, float)) else "at" if isinstance(value, datetime) else name
+        return _tag("td", chip(value, text) if name == "status" and value else _tag(
+            "a", text, href=address + _quoted(value)) if address and name == linked else text, class_=kind)
+    facts: list[Any] = [(name, [_tag("pre", json.dumps(value, ensure_ascii=False, default=str, indent=2)) if isinstance(
+        value, (dict, list)) else _said(name, value)]) for name, value in view["facts"].items()
+        if value not in (*_EMPTY, view["id"])]
+    facts += [(name, [chip(word, f"{_said('', count)} {word}") for word, count in words.items()])
+              for name, words in view.get("counts", {}).items()]
+    status = [chip(view["status"], view["status"])] if view["status"] else []
+    parts = [_tag("h2", f"{view['kind']} {view['id'] or ''} ", *status), _tag("dl", *(
+        _tag("div", _tag("dt", _label(name)), _tag("dd", *said or ["none"])) for name, said in facts), class_="card")]
+    title, bars = _axis(view)
+    if bars:
+        parts.append(card(_tag("table", _tag("caption", f"Steps, {title}"), *(_tag(
+            "tr", _tag("th", _said("", name), scope="row"), _tag("td", _tag("svg", *(_tag(
+                "rect", class_=what, x=f"{left * 99:.2f}%", width=f"{max(share * 99, 0.4):.2f}%", rx=2,
+                y=7 if what == "waiting" else 3, height=6 if what == "waiting" else 14) for what, left, share in drawn),
+                role="img", aria_label=f"{name}: {', '.join(what for what, *_ in drawn[:20])}")),
+            _tag("td", chip(status.split(",")[0], status) if status else "")) for name, status, drawn in bars))))
+    for caption, columns, rows in _grids(view, _DETAILED):
+        linked = "" if "steps" in view else "execution_id" if "execution_id" in columns else "id"
+        head = (_tag("th", _label(name), scope="col", class_="n" * isinstance(rows[0].get(name), (int, float)))
+                for name in columns)
+        body = (_tag("tr", *(cell(name, row, linked) for name in columns)) for row in rows)
+        parts.append(card(_tag("table", _tag("caption", caption), _tag("tr", *head), *body), tabindex=0, role="region",
+                          aria_label=caption))
+    return _tag("section", *parts, id=_quoted(view["id"] or "overview"))
+
+def _policy() -> str:
+    from base64 import b64encode
+    digest = b64encode(hashlib.sha256(_CSS.encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'; base-uri 'none'"
+
+def _page(target: str, *content: _Html, form: object = "", home: str | None = None) -> bytes:
+    """A page that needs nothing but itself."""
+    head = _tag("head", _tag("meta", charset="utf-8"), _tag("title", f"flowstore {target}"), _tag("style", _Html(_CSS)),
+                _tag("meta", http_equiv="Content-Security-Policy", content=_policy()),
+                _tag("link", rel="icon", href="data:,"),
+                _tag("meta", name="viewport", content="width=device-width, initial-scale=1"))
+    header = _tag("header", _tag("h1", _tag("a", "flowstore", href=home), f" {target}"), form)
+    body = _tag("body", header, _tag("main", *content), class_="flowstore")
+    return f"<!DOCTYPE html>{_tag('html', head, body, lang='en')}".encode(errors="backslashreplace")
+
+# --- in notebooks ---
+class View(dict[str, Any]):
+    """What can be looked at: plain values that are text as `str()`, and HTML in a notebook."""
+
+    def __str__(self) -> str:
+        return _drawn(self)
+
+    __repr__ = __str__
+
+def _views(facet: Any, id: str | None = None, status: str | None = None) -> list[dict[str, Any]]:
+    """The overview, or the details of an id. By the engine's own run(), for an async store's facets too."""
+    run = facet._engine.run
+    return run(_details, facet, (id,), {}) if id is not None else [run(_overview, facet, (status,), {})]
+
+def _repr_html_(self: Any) -> str | None:
+    """HTML for a notebook; where there is nothing to show at once, None, and the notebook shows the `repr`."""
+    with contextlib.suppress(Exception):
+        engine = getattr(self, "_engine", None)
+        if engine and engine.path is None and engine.lead is not None and engine.block() is None:
+            return None  # in memory, another's transaction would have to be waited for
+        view = self if isinstance(self, View) else _views(self)[0] if engine else {
+            "kind": type(self).__name__, "id": None, "status": None, "facts": vars(self), "tables": {}}
+        return _tag("style", _Html(_CSS)) + _tag("div", _html(view), class_="flowstore")
+    return None
+
+for _shown in (_Record, _Facet, View):
+    _shown._repr_html_ = _repr_html_  # type: ignore[union-attr]
+
+# --- the commands: show, tail, report, serve ---
+def _show(args: Any) -> int:
+    """Print what is in a store, or all about one id."""
+    with open(args.store, read_only=True) as store:
+        views = _views(store, args.id)
+    if args.json:
+        print(json.dumps(views if args.id else views[0], default=datetime.isoformat))
+    else:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print("\n\n".join(_drawn(view, colour) for view in views))
+    return 0
+
+def _tail(args: Any) -> int:
+    """Print events as they come, until Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store:
+        events: Any = store.events
+        for one in events.tail(args.after, tenant_id=args.tenant, execution_id=args.execution):
+            line = f"{one.timestamp:%H:%M:%S} {_said('', one.execution_id)} {one.sequence} {_said('event', one.event)}"
+            short = _fit(line, 80).rstrip() if sys.stdout.isatty() else line
+            print(json.dumps(vars(one), default=datetime.isoformat) if args.json else short, flush=True)
+    return 0
+
+def _report(args: Any) -> int:
+    """Write one page: the overview with all that it lists, or all about one id."""
+    own = _parse_target(args.store)[1]
+    if args.output and own and os.path.exists(own) and _file_id(args.output) == _file_id(own):
+        return _complain(f"-o: {args.output} is the store itself: name another file", 2)
+    with open(args.store, read_only=True) as store:
+        views, target = _views(store, args.id), store.target
+        rows = [row for table in views[0]["tables"].values() for row in table["rows"]] if args.id is None else []
+        for id in dict.fromkeys(row.get("execution_id") or row.get("id") for row in rows):
+            with contextlib.suppress(NotFound):
+                views += _views(store, id) if id else []
+    page = _page(target, *(_html(view, "#") for view in views))
+    with io.FileIO(args.output, "w") if args.output else contextlib.nullcontext(sys.stdout.buffer) as file:
+        file.write(page)
+    return 0
+
+def _serve(args: Any) -> int:
+    """Serve the same pages to the browsers of this machine, until Ctrl-C."""
+    from socketserver import ThreadingMixIn
+    from urllib.parse import parse_qs
+    from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+    class Handler(WSGIRequestHandler):
+        timeout = 20
+        def log_message(self, *args: object) -> None:
+            """A page looked at is no news."""
+    class Server(ThreadingMixIn, WSGIServer):
+        daemon_threads = True
+        def handle_error(self, request: object, address: object) -> None:
+            """A browser that went away amid a page is no news either."""
+    def answer(request: dict[str, Any], start: Callable[..., object]) -> list[bytes]:
+        code, asked, content = "200 OK", dict[str, str](), list[_Html]()
+        try:
+            if request.get("HTTP_HOST", "").lower() not in names:  # a page elsewhere that had its name point here
+                code, content = "421 Misdirected Request", [_tag("h2", "this page is at 127.0.0.1 alone")]
+            elif request["REQUEST_METHOD"] not in ("GET", "HEAD"):
+                code, content = "405 Method Not Allowed", [_tag("h2", "nothing can be changed here")]
+            elif request["PATH_INFO"] != "/":
+                code, content = "404 Not Found", [_tag("h2", "there is no such page")]
+            else:
+                query = parse_qs(request["QUERY_STRING"], max_num_fields=9)
+                asked = {name: values[0] for name, values in query.items()}
+                facet = store.state.for_tenant(asked["tenant"]) if "tenant" in asked else store
+                content = [_html(view, "/?id=") for view in _views(facet, asked.get("id"), asked.get("status"))]
+        except (FlowStoreError, ValueError) as error:
+            code, content = "404 Not Found" if isinstance(error, NotFound) else "400 Bad Request" if isinstance(
+                error, ValueError) else "503 Service Unavailable", [_tag("h2", error)]
+        words = ("", *dict.fromkeys(str(word) for kind in _KINDS.values() for word in kind[3]))
+        options = [_tag("option", word or "any", value=word, selected="" if asked.get("status") == word else None)
+                   for word in words]
+        fields = [_tag("label", name, _tag("input", name=name, value=asked.get(name, ""))) for name in ("id", "tenant")]
+        page = _page(store.target, *content, home="/", form=_tag("form", *fields, _tag("label", "status", _tag(
+            "select", *options, name="status")), _tag("button", "Search"), role="search"))
+        start(code, [
+            ("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(page))), ("Allow", "GET, HEAD"),
+            ("Content-Security-Policy", f"{_policy()}; frame-ancestors 'none'"), ("Cache-Control", "no-store"),
+            ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")])
+        return [page] * (request["REQUEST_METHOD"] != "HEAD")
+    if not 0 <= args.port < 65536:
+        return _complain(f"--port: 0 to 65535 is needed, not {args.port}", 2)
+    with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store, Server(
+            ("127.0.0.1", args.port), Handler) as server:
+        server.set_app(answer)
+        names = {f"{name}:{server.server_port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")}
+        print(f"http://127.0.0.1:{server.server_port}/ shows {store.target}; Ctrl-C ends it", flush=True)
+        server.serve_forever()
+    return 0
+
+
+# ============================================================================================================
 # Command line: selftest, demo, bench, check, backup, prune, compact
 # ============================================================================================================
 
@@ -4995,6 +5499,7 @@ def _prune(args: Any) -> int:
 
 # Each command: the function, which returns the exit status, what it is about, and its arguments as argparse has them.
 _STORE: dict[str, dict[str, Any]] = {"store": {"metavar": "STORE", "help": "a database file or URL"}}
+_ID: dict[str, dict[str, Any]] = {"id": {"nargs": "?", "metavar": "ID", "help": "of an execution, flow or workflow"}}
 _JSON_OUT: dict[str, dict[str, Any]] = {"--json": {"action": "store_true", "help": "print JSON, for programs"}}
 _COMMANDS: dict[str, tuple[Callable[[Any], int], str, dict[str, dict[str, Any]]]] = {
     "selftest": (_selftest, "check in a few seconds that this copy works on this machine", {
@@ -5006,6 +5511,14 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, dict[str, dict[str, Any]]]
     "bench": (_bench, "measure what the design promises against plain sqlite3", _JSON_OUT | {
         "--target": {"metavar": "FILE", "help": "beside this file (default: in the folder for temporary ones)"},
         "--quick": {"action": "store_true", "help": "under 30 s, with 100,000 items for 1,000,000"}}),
+    "show": (_show, "print what is in a store, or all about one id", _STORE | _ID | _JSON_OUT),
+    "tail": (_tail, "print events as they come; Ctrl-C ends it", _STORE | _JSON_OUT | {
+        "--execution": {"metavar": "ID"}, "--tenant": {"metavar": "ID"},
+        "--after": {"type": int, "metavar": "POSITION", "help": "default: the last that there is"}}),
+    "report": (_report, "write one HTML page of what is in a store", _STORE | _ID | {
+        "-o": {"dest": "output", "metavar": "FILE", "help": "default: standard output"}}),
+    "serve": (_serve, "show the same pages live in a browser on this machine", _STORE | {
+        "--port": {"type": int, "default": 8137, "help": "default: 8137; 0: any that is free"}}),
     "check": (_check, "read the whole store and list what is wrong with it", _STORE | _JSON_OUT),
     "backup": (_backup, "copy a store, also one in use, into a new file", _STORE | {"path": {"metavar": "FILE"}}),
     "prune": (_prune, "drop what has ended long enough ago", _STORE | _JSON_OUT | {

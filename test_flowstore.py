@@ -16,6 +16,7 @@ import faulthandler
 import functools
 import gc
 import hashlib
+import http.client
 import inspect
 import itertools
 import json
@@ -35,6 +36,7 @@ import threading
 import time
 import traceback
 import types
+import unicodedata
 import uuid
 import warnings
 from collections import Counter
@@ -45,9 +47,11 @@ from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
 from decimal import Decimal
 from enum import StrEnum
 from functools import partial
+from html.parser import HTMLParser
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import IO, Any, ClassVar, NoReturn, cast
+from urllib.parse import quote
 
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -7204,6 +7208,7 @@ CALLS: dict[str, list[Call]] = {
     "retry_work_item": [lambda v, a: v.retry_work_item(a.claimed, "e")],
     "revoke_token": [lambda v, a: v.revoke_token(a.token_id)],
     "store_workflow": [lambda v, a: v.store_workflow(definition("wa", ir="new", tenant_id="tenant-a"))],
+    "timeline": [lambda v, a: str(v.timeline(a.execution))],
     "update_execution_current_state": [lambda v, a: v.update_execution_current_state(a.execution, "new")],
     "update_execution_status": [lambda v, a: v.update_execution_status(a.execution, "running")],
     "update_tenant": [lambda v, a: v.update_tenant(Tenant(id="tenant-a"))],
@@ -7213,7 +7218,7 @@ CALLS: dict[str, list[Call]] = {
 }
 METHODS = [name for name in dir(StateBackend) if not name.startswith("_") and callable(getattr(StateBackend, name))]
 FOR_THE_ADMINISTRATOR = {"create_tenant", "update_tenant", "for_tenant"}
-READS_STATE = {name for name in METHODS if name.startswith(("get_", "list_", "latest_"))} | {"replay", "validate_token"}
+READS_STATE = {name for name in METHODS if name.startswith(("get_", "list_", "latest_"))} | {"replay", "timeline", "validate_token"}
 
 
 def plain(value: Any) -> Any:
@@ -10018,6 +10023,487 @@ def test_a_prune_that_is_killed_anywhere_leaves_whole_things_or_logs_from_their_
         if child.returncode == 0:
             break
     assert kills > 10
+
+
+# ==========================================================================================================
+# Views: in the terminal, in a browser, in a notebook
+# ==========================================================================================================
+
+MARKUP = "<script>alert('x')</script>\" onload=\"alert(1) \x1b[31m\u202e&amp;"
+CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+            "--disable-background-networking", "--disable-component-update"]
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A store with some of everything, made by a clock of its own: shop.db."""
+    now = START
+
+    def later(seconds: float) -> None:
+        nonlocal now
+        now += timedelta(seconds=seconds)
+
+    with flowstore.open(tmp_path / "shop.db", clock=lambda: now) as store:
+        state = store.state
+        state.create_tenant(Tenant(id="acme"))
+        for number, tenant in enumerate(["default", "default", "acme"]):
+            run_with(state, f"order-{number}", status="running", tenant_id=tenant)
+            for kind, pause in (("discovered", 2), ("started", 4), ("failed", 6), ("started", 20), ("started", 3)):
+                state.append_event(f"order-{number}", {"type": f"step_{kind}", "step": "charge"})
+                later(pause)
+            state.append_event(f"order-{number}", {"type": "step_completed", "step": "charge", "note": MARKUP})
+            state.enqueue_work_item(WorkItem(id=f"mail-{number}", execution_id=f"order-{number}", queue_type="mail"))
+            state.enqueue_work_item(WorkItem(id=f"ship-{number}", execution_id=f"order-{number}", queue_type="ship"))
+        state.append_event("order-0", {"type": "execution_completed"})
+        state.update_execution_status("order-0", "completed")
+        state.claim_work_item("worker", ["mail"], lease_seconds=900)
+        state.move_to_dead_letter("ship-1", "printer on fire")
+        store.events.append(MARKUP, "default", {"type": "custom"})
+        store.flows.insert(Flow(id="flow", goal=MARKUP, status=FlowStatus.WAITING, state={"found": [MARKUP]}))
+        store.flows.insert_step(FlowStep(flow_id="flow", run_id="r", task="scan", status=FlowStepStatus.FAILED))
+        store.flows.append_event("flow", "noted", {"by": MARKUP})
+        pointer = ExecutionPointer(step_id=7, step_name="wait", status=PointerStatus.SLEEPING, start_time=now)
+        store.workflows.create_new_workflow(
+            WorkflowInstance(id="flow", workflow_definition_id="host", execution_pointers=[pointer])
+        )
+        store.workflows.create_event_subscription(
+            EventSubscription(workflow_id="flow", step_id=7, execution_pointer_id=pointer.id, event_name="paid", event_key="k")
+        )
+        store.workflows.schedule_command(ScheduledCommand(command_name=CommandName.PROCESS_WORKFLOW, data="flow", execute_time=0))
+        store.workflows.persist_errors([ExecutionError(workflow_id="flow", execution_pointer_id="p", message=MARKUP)])
+    return tmp_path / "shop.db"
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += f"{data} "
+
+
+@contextmanager
+def serving(path: Path) -> Iterator[str]:
+    """The address of a live page, which must end well at Ctrl-C, having said nothing."""
+    command = [sys.executable, flowstore.__file__, "serve", str(path), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None and server.stderr is not None
+        try:
+            yield server.stdout.readline().split()[0]
+            server.send_signal(signal.SIGINT)
+            assert (server.wait(30), server.stderr.read()) == (0, "")
+        finally:
+            server.kill()
+
+
+def ask(address: str, path: str = "/", method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
+    """What the server answers: status, headers, text."""
+    connection = http.client.HTTPConnection(address.split("/")[2], timeout=30)
+    connection.putrequest(method, path, skip_host="Host" in headers)
+    for name, value in headers.items():
+        connection.putheader(name, value)
+    connection.endheaders()
+    with contextlib.closing(connection):
+        answer = connection.getresponse()
+        return answer.status, dict(answer.headers), answer.read().decode()
+
+
+def test_every_drawing_has_the_numbers_of_the_store(shop: Path) -> None:
+    with flowstore.open(shop, read_only=True) as store:
+        stats = store.stats()
+    shown = json.loads(run("show", shop, "--json", cwd=shop.parent).stdout)
+    assert shown["counts"] == {
+        "executions": stats["executions"], "flows": stats["flows"], "workflows": stats["workflows"],
+        "work items": {"pending": 4, "claimed": 1, "dead_lettered": 1},
+    }
+    queues = {row["queue"]: {"pending": row["waiting"], "claimed": row["leased"], "dead_lettered": row["dead"]}
+              for row in shown["tables"]["queues"]["rows"]}
+    assert {queue: {word: count for word, count in counts.items() if count} for queue, counts in queues.items()} == (
+        stats["queues"])
+    assert shown["facts"] | {"file_bytes": stats["file_bytes"], "open_subscriptions": 1, "due_commands": 1,
+                             "later_commands": 0, "unprocessed_events": 0, "last_position": 20} == shown["facts"]
+    with serving(shop) as address:
+        pages = [run("report", shop, cwd=shop.parent).stdout, ask(address)[2]]
+    drawn = [run("show", shop, cwd=shop.parent).stdout, *(Page(page).text for page in pages)]
+    for kind, counts in shown["counts"].items():
+        for text in drawn:
+            told = r",?\s+".join(f"{count} {word}" for word, count in counts.items())
+            assert re.search(rf"{kind}\s+{told}", text), kind
+    for text in drawn:
+        assert re.search(r"mail\s+2\s+.+\s1\s+0", text) and "7" in text
+
+
+def test_a_detail_has_all_of_an_execution_a_flow_and_a_workflow(shop: Path) -> None:
+    (execution,) = json.loads(run("show", shop, "order-0", "--json", cwd=shop.parent).stdout)
+    with flowstore.open(shop, read_only=True) as store:
+        events = store.events.load_events("order-0")
+    rows = execution["tables"]["events"]
+    assert (rows["total"], [row["event"] for row in rows["rows"]]) == (7, [one.event for one in events])
+    assert [row["id"] for row in execution["tables"]["work items"]["rows"]] == ["mail-0", "ship-0"]
+    assert execution["status"] == "completed" and execution["facts"]["current_state"] == {}
+    flow, workflow = json.loads(run("show", shop, "flow", "--json", cwd=shop.parent).stdout)
+    assert (flow["kind"], flow["facts"]["goal"], flow["facts"]["state"]) == ("flow", MARKUP, {"found": [MARKUP]})
+    assert flow["tables"]["events"]["rows"][0]["payload"] == {"by": MARKUP}
+    assert flow["steps"][0]["parts"][0]["what"] == "failed"
+    assert [workflow["tables"][name]["total"] for name in ("pointers", "subscriptions", "errors")] == [1, 1, 1]
+    assert workflow["steps"][0]["parts"][0]["what"] == "waiting"
+    (by_item,) = json.loads(run("show", shop, "ship-0", "--json", cwd=shop.parent).stdout)
+    assert by_item == execution
+    assert run("show", shop, "nobody", cwd=shop.parent, status=1).stderr.startswith("flowstore: execution or flow or wo")
+
+
+def test_steps_show_their_waits_failures_and_lost_attempts(shop: Path) -> None:
+    with flowstore.open(shop, read_only=True) as store:
+        timeline = store.state.timeline("order-0")
+    charge = timeline["steps"][0]
+    seconds = [(part["what"], (part["to"] - part["from"]).total_seconds()) for part in charge["parts"]]
+    assert seconds == [("waiting", 2), ("failed", 4), ("waiting", 6), ("lost", 20), ("done", 3)]
+    assert (charge["name"], charge["status"], charge["attempts"]) == ("charge", "completed", 3)
+    assert re.search(r"charge +\.*x+\.+~+#+ +completed, 3 attempts\n", str(timeline))
+
+
+def test_nothing_from_the_store_becomes_markup(shop: Path) -> None:
+    with flowstore.open(shop, read_only=True) as store:
+        reprs: list[Any] = [store, store.flows, store.events, store.state, store.workflows, store.flows.get("flow"),
+                            *store.flows.list_events("flow"), store.state.timeline(MARKUP)]
+        pages = [one._repr_html_() for one in reprs]
+    pages += [run("report", shop, *which, cwd=shop.parent).stdout for which in ([], ["flow"])]
+    with serving(shop) as address:
+        for query in (f"id={quote(MARKUP)}", f"tenant={quote(MARKUP)}", f"status={quote(MARKUP)}", "id=flow",
+                      f"id=%00&status={quote(MARKUP)}", f"id={quote(MARKUP * 20)}", ""):
+            pages.append(ask(address, f"/?{query}")[2])
+        pages.append(ask(address, f"/{quote(MARKUP)}")[2])
+    assert sum("<script>alert('x')</script>" in Page(page).text for page in pages) >= 10
+    for page in pages:
+        assert page is not None and "\x1b" not in page and "\u202e" not in page
+        for tag, attributes in Page(page).elements:
+            assert tag in {"html", "head", "meta", "link", "title", "style", "body", "header", "h1", "h2", "a", "main", "section",
+                           "dl", "div", "dt", "dd", "span", "table", "caption", "tr", "th", "td", "svg", "rect", "b", "pre",
+                           "form", "label", "input", "select", "option", "button"}, tag
+            assert not any(name.startswith("on") or name == "style" for name in attributes)
+            assert re.match(r"/($|\?id=[\w%.~-]*$)|#[\w%.~-]*$|data:,$", attributes.get("href") or "/"), attributes
+
+
+def test_the_live_page_is_for_this_machine_and_reads_alone(shop: Path) -> None:
+    before = shop.read_bytes()
+    with serving(shop) as address:
+        port = address.rstrip("/").rsplit(":", 1)[1]
+        status, headers, text = ask(address)
+        assert status == 200 and text.startswith("<!DOCTYPE html>")
+        policy = headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; style-src 'sha256-") and "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy and headers["X-Content-Type-Options"] == "nosniff"
+        assert ask(address, method="HEAD")[::2] == (200, "")
+        for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", f"LOCALHOST:{port}"):
+            assert ask(address, Host=host)[0] == 200
+        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", "127.0.0.1:1", f"127.0.0.1:{port}.evil", ""):
+            assert ask(address, Host=host)[0] == 421, host
+        for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "NONSENSE"):
+            status, headers, text = ask(address, method=method)
+            assert (status, headers["Allow"]) == (405, "GET, HEAD") and "nothing can be changed" in text
+        for path, expected in (("/nowhere", 404), ("/?id=nobody", 404), ("/?tenant=nobody", 404), ("/?status=nonsense", 400),
+                               ("/?" + "a=1&" * 20, 400), ("/?id=%ff", 404), ("/?id=" + "x" * 300, 400),
+                               ("/?tenant=acme&id=order-0", 404), ("/?tenant=acme&id=order-2", 200), ("/?id=", 200),
+                               ("/?tenant=acme&id=flow", 404)):
+            status, headers, text = ask(address, path)
+            assert status == expected and "Traceback" not in text and "default-src 'none'" in headers[
+                "Content-Security-Policy"], path
+        for path, there, gone in (("/?tenant=acme", "order-2", "order-0"), ("/?status=completed", "order-0", "order-2"),
+                                  ("/?status=dead_lettered", "printer on fire", "order-2"), ("/?status=Runnable", "host-1", "order-0")):
+            text = Page(ask(address, path)[2]).text
+            assert there in text and gone not in text, path
+    assert shop.read_bytes() == before
+
+
+def test_serve_refuses_a_port_that_is_none_or_taken(shop: Path) -> None:
+    assert "--port" in run("serve", shop, "--port", "65536", cwd=shop.parent, status=2).stderr
+    with serving(shop) as address:
+        port = address.rstrip("/").rsplit(":", 1)[1]
+        assert "in use" in run("serve", shop, "--port", port, cwd=shop.parent, status=1).stderr
+    assert "no such file" in run("serve", "missing.db", cwd=shop.parent, status=1).stderr
+
+
+def columns(line: str) -> int:
+    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "FW") for char in line)
+
+
+def test_the_terminal_view_fits_80_columns_whatever_is_stored(tmp_path: Path) -> None:
+    wide = "\u6f22\u5b57e\u0301" * 60
+    new_id = flowstore.new_id()
+    with flowstore.open(tmp_path / "wide.db") as store:
+        for id in (wide[:200], new_id, "x" * 255):
+            run_with(store.state, id, workflow_version=wide, current_state={wide: [wide] * 9})
+            store.state.append_event(id, {"type": f"{wide}_started", "step": wide})
+            store.state.enqueue_work_item(WorkItem(execution_id=id, queue_type=wide[:255], node_id=wide * 99))
+            store.state.enqueue_work_item(WorkItem(id=wide[:90] + id[:100], execution_id=id, queue_type="q" * 255))
+            store.state.move_to_dead_letter(wide[:90] + id[:100], wide * 99)
+            store.flows.insert(Flow(id=id, goal=f"line one\n\ttwo {wide * 50}"))
+        texts = [str(flowstore.View(view)) for view in flowstore._views(store)]
+        texts += [str(store.state.timeline(id)) for id in (wide[:200], new_id, "x" * 255)]
+        texts += [str(flowstore.View(view)) for view in flowstore._views(store, wide[:200])]
+    for text in texts:
+        assert max(map(columns, text.splitlines())) <= 80
+        assert all(char.isprintable() or char == "\n" for char in text)
+    assert new_id in texts[0] and new_id in texts[2]  # an id can be copied
+
+
+def on_a_terminal(*arguments: object, **environment: str) -> str:
+    """What a command prints on a terminal."""
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    subprocess.run([sys.executable, flowstore.__file__, *map(str, arguments)], stdout=theirs, env=inherited | environment,
+                   timeout=60, check=True)
+    os.close(theirs)
+    said = b""
+    with contextlib.suppress(OSError):
+        while chunk := os.read(ours, 1 << 16):
+            said += chunk
+    os.close(ours)
+    return said.decode().replace("\r\n", "\n")
+
+
+def test_colour_is_for_terminals_whose_owner_wants_it(shop: Path) -> None:
+    plain = run("show", shop, "order-0", cwd=shop.parent).stdout
+    coloured = on_a_terminal("show", shop, "order-0")
+    assert "\x1b" not in plain and "\x1b[32mcompleted" in coloured
+    assert re.sub(r"\x1b\[\d+m", "", coloured) == plain == on_a_terminal("show", shop, "order-0", NO_COLOR="1")
+    assert on_a_terminal("show", shop, "order-0", NO_COLOR="") == coloured
+
+
+def test_a_view_cuts_what_is_long_and_says_so(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "long.db", synchronous="OFF") as store:
+        run_with(store.state, "e", current_state={"blob": "x" * 3_000_000})
+        store.events.append_batch("e", "default", [{"type": "custom", "blob": "y" * 5000}] * 450)
+        view = store.state.timeline("e")
+        html = view._repr_html_()  # type: ignore[attr-defined]
+    table = view["tables"]["events"]
+    assert (table["total"], len(table["rows"]), table["rows"][-1]["sequence"]) == (450, 200, 450)
+    assert "events (the last 20 of 450)" in str(view) and "events (the last 200 of 450)" in html
+    assert view["facts"]["current_state"].endswith("... (cut)") and len(html) < 2_000_000
+
+
+def test_a_view_counts_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flowstore, "_COUNTED", 5)
+    monkeypatch.setattr(flowstore, "_DEAD_COUNTED", 3)
+    with flowstore.open(tmp_path / "many.db") as store:
+        run_with(store.state, "e")
+        for number in range(12):
+            store.state.enqueue_work_item(WorkItem(id=f"i{number}", execution_id="e", queue_type="q"))
+            if number % 3 == 0:
+                store.state.move_to_dead_letter(f"i{number}", "e")
+        (view,) = flowstore._views(store)
+    assert view["counts"]["work items"] == {"pending": "5+", "dead_lettered": 4}
+    assert [(row["waiting"], row["dead"]) for row in view["tables"]["queues"]["rows"]] == [("5+", "3+")]
+
+
+def test_a_timeline_is_of_an_execution_that_is_known(store_state: Store) -> None:
+    state = store_state.state
+    for tenant in ("acme", "other"):
+        state.create_tenant(Tenant(id=tenant))
+    store_state.events.append("logged", "acme", {"type": "custom"})
+    run_with(state, "silent", tenant_id="acme")
+    acme = state.for_tenant("acme")
+    for view in (state, acme):
+        assert view.timeline("logged")["tables"]["events"]["total"] == 1
+        assert view.timeline("silent")["tables"]["events"]["total"] == 0
+        assert "silent" in str(view.timeline("silent"))
+    store_state.flows.insert(Flow(id="flow"))
+    for view, id in ((state, "nobody"), (state, "flow"), (acme, "flow"), (state.for_tenant("other"), "logged")):
+        with pytest.raises(NotFound) as raised:
+            view.timeline(id)
+        assert (raised.value.kind, raised.value.id) == ("execution", id)
+    with pytest.raises(InvalidData):
+        state.timeline("")
+
+
+def test_what_a_notebook_shows_of_a_tenants_view_is_the_tenants(shop: Path) -> None:
+    with flowstore.open(shop, read_only=True) as store:
+        acme = cast("Any", store.state.for_tenant("acme"))._repr_html_()
+        assert "order-2" in acme and "order-0" not in acme and "ship-1" not in acme
+        assert cast("Any", store.state.for_tenant("nobody"))._repr_html_() is None
+
+
+def test_a_notebook_is_shown_the_repr_where_nothing_can_be_read_at_once() -> None:
+    store = cast("Any", flowstore.open(":memory:", busy_timeout=60))
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store.transaction():
+            inside.set()
+            assert leave.wait(60) and store._repr_html_()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert inside.wait(60)
+    assert store._repr_html_() is None  # without waiting for the transaction's end
+    leave.set()
+    holder.join()
+    assert "overview" in store._repr_html_()
+    broken = cast("Any", Flow(goal="g"))
+    broken.state = type("Bad", (), {"__repr__": lambda self: 1 / 0, "__str__": lambda self: 1 / 0})()
+    assert broken._repr_html_() is None
+    store.close()
+    assert store._repr_html_() is None and store.flows._repr_html_() is None
+
+
+def test_no_view_reads_more_than_it_shows(
+    watched: type[Watched], make_store_state: Callable[[], Store], schema: sqlite3.Connection
+) -> None:
+    store = make_store_state()
+    furnish(store, "a")
+    watched.statements.clear()
+    for facet in (store, store.flows, store.events, store.state, store.workflows, store.state.for_tenant("tenant-a")):
+        for status in (None, "pending", "Complete"):
+            flowstore._views(facet, None, status)
+    store.flows.insert(Flow(id="ea"))
+    store.workflows.create_new_workflow(WorkflowInstance(id="ea", workflow_definition_id="d"))
+    flowstore._views(store, "ea")
+    issued = {sql for sql in watched.statements if sql.startswith("SELECT") and "sqlite_master" not in sql}
+    steps = {step for sql in issued for step in plan(schema, sql)}
+    assert len(issued) > 60
+    bad = {step for step in steps if re.match(r"SCAN (?!counted|.*CONSTANT)", step) or "B-TREE" in step}
+    assert bad == {
+        "SCAN flowstore_log",  # backwards by position, to its limit
+        "SCAN events USING INDEX events_runnable", "SCAN event_subscriptions USING INDEX event_subscriptions_open",  # counts
+    }
+
+
+@pytest.mark.xfail(not hasattr(flowstore.EventStore, "tail"), reason="needs events.tail()", run=False)
+def test_tail_prints_events_as_they_come_until_interrupted(shop: Path) -> None:
+    command = [sys.executable, flowstore.__file__, "tail", str(shop), "--after", "0", "--execution", "order-1"]
+    with flowstore.open(shop) as store:
+        for more, expected in (([], r"\d\d:\d\d:\d\d order-1 7 news hello=1\n"), (["--json"], r'\{"execution_id": "order-1".*\n')):
+            with subprocess.Popen(
+                [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ) as tail:
+                assert tail.stdout is not None and tail.stderr is not None
+                for _ in range(6):
+                    assert "order-1" in tail.stdout.readline()
+                store.events.append("order-2", "acme", {"type": "custom"})
+                store.events.append("order-1", "default", {"type": "news", "hello": 1}, event_id="once")
+                assert re.fullmatch(expected, tail.stdout.readline())
+                tail.send_signal(signal.SIGINT)
+                assert (tail.wait(30), tail.stdout.read(), tail.stderr.read()) == (0, "", "")
+
+
+def test_a_reader_that_goes_away_is_met_quietly(shop: Path) -> None:
+    for arguments in (["show", shop], ["report", shop]):
+        reading, writing = os.pipe()
+        os.close(reading)
+        done = subprocess.run([sys.executable, flowstore.__file__, *map(str, arguments)], stdout=writing,
+                              stderr=subprocess.PIPE, text=True, timeout=60)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_report_writes_a_page_that_needs_nothing_else(shop: Path) -> None:
+    run("report", shop, "-o", "page.html", cwd=shop.parent)
+    page = Page((shop.parent / "page.html").read_text())
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    links = [attributes["href"] for tag, attributes in page.elements if tag == "a" and "href" in attributes]
+    assert len(links) == 7 and {link.removeprefix("#") for link in links if link} <= set(ids)
+    assert not re.search(r"https?:|url\(|@import|<script", (shop.parent / "page.html").read_text())
+    tables = sum(tag == "table" for tag, _ in page.elements)
+    assert tables == sum(tag == "caption" for tag, _ in page.elements) > 9
+    assert all("scope" in attributes for tag, attributes in page.elements if tag == "th")
+    assert all(attributes["aria-label"] for tag, attributes in page.elements if tag == "svg")
+    before = shop.read_bytes()
+    assert run("report", shop, "-o", "shop.db", cwd=shop.parent, status=2).stderr
+    assert run("report", shop, "-o", "no/such/folder.html", cwd=shop.parent, status=1).stderr
+    assert shop.read_bytes() == before
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """Headless Chromium."""
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    if None in programs:
+        pytest.skip("chromium and chromedriver are not there")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(programs[0])
+    for argument in (*CHROMIUM, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(str(programs[1])))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def test_a_real_browser_shows_the_report_and_the_live_page(shop: Path, browser: Any) -> None:
+    with flowstore.open(shop, read_only=True) as store:
+        executions = store.stats()["executions"]
+    run("report", shop, "-o", "page.html", cwd=shop.parent)
+    with serving(shop) as address:
+        for page in ((shop.parent / "page.html").as_uri(), address):
+            browser.get(page)
+            text = browser.find_element("tag name", "main").text
+            for status, count in executions.items():
+                assert f"{count} {status}" in text
+            assert "4 pending" in text and "1 dead_lettered" in text and "printer on fire" in text
+            assert "<script>alert('x')</script>" in text  # as text
+            assert browser.execute_script("return document.scripts.length") == 0
+            card = browser.find_element("css selector", ".card")
+            assert card.value_of_css_property("border-radius") == "10px"  # the policy lets the style sheet pass
+        for name, value, expected in (("id", "order-0", "execution order-0"), ("tenant", "acme", "order-2")):
+            browser.get(address)
+            field = browser.find_element("name", name)
+            field.send_keys(value)
+            field.submit()
+            assert expected in browser.find_element("tag name", "main").text
+            assert f"{name}={value}" in browser.current_url
+        browser.get(f"{address}?status=completed")
+        links = [link.text for link in browser.find_elements("css selector", "main a")]
+        assert links == ["order-0"]
+        browser.find_element("link text", "order-0").click()
+        rects = browser.find_elements("css selector", "rect")
+        assert len(rects) > 7 and all(rect.size["width"] > 0 for rect in rects)
+        for width in (390, 1280):
+            browser.set_window_size(width, 900)
+            assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert browser.get_log("browser") == []
+
+
+NOTEBOOK = """
+import json, nbformat, sys
+from nbclient import NotebookClient
+cells = [nbformat.v4.new_code_cell(code) for code in sys.argv[1:]]
+notebook = NotebookClient(nbformat.v4.new_notebook(cells=cells), timeout=60, kernel_name="python3").execute()
+print(json.dumps([cell.outputs[0]["data"]["text/html"] if cell.outputs else "" for cell in notebook.cells]))
+"""
+
+
+def test_a_real_notebook_shows_what_is_stored(shop: Path) -> None:
+    cells = [f"import sys; sys.path.insert(0, {str(HERE)!r}); import flowstore; store = flowstore.open('shop.db')",
+             "store", "store.state", "store.state.timeline('order-0')", "store.flows.get('flow')"]
+    done = subprocess.run([sys.executable, "-c", NOTEBOOK, *cells], cwd=shop.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    _, whole, state, timeline, flow = (Page(html or "").text for html in json.loads(done.stdout))
+    assert "2 running" in whole and "1 waiting" in whole and "queues (2)" in whole
+    assert "4 pending" in state and "1 waiting" not in state
+    assert "completed, 3 attempts" in timeline and "<script>alert('x')</script>" in timeline
+    assert "Flow" in flow and "<script>alert('x')</script>" in flow
+
+
+def test_the_readme_shows_what_show_prints(tmp_path: Path) -> None:
+    readme = (HERE / "README.md").read_text()
+    (code, command, said), = re.findall(
+        r"```python\n(import flowstore\nfrom datetime.*?)```\n\n`python flowstore\.py (show [^`]+)`[^`]*```text\n(.*?)```",
+        readme, re.DOTALL)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60, check=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert run(*command.split(), cwd=tmp_path).stdout == said
 
 
 # ==========================================================================================================
