@@ -40,6 +40,7 @@ The chapters, each resting only on those above it:
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import contextvars
 import dataclasses
@@ -4525,7 +4526,8 @@ def _axis(view: dict[str, Any]) -> tuple[str, list[tuple[str, str, list[tuple[st
     if not times:
         return "", []
     start, span = times[0], max(times[-1] - times[0], _MICROSECOND)
-    title = f"{_said('', start)} to {_said('', times[-1])} ({_said('_seconds', span.total_seconds())})"
+    seconds = _said("_seconds", (times[-1] - start).total_seconds())
+    title = f"{_said('', start)} to {_said('', times[-1])} ({seconds})"
     return title, [(bar["name"], bar["status"] + f", {bar['attempts']} attempts" * (bar["attempts"] > 1), [
         (part["what"], (part["from"] - start) / span, (part["to"] - part["from"]) / span) for part in bar["parts"]])
         for bar in bars]
@@ -4587,10 +4589,11 @@ a{color:var(--running)}h1,h2{font-size:1.1rem;line-height:1.3;margin:0 0 .8rem}h
 h1,h2,dd,pre,td,th[scope=row]{overflow-wrap:anywhere}section{margin-bottom:2.5rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem 1rem;margin:0 0 1rem;
 overflow-x:auto}dl{display:grid;gap:.7rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr))}dd{margin:0}
+div:has(>dd>pre){grid-column:span 2}
 dt,th,label,b{color:var(--soft);font-size:.82rem;font-weight:600}table{border-collapse:collapse;width:100%}
 caption{text-align:left;font-weight:650;padding:0 0 .4rem;color:inherit}th,td{text-align:left;vertical-align:top;
 padding:.35rem 1rem .35rem 0;border-top:1px solid var(--line);background:none;font-variant-numeric:tabular-nums}
-td{min-width:5.5rem;max-width:34rem}th,.at{white-space:nowrap}.n{text-align:right;min-width:0}th[scope=row]{min-width:5rem;
+td{min-width:5.5rem;max-width:34rem}th,.at{white-space:nowrap}.n{text-align:right;min-width:0}th[scope=row]{min-width:6rem;
 white-space:normal;max-width:12rem}.id,.execution_id{min-width:9rem}.event,.payload,.goal,.last_error,.message{
 min-width:14rem}.chip{display:inline-block;padding:0 .55rem;border:1px solid;border-radius:99px;font-size:.82rem;
 font-weight:600;white-space:nowrap;margin:.1rem .3rem .1rem 0}svg{display:block;width:100%;min-width:7rem;height:20px}
@@ -4599,6 +4602,9 @@ label{display:grid;gap:.15rem;flex:0 1 13rem}input,select,button{font:400 1rem s
 background:var(--card);border:1px solid var(--soft);padding:.35rem .6rem;border-radius:7px;width:100%}
 button{width:auto}:focus-visible{outline:3px solid var(--running)}
 """ + "".join(f".chip.{what},rect.{what}{{color:var(--{what});fill:var(--{what})}}" for what in _LETTERS) + "}"
+
+_HASH = binascii.b2a_base64(hashlib.sha256(_CSS.encode()).digest(), newline=False).decode()
+_POLICY = f"default-src 'none'; style-src 'sha256-{_HASH}'; img-src data:; form-action 'self'; base-uri 'none'"
 
 class _Html(str):
     """Markup: all other text is escaped where it enters an element, and there is no other way into a page."""
@@ -4652,15 +4658,10 @@ def _html(view: dict[str, Any], address: str = "") -> _Html:
                           aria_label=caption))
     return _tag("section", *parts, id=_quoted(view["id"] or "overview"))
 
-def _policy() -> str:
-    from base64 import b64encode
-    digest = b64encode(hashlib.sha256(_CSS.encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; form-action 'self'; base-uri 'none'"
-
 def _page(target: str, *content: _Html, form: object = "", home: str | None = None) -> bytes:
     """A page that needs nothing but itself."""
     head = _tag("head", _tag("meta", charset="utf-8"), _tag("title", f"flowstore {target}"), _tag("style", _Html(_CSS)),
-                _tag("meta", http_equiv="Content-Security-Policy", content=_policy()),
+                _tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
                 _tag("link", rel="icon", href="data:,"),
                 _tag("meta", name="viewport", content="width=device-width, initial-scale=1"))
     header = _tag("header", _tag("h1", _tag("a", "flowstore", href=home), f" {target}"), form)
@@ -4738,14 +4739,9 @@ def _serve(args: Any) -> int:
     from socketserver import ThreadingMixIn
     from urllib.parse import parse_qs
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
-    class Handler(WSGIRequestHandler):
-        timeout = 20
-        def log_message(self, *args: object) -> None:
-            """A page looked at is no news."""
-    class Server(ThreadingMixIn, WSGIServer):
-        daemon_threads = True
-        def handle_error(self, request: object, address: object) -> None:
-            """A browser that went away amid a page is no news either."""
+    quiet: Any = lambda *args: None  # noqa: E731 (a page looked at is no news, nor is a browser that went away)
+    handler: Any = type("Handler", (WSGIRequestHandler,), {"timeout": 20, "log_message": quiet})
+    threads: Any = type("Server", (ThreadingMixIn, WSGIServer), {"daemon_threads": True, "handle_error": quiet})
     def answer(request: dict[str, Any], start: Callable[..., object]) -> list[bytes]:
         code, asked, content = "200 OK", dict[str, str](), list[_Html]()
         try:
@@ -4771,13 +4767,13 @@ def _serve(args: Any) -> int:
             "select", *options, name="status")), _tag("button", "Search"), role="search"))
         start(code, [
             ("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(page))), ("Allow", "GET, HEAD"),
-            ("Content-Security-Policy", f"{_policy()}; frame-ancestors 'none'"), ("Cache-Control", "no-store"),
+            ("Content-Security-Policy", f"{_POLICY}; frame-ancestors 'none'"), ("Cache-Control", "no-store"),
             ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")])
         return [page] * (request["REQUEST_METHOD"] != "HEAD")
     if not 0 <= args.port < 65536:
         return _complain(f"--port: 0 to 65535 is needed, not {args.port}", 2)
-    with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store, Server(
-            ("127.0.0.1", args.port), Handler) as server:
+    with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store, threads(
+            ("127.0.0.1", args.port), handler) as server:
         server.set_app(answer)
         names = {f"{name}:{server.server_port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")}
         print(f"http://127.0.0.1:{server.server_port}/ shows {store.target}; Ctrl-C ends it", flush=True)

@@ -7416,7 +7416,8 @@ MEANT = {
     "SCAN flowstore_tenants USING INDEX flowstore_tenants_by_time": "list_tenants() returns all",
     "SCAN q": "the queues that a claim names",
     "SCAN q for a tenant": "the same",
-    "SCAN counted": "at most 250 of a flow's rows, counted",
+    "SCAN counted": "at most 250 of a flow's rows, and a view's up to its bound, counted",
+    "SCAN counted for a tenant": "a view's rows, counted up to its bound",
 }
 
 
