@@ -5268,6 +5268,22 @@ def _bench_append(on: _Bench, threads: int, synchronous: str, least: dict[str, f
     return on.compare(lambda: sum(_in_threads(threads, one)) if threads > 1 else one(0),
                       *((f"plain {mode}", ratio, on.plain(mode)) for mode, ratio in least.items()))
 
+def _bench_tasks(on: _Bench) -> _Verdict:
+    import asyncio
+    target = on.store().target
+    async def one(store: AsyncStore, run: str, end: float) -> int:
+        done = 0
+        while time.perf_counter() < end:
+            done += bool(await store.events.append(run, "default", on.event))
+        return done
+    async def all_of_them() -> float:
+        async with open_async(target) as store:
+            start = time.perf_counter()
+            calls = await asyncio.gather(*(one(store, f"run-{n}", start + on.seconds) for n in range(1000)))
+            return sum(calls) / (time.perf_counter() - start)
+    return on.compare(lambda: asyncio.run(all_of_them()), ("plain FULL", 10.0, on.plain("FULL")),
+                      ("plain NORMAL", 1.0, on.plain("NORMAL")))
+
 def _bench_batch(on: _Bench) -> _Verdict:
     store, batch = on.store(), [on.event] * 1000
     return on.compare(lambda: on.rate(lambda: store.events.append_batch("run", "default", batch)),
@@ -5360,24 +5376,44 @@ def _bench_prune(on: _Bench) -> _Verdict:
         waits.append(_ms(lambda: store.events.append("run", "default", on.event)))
     return _under(50, "ms at the 99th percentile", [sorted(waits)[len(waits) * 99 // 100]])
 
-def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
+def _bench_wait(on: _Bench, what: str, idle: bool) -> _Verdict:
     store, pool = on.store(), on.processes()
     if idle:
-        return _under(2, "% of a core", [pool.submit(_bench_waiter, store.target, 4 * on.seconds + 1).result()[1]])
+        waited = pool.submit(_bench_waiter, store.target, what, 4 * on.seconds + 1)
+        return _under(2, "% of a core", [waited.result()[1]])
     def wake() -> float:
-        waiting = pool.submit(_bench_waiter, store.target, 5)
+        waiting = pool.submit(_bench_waiter, store.target, what, 5)
         time.sleep(random.uniform(0.2, 0.3))  # out of step with the times at which it looks
         start = time.time()
-        store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="queue"))
+        if what == "claim":
+            store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="queue"))
+        else:
+            store.events.append("run", "default", on.event)
         return float(waiting.result()[0] - start) * 1000
     return _under(50, "ms", [wake() for _ in range(2 * on.rounds)])
 
-def _bench_waiter(target: str, seconds: float) -> tuple[float, float]:
-    """Wait for an item: when it came, and how many % of a core the waiting took."""
+def _bench_waiter(target: str, what: str, seconds: float) -> tuple[float, float]:
+    """Wait for an item or an event: when it came, and how many % of a core the waiting took."""
     with open(target) as store:
         begun, used = time.monotonic(), time.process_time()
-        store.state.claim_work_item("worker", ["queue"], wait=seconds)
+        if what == "claim":
+            store.state.claim_work_item("worker", ["queue"], wait=seconds)
+        else:
+            next(store.events.tail(timeout=seconds), None)
         return time.time(), (time.process_time() - used) / (time.monotonic() - begun) * 100
+
+def _bench_look(on: _Bench, detail: bool) -> _Verdict:
+    store = on.store("OFF")
+    item = store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="queue"))
+    on.copies(store, "flowstore_log", "position = 1", on.depth - 1, position="1 + n", sequence="1 + n")
+    for status in ("pending", "completed"):
+        on.copies(store, "flowstore_work_items", f"id = '{item}'", on.depth // 10, id=f"id || '{status}' || n",
+                  status=f"'{status}'")
+    def look() -> None:
+        views = _views(store, "run" if detail else None)
+        _page(store.target, *(_html(view) for view in views))
+        "".join(map(_drawn, views))
+    return _under(200, "ms", [_ms(look) for _ in range(on.rounds)])
 
 def _bench_import(on: _Bench) -> _Verdict:
     import subprocess
@@ -5393,6 +5429,7 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "durable append, 1 thread, FULL": (_bench_append, 1, "FULL", {"FULL": 0.85}),
     "append, 1 thread, NORMAL": (_bench_append, 1, "NORMAL", {"NORMAL": 0.7}),
     "durable append, 64 threads, FULL": (_bench_append, 64, "FULL", {"FULL": 4.0, "NORMAL": 0.4}),
+    "durable append, asyncio, 1,000 tasks, FULL": (_bench_tasks,),
     "append_batch of 1,000": (_bench_batch,),
     "load 10,000 events": (_bench_load,),
     "claim + complete, {} pending": (_bench_claims, "a", {}),
@@ -5404,8 +5441,12 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "4 processes x 4 threads, FULL": (_bench_processes,),
     "iter_events over {} events": (_bench_iterate,),
     "a writer's wait while a tenth of {} flows is pruned": (_bench_prune,),
-    "wake-up of a claim that waits in another process": (_bench_wait, False),
-    "a claim that waits": (_bench_wait, True),
+    "wake-up of a claim that waits in another process": (_bench_wait, "claim", False),
+    "wake-up of a tail in another process": (_bench_wait, "tail", False),
+    "a claim that waits": (_bench_wait, "claim", True),
+    "a tail that waits": (_bench_wait, "tail", True),
+    "overview of {} events and a fifth as many items, text and page": (_bench_look, False),
+    "detail of an execution with {} events, text and page": (_bench_look, True),
     "import flowstore": (_bench_import,),
 }
 
@@ -5478,7 +5519,8 @@ def _prune(args: Any) -> int:
     older_than = timedelta(**{units[age[2]]: int(age[1])})
     with _existing(args.store) as store:
         counts = store.prune(older_than, dry_run=True)
-        steps, done, dropped, total = inspect.unwrap(Store.prune)(store, older_than), 0, None, sum(counts.values())
+        steps = _StoreBase.__dict__["prune"].function(store, older_than)
+        done, dropped, total = 0, None, sum(counts.values())
         try:
             while not args.dry_run:
                 dropped = steps.send(dropped)
