@@ -716,7 +716,15 @@ if make_encoder := getattr(json.encoder, "c_make_encoder", None):
     # What encode() makes anew for each value, made once: half its time. A circle ends as a RecursionError.
     _chunks = make_encoder(None, _encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
     _encode_json = lambda value: "".join(_chunks(value, 0))  # noqa: E731
-_of_json = json.JSONDecoder().decode
+_decoder = json.JSONDecoder()
+
+def _of_json(text: str) -> Any:
+    """The value of a JSON text; past the decoder's search for white space, which what was written here has not."""
+    try:
+        value, end = _decoder.scan_once(text, 0)
+    except StopIteration:
+        end = -1
+    return value if end == len(text) else _decoder.decode(text)
 
 def _is(kind: type[T] | tuple[type[T], ...], value: object, path: str, needed: str = "") -> T:
     """A value of a type (a bool is no number); InvalidData for another."""
