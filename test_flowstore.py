@@ -9274,7 +9274,7 @@ def test_compact_gives_many_pages_back_in_each_step(tmp_path: Path) -> None:
         store.prune(START + timedelta(days=1))
         before = store.stats()["file_bytes"]
         assert store._engine.alone(flowstore._vacuum_step)
-        assert before - store.stats()["file_bytes"] == 1000 * 4096
+        assert before - store.stats()["file_bytes"] >= 1000 * 4096
         store.compact()
         assert store.stats()["file_bytes"] < before / 10 and store.check() == []
 
