@@ -1387,6 +1387,7 @@ class _Engine:
         try:
             row = tx.row("SELECT value FROM flowstore_meta WHERE key = 'schema'")
             version = int(row[0]) if row else 0
+            tables = {name for (name,) in tx.rows("SELECT name FROM sqlite_master")}  # again: one may have upgraded it
         except (StoreBusy, StoreCorrupt):
             raise
         except (StorageError, ValueError) as error:
@@ -3877,8 +3878,7 @@ def _path(path: object, argument: str) -> str:
 def _parse_target(target: object) -> tuple[str, str | None]:
     """What to call a target, and the absolute path of its file (None: in memory)."""
     if not isinstance(target, str):
-        path = _path(target, "target")  # first: not everything has a text
-        return str(target), path
+        return (_path(target, "target"), str(target))[::-1]  # in this order: not everything has a text
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", target)
     name = target
     if scheme and scheme[1].lower() == "sqlite":

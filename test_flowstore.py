@@ -10698,6 +10698,32 @@ def test_processes_that_open_an_old_file_at_once_upgrade_it_once(of_version_1: P
     assert one_sentence(caught.value) and "upgrade flowstore" in str(caught.value)
 
 
+def test_an_upgrade_between_two_looks_at_a_file_is_no_missing_table(
+    of_version_1: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, looks = UPGRADE.format(rows=5), 0
+    for name in ("_SCHEMA_VERSION", "_UPGRADES", "_TABLE_NAMES"):
+        monkeypatch.setattr(flowstore, name, getattr(flowstore, name))
+    learn_version_2(script)
+    look = flowstore._Tx.row
+
+    def after_another_process(tx: Any, sql: str, *params: Any) -> Any:
+        nonlocal looks
+        if "FROM flowstore_meta" in sql:
+            looks += 1
+            if looks == 1:
+                with Process(upgrading, of_version_1, script) as child:
+                    child.read()
+                    child.tell()
+                    assert child.read() == "1"
+        return look(tx, sql, *params)
+
+    monkeypatch.setattr(flowstore._Tx, "row", after_another_process)
+    with flowstore.open(of_version_1) as store:
+        assert store.check() == []
+    assert looks and version_of(of_version_1) == ("2", 5)
+
+
 @needs_kill
 def test_a_process_killed_in_the_middle_of_an_upgrade_leaves_the_old_file_or_the_new_one(of_version_1: Path) -> None:
     script, whole = UPGRADE.format(rows=300_000), of_version_1.read_bytes()
