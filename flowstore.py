@@ -4252,8 +4252,8 @@ font:15px/1.5 system-ui,sans-serif;text-align:left;*{box-sizing:border-box}>*{ma
 a{color:var(--running)}h1,h2{font-size:1.1rem;line-height:1.3;margin:0 0 .8rem}h2{font-size:1.4rem}
 h1,h2,dd,pre,td,th[scope=row]{overflow-wrap:anywhere}section{margin-bottom:2.5rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem 1rem;margin:0 0 1rem;
-overflow-x:auto}dl{display:grid;gap:.7rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(11rem,40%),1fr))}dd{margin:0}
-div:has(>dd>pre){grid-column:span 2}
+overflow-x:auto}dl{display:grid;gap:.7rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(11rem,40%),1fr))}
+dd{margin:0}div:has(>dd>pre){grid-column:span 2}
 dt,th,label,b{color:var(--soft);font-size:.82rem;font-weight:600}table{border-collapse:collapse;width:100%}
 caption{text-align:left;font-weight:650;padding:0 0 .4rem;color:inherit}th,td{text-align:left;vertical-align:top;
 padding:.35rem 1rem .35rem 0;border-top:1px solid var(--line);background:none;font-variant-numeric:tabular-nums}
