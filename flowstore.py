@@ -1361,6 +1361,7 @@ class _Engine:
         try:
             row = tx.row("SELECT value FROM flowstore_meta WHERE key = 'schema'")
             version = int(row[0]) if row else 0
+            tables = {name for (name,) in tx.rows("SELECT name FROM sqlite_master")}  # again: one may have upgraded it
         except (StoreBusy, StoreCorrupt):
             raise
         except (StorageError, ValueError) as error:
@@ -4201,8 +4202,7 @@ def _path(path: object, argument: str) -> str:
 def _parse_target(target: object) -> tuple[str, str | None]:
     """What to call a target, and the absolute path of its file (None: in memory)."""
     if not isinstance(target, str):
-        path = _path(target, "target")  # first: not everything has a text
-        return str(target), path
+        return (_path(target, "target"), str(target))[::-1]  # in this order: not everything has a text
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", target)
     name = target
     if scheme and scheme[1].lower() == "sqlite":
@@ -4338,10 +4338,8 @@ def _meaning(status: object) -> str:
 
 def _seen(facet: _Facet, tx: _Tx, mapper: _Mapper[Any], rest: str, *params: Any) -> list[dict[str, Any]]:
     """Records as dicts, of the facet's tenant alone; of long texts and JSON the beginning, as text."""
-    kinds = {spec.name: str(spec.type) for spec in dataclasses.fields(mapper.record)}
-    long = {name: column for name, column in zip(mapper.fields, mapper.names, strict=True)
-            if re.match("str|Json|list|dict", kinds[name])}
-    columns = (f"SUBSTR({name}, 1, {_CUT + 1})" if name in long.values() else name for name in mapper.names)
+    long = {spec.name for spec in dataclasses.fields(mapper.record) if re.match("str|Json|list|dict", str(spec.type))}
+    columns = (f"SUBSTR({name}, 1, {_CUT + 1})" if name in long else name for name in mapper.names)
     rows = facet._rows(tx, _Sql(f"SELECT {', '.join(columns)} FROM {rest}"), *params)
     decoders = {mapper.fields[index]: decode for index, decode in mapper._decoders}
     return [{name: value if value is None else f"{value[:_CUT]}... (cut)" if name in long and len(value) > _CUT else
@@ -4360,8 +4358,8 @@ def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, An
     if status and all(status not in list(kind[3]) for kind in _KINDS.values()):
         raise InvalidData(f"status: {status[:50]!r} is no status of anything in a store")
     now, counts, tables = tx.now(), dict[str, Any](), dict[str, list[dict[str, Any]]]()
-    facts: dict[str, Any] = {"store": facet.target, **facet._engine.sizes(tx)} if isinstance(facet, Store) else {}
-    facts["read_at"] = _datetime(now)
+    facts = {"store": facet.target, **facet._engine.sizes(tx)} if isinstance(facet, Store) else dict[str, Any]()
+    facts |= {"tenant_id": facet._tenant, "read_at": _datetime(now)}
     if isinstance(facet, (Store, StateBackend)):
         tables["queues"] = _queues(facet, tx, now)
     for name, (owner, mapper, table, statuses, by) in _KINDS.items():
@@ -4396,7 +4394,8 @@ def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, An
             ("due_commands", f"scheduled_commands WHERE execute_time <= {now // 1000}"),
             ("later_commands", f"scheduled_commands WHERE execute_time > {now // 1000}"))}
     return {"kind": "overview", "id": facet._tenant, "status": status, "facts": facts, "counts": counts,
-             "tables": {name: {"total": len(rows), "rows": rows} for name, rows in tables.items()}}
+            "tables": {name: {"rows": rows, "total": len(rows) if name == "queues" or len(rows) < _LISTED else
+                              f"{_LISTED}+"} for name, rows in tables.items()}}
 
 def _queues(facet: _Facet, tx: _Tx, now: int) -> list[dict[str, Any]]:
     """What each queue has that is not done: the indexes of what waits and is leased begin with the queue."""
@@ -4456,9 +4455,11 @@ def _row_bar(row: dict[str, Any]) -> dict[str, Any]:
         ("end_time", "updated_at", "dead_lettered_at", "available_at")))
     start, ready = row.get("start_time") or row.get("created_at"), row.get("available_at")
     what = _meaning(row["status"])
-    ready = min(start, ready) if ready and what == "waiting" else ready  # when an item was claimed and settled is not
-    parts = [_stretch("waiting", min(start, ready), ready)] if ready else []  # kept, only since when it could be
-    parts += [_stretch(what, ready or start, None if what in ("waiting", "running") else end or start)] if start else []
+    parts = []
+    if ready and what != "waiting":  # when an item was claimed is not kept, only since when it could be
+        parts, start = [_stretch("waiting", min(start, ready), ready)], ready
+    if start:
+        parts.append(_stretch(what, start, None if what in ("waiting", "running") else end or start))
     return {"name": str(name or "step"), "status": row["status"], "parts": parts,
             "attempts": row.get("attempt", row.get("retry_count", 0)) + 1}
 
@@ -4596,8 +4597,8 @@ font:15px/1.5 system-ui,sans-serif;text-align:left;*{box-sizing:border-box}>*{ma
 a{color:var(--running)}h1,h2{font-size:1.1rem;line-height:1.3;margin:0 0 .8rem}h2{font-size:1.4rem}
 h1,h2,dd,pre,td,th[scope=row]{overflow-wrap:anywhere}section{margin-bottom:2.5rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem 1rem;margin:0 0 1rem;
-overflow-x:auto}dl{display:grid;gap:.7rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(9rem,1fr))}dd{margin:0}
-div:has(>dd>pre){grid-column:span 2}
+overflow-x:auto}dl{display:grid;gap:.7rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(11rem,40%),1fr))}
+dd{margin:0}div:has(>dd>pre){grid-column:span 2}
 dt,th,label,b{color:var(--soft);font-size:.82rem;font-weight:600}table{border-collapse:collapse;width:100%}
 caption{text-align:left;font-weight:650;padding:0 0 .4rem;color:inherit}th,td{text-align:left;vertical-align:top;
 padding:.35rem 1rem .35rem 0;border-top:1px solid var(--line);background:none;font-variant-numeric:tabular-nums}

@@ -9962,7 +9962,7 @@ def test_compact_gives_many_pages_back_in_each_step(tmp_path: Path) -> None:
         store.prune(START + timedelta(days=1))
         before = store.stats()["file_bytes"]
         assert store._engine.alone(flowstore._vacuum_step)
-        assert before - store.stats()["file_bytes"] == 1000 * 4096
+        assert before - store.stats()["file_bytes"] >= 1000 * 4096
         store.compact()
         assert store.stats()["file_bytes"] < before / 10 and store.check() == []
 
@@ -12277,6 +12277,32 @@ def test_processes_that_open_an_old_file_at_once_upgrade_it_once(of_version_1: P
     with pytest.raises(SchemaError) as caught:  # this version does not know it
         flowstore.open(of_version_1)
     assert one_sentence(caught.value) and "upgrade flowstore" in str(caught.value)
+
+
+def test_an_upgrade_between_two_looks_at_a_file_is_no_missing_table(
+    of_version_1: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, looks = UPGRADE.format(rows=5), 0
+    for name in ("_SCHEMA_VERSION", "_UPGRADES", "_TABLE_NAMES"):
+        monkeypatch.setattr(flowstore, name, getattr(flowstore, name))
+    learn_version_2(script)
+    look = flowstore._Tx.row
+
+    def after_another_process(tx: Any, sql: str, *params: Any) -> Any:
+        nonlocal looks
+        if "FROM flowstore_meta" in sql:
+            looks += 1
+            if looks == 1:
+                with Process(upgrading, of_version_1, script) as child:
+                    child.read()
+                    child.tell()
+                    assert child.read() == "1"
+        return look(tx, sql, *params)
+
+    monkeypatch.setattr(flowstore._Tx, "row", after_another_process)
+    with flowstore.open(of_version_1) as store:
+        assert store.check() == []
+    assert looks and version_of(of_version_1) == ("2", 5)
 
 
 @needs_kill
