@@ -716,7 +716,7 @@ if make_encoder := getattr(json.encoder, "c_make_encoder", None):
     # What encode() makes anew for each value, made once: half its time. A circle ends as a RecursionError.
     _chunks = make_encoder(None, _encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
     _encode_json = lambda value: "".join(_chunks(value, 0))  # noqa: E731
-_decoder = json.JSONDecoder()
+_decoder: Any = json.JSONDecoder()
 
 def _of_json(text: str) -> Any:
     """The value of a JSON text; past the decoder's search for white space, which what was written here has not."""
@@ -1117,7 +1117,6 @@ class _Method(Generic[F, P, R]):
         def method(facet: Any, *args: Any, **kwargs: Any) -> Any:
             return getattr(facet, self.name)(*args, **kwargs)
 
-        del method.__wrapped__
         method.__signature__ = signature.replace(parameters=[own, *rest])  # type: ignore[attr-defined]
         self._method = method
 
@@ -4358,12 +4357,12 @@ def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, An
     if status and all(status not in list(kind[3]) for kind in _KINDS.values()):
         raise InvalidData(f"status: {status[:50]!r} is no status of anything in a store")
     now, counts, tables = tx.now(), dict[str, Any](), dict[str, list[dict[str, Any]]]()
-    facts = {"store": facet.target, **facet._engine.sizes(tx)} if isinstance(facet, Store) else dict[str, Any]()
+    facts = {"store": facet.target, **facet._engine.sizes(tx)} if isinstance(facet, _StoreBase) else dict[str, Any]()
     facts |= {"tenant_id": facet._tenant, "read_at": _datetime(now)}
-    if isinstance(facet, (Store, StateBackend)):
+    if isinstance(facet, (_StoreBase, StateBackend)):
         tables["queues"] = _queues(facet, tx, now)
     for name, (owner, mapper, table, statuses, by) in _KINDS.items():
-        if isinstance(facet, (Store, owner)):
+        if isinstance(facet, (_StoreBase, owner)):
             listed = [word for word in (["dead_lettered"] if mapper is _DEAD else statuses) if status in (None, word)]
             mine, key = "{tenant}" * (mapper in (_RUN, _DEAD)), "execution_id" if mapper is _RUN else "id"
             # A tenant's items that are done have no index; those that wait, are leased or dead have.
@@ -4374,7 +4373,7 @@ def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, An
                 WHERE status = '{word}' {mine} ORDER BY {by} DESC, {key} DESC LIMIT {_LISTED}""")]
             tables["dead letters" if mapper is _DEAD else name] = sorted(newest, reverse=True, key=lambda row: max(
                 value for value in row.values() if isinstance(value, datetime)))[:_LISTED]
-    if isinstance(facet, (Store, _LogFacet)):
+    if isinstance(facet, (_StoreBase, _LogFacet)):
         log = facet._rows(tx, _Sql("""SELECT execution_id, timestamp, position FROM flowstore_log
             WHERE execution_id <> '' {tenant} ORDER BY position DESC LIMIT 1000"""))
         if log:
@@ -4387,7 +4386,7 @@ def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, An
         tables["executions"] = [(known.get(id) or next(iter(_seen(facet, tx, mapper, where, id)), {"execution_id": id}))
                                 | {"events": (facet._row(tx, _LOG_LAST, id) or (0,))[0]}
                                 for id in itertools.islice(ids, _LISTED)]
-    if isinstance(facet, (Store, PersistenceProvider)):
+    if isinstance(facet, (_StoreBase, PersistenceProvider)):
         facts |= {name: _counted(facet, tx, rows) for name, rows in (
             ("open_subscriptions", "event_subscriptions WHERE terminated_at IS NULL"),
             ("unprocessed_events", "events WHERE is_processed = 0"),
@@ -4720,8 +4719,7 @@ def _show(args: Any) -> int:
 def _tail(args: Any) -> int:
     """Print events as they come, until Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store:
-        events: Any = store.events
-        for one in events.tail(args.after, tenant_id=args.tenant, execution_id=args.execution):
+        for one in store.events.tail(args.after, tenant_id=args.tenant, execution_id=args.execution):
             line = f"{one.timestamp:%H:%M:%S} {_said('', one.execution_id)} {one.sequence} {_said('event', one.event)}"
             short = _fit(line, 80).rstrip() if sys.stdout.isatty() else line
             print(json.dumps(vars(one), default=datetime.isoformat) if args.json else short, flush=True)
@@ -5065,8 +5063,8 @@ def _demo(args: Any) -> int:
         print(f"{len(keys)} files of {folder}, {known} of them known from an earlier run", flush=True)
         _demo_run(store, args.store, folder, queue)
         proven = _demo_table(store, keys)
-    print(f"The store stays. To look at it:\n  {args.program} check '{args.store}'")
-    print(f"  sqlite3 '{os.path.relpath(path)}' 'SELECT execution_id, sequence, event FROM flowstore_log'")
+    print(f"The store stays. To look at it:\n  {args.program} show '{args.store}'")
+    print(f"  {args.program} report '{args.store}' -o report.html\n  {args.program} serve '{args.store}'")
     return 0 if proven else 1
 
 def _demo_files(folder: str, store: str) -> Iterator[str]:
@@ -5282,7 +5280,7 @@ def _bench_tasks(on: _Bench) -> _Verdict:
     target = on.store().target
     async def one(store: AsyncStore, run: str, end: float) -> int:
         done = 0
-        while time.perf_counter() < end:
+        while not done or time.perf_counter() < end:
             done += bool(await store.events.append(run, "default", on.event))
         return done
     async def all_of_them() -> float:
@@ -5528,7 +5526,7 @@ def _prune(args: Any) -> int:
     older_than = timedelta(**{units[age[2]]: int(age[1])})
     with _existing(args.store) as store:
         counts = store.prune(older_than, dry_run=True)
-        steps = _StoreBase.__dict__["prune"].function(store, older_than)
+        steps = inspect.unwrap(Store.prune)(store, older_than)
         done, dropped, total = 0, None, sum(counts.values())
         try:
             while not args.dry_run:

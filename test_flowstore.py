@@ -10378,7 +10378,6 @@ def test_no_view_reads_more_than_it_shows(
     }
 
 
-@pytest.mark.xfail(not hasattr(flowstore.EventStore, "tail"), reason="needs events.tail()", run=False)
 def test_tail_prints_events_as_they_come_until_interrupted(shop: Path) -> None:
     command = [sys.executable, flowstore.__file__, "tail", str(shop), "--after", "0", "--execution", "order-1"]
     with flowstore.open(shop) as store:
@@ -12618,6 +12617,8 @@ WELCOME: dict[str, Callable[[], dict[str, Any]]] = {
     "events.execution_exists": lambda: {"execution_id": "e1"},
     "events.count_events": lambda: {"execution_id": "e1"},
     "events.iter_events": lambda: {"execution_id": "e1", "after_seq": 0, "chunk": 9},
+    "events.tail": lambda: {"after_position": 0, "timeout": 0.0, "tenant_id": "default", "execution_id": "e1"},
+    "state.timeline": lambda: {"execution_id": "e1"},
     "events.read_all": lambda: {"after_position": 0, "limit": 1, "tenant_id": None},
     "state.create_execution": lambda: {"execution": WorkflowExecution(workflow_id="w")},
     "state.get_execution": lambda: {"id": "e1"},
@@ -12775,7 +12776,7 @@ def test_hostile_arguments_are_stored_or_refused_with_nothing_written_and_the_st
             before = store.stats()["tables"]
             try:
                 found = call(**arguments)
-                if isinstance(found, types.GeneratorType):
+                if isinstance(found, types.GeneratorType) and method != "tail":  # which may wait for ever
                     list(found)
             except FlowStoreError as error:
                 assert one_sentence(error) and len(str(error)) < 2500, f"{name}, {argument}: {error!s:.300}"
