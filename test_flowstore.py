@@ -12799,6 +12799,7 @@ def test_the_hostile_inputs_were_many(capsys: pytest.CaptureFixture[str]) -> Non
     assert sum(tried.values()) > 10_000
 
 
+@pytest.mark.filterwarnings("ignore:The default date:DeprecationWarning")  # of newer versions' sqlite3
 def test_hostile_targets_options_paths_and_statements_are_refused_by_an_error_of_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
