@@ -1100,6 +1100,7 @@ class _Connection:
         self.lock = threading.RLock()
         self.tx: _Tx | None = None
         self.wal = -1  # of the writer: a descriptor of the write-ahead log, to see how large it is
+        self.permit: object = None  # on a server: the right to use it
         self._connect = connect
         self._clock = clock
 
@@ -1131,12 +1132,16 @@ class _Operation(Generic[F, P, R]):
     """A facet's method over an open transaction, seen from outside as a method that runs it in one.
 
     `writes` operations may run more than once (a group begun again), so they have no effect outside `tx`; `snapshot`
-    reads have several statements and run them on one state of the database."""
+    reads have several statements and run them on one state of the database. Each race of a `row` write is closed by one
+    conditional statement or the lock on a row: where writers run side by side, it needs no more isolation."""
 
-    def __init__(self, function: Callable[Concatenate[F, _Tx, P], R], writes: bool, snapshot: bool) -> None:
+    def __init__(
+        self, function: Callable[Concatenate[F, _Tx, P], R], writes: bool, snapshot: bool = False, row: bool = False
+    ) -> None:
         self.function = function
         self.writes = writes
         self.snapshot = snapshot
+        self.row = row
         self.name = function.__name__
         self.__doc__ = function.__doc__
         signature = inspect.signature(function)
@@ -1177,11 +1182,15 @@ class _Operation(Generic[F, P, R]):
 
 def _write(function: Callable[Concatenate[F, _Tx, P], R]) -> _Operation[F, P, R]:
     """An operation that changes something: one atomic, durable transaction."""
-    return _Operation(function, writes=True, snapshot=False)
+    return _Operation(function, writes=True)
+
+def _write_row(function: Callable[Concatenate[F, _Tx, P], R]) -> _Operation[F, P, R]:
+    """A write that one conditional statement or the lock on a row protects: claim, renew, settle, retry, hold."""
+    return _Operation(function, writes=True, row=True)
 
 def _read(function: Callable[Concatenate[F, _Tx, P], R]) -> _Operation[F, P, R]:
     """An operation of one reading statement."""
-    return _Operation(function, writes=False, snapshot=False)
+    return _Operation(function, writes=False)
 
 def _snapshot(function: Callable[Concatenate[F, _Tx, P], R]) -> _Operation[F, P, R]:
     """An operation of several reading statements, all of them on one state of the database."""
@@ -1233,6 +1242,9 @@ class _Engine:
     transaction, takes every operation that queued meanwhile, runs them all, commits, wakes their callers and hands
     the lead to the first that has queued since. `lead`, `queue` and the calls in them change only under `mutex`.
     Whoever holds a connection's lock may take the mutex, never the other way round."""
+
+    tick = _TICK
+    ddl: Callable[[str], str] | None = None  # how the engine words a statement of the schema
 
     def __init__(self, target: str, path: str | None, options: _Options) -> None:
         self.target = target
@@ -1331,7 +1343,7 @@ class _Engine:
         """Create or upgrade the tables, in one transaction, whoever else opens the file at the same time."""
         if self.path is None:
             with self.writer.lock:
-                self._create(self.writer.use())
+                self._build(self.writer.use(), None)
             return
         if not self.options.read_only and not os.path.exists(self.path):
             # Made here, not by SQLite, so that the umask alone decides who may read it.
@@ -1345,7 +1357,7 @@ class _Engine:
             if self._version(tx) == _SCHEMA_VERSION and (self.options.read_only or self._in_wal_mode(tx)):
                 return
             if self.options.read_only:
-                raise SchemaError("the file's tables are of an older version: open it once without read_only")
+                raise SchemaError("the tables are of an older version: open the store once without read_only")
             if not tx.rows("SELECT name FROM sqlite_master LIMIT 1"):
                 tx.run("PRAGMA auto_vacuum = INCREMENTAL")  # only possible before the first table
             if not self._in_wal_mode(tx):
@@ -1354,14 +1366,7 @@ class _Engine:
                 )
             tx.run("BEGIN IMMEDIATE")
             try:
-                version = self._version(tx)
-                if version is None:
-                    self._create(tx)
-                else:
-                    for old in range(version, _SCHEMA_VERSION):
-                        for statement in _statements(_UPGRADES[old]):
-                            tx.run(statement)
-                    tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'schema'", str(_SCHEMA_VERSION))
+                self._build(tx, self._version(tx))
                 tx.run("COMMIT")
             finally:
                 if tx.db.in_transaction:
@@ -1376,14 +1381,14 @@ class _Engine:
 
     def _version(self, tx: _Tx) -> int | None:
         """The version of the file's tables, None when there are none; SchemaError for tables that are not ours."""
-        tables = {name for (name,) in tx.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")}
+        tables = self._tables(tx)
         if "flowstore_meta" not in tables:
             if clash := sorted(tables.intersection(_TABLE_NAMES)):
                 raise SchemaError(
-                    f"{self.path}: the table {clash[0]!r} in this file is not flowstore's: use another file"
+                    f"{self.target}: the table {clash[0]!r} there is not flowstore's: use another file"
                 )
             if self.options.read_only:
-                raise StorageError(f"{self.path}: there is no store in this file")
+                raise StorageError(f"{self.target}: there is no store in it")
             return None
         try:
             row = tx.row("SELECT value FROM flowstore_meta WHERE key = 'schema'")
@@ -1391,21 +1396,28 @@ class _Engine:
         except (StoreBusy, StoreCorrupt):
             raise
         except (StorageError, ValueError) as error:
-            raise SchemaError(f"{self.path}: the table 'flowstore_meta' in this file is not flowstore's") from error
+            raise SchemaError(f"{self.target}: the table 'flowstore_meta' there is not flowstore's") from error
         if version > _SCHEMA_VERSION:
             raise SchemaError(
-                f"{self.path}: the file's tables are of version {version}, this flowstore knows {_SCHEMA_VERSION}: "
+                f"{self.target}: the tables are of version {version}, this flowstore knows {_SCHEMA_VERSION}: "
                 "upgrade flowstore"
             )
         if version < 1 or (version == _SCHEMA_VERSION and not tables.issuperset(_TABLE_NAMES)):
-            raise SchemaError(f"{self.path}: some of flowstore's tables are missing: restore the file from a backup")
+            raise SchemaError(f"{self.target}: some of flowstore's tables are missing: restore it from a backup")
         return version
 
-    def _create(self, tx: _Tx) -> None:
-        for statement in _statements(_TABLES):
-            tx.run(statement)
-        tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", str(_SCHEMA_VERSION))
-        _add_tenant(tx, DEFAULT_TENANT)
+    def _tables(self, tx: _Tx) -> set[str]:
+        return {name for (name,) in tx.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")}
+
+    def _build(self, tx: _Tx, version: int | None) -> None:
+        """Make the tables, or upgrade those of an older version."""
+        scripts = [_TABLES] if version is None else [_UPGRADES[old] for old in range(version, _SCHEMA_VERSION)]
+        for statement in _statements(";".join(scripts)):
+            tx.run(statement if self.ddl is None else self.ddl(statement))
+        if version is None:
+            tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", str(_SCHEMA_VERSION))
+            _add_tenant(tx, DEFAULT_TENANT)
+        tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'schema'", str(_SCHEMA_VERSION))
 
     # --- running operations ---
     def run(self, operation: _Operation[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
@@ -1658,7 +1670,7 @@ class _Engine:
         try:
             self.watching.add(gate)
             if self.commits == seen:
-                gate.acquire(timeout=max(0.0, min(seconds, _TICK)))
+                gate.acquire(timeout=max(0.0, min(seconds, self.tick)))
         finally:
             self.watching.discard(gate)
 
@@ -1785,7 +1797,7 @@ class _Engine:
             raise StorageError(f"{path}: the folder does not exist: make it first")
         partial = f"{path}.{new_id()}.partial"
         try:
-            self.aside(lambda tx: _copy_database(tx, partial))
+            self.aside(lambda tx: self._copy_to(tx, partial))
             _sync(partial, os.O_RDWR)
             try:
                 os.link(partial, path)  # unlike a rename, never over a file that came meanwhile
@@ -1802,6 +1814,9 @@ class _Engine:
                 with contextlib.suppress(OSError):
                     os.remove(left)
 
+    def _copy_to(self, tx: _Tx, path: str) -> None:
+        _copy_database(tx, path)
+
     def compact(self) -> None:
         """Return free pages in small steps, then empty the WAL."""
         if self.options.read_only:
@@ -1810,6 +1825,10 @@ class _Engine:
             pass
         if self.path is not None:
             self._patiently(lambda: self.alone(_truncate_wal))
+
+    def transaction(self) -> _Block:
+        """A new transaction block, not begun."""
+        return _Block(self)
 
     def block(self) -> _Block | None:
         """The innermost transaction block that this thread or task has open, if any."""
@@ -2062,16 +2081,22 @@ class _Block:
                 self.savepoint = f"flowstore_{new_id()[24:]}"  # a name once used may still stand below
                 self.parent.tx().run(f"SAVEPOINT {self.savepoint}")
                 self.root.nested.append((self._ref, self.savepoint))
-        elif engine.options.read_only and engine.path is not None:
+        else:
+            self._acquire()
+        self.is_open = True
+        _blocks.set((self._ref, *(ref for ref in _blocks.get() if ref() is not None)))
+        return Transaction(self)
+
+    def _acquire(self) -> None:
+        """Begin the transaction of an outermost block."""
+        engine = self.engine
+        if engine.options.read_only and engine.path is not None:
             self._connection = engine._new_connection()
             with self._connection.lock:
                 engine._patiently(self._begin_snapshot)
         else:
             self._call = _Call(None, None, None, None)
             engine.acquire(self._call)
-        self.is_open = True
-        _blocks.set((self._ref, *(ref for ref in _blocks.get() if ref() is not None)))
-        return Transaction(self)
 
     def _begin_snapshot(self) -> None:
         tx = self._connection.use()
@@ -2152,22 +2177,32 @@ class _Block:
                     if not commit:
                         tx.run(f"ROLLBACK TO {self.savepoint}")
                     tx.run(f"RELEASE {self.savepoint}")
-                elif self._call is None:
-                    tx.run("ROLLBACK")
-                elif commit:
-                    self.engine.commit()
+                else:
+                    self._finish(tx, commit)
         finally:
             self._leave()
+
+    def _finish(self, tx: _Tx, commit: bool) -> None:
+        """Commit, or leave it to `_release` to roll back."""
+        if self._call is None:
+            tx.run("ROLLBACK")
+        elif commit:
+            self.engine.commit()
+
+    def _release(self) -> None:
+        """After an outermost block: give back what it held."""
+        if self._call is not None:
+            self.engine._repair(self._call)
+        else:
+            with self._connection.lock:
+                self._connection.close()
 
     def _leave(self) -> None:
         self.is_open = False
         if self.parent is not None and (self._ref, self.savepoint) in self.root.nested:
             self.root.nested.remove((self._ref, self.savepoint))
-        if self._call is not None:
-            self.engine._repair(self._call)
-        elif self.parent is None:
-            with self._connection.lock:
-                self._connection.close()
+        if self.parent is None:
+            self._release()
         _blocks.set(tuple(ref for ref in _blocks.get() if ref is not self._ref))
 
     def __del__(self) -> None:
@@ -2949,7 +2984,7 @@ class StateBackend(_LogFacet):
                 yield self._engine.wait(seen, left)
                 seen = self._engine.commits
 
-    @_write
+    @_write_row
     def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
         now = tx.now()
         expires, looks = _after(now, lease, "lease_seconds"), self._look(tx, queues, now)
@@ -2958,8 +2993,11 @@ class StateBackend(_LogFacet):
                 for row in self._rows(tx, _EXPIRED, queue, now, _RECLAIMED_PER_CLAIM):
                     self._try_again(tx, _ITEM.decode(row), now, "the lease expired")
             looks = self._look(tx, queues, now)
-        heads = [(available, item_id) for _, available, item_id, _ in looks if item_id is not None]
-        return _ITEM.maybe(self._row(tx, _CLAIM, worker_id, expires, min(heads)[1]) if heads else None)
+        while heads := [(available, item_id) for _, available, item_id, _ in looks if item_id is not None]:
+            if (claimed := self._row(tx, _CLAIM, worker_id, expires, min(heads)[1])) is not None:
+                return _ITEM.decode(claimed)
+            looks = self._look(tx, queues, now)  # where writers run side by side, another one took it
+        return None
 
     def _look(self, tx: _Tx, queues: list[str], now: int) -> list[tuple[Any, ...]]:
         return self._rows(tx, _look_sql(len(queues)), now, now, now, *queues) if queues else []
@@ -2996,7 +3034,7 @@ class StateBackend(_LogFacet):
     def _bury(self, tx: _Tx, item_id: str, attempt: int, now: int, error: str | None) -> DeadLetter:
         return _DEAD.decode(self._row(tx, _BURY, attempt, now, error, item_id) or ())
 
-    @_write
+    @_write_row
     def renew_lease(
         self, tx: _Tx, item_id: AnyId | WorkItem, worker_id: AnyId | None = None, *, lease_fence: int | None = None,
         lease_seconds: float | None = None
@@ -3023,7 +3061,7 @@ class StateBackend(_LogFacet):
         Raises LeaseLost at the end of the block if the lease was lost; `.lost` tells meanwhile."""
         return Hold(self, _is(WorkItem, item, "item"), self._lease(lease_seconds))
 
-    @_write
+    @_write_row
     def complete_work_item(self, tx: _Tx, item_id: AnyId | WorkItem, *, lease_fence: int | None = None) -> WorkItem:
         """The work is done: settle the item under its fence, and return it.
 
@@ -3031,7 +3069,7 @@ class StateBackend(_LogFacet):
         Without: any item but a dead letter (LeaseLost). Raises NotFound. Source: StateBackend.complete_work_item."""
         return self._settle(tx, WorkItemStatus.COMPLETED, item_id, lease_fence)
 
-    @_write
+    @_write_row
     def fail_work_item(
         self, tx: _Tx, item_id: AnyId | WorkItem, error: str, *, lease_fence: int | None = None
     ) -> WorkItem:
@@ -3052,7 +3090,7 @@ class StateBackend(_LogFacet):
             raise self._not_held(tx, item)
         return _ITEM.decode(row)
 
-    @_write
+    @_write_row
     def retry_work_item(
         self, tx: _Tx, item_id: AnyId | WorkItem, error: str | None = None, *, delay: float | None = None, lease_fence:
         int | None = None
@@ -3606,7 +3644,7 @@ class PersistenceProvider(_Facet):
         row = tx.row(_SUBSCRIPTIONS.format(f"AND {_UNHELD}"), *event, tx.now(), 1)
         return None if row is None else _SUBSCRIPTION.decode(row)
 
-    @_write
+    @_write_row
     def set_subscription_token(self, tx: _Tx, id: AnyId, token: str, worker_id: AnyId, expiry: datetime) -> bool:
         """Take a subscription until `expiry`: True for one of any number of callers. Source: set_subscription_token.
 
@@ -3618,7 +3656,7 @@ class PersistenceProvider(_Facet):
             raise NotFound("subscription", key)
         return False
 
-    @_write
+    @_write_row
     def clear_subscription_token(self, tx: _Tx, id: AnyId, token: str) -> None:
         """Give a subscription back. Raises NotFound unless this is its token. Source: clear_subscription_token."""
         self._change(tx, "subscription", _LET_GO, id, _text(token, "token"))
@@ -3793,7 +3831,7 @@ class Store(_Facet):
 
         Facet calls join it, each as a savepoint, as is a nested one; `tx.execute` runs the user's own SQL. What leaves
         the block as an exception undoes it. Raises StoreBusy, and StorageError when the database ended it."""
-        return _Block(self._engine)
+        return self._engine.transaction()
 
     def now(self) -> datetime:
         """The store's time, in UTC."""
@@ -3875,8 +3913,10 @@ def _path(path: object, argument: str) -> str:
         raise InvalidData(f"{argument}: the path is empty")
     return os.path.abspath(text)
 
+_SERVERS: dict[str, Callable[[str, _Options], _Engine]] = {}  # by the scheme of its URLs, the engine of a server
+
 def _parse_target(target: object) -> tuple[str, str | None]:
-    """What to call a target, and the absolute path of its file (None: in memory)."""
+    """What to call a target, and the absolute path of its file (None: in memory; "": on a server)."""
     if not isinstance(target, str):
         return str(target), _path(target, "target")
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", target)
@@ -3888,6 +3928,8 @@ def _parse_target(target: object) -> tuple[str, str | None]:
         if "?" in name:
             raise InvalidData("target: a ?query is not understood here: pass options to open() by name")
         name = urllib.parse.unquote(name, errors="surrogateescape")
+    elif scheme and scheme[1].lower() in _SERVERS:
+        return target, ""
     elif scheme and scheme[2]:
         raise StorageError(f"target: the scheme {scheme[1]!r} is not known: give a path, sqlite:///path or :memory:")
     return target, None if name == ":memory:" else _path(name, "target")
@@ -3926,6 +3968,8 @@ def open(
     if sqlite3.sqlite_version_info < (3, 35):
         raise StorageError(f"SQLite 3.35 or newer is needed, this Python has {sqlite3.sqlite_version}")
     name, path = _parse_target(target)
+    if path == "":
+        return Store(_SERVERS[name.split(":")[0].lower()](name, options))
     if path is not None:
         if os.path.isdir(path):
             raise StorageError(f"{path}: this is a folder: name a file in it")
