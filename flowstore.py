@@ -4539,5 +4539,479 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, dict[str, dict[str, Any]]]
 }
 _HELPERS: dict[str, Callable[..., int]] = {"demo-worker": _demo_worker, "selftest-writer": _selftest_writer}
 
+# ============================================================================================================
+# PostgreSQL: a server in place of the file; without this chapter all the others work as before
+# ============================================================================================================
+
+# What each of our statements says to SQLite it says to PostgreSQL too, once its placeholders are numbered. Writers
+# run side by side: SERIALIZABLE, and begun again when they lose, or READ COMMITTED where the lock on a row is enough.
+# The numbers that order the logs over the whole store begin with that of their transaction (and leave 2**20 for its
+# rows): reading up to the oldest transaction under way, nobody skips what commits later with a lower number. `base` is
+# added where the server counts from below what is stored, as it does after a dump was restored.
+_CONNECTIONS = 8  # of one process, at most: callers wait for one; more would only wait for each other in the server
+_NUMBER = """BIGINT PRIMARY KEY DEFAULT ((pg_current_xact_id()::text::bigint + 0 << 20) + set_config('flowstore.number',
+    (COALESCE(NULLIF(current_setting('flowstore.number', true), ''), '0')::bigint + 1)::text, true)::bigint)"""
+_NUMBERED = (("flow_events", "id"), ("execution_errors", "id"), ("flowstore_log", "position"))
+_FIRST = "(SELECT {}::text::bigint + value::bigint << 20 FROM flowstore_meta WHERE key = 'base')".format
+_SETTLED = (f"position > ? AND (position < {_FIRST('pg_snapshot_xmin(pg_current_snapshot())')} "
+            f"OR position >= {_FIRST('pg_current_xact_id_if_assigned()')})")
+_IN_POSTGRES = (  # how the schema's words read there; an index entry of 2,700 bytes holds two ids
+    (r"INTEGER PRIMARY KEY( AUTOINCREMENT)?", _NUMBER), (r"\bINTEGER\b", "BIGINT"), (r"\bBLOB\b", "BYTEA"),
+    (r"\bTEXT\b", 'TEXT COLLATE "C"'), (r" WITHOUT ROWID", ""),
+    (r"(event_name, event_key, \w+|tenant_id, queue_type, \w+), id\)", r"\1)"),
+    (r", PRIMARY KEY (\(tenant_id, workflow_id), version\)\)",
+     r"); CREATE UNIQUE INDEX flowstore_definitions_key ON flowstore_definitions \1, md5(version))"),
+)
+_PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named one
+    r"""([eE]'(?:[^'\\]|\\.|'')*'|'[^']*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\2\$|::)|\?|:([A-Za-z_]\w*)""",
+    re.DOTALL,
+)
+_NEWS = re.compile("INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'")
+
+@functools.lru_cache(2000)
+def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[str, ...]]:
+    """A statement with $1, $2, ... for its placeholders, and with the locks that its isolation level asks for."""
+    names: list[str] = []
+
+    def number(found: re.Match[str]) -> str:
+        if found[1] or (found[3] and not named):
+            return found[0]
+        if found[3] not in names or not found[3]:
+            names.append(found[3] or "")
+        return f"${names.index(found[3]) + 1 if found[3] else len(names)}"
+
+    if level and "q.column1" in sql:  # a claim's look: what another one is claiming is skipped
+        sql = sql.replace("available_at, id LIMIT 1", "available_at, id LIMIT 1 FOR UPDATE SKIP LOCKED")
+    if level and sql.startswith("SELECT") and "AND status = 'claimed' AND lease_expires_at <= ?" in sql:
+        sql += " FOR UPDATE SKIP LOCKED"
+    elif level == "READ COMMITTED" and sql.startswith("SELECT") and "FROM flowstore_work_items WHERE id = ?" in sql:
+        sql += " FOR UPDATE"
+    return _PLACEHOLDERS.sub(number, sql.replace("position > ?", _SETTLED)), tuple(names)
+
+class _PostgresRows:
+    """What a statement gave."""
+
+    def __init__(self, cursor: Any) -> None:
+        self.rowcount = cursor.rowcount
+        self._rows = cursor.fetchall() if cursor.description else []
+
+    def fetchall(self) -> list[tuple[Any, ...]]:
+        return self._rows
+
+class _PostgresDb:
+    """A psycopg connection with what the rest of this module uses of sqlite3's; its errors are ours."""
+
+    def __init__(self, engine: _PostgresEngine) -> None:
+        self.engine = engine
+        self.level = ""  # the isolation of the transaction, when it writes
+        self.number = ""  # of that transaction, in the server
+        self.news = False  # it wrote something that others may be waiting for
+        psycopg = engine.psycopg
+        try:
+            self.db = psycopg.connect(engine.url, autocommit=True, cursor_factory=psycopg.RawCursor)
+        except psycopg.Error as error:
+            says = " ".join(str(error).split())
+            kind = StoreBusy if re.search("starting up|shutting down|too many|connection slots", says) else StorageError
+            raise kind(f"{engine.target}: the server cannot be used: {says}") from error
+        self._call(self.db.execute, engine.settings)
+
+    @property
+    def in_transaction(self) -> bool:
+        """True while a transaction is open on it."""
+        return self.db.info.transaction_status.name in ("ACTIVE", "INTRANS", "INERROR")
+
+    def begin(self, level: str) -> None:
+        """Begin a transaction: one that writes, at a level of isolation, or else one that reads one snapshot."""
+        self.level, self.news = level, False
+        if level:
+            cursor = self._call(self.db.execute, f"BEGIN ISOLATION LEVEL {level}; SELECT pg_current_xact_id()")
+            cursor.nextset()
+            self.number = cursor.fetchone()[0]
+        else:
+            self._call(self.db.execute, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+
+    def execute(self, sql: str, parameters: Any = ()) -> _PostgresRows:
+        """Run a statement, ours or the user's."""
+        if sql.startswith("PRAGMA"):  # check() asks what SQLite thinks of its file
+            return self._execute("SELECT 1 WHERE false", "", ())
+        rows = self._execute(sql, self.level, parameters)
+        if self.level and "q.column1" in sql and not any(row[2] for row in rows.fetchall()):
+            return self._execute(sql, "", parameters)  # what another claim skips may become free: wait for its end
+        return rows
+
+    def _execute(self, sql: str, level: str, parameters: Any) -> _PostgresRows:
+        text, names = _in_postgres(sql, level, isinstance(parameters, dict))
+        self.news = self.news or _NEWS.search(sql) is not None
+        values = [parameters[name] for name in names] if isinstance(parameters, dict) else parameters
+        return _PostgresRows(self._call(self.db.execute, text, values or None))
+
+    def executemany(self, sql: str, rows: Iterable[Any]) -> _PostgresRows:
+        """Run a statement for each of the rows."""
+        several = list(rows)
+        text, names = _in_postgres(sql, self.level, named := bool(several) and isinstance(several[0], dict))
+        self.news = self.news or _NEWS.search(sql) is not None
+        cursor = self.db.cursor()
+        self._call(cursor.executemany, text, [[row[name] for name in names] for row in several] if named else several)
+        return _PostgresRows(cursor)
+
+    def commit(self) -> None:
+        """Commit; those who wait hear of it, by a transaction of its own: NOTIFY would make commits queue up."""
+        self._call(self.db.execute, f"COMMIT; NOTIFY {self.engine.schema}" if self.news else "COMMIT")
+        self.level = ""
+
+    def rollback(self) -> None:
+        """Roll back what is open, if anything."""
+        self.level = ""
+        if self.in_transaction:
+            try:
+                self.db.rollback()
+            except self.engine.psycopg.Error:
+                self.db.close()
+
+    def close(self) -> None:
+        """Close; the server rolls back what is not committed."""
+        self.db.close()
+
+    def _call(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        """Call psycopg. A lost race or connection is StoreBusy: it has ended the transaction, nothing was written."""
+        try:
+            return method(*arguments)
+        except self.engine.psycopg.Error as error:
+            code, told = error.sqlstate or "", error.diag
+            says = " ".join(str(told.message_primary or error).split())
+            # A row of ours that is there against what was seen, or no longer: another transaction was first.
+            ours = told.schema_name == self.engine.schema and told.table_name in _TABLE_NAMES
+            if self.db.closed or code in ("40001", "40P01", "55P03") or (ours and code in ("23503", "23505")):
+                self.rollback()
+                raise StoreBusy(f"another transaction was first, nothing was written: run it again ({says})") from error
+            kind = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}.get(code, StorageError)
+            raise kind(f"the database failed: {says}") from error
+
+def _below(tx: _Tx) -> _PostgresDb:
+    """What a transaction here runs on."""
+    db: Any = tx.db
+    below: _PostgresDb = db
+    return below
+
+class _Permit:
+    """The right to use a connection. It gives itself back when it is dropped: no interrupt can lose one."""
+
+    def __init__(self, engine: _PostgresEngine) -> None:
+        self._engine = weakref.ref(engine)
+
+    def __del__(self) -> None:
+        if (engine := self._engine()) is not None:
+            engine.permits.put(_Permit(engine))
+
+class _PostgresEngine(_Engine):
+    """A database on a PostgreSQL server: each call has a connection and a transaction of its own."""
+    tick = 0.1
+
+    def __init__(self, target: str, options: _Options) -> None:
+        import importlib
+        import urllib.parse
+        try:
+            self.psycopg: Any = importlib.import_module("psycopg")
+        except ImportError as error:
+            raise StorageError("a server's URL needs psycopg: pip install 'flowstore[postgres]'") from error
+        parts = urllib.parse.urlsplit(target)
+        query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+        self.schema = query.pop("schema", "flowstore")
+        if not re.fullmatch("[a-z_][a-z0-9_]{0,62}", self.schema):
+            raise InvalidData(f"target: a schema's name is made of a-z, 0-9 and _, not {self.schema!r}")
+        self.url = parts._replace(query=urllib.parse.urlencode(query)).geturl()
+        login, at, host = parts.netloc.rpartition("@")
+        target = parts._replace(netloc=login.split(":")[0] + at + host, query=re.sub(
+            "(^|&)(ssl)?password=[^&]*", "", parts.query)).geturl()
+        self.settings = f"""SET search_path = {self.schema}, public; SET jit = off; SET enable_seqscan = off;
+            SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
+            SET synchronous_commit = {'on' if options.synchronous == 'FULL' else 'off'};
+            SET default_transaction_read_only = {'on' if options.read_only else 'off'}"""
+        self._permit_all()
+        super().__init__(target, None, options)
+
+    def _permit_all(self) -> None:
+        import queue
+        self.permits: Any = queue.SimpleQueue()
+        for _ in range(_CONNECTIONS):
+            self.permits.put(_Permit(self))
+
+    def _connect(self) -> Any:
+        self._refuse_closed()
+        return _PostgresDb(self)
+
+    def _borrow(self) -> _Connection:
+        """A connection for one call or block; StoreBusy while all of them are in use."""
+        import queue
+        try:
+            permit = self.permits.get(timeout=self.options.busy_timeout)
+        except queue.Empty:
+            raise StoreBusy(f"{_CONNECTIONS} calls and blocks held all connections of this store too long") from None
+        self._refuse_closed()
+        try:
+            connection = self.readers.pop()
+        except IndexError:
+            connection = self._new_connection()
+        connection.permit = permit
+        return connection
+
+    def _give_back(self, connection: _Connection) -> None:
+        with connection.lock:
+            if connection.tx is not None:
+                _below(connection.tx).rollback()  # if it was left open
+            if self.closed or (connection.tx is not None and _below(connection.tx).db.closed):
+                connection.close()  # opened again at its next use
+        self.readers.append(connection)
+        connection.permit = None
+
+    # --- opening ---
+    def _prepare(self) -> None:
+        """Create or upgrade the tables in their schema, whoever else opens it at the same time."""
+        self._patiently(lambda: self._with_connection(self._prepare_schema))
+
+    def _prepare_schema(self, tx: _Tx) -> None:
+        if self._version(tx) == _SCHEMA_VERSION and (self.options.read_only or not self._numbers_behind(tx)):
+            return
+        if self.options.read_only:
+            raise SchemaError("the tables are of an older version: open the store once without read_only")
+        tx.run("BEGIN")
+        tx.rows("SELECT pg_advisory_xact_lock(hashtext(?))", self.schema)
+        if (version := self._version(tx)) is None:
+            tx.run(f"CREATE SCHEMA IF NOT EXISTS {self.schema}")
+        self._build(tx, version)
+        if version is None:
+            tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('base', '0')")
+        if behind := self._numbers_behind(tx):
+            tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'base'", str(behind))
+            for table, column in _NUMBERED:
+                number = _NUMBER.replace("+ 0 <<", f"+ {behind} <<").split(" DEFAULT ")[1]
+                tx.run(f"ALTER TABLE {table} ALTER {column} SET DEFAULT {number}")
+        tx.run("COMMIT")
+
+    def _tables(self, tx: _Tx) -> set[str]:
+        return {name for (name,) in tx.rows("SELECT relname::text FROM pg_class WHERE relkind IN ('r', 'v') AND "
+                                            "relnamespace = to_regnamespace(?)", self.schema)}
+
+    def _numbers_behind(self, tx: _Tx) -> int:
+        """The base with which new numbers lie above all that are stored; 0 while they do."""
+        top = max(tx.rows(f"SELECT COALESCE(MAX({column}), 0) >> 20 FROM {table}")[0][0] for table, column in _NUMBERED)
+        base, following = tx.rows("SELECT value::bigint, pg_snapshot_xmax(pg_current_snapshot())::text::bigint "
+                                  "FROM flowstore_meta WHERE key = 'base'")[0]
+        return int(top - following + 1) if top >= base + following else 0
+
+    @staticmethod
+    def ddl(statement: str) -> str:
+        """A statement of the schema, as PostgreSQL words it."""
+        for pattern, meaning in _IN_POSTGRES:
+            statement = re.sub(pattern, meaning, statement)
+        return statement
+
+    # --- running operations ---
+    def run(self, operation: _Operation[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation: in the caller's open transaction, or in one of its own until it wins."""
+        if _blocks.get() and (block := self.block()) is not None:
+            return block.run(operation, facet, args, kwargs)
+        if operation.writes and self.options.read_only:
+            raise StorageError("the store was opened read-only: nothing can be changed through it")
+
+        def run(tx: _Tx) -> Any:
+            if operation.writes or operation.snapshot:
+                _below(tx).begin("READ COMMITTED" if operation.row else "SERIALIZABLE" if operation.writes else "")
+            result = operation.run(facet, tx, args, kwargs)
+            if operation.writes:
+                self.commit_there(tx)
+            return result
+
+        return self._patiently(lambda: self._with_connection(run))
+
+    def _with_connection(self, action: Callable[[_Tx], R]) -> R:
+        connection = self._borrow()
+        try:
+            with connection.lock:
+                return action(connection.use())
+        finally:
+            self._give_back(connection)
+
+    def commit_there(self, tx: _Tx) -> None:
+        """Commit; when the connection is lost in the middle, the server is asked what became of it."""
+        try:
+            _below(tx).commit()
+        except StoreBusy:
+            if not _below(tx).db.closed or not self._has_committed(_below(tx).number):
+                raise
+
+    def _has_committed(self, number: str) -> bool:
+        deadline = time.monotonic() + self.options.busy_timeout
+        while True:
+            try:
+                found = self.aside(lambda tx: tx.rows("SELECT pg_xact_status(?::xid8)", number)[0][0])
+                if found != "in progress":
+                    return bool(found == "committed")
+            except StorageError as error:
+                if time.monotonic() > deadline or self.closed:
+                    raise StorageError("the server was lost during COMMIT: look whether this was stored") from error
+            time.sleep(0.05)
+
+    def aside(self, action: Callable[[_Tx], R]) -> R:
+        """Run `action` on one snapshot, on a connection of its own."""
+        connection = self._new_connection()
+        with connection.lock:
+            try:
+                tx = connection.use()
+                _below(tx).begin("")
+                return action(tx)
+            finally:
+                connection.close()
+
+    def transaction(self) -> _Block:
+        """A new transaction block, not begun."""
+        return _PostgresBlock(self)
+
+    def wait(self, seen: int, seconds: float) -> Any:
+        """Wait until the server tells of a commit; one thread listens for all of them."""
+        self._refuse_closed()
+        deadline = time.monotonic() + min(seconds, self.tick)
+        if not self.writer.lock.acquire(blocking=False):
+            return super().wait(seen, seconds)
+        try:
+            listening, db = self.writer.tx is not None, _below(self.writer.use())
+            if not listening:  # what was committed until now may not have been seen
+                db.execute(f"LISTEN {self.schema}")
+            elif not self.closed and self.commits == seen:
+                for _ in db.db.notifies(timeout=max(0.0, deadline - time.monotonic()), stop_after=1):
+                    self.commits += 1
+        except (StorageError, self.psycopg.Error):
+            self.writer.close()
+            time.sleep(max(0.0, deadline - time.monotonic()))
+        finally:
+            self.writer.lock.release()
+            self._wake_watchers()  # another one listens now
+
+    def sizes(self, tx: _Tx) -> dict[str, int]:
+        """Bytes of the tables; the log beside them is the server's."""
+        sql = "SELECT COALESCE(SUM(pg_total_relation_size(to_regclass(name)))::bigint, 0) FROM unnest(?::text[]) name"
+        return {"file_bytes": tx.rows(sql, list(_TABLE_NAMES))[0][0], "wal_bytes": 0}
+
+    def _copy_to(self, tx: _Tx, path: str) -> None:
+        """A backup is an SQLite file."""
+        with open(path) as store:
+            _copy_tables(tx.rows, store)
+
+    def compact(self) -> None:
+        """Have the server find the space that is free again."""
+        if self.options.read_only:
+            raise StorageError("the store was opened read-only: nothing can be changed through it")
+        self._with_connection(lambda tx: tx.run(f"VACUUM (ANALYZE) {', '.join(_TABLE_NAMES)}"))
+
+    def close(self) -> None:
+        """Close every connection; who waits is woken with StoreClosed, an open transaction is rolled back."""
+        self.closed = True
+        self.permits.put(_Permit(self))
+        super().close()
+
+    # --- fork ---
+    def before_fork(self) -> None:
+        """The parent goes on as if nothing had happened."""
+
+    after_fork_in_parent = before_fork
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew: the connections are the parent's, and even closing one here would end it there."""
+        for connection in list(self.connections):
+            if connection.tx is not None:
+                _keep_for_ever(_below(connection.tx).db)
+            connection.lock, connection.tx = threading.RLock(), None
+        self.mutex, self.watching, self.readers = threading.RLock(), set(), []
+        self._permit_all()
+
+class _PostgresBlock(_Block):
+    """A block has a connection of its own. One that loses against another transaction is StoreBusy, and run again."""
+    engine: _PostgresEngine
+
+    def _acquire(self) -> None:
+        self.engine._patiently(self._begin)
+
+    def _begin(self) -> None:
+        self._connection = self.engine._borrow()
+        try:
+            with self._connection.lock:
+                _below(self._connection.use()).begin("" if self.engine.options.read_only else "SERIALIZABLE")
+        except BaseException:
+            self._release()
+            raise
+
+    def _finish(self, tx: _Tx, commit: bool) -> None:
+        if commit:
+            self.engine.commit_there(tx)
+
+    def _release(self) -> None:
+        self.engine._give_back(self._connection)
+
+_SERVERS |= {"postgresql": _PostgresEngine, "postgres": _PostgresEngine}
+
+# --- copy: a store moves from one engine to the other ---
+_COPIED = {  # by table, its columns and those of its key; referred ones first
+    name: (re.findall(r"(\w+) (?:TEXT|INTEGER|BLOB)", columns),
+           (re.findall(r"PRIMARY KEY \(([^)]+)\)", columns) or re.findall(r"(\w+) \w+ PRIMARY KEY", columns))[0])
+    for name, columns in re.findall(r"CREATE TABLE (\w+) (.*)", " ".join(_TABLES.split()).replace("; ", ";\n"))
+    if name != "flowstore_meta"
+}
+
+def _table_rows(rows: Callable[..., list[tuple[Any, ...]]], table: str, after: tuple[Any, ...] | None = None
+                ) -> Iterator[list[tuple[Any, ...]]]:
+    """The rows of a table behind a key, in the order of its key, some hundred at a time."""
+    columns, key = _COPIED[table]
+    places = [columns.index(name) for name in key.split(", ")]
+    marks = ", ".join("?" * len(places))
+    while True:
+        behind = f"WHERE ({key}) > ({marks})" if after is not None else ""
+        found = rows(f"SELECT {', '.join(columns)} FROM {table} {behind} ORDER BY {key} LIMIT 500", *(after or ()))
+        if not found:
+            return
+        yield found
+        after = tuple(found[-1][place] for place in places)
+
+def _copy_tables(rows: Callable[..., list[tuple[Any, ...]]], target: Store, tell: Callable[[int], Any] = bool) -> None:
+    """Copy what `rows` reads into a new store, or go on with a copy that was broken off."""
+    with target.transaction() as tx:
+        if not tx.execute("SELECT 1 FROM flowstore_meta WHERE key = 'copying'"):
+            if sum(target.stats()["tables"].values()) > len(tx.execute("SELECT 1 FROM flowstore_meta")) + 1:
+                raise StorageError(f"{target.target}: there is a store already: copy into a new one")
+            tx.execute("DELETE FROM flowstore_tenants")
+            tx.execute("INSERT INTO flowstore_meta (key, value) VALUES ('copying', '')")
+    done = 0
+    for table, (columns, key) in _COPIED.items():
+        insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+        order = ", ".join(f"{name} DESC" for name in key.split(", "))
+        with target.transaction() as tx:
+            last = tx.execute(f"SELECT {key} FROM {table} ORDER BY {order} LIMIT 1")
+            done += tx.execute(f"SELECT COUNT(*) FROM {table}")[0][0]
+        for chunk in _table_rows(rows, table, last[0] if last else None):
+            with target.transaction() as tx:
+                tx.executemany(insert, chunk)
+            tell(done := done + len(chunk))
+    with target.transaction() as tx:
+        tx.execute("DELETE FROM flowstore_meta WHERE key = 'copying'")
+
+def _copy_command(args: Any) -> int:
+    """Copy a store into a new one, of either engine, and compare them; status 1 when they differ."""
+    with open(args.source, read_only=True) as source, source.transaction() as read:  # one snapshot
+        rows: Callable[..., list[tuple[Any, ...]]] = lambda sql, *values: read.execute(sql, values)  # noqa: E731
+        total = sum(rows(f"SELECT COUNT(*) FROM {table}")[0][0] for table in _COPIED)
+        with open(args.target) as target:
+            _copy_tables(rows, target, lambda done: _bar(sys.stdout, done, total, "rows"))
+        _bar(sys.stdout)
+        with open(args.target) as target, target.transaction() as copy:
+            other = lambda sql, *values: copy.execute(sql, values)  # noqa: E731
+            differ = [table for table in _COPIED if any(
+                one != two for one, two in itertools.zip_longest(_table_rows(rows, table), _table_rows(other, table)))]
+    print(f"{args.target}: {total:,} rows,", f"other than the source in {', '.join(differ)}" if differ else "equal")
+    return 1 if differ else 0
+
+_COMMANDS["copy"] = (_copy_command, "copy a store into a new one, from SQLite to PostgreSQL or back", {
+    "source": {"metavar": "SOURCE", "help": "a database file or URL"},
+    "target": {"metavar": "TARGET", "help": "a new one, or one into which this copy was broken off"}})
+
+
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -25,6 +25,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -110,7 +111,7 @@ from flowstore import (
 # Conventions, opening, transactions, the log, executions, the queue
 # ==========================================================================================================
 
-ENGINES = ["memory", "file"]
+ENGINES = ["memory", "file", "postgres"]
 START = datetime(2030, 1, 1, tzinfo=UTC)
 EVENT = {"type": "custom"}
 MAX_INT = 2**63 - 1
@@ -147,13 +148,81 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(params=ENGINES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What asks for a store runs on every engine; what is about SQLite itself (`sqlite`) on SQLite's two."""
+    engines = [name for name in ENGINES if name != "postgres" or not metafunc.definition.get_closest_marker("sqlite")]
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    for fixture in ("make_store", "target", "make_store_state", "store_flow"):
+        if fixture in metafunc.fixturenames and fixture not in re.findall(r"\w+", str(given)):
+            metafunc.parametrize(fixture, engines, indirect=True)
+
+
+class PostgresServer:
+    """A PostgreSQL server of our own, on this machine alone."""
+
+    def __init__(self, folder: Path, *settings: str) -> None:
+        found = [*sorted(Path("/usr/lib/postgresql").glob("*/bin")), *map(Path, os.get_exec_path())]
+        self.programs = next((bin for bin in reversed(found) if (bin / "initdb").exists()), None)
+        if self.programs is None:
+            pytest.skip("initdb, of PostgreSQL, is missing: apt-get install postgresql")
+        pytest.importorskip("psycopg")
+        self.folder, self.user = folder, "postgres" if os.getuid() == 0 else None  # it refuses to run as root
+        if self.user:
+            shutil.chown(folder, self.user)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.run("initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C.UTF-8", "-N")
+        own = ("listen_addresses=127.0.0.1", f"port={self.port}", f"unix_socket_directories={folder}", *settings)
+        (folder / "data" / "postgresql.auto.conf").write_text("".join(f"{one.replace('=', ' = ', 1)}\n".replace(
+            "= ", "= '", 1).replace("\n", "'\n") for one in own))
+        self.schemas = itertools.count()
+        self.start()
+
+    def run(self, program: str, *arguments: str) -> None:
+        """Run a program of PostgreSQL's as its user."""
+        assert self.programs is not None
+        subprocess.run([str(self.programs / program), *arguments], user=self.user, cwd=self.folder, check=True,
+                       stdout=subprocess.DEVNULL, env=os.environ | {"LC_ALL": "C"})  # fmt: skip
+
+    def start(self) -> None:
+        self.run("pg_ctl", "-D", f"{self.folder}/data", "-l", f"{self.folder}/log", "-w", "start")
+
+    def stop(self, mode: str) -> None:
+        self.run("pg_ctl", "-D", f"{self.folder}/data", "-w", "-m", mode, "stop")
+
+    def target(self) -> str:
+        """The URL of a schema where nothing is yet."""
+        return f"postgresql://postgres:secret@127.0.0.1:{self.port}/postgres?schema=test_{next(self.schemas)}"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """The server that all tests share: one that need not survive a crash of the machine."""
+    with tempfile.TemporaryDirectory(prefix="flowstore-pg-", ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o755)
+        server = PostgresServer(Path(folder), "fsync=off", "full_page_writes=off", "autovacuum=off", "max_connections=200")
+        try:
+            yield server
+        finally:
+            server.stop("immediate")
+
+
+def target_of(request: pytest.FixtureRequest, path: Path) -> str:
+    """Where the engine that a fixture was asked for may make a new store."""
+    if request.param == "postgres":
+        server: PostgresServer = request.getfixturevalue("postgres")
+        return server.target()
+    return ":memory:" if request.param == "memory" else str(path)
+
+
+@pytest.fixture
 def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeStore]:
     """A function that opens a new, empty database of the engine; keywords are those of `open`."""
     opened: list[Store] = []
 
     def make(**options: Any) -> Store:
-        target = ":memory:" if request.param == "memory" else tmp_path / f"store-{len(opened)}.db"
+        target = target_of(request, tmp_path / f"store-{len(opened)}.db")
         opened.append(flowstore.open(target, **{"synchronous": "OFF", **options}))
         return opened[-1]
 
@@ -4481,9 +4550,9 @@ def watchdog() -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-@pytest.fixture(params=["file", "memory"])
+@pytest.fixture
 def target(request: pytest.FixtureRequest, path: Path) -> str:
-    return str(path) if request.param == "file" else ":memory:"
+    return target_of(request, path)
 
 
 @pytest.fixture
@@ -6209,13 +6278,13 @@ class StateClock:
         return self.now
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture
 def make_store_state(request: pytest.FixtureRequest, tmp_path: Path, clock: StateClock) -> Iterator[Callable[[], Store]]:
     """A function that opens a new, empty store of the engine."""
     opened: list[Store] = []
 
     def make() -> Store:
-        target = ":memory:" if request.param == "memory" else tmp_path / f"store-{len(opened)}.db"
+        target = target_of(request, tmp_path / f"store-{len(opened)}.db")
         opened.append(flowstore.open(target, clock=clock, synchronous="OFF", lease_seconds=10, backoff=float))
         return opened[-1]
 
@@ -7489,10 +7558,9 @@ TABLES = ("workflows", "execution_pointers", "events", "event_subscriptions", "s
 a_few_flow = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture
 def store_flow(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    target = ":memory:" if request.param == "memory" else tmp_path / "store.db"
-    with flowstore.open(target, clock=clock, lease_seconds=10, synchronous="OFF") as opened:
+    with flowstore.open(target_of(request, tmp_path / "store.db"), clock=clock, lease_seconds=10, synchronous="OFF") as opened:
         yield opened
 
 
