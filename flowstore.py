@@ -1244,7 +1244,7 @@ class _Engine:
     Whoever holds a connection's lock may take the mutex, never the other way round."""
 
     tick = _TICK
-    ddl: Callable[[str], str] | None = None  # how the engine words a statement of the schema
+    ddl: Callable[[str], str] = str  # how the engine words the schema
 
     def __init__(self, target: str, path: str | None, options: _Options) -> None:
         self.target = target
@@ -1412,8 +1412,8 @@ class _Engine:
     def _build(self, tx: _Tx, version: int | None) -> None:
         """Make the tables, or upgrade those of an older version."""
         scripts = [_TABLES] if version is None else [_UPGRADES[old] for old in range(version, _SCHEMA_VERSION)]
-        for statement in _statements(";".join(scripts)):
-            tx.run(statement if self.ddl is None else self.ddl(statement))
+        for statement in _statements(self.ddl(";".join(scripts))):
+            tx.run(statement)
         if version is None:
             tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", str(_SCHEMA_VERSION))
             _add_tenant(tx, DEFAULT_TENANT)
@@ -4640,19 +4640,25 @@ class _PostgresDb:
         return rows
 
     def _execute(self, sql: str, level: str, parameters: Any) -> _PostgresRows:
-        text, names = _in_postgres(sql, level, isinstance(parameters, dict))
-        self.news = self.news or _NEWS.search(sql) is not None
-        values = [parameters[name] for name in names] if isinstance(parameters, dict) else parameters
-        return _PostgresRows(self._call(self.db.execute, text, values or None))
+        text, values = self._prepared(sql, level, parameters)
+        # Only as a prepared statement it is refused when it is several.
+        return _PostgresRows(self._call(self.db.execute, text, values, prepare=True if ";" in sql else None))
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> _PostgresRows:
         """Run a statement for each of the rows."""
-        several = list(rows)
-        text, names = _in_postgres(sql, self.level, named := bool(several) and isinstance(several[0], dict))
-        self.news = self.news or _NEWS.search(sql) is not None
+        texts = [self._prepared(sql, self.level, row) for row in rows] or [("SELECT 1 WHERE false", ())]
         cursor = self.db.cursor()
-        self._call(cursor.executemany, text, [[row[name] for name in names] for row in several] if named else several)
+        self._call(cursor.executemany, texts[0][0], [values for _, values in texts])
         return _PostgresRows(cursor)
+
+    def _prepared(self, sql: str, level: str, parameters: Any) -> tuple[str, Sequence[Any]]:
+        """The text of a statement, and its values in the order of their numbers."""
+        text, names = _in_postgres(sql, level, named := isinstance(parameters, dict))
+        values = [parameters[name] for name in names] if named else parameters
+        if "\0" in sql or len(values) != len(names):
+            raise StorageError(f"the statement has {len(names)} placeholders for {len(values)} values, or holds NUL")
+        self.news = self.news or _NEWS.search(sql) is not None
+        return text, values
 
     def commit(self) -> None:
         """Commit; those who wait hear of it, by a transaction of its own: NOTIFY would make commits queue up."""
@@ -4672,10 +4678,10 @@ class _PostgresDb:
         """Close; the server rolls back what is not committed."""
         self.db.close()
 
-    def _call(self, method: Callable[..., Any], *arguments: Any) -> Any:
+    def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call psycopg. A lost race or connection is StoreBusy: it has ended the transaction, nothing was written."""
         try:
-            return method(*arguments)
+            return method(*arguments, **options)
         except self.engine.psycopg.Error as error:
             code, told = error.sqlstate or "", error.diag
             says = " ".join(str(told.message_primary or error).split())
@@ -4727,6 +4733,7 @@ class _PostgresEngine(_Engine):
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
             SET synchronous_commit = {'on' if options.synchronous == 'FULL' else 'off'};
             SET default_transaction_read_only = {'on' if options.read_only else 'off'}"""
+        self.blocks: dict[int, Callable[[], Any]] = {}  # by thread, a reference to the block it opened last
         self._permit_all()
         super().__init__(target, None, options)
 
@@ -4800,11 +4807,11 @@ class _PostgresEngine(_Engine):
         return int(top - following + 1) if top >= base + following else 0
 
     @staticmethod
-    def ddl(statement: str) -> str:
-        """A statement of the schema, as PostgreSQL words it."""
+    def ddl(script: str) -> str:
+        """The schema, as PostgreSQL words it."""
         for pattern, meaning in _IN_POSTGRES:
-            statement = re.sub(pattern, meaning, statement)
-        return statement
+            script = re.sub(pattern, meaning, script)
+        return script
 
     # --- running operations ---
     def run(self, operation: _Operation[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
@@ -4813,6 +4820,8 @@ class _PostgresEngine(_Engine):
             return block.run(operation, facet, args, kwargs)
         if operation.writes and self.options.read_only:
             raise StorageError("the store was opened read-only: nothing can be changed through it")
+        if operation.writes:
+            self.refuse_to_wait_for_oneself()
 
         def run(tx: _Tx) -> Any:
             if operation.writes or operation.snapshot:
@@ -4823,6 +4832,11 @@ class _PostgresEngine(_Engine):
             return result
 
         return self._patiently(lambda: self._with_connection(run))
+
+    def refuse_to_wait_for_oneself(self) -> None:
+        """StorageError for what another task of this thread, with its open block, might hold up for ever."""
+        if (block := self.blocks.get(threading.get_ident(), bool)()) and block.is_open:
+            raise StorageError("this thread has another task's transaction open and could only wait for itself")
 
     def _with_connection(self, action: Callable[[_Tx], R]) -> R:
         connection = self._borrow()
@@ -4929,7 +4943,9 @@ class _PostgresBlock(_Block):
     engine: _PostgresEngine
 
     def _acquire(self) -> None:
+        self.engine.refuse_to_wait_for_oneself()
         self.engine._patiently(self._begin)
+        self.engine.blocks[self.thread] = self._ref
 
     def _begin(self) -> None:
         self._connection = self.engine._borrow()

