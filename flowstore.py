@@ -4680,9 +4680,21 @@ class _PostgresDb:
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call psycopg. A lost race or connection is StoreBusy: it has ended the transaction, nothing was written."""
+        before = sys.exception()
         try:
             return method(*arguments, **options)
-        except self.engine.psycopg.Error as error:
+        except BaseException as error:
+            struck: BaseException | None = error
+            while isinstance(struck, Exception) and struck is not before:
+                struck = struck.__context__
+            try:
+                if struck is not None and struck is not before:  # an interrupt, perhaps under what psycopg made of it
+                    self.db.close()  # it may be out of step with the server
+                    raise struck
+            finally:
+                del struck, before  # their tracebacks lead back to this frame
+            if not isinstance(error, self.engine.psycopg.Error):
+                raise
             code, told = error.sqlstate or "", error.diag
             says = " ".join(str(told.message_primary or error).split())
             # A row of ours that is there against what was seen, or no longer: another transaction was first.

@@ -5162,6 +5162,7 @@ def test_a_block_whose_end_is_never_run_is_rolled_back_and_frees_the_writer(stor
 
 
 @swallows
+@pytest.mark.sqlite
 def test_thousands_of_interrupts_over_eight_threads_leave_none_hung_lost_or_extra(target: str) -> None:
     armed = [False] * 8
     caught = [0] * 8
@@ -5283,6 +5284,7 @@ def test_an_interrupt_at_any_step_of_a_write_leaves_those_who_wait_for_news_wait
 
 @swallows
 @pytest.mark.parametrize("call", [write_pair, write_pair_in_block])
+@pytest.mark.sqlite
 def test_an_interrupt_caught_inside_a_block_leaves_all_or_nothing_of_the_call_and_the_block_usable(
     store_engine: flowstore.Store, call: Callable[[flowstore.Store, str, str], Any]
 ) -> None:
@@ -5378,6 +5380,7 @@ def test_an_interrupted_close_can_be_repeated_by_any_thread_wherever_it_was_stru
     [(write_pair, 0), (write_pair_in_block, 0), (write_pair, 40)],
     ids=["call", "block", "call struck again"],
 )
+@pytest.mark.sqlite
 def test_an_interrupt_at_any_step_of_a_queued_call_spares_the_calls_queued_with_it(
     target: str, struck: Callable[[flowstore.Store, str, str], Any], again: int
 ) -> None:
@@ -5412,6 +5415,7 @@ def test_an_interrupt_at_any_step_of_a_queued_call_spares_the_calls_queued_with_
 
 
 @swallows
+@pytest.mark.sqlite
 def test_an_interrupt_of_a_follower_and_then_of_its_leader_leaves_no_call_behind_that_nobody_waits_for(
     target: str,
 ) -> None:
