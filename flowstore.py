@@ -4586,6 +4586,8 @@ def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[
         sql += " FOR UPDATE SKIP LOCKED"
     elif level == "READ COMMITTED" and sql.startswith("SELECT") and "FROM flowstore_work_items WHERE id = ?" in sql:
         sql += " FOR UPDATE"
+    # Where the item is known, its status must not lead the planner to an index of all that have that status.
+    sql = sql.replace("WHERE id = ? AND status = '", "WHERE id = ? AND status || '' = '")
     return _PLACEHOLDERS.sub(number, sql.replace("position > ?", _SETTLED)), tuple(names)
 
 class _PostgresRows:
