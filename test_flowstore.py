@@ -9390,3 +9390,321 @@ CREATE INDEX execution_errors_by_time ON execution_errors (error_time, id);
 DELETE FROM "sqlite_sequence";
 COMMIT;
 """
+
+
+# ==========================================================================================================
+# PostgreSQL: what is true of that engine alone, and copies from one to the other
+# ==========================================================================================================
+
+
+@pytest.fixture
+def server(postgres: PostgresServer) -> Iterator[Store]:
+    with flowstore.open(postgres.target(), synchronous="OFF", lease_seconds=10, backoff=float) as opened:
+        yield opened
+
+
+CLAIMER = """
+with flowstore.open(sys.argv[1]) as store:
+    while item := store.state.claim_work_item("w", sys.argv[2].split(",")):
+        store.state.complete_work_item(item)
+        print(item.id, flush=True)
+"""
+APPENDER = """
+with flowstore.open(sys.argv[1]) as store:
+    for number in range(int(sys.argv[3])):
+        print(store.events.append(sys.argv[2], "default", {"type": "t", "pid": os.getpid()}), flush=True)
+"""
+
+
+@pytest.mark.parametrize("queues", ["a", "b,a,c"])
+def test_eight_processes_claim_each_item_once(postgres: PostgresServer, queues: str) -> None:
+    target, wanted = postgres.target(), []
+    with flowstore.open(target) as store:
+        create(store)
+        for _ in range(4):
+            with store.transaction():
+                wanted += [enqueue(store, queue_type=queue) for queue in queues.split(",") for _ in range(100)]
+        claimers = [script(CLAIMER, target, queues) for _ in range(8)]
+        assert sorted(" ".join(map(finished, claimers)).split()) == sorted(wanted)
+        assert store.stats()["tables"]["flowstore_work_items"] == len(wanted)
+
+
+@pytest.mark.parametrize("executions", [1, 4])
+def test_processes_append_side_by_side_without_a_gap_and_a_reader_of_all_misses_none(
+    postgres: PostgresServer, executions: int
+) -> None:
+    target = postgres.target()
+    with flowstore.open(target) as store:
+        appenders = [script(APPENDER, target, f"e{number % executions}", 60) for number in range(4)]
+        seen: list[StoredEvent] = []
+        while len(seen) < 240:
+            assert any(appender.poll() in (None, 0) for appender in appenders)
+            seen += store.events.read_all(seen[-1].position if seen else 0, 7)
+        told = list(map(finished, appenders))
+        assert sorted(map(int, " ".join(told).split())) == sorted([*range(1, 240 // executions + 1)] * executions)
+        assert seen == sorted(seen, key=lambda stored: stored.position) == store.events.read_all()
+        for number in range(executions):
+            log = store.events.load_events(f"e{number}")
+            assert [stored.sequence for stored in log] == list(range(1, 240 // executions + 1))
+
+
+def test_a_reader_of_all_waits_for_what_commits_later_with_a_lower_position(server: Store) -> None:
+    begun, late = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        with server.transaction():
+            server.events.append("slow", "default", EVENT)
+            begun.set()
+            assert late.wait(60)
+
+    block = Background(slow)
+    assert begun.wait(60)
+    server.events.append("fast", "default", EVENT)
+    assert server.events.count_events("fast") == 1
+    assert server.events.read_all() == []
+    late.set()
+    block.result()
+    assert [stored.execution_id for stored in server.events.read_all()] == ["slow", "fast"]
+
+
+def test_what_a_killed_client_was_told_is_stored(postgres: PostgresServer) -> None:
+    target = postgres.target()
+    with flowstore.open(target) as store:
+        appender = script(APPENDER, target, "e1", 10**6)
+        assert appender.stdout is not None
+        told = [int(appender.stdout.readline()) for _ in range(20)]
+        appender.kill()
+        told += [int(line) for line in appender.communicate()[0].splitlines(keepends=True) if line.endswith("\n")]
+        assert told == list(range(1, len(told) + 1))
+        assert [stored.sequence for stored in store.events.load_events("e1")][: len(told)] == told
+        assert store.events.append("e1", "default", EVENT) >= len(told) + 1
+        assert store.check() == []
+
+
+def test_acknowledged_writes_survive_a_crash_of_the_server_and_the_store_goes_on() -> None:
+    with tempfile.TemporaryDirectory(prefix="flowstore-pg-", ignore_cleanup_errors=True) as folder:
+        os.chmod(folder, 0o755)
+        server = PostgresServer(Path(folder))
+        try:
+            with flowstore.open(server.target()) as store:
+                stored, raised, done = list[str](), list[str](), threading.Event()
+
+                def work(me: int) -> None:
+                    for number in itertools.count():
+                        key = f"{me}.{number}"
+                        try:
+                            store.events.append(f"e{me}", "default", EVENT, event_id=key)
+                            stored.append(key)
+                        except StorageError:
+                            raised.append(key)
+                            time.sleep(0.01)
+                        if done.is_set():
+                            return
+
+                threads = [Background(partial(work, me)) for me in range(4)]
+                for _ in range(2):
+                    before = len(stored)
+                    while len(stored) < before + 100:
+                        time.sleep(0.01)
+                    with pytest.raises(StoreBusy), store.transaction():
+                        store.events.append("block", "default", EVENT)
+                        server.stop("immediate")
+                        server.start()
+                done.set()
+                for thread in threads:
+                    thread.result()
+                assert {one.id for one in store.events.read_all(limit=10**6)} == set(stored)
+                assert raised
+                assert not store.events.execution_exists("block")
+                assert store.check() == []
+        finally:
+            server.stop("immediate")
+
+
+def test_a_block_that_loses_is_busy_with_nothing_written_and_may_be_run_again(server: Store) -> None:
+    flow = server.flows.insert(Flow())
+
+    def block() -> Flow:
+        with server.transaction():
+            read = server.flows.get(flow.id)
+            assert read is not None
+            server.events.append("e1", "default", EVENT)
+            if not server.events.execution_exists("other"):
+                in_thread(lambda: (server.flows.update_with_revision(flow), server.events.append("other", "t", EVENT)))
+            return server.flows.update_with_revision(read)
+
+    with pytest.raises(StoreBusy):
+        block()
+    assert not server.events.execution_exists("e1")
+    assert block().revision == 2
+    assert server.events.count_events("e1") == 1
+
+
+def test_after_it_has_lost_nothing_more_can_be_done_in_a_block(server: Store) -> None:
+    flow = server.flows.insert(Flow())
+    with pytest.raises(StorageError), server.transaction() as tx:
+        assert server.flows.get(flow.id) == flow
+        in_thread(lambda: server.flows.update_with_revision(flow))
+        with pytest.raises(StoreBusy):
+            server.flows.update_with_revision(flow)
+        for late in (partial(server.flows.get, flow.id), partial(tx.execute, "SELECT 1")):
+            with pytest.raises(StorageError):
+                late()
+
+
+def test_numbers_go_on_above_those_of_a_restored_dump(postgres: PostgresServer) -> None:
+    target = postgres.target()
+    with flowstore.open(target) as store:
+        store.events.append("e1", "default", EVENT)
+        with store.transaction() as tx:
+            tx.execute("UPDATE flowstore_log SET position = position + (1::bigint << 50)")
+    with flowstore.open(target) as store:
+        [high] = store.events.read_all()
+        store.events.append("e1", "default", EVENT)
+        assert [stored.sequence for stored in store.events.read_all(high.position)] == [2]
+    with flowstore.open(target) as store:
+        assert store.events.append("e1", "default", EVENT) == 3
+        assert [stored.sequence for stored in store.events.read_all()] == [1, 2, 3]
+
+
+def test_the_longest_ids_fit_every_index(server: Store) -> None:
+    letters = random.Random(1)
+
+    def long(size: int = 255) -> str:
+        return "".join(chr(letters.randrange(0x10000, 0x10FFFF)) for _ in range(size))
+
+    tenant, execution, queue = long(), long(), long()
+    server.state.create_tenant(Tenant(id=tenant))
+    view = server.state.for_tenant(tenant)
+    view.create_execution(WorkflowExecution(execution_id=execution, workflow_id=long()))
+    view.append_event(execution, EVENT, event_id=long())
+    item = view.enqueue_work_item(WorkItem(id=long(), execution_id=execution, queue_type=queue))
+    claimed = view.claim_work_item(long(), [queue])
+    assert claimed is not None
+    assert claimed.id == item
+    view.move_to_dead_letter(item, "e")
+    view.write_snapshot(Snapshot(id=long(), execution_id=execution, at_sequence=1, state=1))
+    view.record_effect(long(), 1, execution_id=execution)
+    definition = WorkflowDefinition(workflow_id=long(), version=long(5000), ir=1)
+    for _ in range(2):
+        view.store_workflow(definition)
+    assert view.get_workflow(definition.workflow_id, definition.version) is not None
+    flow = server.flows.insert(Flow(id=long(), owner_session_key=long()))
+    server.flows.insert_step(FlowStep(id=long(), flow_id=flow.id, run_id=long()))
+    host, event = server.workflows, (long(), long())
+    host.create_new_workflow(WorkflowInstance(
+        id=long(), name=long(), workflow_definition_id=long(), execution_pointers=[ExecutionPointer(id=long(), step_id=0)]))
+    host.create_event(Event(id=long(), event_name=event[0], event_key=event[1]))
+    host.create_event_subscription(EventSubscription(
+        id=long(), workflow_id=long(), step_id=0, execution_pointer_id=long(), event_name=event[0], event_key=event[1]))
+    host.schedule_command(ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=long(512), execute_time=0))
+    assert len(host.get_events(*event)) == len(host.get_subscriptions(*event)) == 1
+
+
+def test_the_users_sql_may_hold_whatever_the_server_understands(server: Store) -> None:
+    with server.transaction() as tx:
+        assert tx.execute("SELECT '?', \"q?\".a, $$ ? $$, E'\\'?', 5 % 3, ?::text -- ?\n FROM (SELECT 1 AS a) \"q?\" /* ? */",
+                          ("%s",)) == [("?", 1, " ? ", "'?", 2, "%s")]  # fmt: skip
+        assert tx.execute("SELECT :b::int + :a::int, (ARRAY[1, 2, 3])[1:2]", {"a": 1, "b": 2}) == [(3, [1, 2])]
+
+
+def test_a_server_is_asked_for_its_schema_and_told_without_the_password(postgres: PostgresServer) -> None:
+    target = postgres.target()
+    with pytest.raises(StorageError):
+        flowstore.open(target, read_only=True)
+    with flowstore.open(target) as store:
+        assert "secret" not in store.target + repr(store)
+        assert store.target == target.replace(":secret", "")
+        store.events.append("e1", "default", EVENT)
+    with flowstore.open(target, read_only=True) as store, store.transaction():
+        assert store.events.count_events("e1") == 1
+        for call in (lambda: store.events.append("e1", "default", EVENT), store.workflows.ensure_store_exists):
+            with contextlib.nullcontext() if call == store.workflows.ensure_store_exists else pytest.raises(StorageError):
+                call()
+    with flowstore.open(postgres.target()) as other:
+        assert not other.events.execution_exists("e1")
+    with pytest.raises(InvalidData):
+        flowstore.open(target + "; DROP TABLE flows")
+    with flowstore.open(target) as store, store.transaction() as tx:
+        tx.execute("UPDATE flowstore_meta SET value = '999' WHERE key = 'schema'")
+    with pytest.raises(SchemaError):
+        flowstore.open(target)
+    with pytest.raises(StorageError, match="cannot be used"):
+        flowstore.open("postgresql://postgres@127.0.0.1:1/postgres")
+
+
+@forking
+def test_both_sides_of_a_fork_go_on_with_connections_of_their_own(server: Store) -> None:
+    server.events.append("e1", "default", EVENT)
+    with server.transaction():
+        server.events.append("e1", "default", EVENT)
+        with pytest.raises(StorageError):
+            in_fork(lambda: server.events.append("e1", "default", EVENT))
+        assert server.events.append("e1", "default", EVENT) == 3
+    assert in_fork(lambda: server.events.append("e1", "default", EVENT)) == 4
+    assert server.events.append("e1", "default", EVENT) == 5
+
+
+def test_without_psycopg_a_servers_url_names_what_to_install_and_all_else_works() -> None:
+    said = finished(script(
+        "assert 'psycopg' not in sys.modules\nsys.modules['psycopg'] = None\n"
+        "flowstore.open(':memory:').events.append('e1', 'default', {'type': 't'})\n"
+        "try: flowstore.open('postgresql://localhost/x')\nexcept flowstore.StorageError as error: print(error)"))  # fmt: skip
+    assert "flowstore[postgres]" in said
+
+
+def in_all(store: Store) -> dict[str, Any]:
+    """What a store holds, whatever the engine notes for itself."""
+    held = contents(store)
+    del held["tables"]["flowstore_meta"]
+    return held
+
+
+def test_a_copy_up_and_down_again_is_equal_and_goes_on_where_it_was_broken_off(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, up, down, other = str(tmp_path / "a.db"), postgres.target(), str(tmp_path / "b.db"), postgres.target()
+    with flowstore.open(source) as store:
+        flow = store.flows.insert(Flow(goal="\u00e9"))
+        store.flows.append_event(flow.id, "k", {})
+        for number in range(1200):
+            store.events.append(f"e{number % 7}", "acme", {"type": "t", "n": number})
+        enqueue(store, execution_id="e1")
+        store.state.put_artifact(b"\0\xff")
+        store.workflows.create_new_workflow(instance(execution_pointers=[ExecutionPointer(step_id=1)]))
+
+    def stop(_stream: object, done: int = 0, *_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(flowstore, "_bar", stop)
+        assert flowstore.main(["copy", source, up]) == 130
+    with flowstore.open(up) as part:
+        assert 0 < sum(part.stats()["tables"].values()) < 1000
+    for one, two in ((source, up), (up, down), (up, other)):
+        assert flowstore.main(["copy", one, two]) == 0
+    assert capsys.readouterr().out.count("equal") == 3
+    assert flowstore.main(["copy", source, up]) == 1
+    with flowstore.open(source) as first, flowstore.open(down) as last, flowstore.open(up) as above:
+        assert in_all(first) == in_all(last) == in_all(above)
+        assert first.flows.list_events(flow.id) == above.flows.list_events(flow.id)
+        assert last.check() == above.check() == []
+        assert last.events.append("e1", "acme", EVENT) == above.events.append("e1", "acme", EVENT)
+        assert above.events.read_all(limit=2000)[-1].execution_id == "e1"
+
+
+def test_a_backup_of_a_server_is_a_file(server: Store, tmp_path: Path) -> None:
+    server.events.append("e1", "default", EVENT)
+    server.backup(tmp_path / "backup.db")
+    server.compact()
+    with flowstore.open(tmp_path / "backup.db", read_only=True) as store:
+        assert (in_all(store), store.check()) == (in_all(server), [])
+
+
+def test_the_commands_take_a_server(postgres: PostgresServer, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = postgres.target()
+    assert flowstore.main(["selftest", "--target", target]) == 0
+    assert flowstore.main(["demo", str(files), "--store", target]) == 0
+    assert flowstore.main(["check", target]) == 0
+    assert flowstore.main(["compact", target]) == 0
+    assert "FAIL" not in capsys.readouterr().out
