@@ -4570,6 +4570,8 @@ _PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named
     r"""([eE]'(?:[^'\\]|\\.|'')*'|'[^']*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\2\$|::)|\?|:([A-Za-z_]\w*)""",
     re.DOTALL,
 )
+_SINCE = """SELECT pg_postmaster_start_time()::text, MAX(backend_start)::text FROM pg_stat_activity
+    WHERE backend_type = 'checkpointer'"""
 _NEWS = re.compile("INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'")
 
 @functools.lru_cache(2000)
@@ -4623,6 +4625,7 @@ class _PostgresDb:
             kind = StoreBusy if re.search("starting up|shutting down|too many|connection slots", says) else StorageError
             raise kind(f"{engine.target}: the server cannot be used: {says}") from error
         self._call(self.db.execute, engine.settings)
+        self.since = self._call(self.db.execute, _SINCE).fetchone()  # of the server: a restart may use a number again
 
     @property
     def in_transaction(self) -> bool:
@@ -4872,19 +4875,23 @@ class _PostgresEngine(_Engine):
         try:
             _below(tx).commit()
         except StoreBusy:
-            if not _below(tx).db.closed or not self._has_committed(_below(tx).number):
+            if not _below(tx).db.closed or not self._has_committed(_below(tx)):
                 raise
 
-    def _has_committed(self, number: str) -> bool:
+    def _has_committed(self, lost: _PostgresDb) -> bool:
         deadline = time.monotonic() + self.options.busy_timeout
         while True:
             try:
-                found = self.aside(lambda tx: tx.rows("SELECT pg_xact_status(?::xid8)", number)[0][0])
-                if found != "in progress":
-                    return bool(found == "committed")
-            except StorageError as error:
-                if time.monotonic() > deadline or self.closed:
-                    raise StorageError("the server was lost during COMMIT: look whether this was stored") from error
+                status, since = self.aside(lambda tx: (
+                    tx.rows("SELECT pg_xact_status(?::xid8)", lost.number)[0][0], _below(tx).since))
+            except StorageError:
+                status, since = "in progress", None
+            if status == "committed" and since == lost.since:
+                return True
+            if status == "committed" or self.closed or time.monotonic() > deadline:
+                raise StorageError("the server was lost during COMMIT: look whether this was stored")
+            if status != "in progress":
+                return False
             time.sleep(0.05)
 
     def aside(self, action: Callable[[_Tx], R]) -> R:

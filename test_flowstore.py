@@ -9487,7 +9487,7 @@ def test_acknowledged_writes_survive_a_crash_of_the_server_and_the_store_goes_on
         server = PostgresServer(Path(folder))
         try:
             with flowstore.open(server.target()) as store:
-                stored, raised, done = list[str](), list[str](), threading.Event()
+                stored, raised, doubtful, done = list[str](), list[str](), set[str](), threading.Event()
 
                 def work(me: int) -> None:
                     for number in itertools.count():
@@ -9495,8 +9495,10 @@ def test_acknowledged_writes_survive_a_crash_of_the_server_and_the_store_goes_on
                         try:
                             store.events.append(f"e{me}", "default", EVENT, event_id=key)
                             stored.append(key)
-                        except StorageError:
+                        except StorageError as error:
                             raised.append(key)
+                            if "during COMMIT" in str(error):
+                                doubtful.add(key)
                             time.sleep(0.01)
                         if done.is_set():
                             return
@@ -9513,7 +9515,8 @@ def test_acknowledged_writes_survive_a_crash_of_the_server_and_the_store_goes_on
                 done.set()
                 for thread in threads:
                     thread.result()
-                assert {one.id for one in store.events.read_all(limit=10**6)} == set(stored)
+                there = {one.id for one in store.events.read_all(limit=10**6)}
+                assert there - doubtful == set(stored)
                 assert raised
                 assert not store.events.execution_exists("block")
                 assert store.check() == []
