@@ -9416,6 +9416,7 @@ with flowstore.open(sys.argv[1]) as store:
 """
 
 
+@pytest.mark.postgres
 @pytest.mark.parametrize("queues", ["a", "b,a,c"])
 def test_eight_processes_claim_each_item_once(postgres: PostgresServer, queues: str) -> None:
     target, wanted = postgres.target(), []
@@ -9429,6 +9430,7 @@ def test_eight_processes_claim_each_item_once(postgres: PostgresServer, queues: 
         assert store.stats()["tables"]["flowstore_work_items"] == len(wanted)
 
 
+@pytest.mark.postgres
 @pytest.mark.parametrize("executions", [1, 4])
 def test_processes_append_side_by_side_without_a_gap_and_a_reader_of_all_misses_none(
     postgres: PostgresServer, executions: int
@@ -9448,6 +9450,7 @@ def test_processes_append_side_by_side_without_a_gap_and_a_reader_of_all_misses_
             assert [stored.sequence for stored in log] == list(range(1, 240 // executions + 1))
 
 
+@pytest.mark.postgres
 def test_a_reader_of_all_waits_for_what_commits_later_with_a_lower_position(server: Store) -> None:
     begun, late = threading.Event(), threading.Event()
 
@@ -9467,6 +9470,7 @@ def test_a_reader_of_all_waits_for_what_commits_later_with_a_lower_position(serv
     assert [stored.execution_id for stored in server.events.read_all()] == ["slow", "fast"]
 
 
+@pytest.mark.postgres
 def test_what_a_killed_client_was_told_is_stored(postgres: PostgresServer) -> None:
     target = postgres.target()
     with flowstore.open(target) as store:
@@ -9481,6 +9485,7 @@ def test_what_a_killed_client_was_told_is_stored(postgres: PostgresServer) -> No
         assert store.check() == []
 
 
+@pytest.mark.postgres
 def test_acknowledged_writes_survive_a_crash_of_the_server_and_the_store_goes_on() -> None:
     with tempfile.TemporaryDirectory(prefix="flowstore-pg-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)
@@ -9524,6 +9529,7 @@ def test_acknowledged_writes_survive_a_crash_of_the_server_and_the_store_goes_on
             server.stop("immediate")
 
 
+@pytest.mark.postgres
 def test_a_block_that_loses_is_busy_with_nothing_written_and_may_be_run_again(server: Store) -> None:
     flow = server.flows.insert(Flow())
 
@@ -9543,6 +9549,7 @@ def test_a_block_that_loses_is_busy_with_nothing_written_and_may_be_run_again(se
     assert server.events.count_events("e1") == 1
 
 
+@pytest.mark.postgres
 def test_after_it_has_lost_nothing_more_can_be_done_in_a_block(server: Store) -> None:
     flow = server.flows.insert(Flow())
     with pytest.raises(StorageError), server.transaction() as tx:
@@ -9555,6 +9562,7 @@ def test_after_it_has_lost_nothing_more_can_be_done_in_a_block(server: Store) ->
                 late()
 
 
+@pytest.mark.postgres
 def test_numbers_go_on_above_those_of_a_restored_dump(postgres: PostgresServer) -> None:
     target = postgres.target()
     with flowstore.open(target) as store:
@@ -9570,6 +9578,7 @@ def test_numbers_go_on_above_those_of_a_restored_dump(postgres: PostgresServer) 
         assert [stored.sequence for stored in store.events.read_all()] == [1, 2, 3]
 
 
+@pytest.mark.postgres
 def test_the_longest_ids_fit_every_index(server: Store) -> None:
     letters = random.Random(1)
 
@@ -9604,6 +9613,7 @@ def test_the_longest_ids_fit_every_index(server: Store) -> None:
     assert len(host.get_events(*event)) == len(host.get_subscriptions(*event)) == 1
 
 
+@pytest.mark.postgres
 def test_the_users_sql_may_hold_whatever_the_server_understands(server: Store) -> None:
     with server.transaction() as tx:
         assert tx.execute("SELECT '?', \"q?\".a, $$ ? $$, E'\\'?', 5 % 3, ?::text -- ?\n FROM (SELECT 1 AS a) \"q?\" /* ? */",
@@ -9611,6 +9621,7 @@ def test_the_users_sql_may_hold_whatever_the_server_understands(server: Store) -
         assert tx.execute("SELECT :b::int + :a::int, (ARRAY[1, 2, 3])[1:2]", {"a": 1, "b": 2}) == [(3, [1, 2])]
 
 
+@pytest.mark.postgres
 def test_a_server_is_asked_for_its_schema_and_told_without_the_password(postgres: PostgresServer) -> None:
     target = postgres.target()
     with pytest.raises(StorageError):
@@ -9636,6 +9647,7 @@ def test_a_server_is_asked_for_its_schema_and_told_without_the_password(postgres
         flowstore.open("postgresql://postgres@127.0.0.1:1/postgres")
 
 
+@pytest.mark.postgres
 @forking
 def test_both_sides_of_a_fork_go_on_with_connections_of_their_own(server: Store) -> None:
     server.events.append("e1", "default", EVENT)
@@ -9648,6 +9660,7 @@ def test_both_sides_of_a_fork_go_on_with_connections_of_their_own(server: Store)
     assert server.events.append("e1", "default", EVENT) == 5
 
 
+@pytest.mark.postgres
 def test_without_psycopg_a_servers_url_names_what_to_install_and_all_else_works() -> None:
     said = finished(script(
         "assert 'psycopg' not in sys.modules\nsys.modules['psycopg'] = None\n"
@@ -9663,6 +9676,7 @@ def in_all(store: Store) -> dict[str, Any]:
     return held
 
 
+@pytest.mark.postgres
 def test_a_copy_up_and_down_again_is_equal_and_goes_on_where_it_was_broken_off(
     postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -9696,6 +9710,7 @@ def test_a_copy_up_and_down_again_is_equal_and_goes_on_where_it_was_broken_off(
         assert above.events.read_all(limit=2000)[-1].execution_id == "e1"
 
 
+@pytest.mark.postgres
 def test_a_backup_of_a_server_is_a_file(server: Store, tmp_path: Path) -> None:
     server.events.append("e1", "default", EVENT)
     server.backup(tmp_path / "backup.db")
@@ -9704,6 +9719,7 @@ def test_a_backup_of_a_server_is_a_file(server: Store, tmp_path: Path) -> None:
         assert (in_all(store), store.check()) == (in_all(server), [])
 
 
+@pytest.mark.postgres
 def test_the_commands_take_a_server(postgres: PostgresServer, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = postgres.target()
     assert flowstore.main(["selftest", "--target", target]) == 0
