@@ -4582,9 +4582,8 @@ def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[
     def number(found: re.Match[str]) -> str:
         if found[1] or (found[3] and not named):
             return found[0]
-        if found[3] not in names or not found[3]:
-            names.append(found[3] or "")
-        return f"${names.index(found[3]) + 1 if found[3] else len(names)}"
+        names.append(found[3] or "")
+        return f"${len(names)}"
 
     if level and "q.column1" in sql:  # a claim's look: what another one is claiming is skipped
         sql = sql.replace("available_at, id LIMIT 1", "available_at, id LIMIT 1 FOR UPDATE SKIP LOCKED")
@@ -4597,17 +4596,16 @@ def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[
     sql = sql.replace("WHERE id = ? AND status = '", "WHERE id = ? AND status || '' = '")
     if sql.startswith("SELECT") and re.search("flowstore_work_items.*status = '(pending|claimed)'", sql):
         sql = re.sub(r"\bqueue_type\b", "(queue_type || '')", sql)
-    return _PLACEHOLDERS.sub(number, sql.replace("position > ?", _SETTLED)), tuple(names)
+    sql = sql.replace("flowstore_log WHERE position > ?", f"flowstore_log WHERE {_SETTLED}")
+    return _PLACEHOLDERS.sub(number, sql), tuple(names)
 
-class _PostgresRows:
-    """What a statement gave."""
+class _PostgresRows(list[tuple[Any, ...]]):
+    """What a statement gave, as a cursor of sqlite3's tells it."""
+    fetchall = list.copy
 
     def __init__(self, cursor: Any) -> None:
+        super().__init__(cursor.fetchall() if cursor.description else ())
         self.rowcount = cursor.rowcount
-        self._rows = cursor.fetchall() if cursor.description else []
-
-    def fetchall(self) -> list[tuple[Any, ...]]:
-        return self._rows
 
 class _PostgresDb:
     """A psycopg connection with what the rest of this module uses of sqlite3's; its errors are ours."""
@@ -4624,6 +4622,7 @@ class _PostgresDb:
             says = " ".join(str(error).split())
             kind = StoreBusy if re.search("starting up|shutting down|too many|connection slots", says) else StorageError
             raise kind(f"{engine.target}: the server cannot be used: {says}") from error
+        self.close = self.db.close
         self._call(self.db.execute, engine.settings)
         self.since = self._call(self.db.execute, _SINCE).fetchone()  # of the server: a restart may use a number again
 
@@ -4647,13 +4646,12 @@ class _PostgresDb:
         if sql.startswith("PRAGMA"):  # check() asks what SQLite thinks of its file
             return self._execute("SELECT 1 WHERE false", "", ())
         rows = self._execute(sql, self.level, parameters)
-        if self.level and "q.column1" in sql and not any(row[2] for row in rows.fetchall()):
+        if self.level and "q.column1" in sql and not any(row[2] for row in rows):
             return self._execute(sql, "", parameters)  # what another claim skips may become free: wait for its end
         return rows
 
     def _execute(self, sql: str, level: str, parameters: Any) -> _PostgresRows:
-        text, values = self._prepared(sql, level, parameters)
-        # Only as a prepared statement it is refused when it is several.
+        text, values = self._prepared(sql, level, parameters)  # prepared, a text of several statements is refused
         return _PostgresRows(self._call(self.db.execute, text, values, prepare=True if ";" in sql else None))
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> _PostgresRows:
@@ -4685,10 +4683,6 @@ class _PostgresDb:
                 self.db.rollback()
             except self.engine.psycopg.Error:
                 self.db.close()
-
-    def close(self) -> None:
-        """Close; the server rolls back what is not committed."""
-        self.db.close()
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call psycopg. A lost race or connection is StoreBusy: it has ended the transaction, nothing was written."""
@@ -4842,14 +4836,15 @@ class _PostgresEngine(_Engine):
         """Run an operation: in the caller's open transaction, or in one of its own until it wins."""
         if _blocks.get() and (block := self.block()) is not None:
             return block.run(operation, facet, args, kwargs)
-        if operation.writes and self.options.read_only:
-            raise StorageError("the store was opened read-only: nothing can be changed through it")
         if operation.writes:
             self.refuse_to_wait_for_oneself()
+            if self.options.read_only:
+                raise StorageError("the store was opened read-only: nothing can be changed through it")
+        level = "READ COMMITTED" if operation.row else "SERIALIZABLE" if operation.writes else ""
 
         def run(tx: _Tx) -> Any:
             if operation.writes or operation.snapshot:
-                _below(tx).begin("READ COMMITTED" if operation.row else "SERIALIZABLE" if operation.writes else "")
+                _below(tx).begin(level)
             result = operation.run(facet, tx, args, kwargs)
             if operation.writes:
                 self.commit_there(tx)
