@@ -1067,6 +1067,7 @@ class _Connection:
         self.lock = threading.RLock()
         self.tx: _Tx | None = None
         self.wal = -1  # of the writer: a descriptor of the write-ahead log, to see how large it is
+        self.permit: object = None  # on a server: the right to use it
         self._connect = connect
         self._clock = clock
 
@@ -1099,12 +1100,15 @@ class _Method(Generic[F, P, R]):
 
     An operation is a function over an open transaction. One that `writes` may run more than once (a group begun again),
     so it has no effect outside `tx`; a `snapshot` has several reading statements and runs them on one state of the
-    database. `steps` are a generator for what takes several transactions, or runs user code between them: each `yield`
-    hands a step's outcome to whoever drives it and takes it back, awaited where the store is async."""
+    database. Each race of a `row` write is closed by one conditional statement or the lock on a row: where writers run
+    side by side, it needs no more isolation. `steps` are a generator for what takes several transactions, or runs user
+    code between them: each `yield` hands a step's outcome to whoever drives it and takes it back, awaited where the
+    store is async."""
 
     def __init__(self, function: Callable[..., Any], kind: str) -> None:
         self.function = function
-        self.writes = kind == "write"
+        self.writes = kind in ("write", "row")
+        self.row = kind == "row"
         self.snapshot = kind == "snapshot"
         self.steps = kind == "steps"
         self.name = function.__name__
@@ -1152,6 +1156,10 @@ class _Method(Generic[F, P, R]):
 def _write(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
     """An operation that changes something: one atomic, durable transaction."""
     return _Method(function, "write")
+
+def _write_row(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
+    """A write that one conditional statement or the lock on a row protects: claim, renew, settle, retry, hold."""
+    return _Method(function, "row")
 
 def _read(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
     """An operation of one reading statement."""
@@ -1203,6 +1211,10 @@ class _Engine:
     transaction, takes every operation that queued meanwhile, runs them all, commits, wakes their callers and hands
     the lead to the first that has queued since. `lead`, `queue` and the calls in them change only under `mutex`.
     Whoever holds a connection's lock may take the mutex, never the other way round."""
+
+    one_writer = True
+    tick = _TICK
+    ddl: Callable[[str], str] = str  # how the engine words the schema
 
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
         self.sync = self
@@ -1303,7 +1315,7 @@ class _Engine:
         """Create or upgrade the tables, in one transaction, whoever else opens the file at the same time."""
         if self.path is None:
             with self.writer.lock:
-                self._create(self.writer.use())
+                self._build(self.writer.use(), None)
             return
         if not self.options.read_only and not os.path.exists(self.path):
             # Made here, not by SQLite, so that the umask alone decides who may read it.
@@ -1317,7 +1329,7 @@ class _Engine:
             if self._version(tx) == _SCHEMA_VERSION and (self.options.read_only or self._in_wal_mode(tx)):
                 return
             if self.options.read_only:
-                raise SchemaError("the file's tables are of an older version: open it once without read_only")
+                raise SchemaError("the tables are of an older version: open the store once without read_only")
             if not tx.rows("SELECT name FROM sqlite_master LIMIT 1"):
                 tx.run("PRAGMA auto_vacuum = INCREMENTAL")  # only possible before the first table
             if not self._in_wal_mode(tx):
@@ -1326,14 +1338,7 @@ class _Engine:
                 )
             tx.run("BEGIN IMMEDIATE")
             try:
-                version = self._version(tx)
-                if version is None:
-                    self._create(tx)
-                else:
-                    for old in range(version, _SCHEMA_VERSION):
-                        for statement in _statements(_UPGRADES[old]):
-                            tx.run(statement)
-                    tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'schema'", str(_SCHEMA_VERSION))
+                self._build(tx, self._version(tx))
                 tx.run("COMMIT")
             finally:
                 if tx.db.in_transaction:
@@ -1348,14 +1353,14 @@ class _Engine:
 
     def _version(self, tx: _Tx) -> int | None:
         """The version of the file's tables, None when there are none; SchemaError for tables that are not ours."""
-        tables = {name for (name,) in tx.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")}
+        tables = self._tables(tx)
         if "flowstore_meta" not in tables:
             if clash := sorted(tables.intersection(_TABLE_NAMES)):
                 raise SchemaError(
-                    f"{self.path}: the table {clash[0]!r} in this file is not flowstore's: use another file"
+                    f"{self.target}: the table {clash[0]!r} there is not flowstore's: use another file"
                 )
             if self.options.read_only:
-                raise StorageError(f"{self.path}: there is no store in this file")
+                raise StorageError(f"{self.target}: there is no store in it")
             return None
         try:
             row = tx.row("SELECT value FROM flowstore_meta WHERE key = 'schema'")
@@ -1364,21 +1369,28 @@ class _Engine:
         except (StoreBusy, StoreCorrupt):
             raise
         except (StorageError, ValueError) as error:
-            raise SchemaError(f"{self.path}: the table 'flowstore_meta' in this file is not flowstore's") from error
+            raise SchemaError(f"{self.target}: the table 'flowstore_meta' there is not flowstore's") from error
         if version > _SCHEMA_VERSION:
             raise SchemaError(
-                f"{self.path}: the file's tables are of version {version}, this flowstore knows {_SCHEMA_VERSION}: "
+                f"{self.target}: the tables are of version {version}, this flowstore knows {_SCHEMA_VERSION}: "
                 "upgrade flowstore"
             )
         if version < 1 or (version == _SCHEMA_VERSION and not tables.issuperset(_TABLE_NAMES)):
-            raise SchemaError(f"{self.path}: some of flowstore's tables are missing: restore the file from a backup")
+            raise SchemaError(f"{self.target}: some of flowstore's tables are missing: restore it from a backup")
         return version
 
-    def _create(self, tx: _Tx) -> None:
-        for statement in _statements(_TABLES):
+    def _tables(self, tx: _Tx) -> set[str]:
+        return {name for (name,) in tx.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")}
+
+    def _build(self, tx: _Tx, version: int | None) -> None:
+        """Make the tables, or upgrade those of an older version."""
+        scripts = [_TABLES] if version is None else [_UPGRADES[old] for old in range(version, _SCHEMA_VERSION)]
+        for statement in _statements(self.ddl(";".join(scripts))):
             tx.run(statement)
-        tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", str(_SCHEMA_VERSION))
-        _add_tenant(tx, DEFAULT_TENANT)
+        if version is None:
+            tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", str(_SCHEMA_VERSION))
+            _add_tenant(tx, DEFAULT_TENANT)
+        tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'schema'", str(_SCHEMA_VERSION))
 
     # --- running operations ---
     def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
@@ -1664,7 +1676,7 @@ class _Engine:
 
     def patience(self, seconds: float) -> float:
         """How long to wait before a look at what other processes did: the longer, the more of us are looking."""
-        return max(0.0, min(seconds, _TICK * max(1, len(self.watching) // 8)))
+        return max(0.0, min(seconds, self.tick * max(1, len(self.watching) // 8)))
 
     def _pass_on(self, call: _Call) -> None:
         """Hand the lead to the first in the queue; safe to repeat."""
@@ -1787,7 +1799,7 @@ class _Engine:
             raise StorageError(f"{path}: the folder does not exist: make it first")
         partial = f"{path}.{new_id()}.partial"
         try:
-            self.on_its_own(lambda tx: _copy_database(tx, partial))
+            self.on_its_own(lambda tx: self._copy_to(tx, partial))
             _sync(partial, os.O_RDWR)
             try:
                 os.link(partial, path)  # unlike a rename, never over a file that came meanwhile
@@ -1804,6 +1816,9 @@ class _Engine:
                 with contextlib.suppress(OSError):
                     os.remove(left)
 
+    def _copy_to(self, tx: _Tx, path: str) -> None:
+        _copy_database(tx, path)
+
     def compact(self) -> None:
         """Return free pages in small steps, then empty the WAL."""
         self.refuse_read_only()
@@ -1811,6 +1826,10 @@ class _Engine:
             pass
         if self.path is not None:
             self._patiently(lambda: self.alone(_truncate_wal))
+
+    def transaction(self) -> _Block:
+        """A new transaction block, not begun."""
+        return _Block(self)
 
     def block(self) -> _Block | None:
         """The innermost transaction block that this thread or task has open, if any."""
@@ -2070,26 +2089,31 @@ class _Block:
 
     def begin(self) -> None:
         """Begin a transaction, or a savepoint in the parent's; StoreBusy when others hold the store too long."""
-        engine = self.engine
         if self.parent is not None:
             self._connection = self.parent._connection
             with self._connection.lock:
                 self.savepoint = f"flowstore_{new_id()[24:]}"  # a name once used may still stand below
                 self.parent.tx().run(f"SAVEPOINT {self.savepoint}")
                 self.root.nested.append((self._ref, self.savepoint))
-        elif engine.options.read_only and engine.path is not None:
-            self._connection = engine._new_connection()
-            with self._connection.lock:
-                engine._patiently(self._begin_snapshot)
         else:
-            self._call = _Call()
-            engine.with_lead(self._call, engine.acquire, keep=True)
+            self._acquire()
         self.is_open = True
 
     def enter(self) -> Transaction:
         """Make it the block that calls of this context join."""
         _blocks.set((self._ref, *(ref for ref in _blocks.get() if ref() is not None)))
         return Transaction(self)
+
+    def _acquire(self) -> None:
+        """Begin the transaction of an outermost block."""
+        engine = self.engine
+        if engine.options.read_only and engine.path is not None:
+            self._connection = engine._new_connection()
+            with self._connection.lock:
+                engine._patiently(self._begin_snapshot)
+        else:
+            self._call = _Call()
+            engine.with_lead(self._call, engine.acquire, keep=True)
 
     def _begin_snapshot(self) -> None:
         tx = self._connection.use()
@@ -2177,22 +2201,32 @@ class _Block:
                     if not commit:
                         tx.run(f"ROLLBACK TO {self.savepoint}")
                     tx.run(f"RELEASE {self.savepoint}")
-                elif self._call is None:
-                    tx.run("ROLLBACK")
-                elif commit:
-                    self.engine.commit()
+                else:
+                    self._finish(tx, commit)
         finally:
             self._let_go()
 
-    def _let_go(self) -> None:
-        self.is_open = False
-        if self.parent is not None and (self._ref, self.savepoint) in self.root.nested:
-            self.root.nested.remove((self._ref, self.savepoint))
+    def _finish(self, tx: _Tx, commit: bool) -> None:
+        """Commit, or leave it to `_release` to roll back."""
+        if self._call is None:
+            tx.run("ROLLBACK")
+        elif commit:
+            self.engine.commit()
+
+    def _release(self) -> None:
+        """After an outermost block: give back what it held."""
         if self._call is not None:
             self.engine._repair(self._call)
-        elif self.parent is None:
+        else:
             with self._connection.lock:
                 self._connection.close()
+
+    def _let_go(self) -> None:
+        self.is_open = False
+        if self.parent is None:
+            self._release()
+        elif (self._ref, self.savepoint) in self.root.nested:
+            self.root.nested.remove((self._ref, self.savepoint))
 
     def __del__(self) -> None:
         # Runs at any point of any thread, so it takes no lock: who waits looks for itself.
@@ -2354,7 +2388,7 @@ class _AsyncBlock:
 
     def __init__(self, engine: _AsyncEngine) -> None:
         self._engine = engine
-        self._block = _Block(engine.sync)
+        self._block: _Block = engine.sync.transaction()
         self._has_turn = False
 
     async def __aenter__(self) -> AsyncTransaction:
@@ -3146,15 +3180,18 @@ class StateBackend(_LogFacet):
                 return None
             yield self._engine.wait(seen, left)
 
-    @_write
+    @_write_row
     def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
         expires, looks = _after(now := tx.now(), lease, "lease_seconds"), self._look(tx, queues, now)
         if overdue := [queue for queue, _, _, lapsed in looks if lapsed is not None]:
             for queue in overdue:
                 self._take_back(tx, queue, now, _RECLAIMED_PER_CLAIM)
             looks = self._look(tx, queues, now)
-        heads = [(available, item_id) for _, available, item_id, _ in looks if item_id is not None]
-        return _ITEM.maybe(self._row(tx, _CLAIM, worker_id, expires, min(heads)[1]) if heads else None)
+        while heads := [(available, item_id) for _, available, item_id, _ in looks if item_id is not None]:
+            if (claimed := self._row(tx, _CLAIM, worker_id, expires, min(heads)[1])) is not None:
+                return _ITEM.decode(claimed)
+            looks = self._look(tx, queues, now)  # where writers run side by side, another one took it
+        return None
 
     def _look(self, tx: _Tx, queues: list[str], now: int) -> list[tuple[Any, ...]]:
         return self._rows(tx, _look_sql(len(queues)), now, now, now, *queues) if queues else []
@@ -3191,7 +3228,7 @@ class StateBackend(_LogFacet):
     def _bury(self, tx: _Tx, item_id: str, attempt: int, now: int, error: str | None) -> DeadLetter:
         return _DEAD.decode(self._row(tx, _BURY, now, attempt, error, item_id) or ())
 
-    @_write
+    @_write_row
     def renew_lease(self, tx: _Tx, item_id: AnyItem, worker_id: AnyId | None = None, *,
                     lease_fence: int | None = None, lease_seconds: float | None = None) -> datetime:
         """Lease the item anew from now on; the new expiry.
@@ -3235,7 +3272,7 @@ class StateBackend(_LogFacet):
             pass  # busy, full, a suspended tenant: the lease may still last until the next try
         return True
 
-    @_write
+    @_write_row
     def complete_work_item(self, tx: _Tx, item_id: AnyItem, *, lease_fence: int | None = None) -> WorkItem:
         """The work is done: settle the item under its fence, and return it.
 
@@ -3243,7 +3280,7 @@ class StateBackend(_LogFacet):
         Without: any item but a dead letter (LeaseLost). Raises NotFound. Source: StateBackend.complete_work_item."""
         return self._settle(tx, WorkItemStatus.COMPLETED, item_id, lease_fence)
 
-    @_write
+    @_write_row
     def fail_work_item(self, tx: _Tx, item_id: AnyItem, error: str, *, lease_fence: int | None = None) -> WorkItem:
         """Failed until someone calls `retry_work_item`; rules as for `complete_work_item`. Source: fail_work_item."""
         return self._settle(tx, WorkItemStatus.FAILED, item_id, lease_fence, _text(error, "error"))
@@ -3262,7 +3299,7 @@ class StateBackend(_LogFacet):
             raise LeaseLost(id)
         return item
 
-    @_write
+    @_write_row
     def retry_work_item(self, tx: _Tx, item_id: AnyItem, error: str | None = None, *, delay: float | None = None,
                         lease_fence: int | None = None) -> WorkItem | DeadLetter:
         """The attempt failed: pending again after `delay` seconds (None: the store's backoff), or a dead letter.
@@ -3726,7 +3763,7 @@ class PersistenceProvider(_Facet):
         until = _event_until(tx, event_name, event_key, as_of)
         return _SUBSCRIPTION.maybe(self._row(tx, _SUBSCRIPTION_OPEN, *until, tx.now()))
 
-    @_write
+    @_write_row
     def set_subscription_token(self, tx: _Tx, id: AnyId, token: str, worker_id: AnyId, expiry: datetime) -> bool:
         """Take a subscription until `expiry`: True for one of any number of callers. Source: set_subscription_token.
 
@@ -3738,7 +3775,7 @@ class PersistenceProvider(_Facet):
         alive = tx.row("SELECT id FROM event_subscriptions WHERE id = ? AND terminated_at IS NULL", key)
         return not _found(alive, "subscription", key)
 
-    @_write
+    @_write_row
     def clear_subscription_token(self, tx: _Tx, id: AnyId, token: str) -> None:
         """Give a subscription back. Raises NotFound unless this is its token. Source: clear_subscription_token."""
         _found(self._row(tx, _LET_GO, key := _id(id, "id"), _text(token, "token")), "subscription", key)
@@ -4015,7 +4052,8 @@ class Store(_StoreBase):
 
         Facet calls join it, each as a savepoint, as is a nested one; `tx.execute` runs the user's own SQL. What leaves
         the block as an exception undoes it. Raises StoreBusy, and StorageError when the database ended it."""
-        return _Block(self._engine)
+        block: _Block = self._engine.transaction()
+        return block
 
 # --- the same facets, awaited ---
 class _AsyncFacet(_Facet):
@@ -4198,8 +4236,10 @@ def _path(path: object, argument: str) -> str:
         raise InvalidData(f"{argument}: the path is empty")
     return os.path.abspath(text)
 
+_SERVERS: dict[str, Callable[[str, SimpleNamespace], _Engine]] = {}  # by the scheme of its URLs, the engine of a server
+
 def _parse_target(target: object) -> tuple[str, str | None]:
-    """What to call a target, and the absolute path of its file (None: in memory)."""
+    """What to call a target, and the absolute path of its file (None: in memory; "": on a server)."""
     if not isinstance(target, str):
         return (_path(target, "target"), str(target))[::-1]  # in this order: not everything has a text
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", target)
@@ -4211,6 +4251,8 @@ def _parse_target(target: object) -> tuple[str, str | None]:
         if "?" in name:
             raise InvalidData("target: a ?query is not understood here: pass options to open() by name")
         name = urllib.parse.unquote(name, errors="surrogateescape")
+    elif scheme and scheme[1].lower() in _SERVERS:
+        return target, ""
     elif scheme and scheme[2]:
         raise StorageError(f"target: the scheme {scheme[1]!r} is not known: give a path, sqlite:///path or :memory:")
     return target, None if name == ":memory:" else _path(name, "target")
@@ -4249,6 +4291,8 @@ def open(
     if sqlite3.sqlite_version_info < (3, 35):
         raise StorageError(f"SQLite 3.35 or newer is needed, this Python has {sqlite3.sqlite_version}")
     name, path = _parse_target(target)
+    if path == "":
+        return Store(_SERVERS[name.split(":")[0].lower()](name, options))
     if path is not None:
         if os.path.isdir(path):
             raise StorageError(f"{path}: this is a folder: name a file in it")
@@ -4876,8 +4920,8 @@ def _selftest_writer(target: str, run: str) -> int:
 class _Selftest:
     """A store to try the promises on, a file beside it for those that set the clock, and which were kept so far."""
 
-    def __init__(self, store: Store, folder: str) -> None:
-        self.store, self.folder, self.path = store, folder, os.path.join(folder, "other.db")
+    def __init__(self, store: Store, target: str, folder: str) -> None:
+        self.store, self.target, self.folder, self.path = store, target, folder, os.path.join(folder, "other.db")
         self.now, self.kept, self.notes = datetime.now(UTC), list[bool](), list[str]()
 
     @contextlib.contextmanager
@@ -4917,7 +4961,7 @@ def _selftest(args: Any) -> int:
         return _complain("--target: a file is needed, other processes cannot see a store in memory", 2)
     with (tempfile.TemporaryDirectory(prefix="flowstore-", ignore_cleanup_errors=True) as folder,
           open(args.target or os.path.join(folder, "selftest.db")) as store):
-        test = _Selftest(store, folder)
+        test = _Selftest(store, args.target or store.target, folder)
         for part in (_selftest_log, _selftest_facets, _selftest_processes):
             part(test)
     print(f"{sum(test.kept)} passed, {len(test.kept) - sum(test.kept)} failed")
@@ -4928,9 +4972,10 @@ def _selftest_log(test: _Selftest) -> None:
         test.notes.append(f"{sqlite3.sqlite_version}, level {sqlite3.threadsafety}, Python {sys.version.split()[0]}")
         _expect((sqlite3.sqlite_version_info >= (3, 35), sqlite3.threadsafety > 0), (True, True))
     with test.promise("file: WAL works on this file system, and a commit waits until the disk has it") as run:
-        with test.store.transaction() as tx:
-            modes = tx.execute("SELECT journal_mode, synchronous FROM pragma_journal_mode, pragma_synchronous")
-        _expect(tuple(modes[0]), ("wal", 2))
+        if _parse_target(test.target)[1]:
+            with test.store.transaction() as tx:
+                modes = tx.execute("SELECT journal_mode, synchronous FROM pragma_journal_mode, pragma_synchronous")
+            _expect(tuple(modes[0]), ("wal", 2))
         start = time.perf_counter()
         test.expect_log(run, *(f"event {test.append(run, f'event {number}')}" for number in range(2, 12)))
         test.notes.append(f"synchronous FULL, {(time.perf_counter() - start) * 100:.2f} ms each")
@@ -4962,7 +5007,7 @@ def _selftest_facets(test: _Selftest) -> None:
         claims = _in_threads(8, lambda _: [state.claim_work_item("worker", [run]) for _ in range(5)])
         _expect(sorted(state.complete_work_item(item).id for some in claims for item in some), sorted(wanted))
     with (test.promise("lease: an expired one is taken over, and its stale fence is refused") as run,
-          test.other(test.store.target) as other):
+          test.other(test.target) as other):
         state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run))
         first = state.claim_work_item("worker-1", [run])
         test.now += timedelta(days=1)
@@ -5002,7 +5047,7 @@ def _selftest_facets(test: _Selftest) -> None:
 
 def _selftest_processes(test: _Selftest) -> None:
     with test.promise("crash: what a process was told is stored survives its kill") as run:
-        with _spawn("selftest-writer", test.store.target, run) as child:
+        with _spawn("selftest-writer", test.target, run) as child:
             told_of = [int(child.stdout.readline()) for _ in range(20)]
             child.kill()
             told_of += [int(line) for line in child.stdout if line.endswith("\n")]
@@ -5011,7 +5056,7 @@ def _selftest_processes(test: _Selftest) -> None:
         test.notes.append(f"killed after {len(told_of)} appends")
         test.expect_log(run, *["child"] * (stored - 1))
     if hasattr(os, "fork"):
-        with test.promise("fork: both sides go on, and nothing is lost") as run, open(test.store.target) as other:
+        with test.promise("fork: both sides go on, and nothing is lost") as run, open(test.target) as other:
             test.append(run, "before", other)
             if (pid := os.fork()) == 0:
                 try:
@@ -5126,12 +5171,13 @@ def _demo_worker(target: str, folder: str, queue: str, worker: str, pause: str) 
     threading.Thread(target=lambda: os._exit(len(os.read(0, 1))), daemon=True).start()
     with open(target, lease_seconds=2, backoff=lambda attempt: 0.05) as store:  # short: somebody is watching
         while True:
-            with store.transaction():  # so that the log tells of every lease that there was
-                if item := store.state.claim_work_item(worker, [queue]):
-                    event = {"type": "step_started", "worker": worker, "fence": item.lease_fence}
-                    store.events.append(item.execution_id, item.tenant_id, event)
-            time.sleep(float(pause) if item else 0.05)
-            with contextlib.suppress(LeaseLost):  # taken over meanwhile: nothing of ours was written
+            # Taken over meanwhile, or on a server another worker was first: nothing of ours was written.
+            with contextlib.suppress(LeaseLost, StoreBusy):
+                with store.transaction():  # so that the log tells of every lease that there was
+                    if item := store.state.claim_work_item(worker, [queue]):
+                        event = {"type": "step_started", "worker": worker, "fence": item.lease_fence}
+                        store.events.append(item.execution_id, item.tenant_id, event)
+                time.sleep(float(pause) if item else 0.05)
                 if item:
                     _demo_do(store, item, os.path.join(folder, item.payload))
 
@@ -5461,7 +5507,7 @@ def _bench(args: Any) -> int:
     """Measure each row of the table, and print whether it holds; status 1 when one does not."""
     import platform
     import tempfile
-    if args.target and (path := _parse_target(args.target)[1]) is None:
+    if args.target and not (path := _parse_target(args.target)[1]):
         return _complain("--target: a file is needed, other processes cannot see a store in memory", 2)
     beside = os.path.dirname(path) if args.target and path else tempfile.gettempdir()
     on, rows = _Bench(args.quick), list[dict[str, Any]]()
@@ -5572,6 +5618,515 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int], str, dict[str, dict[str, Any]]]
     "compact": (_compact, "give space that a store no longer needs back to the file system", _STORE),
 }
 _HELPERS: dict[str, Callable[..., int]] = {"demo-worker": _demo_worker, "selftest-writer": _selftest_writer}
+
+# ============================================================================================================
+# PostgreSQL: a server in place of the file; without this chapter all the others work as before
+# ============================================================================================================
+
+# What each of our statements says to SQLite it says to PostgreSQL too, once its placeholders are numbered. Writers
+# run side by side: SERIALIZABLE, and begun again when they lose, or READ COMMITTED where the lock on a row is enough.
+# The numbers that order the logs over the whole store begin with that of their transaction (and leave 2**20 for its
+# rows): reading up to the oldest transaction under way, nobody skips what commits later with a lower number. `base` is
+# added where the server counts from below what is stored, as it does after a dump was restored.
+_CONNECTIONS = 8  # of one process, at most: callers wait for one; more would only wait for each other in the server
+_NUMBER = """BIGINT PRIMARY KEY DEFAULT ((pg_current_xact_id()::text::bigint + 0 << 20) + set_config('flowstore.number',
+    (COALESCE(NULLIF(current_setting('flowstore.number', true), ''), '0')::bigint + 1)::text, true)::bigint)"""
+_NUMBERED = (("flow_events", "id"), ("execution_errors", "id"), ("flowstore_log", "position"))
+_FIRST = "(SELECT {}::text::bigint + value::bigint << 20 FROM flowstore_meta WHERE key = 'base')".format
+_SETTLED = (f"position > ? AND (position < {_FIRST('pg_snapshot_xmin(pg_current_snapshot())')} "
+            f"OR position >= {_FIRST('pg_current_xact_id_if_assigned()')})")
+_IN_POSTGRES = (  # how the schema's words read there; an index entry of 2,700 bytes holds two ids
+    (r"INTEGER PRIMARY KEY( AUTOINCREMENT)?", _NUMBER), (r"\bINTEGER\b", "BIGINT"), (r"\bBLOB\b", "BYTEA"),
+    (r"\bTEXT\b", 'TEXT COLLATE "C"'), (r" WITHOUT ROWID", ""),
+    (r"(\(status, (?:tenant_id, )?)queue_type", r"\1(queue_type || '')"),
+    (r"(event_name, event_key, \w+|tenant_id, \(queue_type \|\| ''\), \w+), id\)", r"\1)"),
+    (r", PRIMARY KEY (\(tenant_id, workflow_id), version\)\)",
+     r"); CREATE UNIQUE INDEX flowstore_definitions_key ON flowstore_definitions \1, md5(version))"),
+)
+_PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named one
+    r"""([eE]'(?:[^'\\]|\\.|'')*'|'[^']*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\2\$|::)|\?|:([A-Za-z_]\w*)""",
+    re.DOTALL,
+)
+_SINCE = """SELECT pg_postmaster_start_time()::text, MAX(backend_start)::text FROM pg_stat_activity
+    WHERE backend_type = 'checkpointer'"""
+_NEWS = re.compile("INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'")
+
+@functools.lru_cache(2000)
+def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[str, ...]]:
+    """A statement with $1, $2, ... for its placeholders, and with the locks that its isolation level asks for."""
+    names: list[str] = []
+
+    def number(found: re.Match[str]) -> str:
+        if found[1] or (found[3] and not named):
+            return found[0]
+        names.append(found[3] or "")
+        return f"${len(names)}"
+
+    if level and "q.column1" in sql:  # a claim's look: what another one is claiming is skipped
+        sql = sql.replace("available_at, id LIMIT 1", "available_at, id LIMIT 1 FOR UPDATE SKIP LOCKED")
+    if level and sql.startswith("SELECT") and "AND status = 'claimed' AND lease_expires_at <= ?" in sql:
+        sql += " FOR UPDATE SKIP LOCKED"
+    elif level == "READ COMMITTED" and sql.startswith("SELECT") and "FROM flowstore_work_items WHERE id = ?" in sql:
+        sql += " FOR UPDATE"
+    # The planner knows no better than statistics that are late: leave it one index. For an item that is known not one
+    # of all items in its status; for the head of a queue not one of all that ever were in it.
+    sql = sql.replace("WHERE id = ? AND status = '", "WHERE id = ? AND status || '' = '")
+    if sql.startswith("SELECT") and re.search("flowstore_work_items.*status = '(pending|claimed)'", sql):
+        sql = re.sub(r"\bqueue_type\b", "(queue_type || '')", sql)
+    sql = sql.replace("flowstore_log WHERE position > ?", f"flowstore_log WHERE {_SETTLED}")
+    return _PLACEHOLDERS.sub(number, sql), tuple(names)
+
+class _PostgresRows(list[tuple[Any, ...]]):
+    """What a statement gave, as a cursor of sqlite3's tells it."""
+    fetchall = list.copy
+
+    def __init__(self, cursor: Any) -> None:
+        super().__init__(cursor.fetchall() if cursor.description else ())
+        self.rowcount = cursor.rowcount
+
+class _PostgresDb:
+    """A psycopg connection with what the rest of this module uses of sqlite3's; its errors are ours."""
+
+    def __init__(self, engine: _PostgresEngine) -> None:
+        self.engine = engine
+        self.level = ""  # the isolation of the transaction, when it writes
+        self.number = ""  # of that transaction, in the server
+        self.news = False  # it wrote something that others may be waiting for
+        psycopg = engine.psycopg
+        try:
+            self.db = psycopg.connect(engine.url, autocommit=True, cursor_factory=psycopg.RawCursor)
+        except psycopg.Error as error:
+            says = " ".join(str(error).split())
+            kind = StoreBusy if re.search("starting up|shutting down|too many|connection slots", says) else StorageError
+            raise kind(f"{engine.target}: the server cannot be used: {says}") from error
+        self.close = self.db.close
+        self._call(self.db.execute, engine.settings)
+        self.since = self._call(self.db.execute, _SINCE).fetchone()  # of the server: a restart may use a number again
+
+    @property
+    def in_transaction(self) -> bool:
+        """True while a transaction is open on it."""
+        return self.db.info.transaction_status.name in ("ACTIVE", "INTRANS", "INERROR")
+
+    def begin(self, level: str) -> None:
+        """Begin a transaction: one that writes, at a level of isolation, or else one that reads one snapshot."""
+        self.level, self.news = level, False
+        if level:
+            cursor = self._call(self.db.execute, f"BEGIN ISOLATION LEVEL {level}; SELECT pg_current_xact_id()")
+            cursor.nextset()
+            self.number = cursor.fetchone()[0]
+        else:
+            self._call(self.db.execute, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+
+    def execute(self, sql: str, parameters: Any = ()) -> _PostgresRows:
+        """Run a statement, ours or the user's."""
+        if sql.startswith("PRAGMA"):  # check() asks what SQLite thinks of its file
+            return self._execute("SELECT 1 WHERE false", "", ())
+        rows = self._execute(sql, self.level, parameters)
+        if self.level and "q.column1" in sql and not any(row[2] for row in rows):
+            return self._execute(sql, "", parameters)  # what another claim skips may become free: wait for its end
+        return rows
+
+    def _execute(self, sql: str, level: str, parameters: Any) -> _PostgresRows:
+        text, values = self._prepared(sql, level, parameters)  # prepared, a text of several statements is refused
+        return _PostgresRows(self._call(self.db.execute, text, values, prepare=True if ";" in sql else None))
+
+    def executemany(self, sql: str, rows: Iterable[Any]) -> _PostgresRows:
+        """Run a statement for each of the rows."""
+        texts = [self._prepared(sql, self.level, row) for row in rows] or [("SELECT 1 WHERE false", ())]
+        cursor = self.db.cursor()
+        self._call(cursor.executemany, texts[0][0], [values for _, values in texts])
+        return _PostgresRows(cursor)
+
+    def _prepared(self, sql: str, level: str, parameters: Any) -> tuple[str, Sequence[Any]]:
+        """The text of a statement, and its values in the order of their numbers."""
+        text, names = _in_postgres(sql, level, named := isinstance(parameters, dict))
+        values = [parameters[name] for name in names] if named else parameters
+        if "\0" in sql or len(values) != len(names):
+            raise StorageError(f"the statement has {len(names)} placeholders for {len(values)} values, or holds NUL")
+        self.news = self.news or _NEWS.search(sql) is not None
+        return text, values
+
+    def commit(self) -> None:
+        """Commit; those who wait hear of it, by a transaction of its own: NOTIFY would make commits queue up."""
+        self._call(self.db.execute, f"COMMIT; NOTIFY {self.engine.schema}" if self.news else "COMMIT")
+        self.level = ""
+
+    def rollback(self) -> None:
+        """Roll back what is open, if anything."""
+        self.level = ""
+        if self.in_transaction:
+            try:
+                self.db.rollback()
+            except self.engine.psycopg.Error:
+                self.db.close()
+
+    def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call psycopg. A lost race or connection is StoreBusy: it has ended the transaction, nothing was written."""
+        before = sys.exception()
+        try:
+            return method(*arguments, **options)
+        except BaseException as error:
+            struck: BaseException | None = error
+            while isinstance(struck, Exception) and struck is not before:
+                struck = struck.__context__
+            try:
+                if struck is not None and struck is not before:  # an interrupt, perhaps under what psycopg made of it
+                    self.db.close()  # it may be out of step with the server
+                    raise struck
+            finally:
+                del struck, before  # their tracebacks lead back to this frame
+            if not isinstance(error, self.engine.psycopg.Error):
+                raise
+            code, told = error.sqlstate or "", error.diag
+            says = " ".join(str(told.message_primary or error).split())
+            # A row of ours that is there against what was seen, or no longer: another transaction was first.
+            ours = told.schema_name == self.engine.schema and told.table_name in _TABLE_NAMES
+            if self.db.closed or code in ("40001", "40P01", "55P03") or (ours and code in ("23503", "23505")):
+                self.rollback()
+                raise StoreBusy(f"another transaction was first, nothing was written: run it again ({says})") from error
+            kind = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}.get(code, StorageError)
+            raise kind(f"the database failed: {says}") from error
+
+def _below(tx: _Tx) -> _PostgresDb:
+    """What a transaction here runs on."""
+    db: Any = tx.db
+    below: _PostgresDb = db
+    return below
+
+class _Permit:
+    """The right to use a connection. It gives itself back when it is dropped: no interrupt can lose one."""
+
+    def __init__(self, engine: _PostgresEngine) -> None:
+        self._engine = weakref.ref(engine)
+
+    def __del__(self) -> None:
+        if (engine := self._engine()) is not None:
+            engine.permits.put(_Permit(engine))
+
+class _PostgresEngine(_Engine):
+    """A database on a PostgreSQL server: each call has a connection and a transaction of its own."""
+    one_writer = False
+    tick = 0.1
+
+    def __init__(self, target: str, options: SimpleNamespace) -> None:
+        import importlib
+        import urllib.parse
+        try:
+            self.psycopg: Any = importlib.import_module("psycopg")
+        except ImportError as error:
+            raise StorageError("a server's URL needs psycopg: pip install 'flowstore[postgres]'") from error
+        parts = urllib.parse.urlsplit(target)
+        query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+        self.schema = query.pop("schema", "flowstore")
+        if not re.fullmatch("[a-z_][a-z0-9_]{0,62}", self.schema):
+            raise InvalidData(f"target: a schema's name is made of a-z, 0-9 and _, not {self.schema!r}")
+        self.url = parts._replace(query=urllib.parse.urlencode(query)).geturl()
+        login, at, host = parts.netloc.rpartition("@")
+        target = parts._replace(netloc=login.split(":")[0] + at + host, query=re.sub(
+            "(^|&)(ssl)?password=[^&]*", "", parts.query)).geturl()
+        self.settings = f"""SET search_path = {self.schema}, public; SET jit = off; SET enable_seqscan = off;
+            SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
+            SET synchronous_commit = {'on' if options.synchronous == 'FULL' else 'off'};
+            SET default_transaction_read_only = {'on' if options.read_only else 'off'}"""
+        self.blocks: dict[int, Callable[[], Any]] = {}  # by thread, a reference to the block it opened last
+        self._permit_all()
+        super().__init__(target, None, options)
+
+    def _permit_all(self) -> None:
+        import queue
+        self.permits: Any = queue.SimpleQueue()
+        for _ in range(_CONNECTIONS):
+            self.permits.put(_Permit(self))
+
+    def _connect(self) -> Any:
+        self.refuse_closed()
+        return _PostgresDb(self)
+
+    def _borrow(self) -> _Connection:
+        """A connection for one call or block; StoreBusy while all of them are in use."""
+        import queue
+        try:
+            permit = self.permits.get(timeout=self.options.busy_timeout)
+        except queue.Empty:
+            raise StoreBusy(f"{_CONNECTIONS} calls and blocks held all connections of this store too long") from None
+        self.refuse_closed()
+        try:
+            connection = self.readers.pop()
+        except IndexError:
+            connection = self._new_connection()
+        connection.permit = permit
+        return connection
+
+    def _give_back(self, connection: _Connection) -> None:
+        with connection.lock:
+            if connection.tx is not None:
+                _below(connection.tx).rollback()  # if it was left open
+            if self.closed or (connection.tx is not None and _below(connection.tx).db.closed):
+                connection.close()  # opened again at its next use
+        self.readers.append(connection)
+        connection.permit = None
+
+    # --- opening ---
+    def _prepare(self) -> None:
+        """Create or upgrade the tables in their schema, whoever else opens it at the same time."""
+        self._patiently(lambda: self._with_connection(self._prepare_schema))
+
+    def _prepare_schema(self, tx: _Tx) -> None:
+        if self._version(tx) == _SCHEMA_VERSION and (self.options.read_only or not self._numbers_behind(tx)):
+            return
+        if self.options.read_only:
+            raise SchemaError("the tables are of an older version: open the store once without read_only")
+        tx.run("BEGIN")
+        tx.rows("SELECT pg_advisory_xact_lock(hashtext(?))", self.schema)
+        if (version := self._version(tx)) is None:
+            tx.run(f"CREATE SCHEMA IF NOT EXISTS {self.schema}")
+        self._build(tx, version)
+        if version is None:
+            tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('base', '0')")
+        if behind := self._numbers_behind(tx):
+            tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'base'", str(behind))
+            for table, column in _NUMBERED:
+                number = _NUMBER.replace("+ 0 <<", f"+ {behind} <<").split(" DEFAULT ")[1]
+                tx.run(f"ALTER TABLE {table} ALTER {column} SET DEFAULT {number}")
+        tx.run("COMMIT")
+
+    def _tables(self, tx: _Tx) -> set[str]:
+        return {name for (name,) in tx.rows("SELECT relname::text FROM pg_class WHERE relkind IN ('r', 'v') AND "
+                                            "relnamespace = to_regnamespace(?)", self.schema)}
+
+    def _numbers_behind(self, tx: _Tx) -> int:
+        """The base with which new numbers lie above all that are stored; 0 while they do."""
+        top = max(tx.rows(f"SELECT COALESCE(MAX({column}), 0) >> 20 FROM {table}")[0][0] for table, column in _NUMBERED)
+        base, following = tx.rows("SELECT value::bigint, pg_snapshot_xmax(pg_current_snapshot())::text::bigint "
+                                  "FROM flowstore_meta WHERE key = 'base'")[0]
+        return int(top - following + 1) if top >= base + following else 0
+
+    @staticmethod
+    def ddl(script: str) -> str:
+        """The schema, as PostgreSQL words it."""
+        for pattern, meaning in _IN_POSTGRES:
+            script = re.sub(pattern, meaning, script)
+        return script
+
+    # --- running operations ---
+    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation: in the caller's open transaction, or in one of its own until it wins."""
+        if _blocks.get() and (block := self.block()) is not None:
+            return block.run(operation, facet, args, kwargs)
+        if operation.writes:
+            self.refuse_to_wait_for_oneself()
+            self.refuse_read_only()
+        level = "READ COMMITTED" if operation.row else "SERIALIZABLE" if operation.writes else ""
+
+        def run(tx: _Tx) -> Any:
+            if operation.writes or operation.snapshot:
+                _below(tx).begin(level)
+            result = operation.run(facet, tx, args, kwargs)
+            if operation.writes:
+                self.commit_there(tx)
+            return result
+
+        return self._patiently(lambda: self._with_connection(run))
+
+    def refuse_to_wait_for_oneself(self) -> None:
+        """StorageError for what another task of this thread, with its open block, might hold up for ever."""
+        if (block := self.blocks.get(threading.get_ident(), bool)()) and block.is_open:
+            raise StorageError("this thread has another task's transaction open and could only wait for itself")
+
+    def _with_connection(self, action: Callable[[_Tx], R]) -> R:
+        connection = self._borrow()
+        try:
+            with connection.lock:
+                return action(connection.use())
+        finally:
+            self._give_back(connection)
+
+    def commit_there(self, tx: _Tx) -> None:
+        """Commit; when the connection is lost in the middle, the server is asked what became of it."""
+        try:
+            _below(tx).commit()
+        except StoreBusy:
+            if not _below(tx).db.closed or not self._has_committed(_below(tx)):
+                raise
+
+    def _has_committed(self, lost: _PostgresDb) -> bool:
+        deadline = time.monotonic() + self.options.busy_timeout
+        while True:
+            try:
+                status, since = self.on_its_own(lambda tx: (
+                    tx.rows("SELECT pg_xact_status(?::xid8)", lost.number)[0][0], _below(tx).since))
+            except StorageError:
+                status, since = "in progress", None
+            if status == "committed" and since == lost.since:
+                return True
+            if status == "committed" or self.closed or time.monotonic() > deadline:
+                raise StorageError("the server was lost during COMMIT: look whether this was stored")
+            if status != "in progress":
+                return False
+            time.sleep(0.05)
+
+    def on_its_own(self, action: Callable[[_Tx], R]) -> R:
+        """Run `action` on one snapshot, on a connection of its own."""
+        connection = self._new_connection()
+        with connection.lock:
+            try:
+                tx = connection.use()
+                _below(tx).begin("")
+                return action(tx)
+            finally:
+                connection.close()
+
+    def transaction(self) -> _Block:
+        """A new transaction block, not begun."""
+        return _PostgresBlock(self)
+
+    def wait(self, seen: int, seconds: float) -> Any:
+        """Wait until the server tells of a commit; one thread listens for all of them."""
+        self.refuse_closed()
+        deadline = time.monotonic() + min(seconds, self.tick)
+        if not self.writer.lock.acquire(blocking=False):
+            return super().wait(seen, seconds)
+        try:
+            listening, db = self.writer.tx is not None, _below(self.writer.use())
+            if not listening:  # what was committed until now may not have been seen
+                db.execute(f"LISTEN {self.schema}")
+            elif not self.closed and self.commits == seen:
+                for _ in db.db.notifies(timeout=max(0.0, deadline - time.monotonic()), stop_after=1):
+                    self.commits += 1
+        except (StorageError, self.psycopg.Error):
+            self.writer.close()
+            time.sleep(max(0.0, deadline - time.monotonic()))
+        finally:
+            self.writer.lock.release()
+            self._wake_watchers()  # another one listens now
+
+    def sizes(self, tx: _Tx) -> dict[str, int]:
+        """Bytes of the tables; the log beside them is the server's."""
+        sql = "SELECT COALESCE(SUM(pg_total_relation_size(to_regclass(name)))::bigint, 0) FROM unnest(?::text[]) name"
+        return {"file_bytes": tx.rows(sql, list(_TABLE_NAMES))[0][0], "wal_bytes": 0}
+
+    def _copy_to(self, tx: _Tx, path: str) -> None:
+        """A backup is an SQLite file."""
+        with open(path) as store:
+            _copy_tables(tx.rows, store)
+
+    def compact(self) -> None:
+        """Have the server find the space that is free again."""
+        self.refuse_read_only()
+        self._with_connection(lambda tx: tx.run(f"VACUUM (ANALYZE) {', '.join(_TABLE_NAMES)}"))
+
+    def close(self) -> None:
+        """Close every connection; who waits is woken with StoreClosed, an open transaction is rolled back."""
+        self.closed = True
+        self.permits.put(_Permit(self))
+        super().close()
+
+    # --- fork ---
+    def before_fork(self) -> None:
+        """The parent goes on as if nothing had happened."""
+
+    after_fork_in_parent = before_fork
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew: the connections are the parent's, and even closing one here would end it there."""
+        for connection in list(self.connections):
+            if connection.tx is not None:
+                _keep_for_ever(_below(connection.tx).db)
+            connection.lock, connection.tx = threading.RLock(), None
+        self.mutex, self.watching, self.readers = threading.RLock(), set(), []
+        self._permit_all()
+
+class _PostgresBlock(_Block):
+    """A block has a connection of its own. One that loses against another transaction is StoreBusy, and run again."""
+    engine: _PostgresEngine
+
+    def _acquire(self) -> None:
+        self.engine.refuse_to_wait_for_oneself()
+        self.engine._patiently(self._begin)
+        self.engine.blocks[threading.get_ident()] = self._ref
+
+    def _begin(self) -> None:
+        self._connection = self.engine._borrow()
+        try:
+            with self._connection.lock:
+                _below(self._connection.use()).begin("" if self.engine.options.read_only else "SERIALIZABLE")
+        except BaseException:
+            self._release()
+            raise
+
+    def _finish(self, tx: _Tx, commit: bool) -> None:
+        if commit:
+            self.engine.commit_there(tx)
+
+    def _release(self) -> None:
+        self.engine._give_back(self._connection)
+
+_SERVERS |= {"postgresql": _PostgresEngine, "postgres": _PostgresEngine}
+
+# --- copy: a store moves from one engine to the other ---
+_COPIED = {  # by table, its columns and those of its key; referred ones first
+    name: (re.findall(r"(\w+) (?:TEXT|INTEGER|BLOB)", columns),
+           (re.findall(r"PRIMARY KEY \(([^)]+)\)", columns) or re.findall(r"(\w+) \w+ PRIMARY KEY", columns))[0])
+    for name, columns in re.findall(r"CREATE TABLE (\w+) (.*)", " ".join(_TABLES.split()).replace("; ", ";\n"))
+    if name != "flowstore_meta"
+}
+
+def _table_rows(rows: Callable[..., list[tuple[Any, ...]]], table: str, after: tuple[Any, ...] | None = None
+                ) -> Iterator[list[tuple[Any, ...]]]:
+    """The rows of a table behind a key, in the order of its key, some hundred at a time."""
+    columns, key = _COPIED[table]
+    places = [columns.index(name) for name in key.split(", ")]
+    marks = ", ".join("?" * len(places))
+    while True:
+        behind = f"WHERE ({key}) > ({marks})" if after is not None else ""
+        found = rows(f"SELECT {', '.join(columns)} FROM {table} {behind} ORDER BY {key} LIMIT 500", *(after or ()))
+        if not found:
+            return
+        yield found
+        after = tuple(found[-1][place] for place in places)
+
+def _copy_tables(rows: Callable[..., list[tuple[Any, ...]]], target: Store, tell: Callable[[int], Any] = bool) -> None:
+    """Copy what `rows` reads into a new store, or go on with a copy that was broken off."""
+    with target.transaction() as tx:
+        if not tx.execute("SELECT 1 FROM flowstore_meta WHERE key = 'copying'"):
+            if sum(target.stats()["tables"].values()) > len(tx.execute("SELECT 1 FROM flowstore_meta")) + 1:
+                raise StorageError(f"{target.target}: there is a store already: copy into a new one")
+            tx.execute("DELETE FROM flowstore_tenants")
+            tx.execute("INSERT INTO flowstore_meta (key, value) VALUES ('copying', '')")
+    done = 0
+    for table, (columns, key) in _COPIED.items():
+        insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+        order = ", ".join(f"{name} DESC" for name in key.split(", "))
+        with target.transaction() as tx:
+            last = tx.execute(f"SELECT {key} FROM {table} ORDER BY {order} LIMIT 1")
+            done += tx.execute(f"SELECT COUNT(*) FROM {table}")[0][0]
+        for chunk in _table_rows(rows, table, last[0] if last else None):
+            with target.transaction() as tx:
+                tx.executemany(insert, chunk)
+            tell(done := done + len(chunk))
+    with target.transaction() as tx:
+        tx.execute("DELETE FROM flowstore_meta WHERE key = 'copying'")
+
+def _copy_command(args: Any) -> int:
+    """Copy a store into a new one, of either engine, and compare them; status 1 when they differ."""
+    with open(args.source, read_only=True) as source, source.transaction() as read:  # one snapshot
+        rows: Callable[..., list[tuple[Any, ...]]] = lambda sql, *values: read.execute(sql, values)  # noqa: E731
+        total = sum(rows(f"SELECT COUNT(*) FROM {table}")[0][0] for table in _COPIED)
+        with open(args.target) as target:
+            _copy_tables(rows, target, lambda done: _bar(sys.stdout, done, total, "rows"))
+        _bar(sys.stdout)
+        with open(args.target) as target, target.transaction() as copy:
+            other = lambda sql, *values: copy.execute(sql, values)  # noqa: E731
+            differ = [table for table in _COPIED if any(
+                one != two for one, two in itertools.zip_longest(_table_rows(rows, table), _table_rows(other, table)))]
+    print(f"{args.target}: {total:,} rows,", f"other than the source in {', '.join(differ)}" if differ else "equal")
+    return 1 if differ else 0
+
+_COMMANDS["copy"] = (_copy_command, "copy a store into a new one, from SQLite to PostgreSQL or back", {
+    "source": {"metavar": "SOURCE", "help": "a database file or URL"},
+    "target": {"metavar": "TARGET", "help": "a new one, or one into which this copy was broken off"}})
+
 
 if __name__ == "__main__":
     raise SystemExit(main())
