@@ -1114,6 +1114,8 @@ class _Method(Generic[F, P, R]):
         self.name = function.__name__
         self.__doc__ = function.__doc__
         signature = inspect.signature(function)
+        returned = re.sub(r"^_Steps\[(.*)\]$", r"\1", str(signature.return_annotation))  # what the driver makes of it
+        signature = signature.replace(return_annotation=returned)
         own, *rest = [one for name, one in signature.parameters.items() if name != "tx"]
         self._bound_signature = signature.replace(parameters=rest)
 
@@ -1413,7 +1415,7 @@ class _Engine:
     def run_batch(self, calls: list[_Call]) -> None:
         """Run operations in one transaction, each on its own: every call gets its result or error."""
         call = _Call()
-        call.batch = calls
+        call.batch, call.deadline = calls, max(one.deadline for one in calls)
         self.with_lead(call, self._try)
         if call.error is not None:
             raise call.error
@@ -1468,7 +1470,7 @@ class _Engine:
         """Lead and run `action` until it returns True, unless another leader does the call; then hand the lead on.
 
         Safe against two interrupts in a row, at any point."""
-        call.deadline = time.monotonic() + self.options.busy_timeout
+        call.deadline = call.deadline or time.monotonic() + self.options.busy_timeout
         try:
             with self.mutex:
                 if self.lead is None and not self.closed:
@@ -1675,8 +1677,8 @@ class _Engine:
             self.watching.discard(wake)
 
     def patience(self, seconds: float) -> float:
-        """How long to wait before a look at what other processes did: the longer, the more of us are looking."""
-        return max(0.0, min(seconds, self.tick * max(1, len(self.watching) // 8)))
+        """How long to wait before a look at what other processes did: longer, when many of us are looking."""
+        return max(0.0, min(seconds, self.tick * (1 + (len(self.watching) > 16))))
 
     def _pass_on(self, call: _Call) -> None:
         """Hand the lead to the first in the queue; safe to repeat."""
@@ -2087,7 +2089,7 @@ class _Block:
             raise StorageError("a transaction object opens one block: call store.transaction() again")
         self.parent, self.thread = self.engine.block(), thread
 
-    def begin(self) -> None:
+    def begin(self, deadline: float = 0.0) -> None:
         """Begin a transaction, or a savepoint in the parent's; StoreBusy when others hold the store too long."""
         if self.parent is not None:
             self._connection = self.parent._connection
@@ -2096,7 +2098,7 @@ class _Block:
                 self.parent.tx().run(f"SAVEPOINT {self.savepoint}")
                 self.root.nested.append((self._ref, self.savepoint))
         else:
-            self._acquire()
+            self._acquire(deadline)
         self.is_open = True
 
     def enter(self) -> Transaction:
@@ -2104,7 +2106,7 @@ class _Block:
         _blocks.set((self._ref, *(ref for ref in _blocks.get() if ref() is not None)))
         return Transaction(self)
 
-    def _acquire(self) -> None:
+    def _acquire(self, deadline: float) -> None:
         """Begin the transaction of an outermost block."""
         engine = self.engine
         if engine.options.read_only and engine.path is not None:
@@ -2113,6 +2115,7 @@ class _Block:
                 engine._patiently(self._begin_snapshot)
         else:
             self._call = _Call()
+            self._call.deadline = deadline
             engine.with_lead(self._call, engine.acquire, keep=True)
 
     def _begin_snapshot(self) -> None:
@@ -2251,9 +2254,17 @@ class _AsyncEngine:
         self.turn = asyncio.Lock()
         self._running_loop = asyncio.get_running_loop
         self._waiting: list[_Call] = []
+        self._patient: set[asyncio.Timeout] = set()
+        self._batching = False
+        self._listening: asyncio.Future[None] | None = None
+        self._closing: asyncio.Future[None] | None = None
         self._sender: asyncio.Task[None] | None = None
-        self._worker = ThreadPoolExecutor(1, "flowstore-writer")
+        self._worker = ThreadPoolExecutor(1 if engine.one_writer else _IDLE_READERS, "flowstore-writer")
         self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
+        self._others = ThreadPoolExecutor(32, "flowstore-aside")  # for what takes long
+        # Whether a task's transaction shuts the others' writes out, and whether reads have to go the way of writes.
+        self.exclusive = engine.one_writer and not (engine.options.read_only and engine.path is not None)
+        self.in_memory = engine.one_writer and engine.path is None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sync, name)
@@ -2270,17 +2281,18 @@ class _AsyncEngine:
         return self.loop.run_in_executor(self._worker, function, *args)
 
     def aside(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
-        """Run in a thread beside the one that writes."""
+        """Run what takes long in a thread that nothing else waits for."""
         self.refuse_foreign()
-        return self.loop.run_in_executor(self._readers, function, *args)
+        return self.loop.run_in_executor(self._others, function, *args)
 
     async def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation: in the task's open transaction, or in one of its own."""
         while _blocks.get() and (block := self.sync.block()) is not None:
             with contextlib.suppress(_Ended):
                 return await self.in_worker(block.run, operation, facet, args, kwargs)
-        if not operation.writes and self.sync.path is not None:
-            return await self.aside(self.sync.run, operation, facet, args, kwargs)
+        if not self.in_memory and not (operation.writes and self.sync.one_writer):
+            self.refuse_foreign()
+            return await self.loop.run_in_executor(self._readers, self.sync.run, operation, facet, args, kwargs)
         return await self.send(operation, facet, args, kwargs)
 
     def send(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> asyncio.Future[Any]:
@@ -2293,31 +2305,45 @@ class _AsyncEngine:
         future = call.future = self.loop.create_future()
         self._waiting.append(call)
         if self._sender is None:
-            self._sender = self.loop.create_task(self._send_all())
+            self._send()
         return future
 
+    def _send(self, ended: object = None) -> None:
+        """Have a task send what waits, and another after it: asyncio.run() cancels every task at its end, while those
+        that clean up still write."""
+        self._waiting = [call for call in self._waiting if not call.future.done()]  # not cancelled
+        self._sender = self.loop.create_task(self._send_all()) if self._waiting else None
+        if self._sender is not None:
+            self._sender.add_done_callback(self._send)
+
     async def _send_all(self) -> None:
-        try:
-            while self._waiting:
-                try:
-                    await self.take_turn(self._waiting[0].deadline)
-                except StoreBusy as error:
-                    late, now = self._waiting, time.monotonic()
-                    self._waiting = [call for call in late if call.deadline > now]
-                    self._answer([call for call in late if call.deadline <= now], error)
-                    continue
-                try:
-                    batch = [call for call in self._waiting[:_GROUP_MOST] if not call.future.done()]  # not cancelled
-                    del self._waiting[:_GROUP_MOST]
-                    if batch:
-                        await self.in_worker(self.sync.run_batch, batch)
-                    self._answer(batch)
-                except Exception as error:  # of all of them
-                    self._answer(batch, error)
-                finally:
-                    self.turn.release()
-        finally:
-            self._sender = None
+        import asyncio
+        while self._waiting:
+            try:
+                await self.take_turn(self._waiting[0].deadline)
+            except StorageError as error:  # the time of some of them is up, or the store was closed
+                now = math.inf if self.sync.closed else time.monotonic()
+                late, self._waiting = self._waiting, [call for call in self._waiting if call.deadline > now]
+                self._answer([call for call in late if call.deadline <= now], error)
+                continue
+            try:
+                batch = [call for call in self._waiting[:_GROUP_MOST] if not call.future.done()]
+                del self._waiting[:_GROUP_MOST]
+                if batch:
+                    sent = self.in_worker(self.sync.run_batch, batch)
+                    # By a callback: this task may be cancelled meanwhile, and they get their answer all the same.
+                    sent.add_done_callback(functools.partial(self._answer_all, batch))
+                    self._batching = True
+                    await asyncio.wait([sent])
+            except StorageError as error:  # the store was closed
+                self._answer(batch, error)
+            finally:
+                self._batching = False
+                self.turn.release()
+
+    def _answer_all(self, calls: list[_Call], sent: asyncio.Future[None]) -> None:
+        error = sent.exception()
+        self._answer(calls, error if isinstance(error, Exception) else None)
 
     @staticmethod
     def _answer(calls: list[_Call], failure: Exception | None = None) -> None:
@@ -2328,14 +2354,21 @@ class _AsyncEngine:
                 else:
                     call.future.set_result(call.result)
 
-    async def take_turn(self, deadline: float) -> None:
+    async def take_turn(self, deadline: float) -> bool:
         """Wait until no batch and no other task's transaction is under way; StoreBusy at the deadline."""
         import asyncio
-        try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                await self.turn.acquire()
-        except TimeoutError:
-            self.sync._pause(0.0)  # raises StoreBusy
+        while True:
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())) as patience:
+                    self._patient.add(patience)
+                    try:
+                        return bool(await self.turn.acquire())
+                    finally:
+                        self._patient.discard(patience)
+            except TimeoutError:
+                if self.sync.closed or not self._batching:
+                    self.sync._pause(0.0)  # raises StoreBusy
+                deadline = time.monotonic() + 0.01  # a commit under way: nobody is holding the store
 
     async def drive(self, steps: Generator[Any, Any, R]) -> R:
         """Walk through the steps of a method, awaiting those that can be awaited."""
@@ -2355,6 +2388,8 @@ class _AsyncEngine:
         """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
         import asyncio
         news = asyncio.Event()
+        if not self.sync.one_writer and (self._listening is None or self._listening.done()):
+            self._listening = self.aside(self.sync.wait, seen, seconds)  # for all of them
         with self.sync.watch(lambda: self.loop.call_soon_threadsafe(news.set)), contextlib.suppress(TimeoutError):
             if self.sync.commits == seen:
                 async with asyncio.timeout(self.sync.patience(seconds)):
@@ -2362,10 +2397,17 @@ class _AsyncEngine:
 
     async def close(self) -> None:
         """Close every connection; calls under way finish, those that wait get StoreClosed."""
-        if not self.sync.closed:
-            await self.aside(self.sync.close)
-            for pool in (self._worker, self._readers):
-                pool.shutdown(wait=False)
+        import asyncio
+        if self._closing is None:
+            self._closing = self.aside(self.sync.close)
+            self._closing.add_done_callback(self._closed)
+        await asyncio.shield(self._closing)
+
+    def _closed(self, closing: object) -> None:
+        for pool in (self._worker, self._readers, self._others):
+            pool.shutdown(wait=False)
+        for patience in self._patient:  # who waits for the turn learns of it now
+            patience.reschedule(0.0)
 
 class AsyncTransaction:
     """An open transaction of an async store, for the user's own SQL in the same database."""
@@ -2396,26 +2438,25 @@ class _AsyncBlock:
         engine, block = self._engine, self._block
         engine.refuse_foreign()
         block.adopt(0)
-        if block.parent is None:
-            await engine.take_turn(time.monotonic() + engine.sync.options.busy_timeout)
-            self._has_turn = True
-        begun = None
-        try:
-            begun = engine.in_worker(block.begin)
-            await asyncio.shield(begun)
-        except BaseException:
-            if begun is None:
-                self._end_turn()
-            else:  # perhaps cancelled, while the worker goes on: what it begins is given back
-                begun.add_done_callback(self._undo)
-            raise
-        return AsyncTransaction(engine, block.enter())
+        while True:
+            deadline = time.monotonic() + engine.sync.options.busy_timeout
+            if block.parent is None and engine.exclusive:
+                self._has_turn = await engine.take_turn(deadline)
+            try:
+                await asyncio.shield(engine.in_worker(block.begin, deadline))
+                return AsyncTransaction(engine, block.enter())
+            except _Ended:  # what it was to be nested in: it is one of its own
+                block.parent = engine.sync.block()
+            except BaseException:
+                self._undo()
+                raise
 
-    def _undo(self, begun: asyncio.Future[None]) -> None:
-        if begun.cancelled() or begun.exception() or self._engine.sync.closed:
-            self._end_turn()
-        else:
+    def _undo(self) -> None:
+        """Perhaps cancelled, while the worker goes on: what it begins is given back, before any later call."""
+        try:
             self._engine.in_worker(self._block.end, False).add_done_callback(self._end_turn)
+        except StorageError:  # closed
+            self._end_turn()
 
     def _end_turn(self, ended: asyncio.Future[None] | None = None) -> None:
         if ended is not None and not ended.cancelled():
@@ -3261,12 +3302,13 @@ class StateBackend(_LogFacet):
         try:
             hold.expires = yield self.renew_lease(hold.item, lease_seconds=hold.lease_seconds)
         except (LeaseLost, NotFound):
-            item, now = (yield self.get_work_item(hold.item)), self._engine.now()
-            if item is None or item.lease_fence != hold.item.lease_fence or item.status is WorkItemStatus.CLAIMED:
-                hold.lost = True
-            elif item.status not in (WorkItemStatus.COMPLETED, WorkItemStatus.FAILED):
-                # Before it expired, only the block itself can have put the item back.
-                hold.lost = hold.expires is None or now >= hold.expires
+            with contextlib.suppress(StorageError):
+                item, now = (yield self.get_work_item(hold.item)), self._engine.now()
+                if item is None or item.lease_fence != hold.item.lease_fence or item.status is WorkItemStatus.CLAIMED:
+                    hold.lost = True
+                elif item.status not in (WorkItemStatus.COMPLETED, WorkItemStatus.FAILED):
+                    # Before it expired, only the block itself can have put the item back.
+                    hold.lost = hold.expires is None or now >= hold.expires
             return False
         except FlowStoreError:
             pass  # busy, full, a suspended tenant: the lease may still last until the next try
@@ -3961,7 +4003,7 @@ class _StoreBase(_Facet):
         yield self._engine.aside(self._engine.sync.compact)
 
     @_steps
-    def prune(self, older_than: timedelta | datetime, *, dry_run: bool = False) -> Generator[Any, Any, dict[str, int]]:
+    def prune(self, older_than: timedelta | datetime, *, dry_run: bool = False) -> _Steps[dict[str, int]]:
         """Drop what ended before a time, or longer ago than a span, with all that is its own; how many, by kind.
 
         That is terminal executions and flows, completed and terminated workflows, processed events, terminated
@@ -4086,7 +4128,7 @@ class AsyncEventStore(_AsyncFacet, EventStore):
         """`EventStore.tail` for `async for`."""
         after, what, idle = self._tail(after_position, timeout, tenant_id, execution_id)
         # It begins now, not when the loop comes to it: in memory, behind the writes that were sent before.
-        run = self._engine.send if self._engine.path is None else self._engine.sync.run
+        run = self._engine.send if self._engine.in_memory else self._engine.sync.run
         return self._follow(run(EventStore.__dict__["_tail_place"], self, (after, what[1]), {}), what, idle)
 
     async def _follow(  # type: ignore[override]
@@ -4327,6 +4369,8 @@ def _awaited(open: Callable[P, Store]) -> Callable[P, _Opening]:
         return _Opening(functools.partial(open, *args, **kwargs))
 
     open_async.__name__ = open_async.__qualname__ = "open_async"
+    awaited = inspect.signature(open).replace(return_annotation="AsyncStore")
+    open_async.__signature__ = awaited  # type: ignore[attr-defined]
     return open_async
 
 open_async = _awaited(open)
@@ -6041,7 +6085,7 @@ class _PostgresBlock(_Block):
     """A block has a connection of its own. One that loses against another transaction is StoreBusy, and run again."""
     engine: _PostgresEngine
 
-    def _acquire(self) -> None:
+    def _acquire(self, deadline: float) -> None:
         self.engine.refuse_to_wait_for_oneself()
         self.engine._patiently(self._begin)
         self.engine.blocks[threading.get_ident()] = self._ref
