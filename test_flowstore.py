@@ -8019,6 +8019,98 @@ def test_a_loop_that_ends_in_the_middle_leaves_all_or_nothing(tmp_path: Path) ->
         assert store.check() == []
 
 
+def test_a_program_whose_tasks_are_all_cancelled_still_writes_what_it_cleans_up(in_file_loop: Any) -> None:
+    async def body(store: AsyncStore) -> None:
+        async def work() -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                await store.events.append("run", "default", note("cleaned up"))
+
+        for turns in range(4):  # the task that sends is struck before its first step, and later
+            worker = asyncio.create_task(work())
+            await asyncio.sleep(0)
+            asyncio.create_task(store.events.append("other", "default", note("x")))  # noqa: RUF006
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await worker
+        await store.events.append("run", "default", note("after"))
+        assert await texts(store, "run") == ["cleaned up"] * 4 + ["after"]
+
+    in_file_loop(body)
+
+
+def test_closing_wakes_those_who_wait_for_another_tasks_transaction(in_loop: Loop) -> None:
+    async def body(store: AsyncStore) -> None:
+        opened, ended = asyncio.Event(), asyncio.Event()
+
+        async def hold() -> None:
+            with pytest.raises(StoreClosed):
+                async with store.transaction():
+                    opened.set()
+                    await ended.wait()
+
+        async def begin() -> None:
+            async with store.transaction():
+                raise AssertionError("it was closed")
+
+        holder = asyncio.create_task(hold())
+        await opened.wait()
+        waiting = [asyncio.create_task(store.events.append("run", "default", note("a"))), asyncio.create_task(begin())]
+        await asyncio.sleep(0.01)
+        await asyncio.gather(store.close(), store.close())
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [type(result) for result in results] == [StoreClosed, StoreClosed]
+        ended.set()
+        await holder
+
+    in_loop(body)
+
+
+def test_a_block_that_begins_as_its_parent_ends_is_one_of_its_own(in_loop: Loop) -> None:
+    async def body(store: AsyncStore) -> None:
+        async def child() -> None:
+            async with store.transaction():
+                await store.events.append("run", "default", note("child"))
+
+        for _ in range(10):
+            async with store.transaction():
+                await store.events.append("run", "default", note("parent"))
+                task = asyncio.create_task(child())
+            await task
+        assert await texts(store, "run") == ["parent", "child"] * 10
+
+    in_loop(body)
+
+
+def test_a_nested_block_cancelled_as_it_begins_spares_the_outer_one(in_loop: Loop) -> None:
+    async def body(store: AsyncStore) -> None:
+        async with store.transaction():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0), store.transaction():
+                    await store.events.append("run", "default", note("nested"))
+            await store.events.append("run", "default", note("outer"))
+        assert await texts(store, "run") == ["outer"]
+
+    in_loop(body)
+
+
+def test_without_patience_a_transaction_waits_for_the_stores_own_commits_all_the_same(in_file_loop: Any) -> None:
+    async def body(store: AsyncStore) -> None:
+        for _ in range(20):
+            append = asyncio.create_task(store.events.append("run", "default", note("a")))
+            for _ in range(3):  # until it is on its way
+                await asyncio.sleep(0)
+            async with store.transaction():
+                pass
+            await append
+
+    in_file_loop(body, busy_timeout=0)
+
+
 # --- handlers, holds, views ---
 
 
