@@ -1067,7 +1067,7 @@ class _Connection:
         self.lock = threading.RLock()
         self.tx: _Tx | None = None
         self.wal = -1  # of the writer: a descriptor of the write-ahead log, to see how large it is
-        self.permit: object = None  # on a server: the right to use it
+        self.lent = False  # to a call or a block, on a server
         self._connect = connect
         self._clock = clock
 
@@ -5838,16 +5838,6 @@ def _below(tx: _Tx) -> _PostgresDb:
     below: _PostgresDb = db
     return below
 
-class _Permit:
-    """The right to use a connection. It gives itself back when it is dropped: no interrupt can lose one."""
-
-    def __init__(self, engine: _PostgresEngine) -> None:
-        self._engine = weakref.ref(engine)
-
-    def __del__(self) -> None:
-        if (engine := self._engine()) is not None:
-            engine.permits.put(_Permit(engine))
-
 class _PostgresEngine(_Engine):
     """A database on a PostgreSQL server: each call has a connection and a transaction of its own."""
     one_writer = False
@@ -5878,10 +5868,10 @@ class _PostgresEngine(_Engine):
         super().__init__(target, None, options)
 
     def _permit_all(self) -> None:
-        import queue
-        self.permits: Any = queue.SimpleQueue()
+        from queue import SimpleQueue
+        self.permits: SimpleQueue[None] = SimpleQueue()
         for _ in range(_CONNECTIONS):
-            self.permits.put(_Permit(self))
+            self.permits.put(None)
 
     def _connect(self) -> Any:
         self.refuse_closed()
@@ -5889,17 +5879,24 @@ class _PostgresEngine(_Engine):
 
     def _borrow(self) -> _Connection:
         """A connection for one call or block; StoreBusy while all of them are in use."""
-        import queue
-        try:
-            permit = self.permits.get(timeout=self.options.busy_timeout)
-        except queue.Empty:
-            raise StoreBusy(f"{_CONNECTIONS} calls and blocks held all connections of this store too long") from None
-        self.refuse_closed()
+        from queue import Empty
+        deadline = time.monotonic() + self.options.busy_timeout
+        while True:
+            self.refuse_closed()
+            try:
+                self.permits.get(timeout=max(0.0, min(0.1, deadline - time.monotonic())))
+                break
+            except Empty:
+                with self.mutex:  # a block that was dropped, or an interrupt, leaves a permit behind: count them
+                    if sum(one.lent for one in self.connections) < _CONNECTIONS:
+                        break
+                if time.monotonic() >= deadline:
+                    raise StoreBusy(f"all {_CONNECTIONS} connections of this store were in use too long") from None
         try:
             connection = self.readers.pop()
         except IndexError:
             connection = self._new_connection()
-        connection.permit = permit
+        connection.lent = True
         return connection
 
     def _give_back(self, connection: _Connection) -> None:
@@ -5908,8 +5905,10 @@ class _PostgresEngine(_Engine):
                 _below(connection.tx).rollback()  # if it was left open
             if self.closed or (connection.tx is not None and _below(connection.tx).db.closed):
                 connection.close()  # opened again at its next use
+        connection.lent = False
         self.readers.append(connection)
-        connection.permit = None
+        if self.permits.qsize() < _CONNECTIONS:
+            self.permits.put(None)
 
     # --- opening ---
     def _prepare(self) -> None:
@@ -6059,12 +6058,6 @@ class _PostgresEngine(_Engine):
         """Have the server find the space that is free again."""
         self.refuse_read_only()
         self._with_connection(lambda tx: tx.run(f"VACUUM (ANALYZE) {', '.join(_TABLE_NAMES)}"))
-
-    def close(self) -> None:
-        """Close every connection; who waits is woken with StoreClosed, an open transaction is rolled back."""
-        self.closed = True
-        self.permits.put(_Permit(self))
-        super().close()
 
     # --- fork ---
     def before_fork(self) -> None:

@@ -13408,6 +13408,17 @@ def test_both_sides_of_a_fork_go_on_with_connections_of_their_own(server: Store)
 
 
 @pytest.mark.postgres
+def test_blocks_whose_end_is_never_run_leave_their_connections_to_others(server: Store) -> None:
+    for number in range(3 * flowstore._CONNECTIONS):
+        block = server.transaction()
+        block.__enter__()
+        server.events.append(f"e{number}", "default", EVENT)
+        del block
+        gc.collect()
+    assert server.events.append("e0", "default", EVENT) == 1
+
+
+@pytest.mark.postgres
 def test_without_psycopg_a_servers_url_names_what_to_install_and_all_else_works() -> None:
     said = finished(script(
         "assert 'psycopg' not in sys.modules\nsys.modules['psycopg'] = None\n"
