@@ -5682,7 +5682,8 @@ _SETTLED = (f"position > ? AND (position < {_FIRST('pg_snapshot_xmin(pg_current_
 _IN_POSTGRES = (  # how the schema's words read there; an index entry of 2,700 bytes holds two ids
     (r"INTEGER PRIMARY KEY( AUTOINCREMENT)?", _NUMBER), (r"\bINTEGER\b", "BIGINT"), (r"\bBLOB\b", "BYTEA"),
     (r"\bTEXT\b", 'TEXT COLLATE "C"'), (r" WITHOUT ROWID", ""),
-    (r"(\(status, (?:tenant_id, )?)queue_type", r"\1(queue_type || '')"),
+    (r"\(status, ([^)]*)\)\s+WHERE status = '([a-z])", r"((status || ''), \1) WHERE status || '' = '\2"),
+    (r"(\(\(status \|\| ''\), (?:tenant_id, )?)queue_type", r"\1(queue_type || '')"),
     (r"(event_name, event_key, \w+|tenant_id, \(queue_type \|\| ''\), \w+), id\)", r"\1)"),
     (r", PRIMARY KEY (\(tenant_id, workflow_id), version\)\)",
      r"); CREATE UNIQUE INDEX flowstore_definitions_key ON flowstore_definitions \1, md5(version))"),
@@ -5712,11 +5713,12 @@ def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[
         sql += " FOR UPDATE SKIP LOCKED"
     elif level == "READ COMMITTED" and sql.startswith("SELECT") and "FROM flowstore_work_items WHERE id = ?" in sql:
         sql += " FOR UPDATE"
-    # The planner knows no better than statistics that are late: leave it one index. For an item that is known not one
-    # of all items in its status; for the head of a queue not one of all that ever were in it.
-    sql = sql.replace("WHERE id = ? AND status = '", "WHERE id = ? AND status || '' = '")
-    if sql.startswith("SELECT") and re.search("flowstore_work_items.*status = '(pending|claimed)'", sql):
-        sql = re.sub(r"\bqueue_type\b", "(queue_type || '')", sql)
+    # The planner trusts statistics that are late, so it is left one index: for an item that is known not that of all in
+    # its status, for the head of a queue not that of all that ever were in it.
+    if "flowstore_work_items" in sql and re.search("(WHERE|AND) status (=|<>) '", sql):
+        sql = re.sub("(WHERE|AND) status (=|<>) '", r"\1 status || '' \2 '", sql)
+        if sql.startswith("SELECT"):
+            sql = re.sub(r"\bqueue_type\b", "(queue_type || '')", sql)
     sql = sql.replace("flowstore_log WHERE position > ?", f"flowstore_log WHERE {_SETTLED}")
     return _PLACEHOLDERS.sub(number, sql), tuple(names)
 
@@ -5860,6 +5862,7 @@ class _PostgresEngine(_Engine):
         target = parts._replace(netloc=login.split(":")[0] + at + host, query=re.sub(
             "(^|&)(ssl)?password=[^&]*", "", parts.query)).geturl()
         self.settings = f"""SET search_path = {self.schema}, public; SET jit = off; SET enable_seqscan = off;
+            SET plan_cache_mode = force_generic_plan;
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
             SET synchronous_commit = {'on' if options.synchronous == 'FULL' else 'off'};
             SET default_transaction_read_only = {'on' if options.read_only else 'off'}"""
