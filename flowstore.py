@@ -1367,7 +1367,7 @@ class _Engine:
         try:
             row = tx.row("SELECT value FROM flowstore_meta WHERE key = 'schema'")
             version = int(row[0]) if row else 0
-            tables = {name for (name,) in tx.rows("SELECT name FROM sqlite_master")}  # again: one may have upgraded it
+            tables = self._tables(tx)  # again: one may have upgraded it meanwhile
         except (StoreBusy, StoreCorrupt):
             raise
         except (StorageError, ValueError) as error:
@@ -3730,7 +3730,7 @@ class PersistenceProvider(_Facet):
         return [one for at in range(0, len(asked), 10_000) for one in self._instances(tx, asked[at : at + 10_000])]
 
     def _instances(self, tx: _Tx, ids: list[str]) -> list[WorkflowInstance]:
-        marks = ", ".join("?" * len(ids))
+        marks = ", ".join("?" * len(ids)) or "NULL"
         rows = {row[0]: row for row in tx.rows(_INSTANCES.format(marks), *ids)}
         pointers: dict[str, list[tuple[Any, ...]]] = {id: [] for id in rows}
         for row in tx.rows(_POINTERS.format(marks), *ids):

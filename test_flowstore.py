@@ -7558,7 +7558,7 @@ def test_no_statement_scans_a_table_or_sorts(
     for name, value in vars(flowstore).items():  # none of the named statements was left out
         both = {value.all, value.one} if isinstance(value, flowstore._Sql) else set()
         texts = {value} if isinstance(value, str) else both
-        if any(STATEMENT.match(text) and not PROVIDER_TABLES.search(text) for text in texts):
+        if any(STATEMENT.match(text) and not re.search("pg_", text) and not PROVIDER_TABLES.search(text) for text in texts):
             assert texts & issued, f"{name} is not covered"
 
 
@@ -9862,9 +9862,12 @@ PruneRows = dict[str, list[dict[str, Any]]]
 
 def rows_to_prune(store: Store) -> PruneRows:
     """Every row of every table, but for those that stand for the end of the log."""
+    sql = "SELECT name FROM pragma_table_info(?)"
+    if store.target.startswith("postgres"):
+        sql = """SELECT column_name::text FROM information_schema.columns
+            WHERE table_schema = current_schema() AND table_name = ? ORDER BY ordinal_position"""
     with store.transaction() as tx:
-        columns = {name: [row[1] for row in tx.execute(f"SELECT * FROM pragma_table_info('{name}')")]
-                   for name in flowstore._TABLE_NAMES}  # fmt: skip
+        columns = {name: [column for (column,) in tx.execute(sql, (name,))] for name in flowstore._TABLE_NAMES}
         found = {name: [dict(zip(columns[name], row, strict=True)) for row in tx.execute(f"SELECT * FROM {name}")]
                  for name in columns}  # fmt: skip
     found["flowstore_log"] = [row for row in found["flowstore_log"] if row["execution_id"]]
@@ -10102,6 +10105,7 @@ def test_who_knew_a_flow_or_workflow_that_goes_in_pieces_does_not_go_on_with_it(
     assert len(store.workflows.get_workflow_instance(place.id).execution_pointers) == 30
 
 
+@pytest.mark.sqlite
 def test_prune_takes_everything_apart_into_small_transactions(
     watched: type[Watched], make_store_state: Callable[[], Store], clock: StateClock
 ) -> None:
@@ -10549,6 +10553,7 @@ def test_a_notebook_is_shown_the_repr_where_nothing_can_be_read_at_once() -> Non
     assert store._repr_html_() is None and store.flows._repr_html_() is None
 
 
+@pytest.mark.sqlite
 def test_no_view_reads_more_than_it_shows(
     watched: type[Watched], make_store_state: Callable[[], Store], schema: sqlite3.Connection
 ) -> None:
