@@ -2940,7 +2940,7 @@ class EventStore(_LogFacet):
     def _tail_place(self, tx: _Tx, after: int | None, execution_id: str | None) -> tuple[int, int]:
         """Where a tail begins: a position, and the sequence that one execution had there."""
         if after is None:
-            after = int(tx.rows("SELECT MAX(position) FROM flowstore_log")[0][0] or 0)
+            after = int(tx.rows("SELECT MAX(position) FROM flowstore_log WHERE position > ?", -1)[0][0] or 0)
         row = None if execution_id is None else self._row(tx, _LOG_PLACE, execution_id, after)
         return after, 0 if row is None else int(row[0])
 
@@ -4341,7 +4341,7 @@ def open(
         if not os.path.isdir(os.path.dirname(path)):
             raise StorageError(f"{path}: the folder {os.path.dirname(path)} does not exist: make it first")
         if read_only and not os.path.exists(path):
-            raise StorageError(f"{path}: there is no such file: a store opened read-only is not created")
+            raise StorageError(f"{path}: there is no such file")
     return Store(_Engine(name, path, options))
 
 class _Opening:
