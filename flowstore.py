@@ -5692,8 +5692,6 @@ _PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named
     r"""([eE]'(?:[^'\\]|\\.|'')*'|'[^']*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\2\$|::)|\?|:([A-Za-z_]\w*)""",
     re.DOTALL,
 )
-_SINCE = """SELECT pg_postmaster_start_time()::text, MAX(backend_start)::text FROM pg_stat_activity
-    WHERE backend_type = 'checkpointer'"""
 _NEWS = re.compile("INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'")
 
 @functools.lru_cache(2000)
@@ -5747,7 +5745,8 @@ class _PostgresDb:
             raise kind(f"{engine.target}: the server cannot be used: {says}") from error
         self.close = self.db.close
         self._call(self.db.execute, engine.settings)
-        self.since = self._call(self.db.execute, _SINCE).fetchone()  # of the server: a restart may use a number again
+        self.since = self._call(self.db.execute, """SELECT pg_postmaster_start_time(), MAX(backend_start) FROM
+            pg_stat_activity WHERE backend_type = 'checkpointer'""").fetchone()  # restarted, it may use a number again
 
     @property
     def in_transaction(self) -> bool:
