@@ -5709,7 +5709,7 @@ def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[
         sql = sql.replace("available_at, id LIMIT 1", "available_at, id LIMIT 1 FOR UPDATE SKIP LOCKED")
     if level and sql.startswith("SELECT") and "AND status = 'claimed' AND lease_expires_at <= ?" in sql:
         sql += " FOR UPDATE SKIP LOCKED"
-    elif level == "READ COMMITTED" and sql.startswith("SELECT") and "FROM flowstore_work_items WHERE true AND id = ?" in sql:
+    elif level == "READ COMMITTED" and re.match(r"SELECT .* FROM flowstore_work_items WHERE true AND id = \?", sql):
         sql += " FOR UPDATE"
     # The planner trusts statistics that are late, so it is left one index: for an item that is known not that of all in
     # its status, for the head of a queue not that of all that ever were in it.
@@ -6083,7 +6083,8 @@ class _PostgresBlock(_Block):
     def _acquire(self, deadline: float) -> None:
         self.engine.refuse_to_wait_for_oneself()
         self.engine._patiently(self._begin)
-        self.engine.blocks[threading.get_ident()] = self._ref
+        if self.thread:  # a task's block keeps no thread waiting
+            self.engine.blocks[self.thread] = self._ref
 
     def _begin(self) -> None:
         self._connection = self.engine._borrow()

@@ -161,7 +161,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """What asks for a store runs on every engine; what is about SQLite itself (`sqlite`) on SQLite's two."""
     engines = [name for name in ENGINES if name != "postgres" or not metafunc.definition.get_closest_marker("sqlite")]
     given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    for fixture in ("make_store", "target", "make_store_state", "store_flow"):
+    for fixture in ("make_store", "target", "make_store_state", "store_flow", "in_loop"):
         if fixture in metafunc.fixturenames and fixture not in re.findall(r"\w+", str(given)):
             metafunc.parametrize(fixture, engines, indirect=True)
 
@@ -7617,10 +7617,10 @@ def test_a_claim_takes_as_many_steps_however_much_other_tenants_have(
 Loop = Callable[[Callable[[AsyncStore], Coroutine[Any, Any, Any]]], Any]
 
 
-@pytest.fixture(params=["memory", "file"])
+@pytest.fixture
 def in_loop(request: pytest.FixtureRequest, tmp_path: Path) -> Loop:
     """Runs a coroutine function with an async store in an event loop of its own; it may not take for ever."""
-    target = ":memory:" if request.param == "memory" else tmp_path / "async.db"
+    target = target_of(request, tmp_path / "async.db")
 
     def run(body: Callable[[AsyncStore], Coroutine[Any, Any, Any]], **options: Any) -> Any:
         async def with_store() -> Any:
@@ -7845,6 +7845,7 @@ def test_other_tasks_wait_with_writes_and_go_on_reading(in_file_loop: Any) -> No
     in_file_loop(body)
 
 
+@pytest.mark.sqlite
 def test_who_waits_too_long_for_another_tasks_transaction_gets_store_busy(in_loop: Any) -> None:
     async def body(store: AsyncStore) -> None:
         async def other() -> None:
@@ -7869,6 +7870,7 @@ def test_who_waits_too_long_for_another_tasks_transaction_gets_store_busy(in_loo
     in_loop(body, busy_timeout=0.05)
 
 
+@pytest.mark.sqlite
 def test_transactions_of_tasks_take_turns_with_batches(in_loop: Loop) -> None:
     async def body(store: AsyncStore) -> None:
         async def raise_counter(me: int) -> None:
@@ -8043,6 +8045,7 @@ def test_a_program_whose_tasks_are_all_cancelled_still_writes_what_it_cleans_up(
     in_file_loop(body)
 
 
+@pytest.mark.sqlite
 def test_closing_wakes_those_who_wait_for_another_tasks_transaction(in_loop: Loop) -> None:
     async def body(store: AsyncStore) -> None:
         opened, ended = asyncio.Event(), asyncio.Event()
