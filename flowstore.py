@@ -3228,7 +3228,7 @@ class StateBackend(_LogFacet):
             for queue in overdue:
                 self._take_back(tx, queue, now, _RECLAIMED_PER_CLAIM)
             looks = self._look(tx, queues, now)
-        while heads := [(available, item_id) for _, available, item_id, _ in looks if item_id is not None]:
+        while heads := [(available or 0, item_id) for _, available, item_id, _ in looks if item_id is not None]:
             if (claimed := self._row(tx, _CLAIM, worker_id, expires, min(heads)[1])) is not None:
                 return _ITEM.decode(claimed)
             looks = self._look(tx, queues, now)  # where writers run side by side, another one took it
