@@ -4018,34 +4018,30 @@ class _StoreBase(_Facet):
             before = _time(older_than, "older_than")
         if _bool(dry_run, "dry_run"):
             return dict((yield self._prunable(before)))
-        counts = {name: 0 for name, *_ in _PRUNED}
-        for number, (name, *_) in enumerate(_PRUNED):
-            while any(dropped := (yield self._prune_some(number, before))):
-                counts[name] += dropped[0]
+        counts = dict.fromkeys(_PRUNED, 0)
+        for kind in _PRUNED:
+            while any(dropped := (yield self._prune_some(kind, before))):
+                counts[kind] += dropped[0]
         return counts
 
     @_snapshot
     def _prunable(self, tx: _Tx, before: int) -> dict[str, int]:
-        counts = {name: 0 for name, *_ in _PRUNED}
-        for name, tables, _, ended, *_ in _PRUNED:
-            sql = f"SELECT COUNT(*) FROM {tables[0]} WHERE {ended}"
-            counts[name] += tx.rows(sql, *[before] * sql.count("?"))[0][0]
-        return counts
+        count = "SELECT COUNT(*) FROM (SELECT {1} FROM {0} WHERE {2}) ended".format
+        return {kind: tx.rows(count(*how), *[before] * how[2].count("?"))[0][0] for kind, how in _PRUNED.items()}
 
     @_write
-    def _prune_some(self, tx: _Tx, number: int, before: int) -> tuple[int, int]:
+    def _prune_some(self, tx: _Tx, kind: str, before: int) -> tuple[int, int]:
         """Drop as much of a kind as a short transaction can: how many went whole, and how many rows that took."""
-        _, tables, key, ended, parts, in_pieces = _PRUNED[number]
+        table, key, ended, parts, in_pieces = _PRUNED[kind]
         gone = rows = 0
-        sql = f"SELECT {key} FROM {tables[0]} WHERE {ended} LIMIT {_PRUNED_AT_ONCE}"
-        for (id,) in tx.rows(sql, *[before] * sql.count("?")):
+        sql = f"SELECT {key} FROM {table} WHERE {ended} LIMIT {_PRUNED_AT_ONCE}"
+        for (id,) in tx.rows(sql, *[before] * ended.count("?")):
             for part in parts:
                 rows += tx.run(part, *(id, max(0, _PRUNED_AT_ONCE - rows))[: part.count("?")])
             if rows >= _PRUNED_AT_ONCE:
-                for statement in in_pieces:
-                    tx.run(statement, id)
+                tx.run(in_pieces, id)
                 break
-            gone, rows = gone + 1, rows + sum(tx.run(f"DELETE FROM {table} WHERE {key} = ?", id) for table in tables)
+            gone, rows = gone + 1, rows + tx.run(f"DELETE FROM {table} WHERE {key} = ?", id)
         return gone, rows
 
     @_snapshot
@@ -4232,39 +4228,35 @@ def _some(table: str, owner: str, key: str = "id", order: str = "") -> str:
     return (f"DELETE FROM {table} WHERE {key} IN "
             f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)")
 
-# The log goes from its end, so that what is left of it never has a gap. The row with the highest position of all stays
-# as one of no execution until there is a higher one: its position must not be given again.
-_OF_EXECUTION = (
-    _some("flowstore_work_items", "execution_id"),
-    _some("flowstore_effects", "execution_id", "(tenant_id, key)"),
-    _some("flowstore_snapshots", "execution_id"),
-    """UPDATE flowstore_log SET execution_id = '', sequence = position, tenant_id = '', event = '{}', event_id = NULL
-        WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
-    "DELETE FROM flowstore_log WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)",
-    _some("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC"),
-)
-# What prune() drops: the kind, the tables it has a row in, by which key, which rows of the first have ended, what goes
-# before them, and what is done to one that is left in pieces, lest someone goes on with the whole that he knows. What
-# may belong to others comes first, and is counted as what it is.
-_PRUNED: tuple[tuple[str, tuple[str, ...], str, str, tuple[str, ...], tuple[str, ...]], ...] = (
-    ("errors", ("execution_errors",), "id", "error_time < ?", (), ()),
-    ("subscriptions", ("event_subscriptions",), "id", "terminated_at < ?", (), ()),
-    ("events", ("events",), "id", "is_processed = 1 AND event_time < ?", (), ()),
-    ("tokens", ("flowstore_tokens",), "id", "created_at <= ? AND (revoked_at < ? OR expires_at < ?)", (), ()),
-    ("workflows", ("workflows",), "id",
-     "status IN ('Complete', 'Terminated') AND COALESCE(complete_time, create_time) < ?",
-     (_some("execution_errors", "workflow_id"), _some("event_subscriptions", "workflow_id"),
-      _some("execution_pointers", "workflow_id", "(workflow_id, id)")),
-     ("UPDATE workflows SET stamp = stamp - 1 WHERE id = ?",)),
-    ("flows", ("flows",), "id", "status IN ('cancelled', 'finished', 'failed') AND updated_at < ?",
-     (_some("flow_events", "flow_id"), _some("flow_steps", "flow_id")),
-     ("UPDATE flows SET revision = revision + 1 WHERE id = ?",)),
-    ("executions", ("flowstore_runs", "flowstore_executions"), "execution_id",
-     "status IN ('completed', 'failed', 'cancelled', 'limit_exceeded') AND updated_at < ?", _OF_EXECUTION,
-     ("UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?",
-      "DELETE FROM flowstore_runs WHERE execution_id = ?")),
-    ("executions", ("flowstore_executions",), "execution_id", "tenant_id = ''", _OF_EXECUTION, ()),
-)
+# What prune() drops, by kind: the table, its key, which of its rows have ended, what goes before each of them, and what
+# is done to one that is left in pieces, lest someone goes on with the whole that he knows. What may belong to others
+# comes first, and is counted as what it is. A log goes from its end, so that what is left of it never has a gap; the row
+# with the highest position of all stays, as one of no execution, until there is a higher one.
+_PRUNED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
+    "errors": ("execution_errors", "id", "error_time < ?", (), ""),
+    "subscriptions": ("event_subscriptions", "id", "terminated_at < ?", (), ""),
+    "events": ("events", "id", "is_processed = 1 AND event_time < ?", (), ""),
+    "tokens": ("flowstore_tokens", "id", "created_at <= ? AND (revoked_at < ? OR expires_at < ?)", (), ""),
+    "workflows": (
+        "workflows", "id", "status IN ('Complete', 'Terminated') AND COALESCE(complete_time, create_time) < ?",
+        (_some("execution_errors", "workflow_id"), _some("event_subscriptions", "workflow_id"),
+         _some("execution_pointers", "workflow_id", "(workflow_id, id)")),
+        "UPDATE workflows SET stamp = stamp - 1 WHERE id = ?"),
+    "flows": (
+        "flows", "id", "status IN ('cancelled', 'finished', 'failed') AND updated_at < ?",
+        (_some("flow_events", "flow_id"), _some("flow_steps", "flow_id")),
+        "UPDATE flows SET revision = revision + 1 WHERE id = ?"),
+    "executions": (
+        "flowstore_executions", "execution_id", """tenant_id = '' UNION ALL SELECT execution_id FROM flowstore_runs
+            WHERE status IN ('completed', 'failed', 'cancelled', 'limit_exceeded') AND updated_at < ?""",
+        ("DELETE FROM flowstore_runs WHERE execution_id = ?", _some("flowstore_work_items", "execution_id"),
+         _some("flowstore_effects", "execution_id", "(tenant_id, key)"), _some("flowstore_snapshots", "execution_id"),
+         """UPDATE flowstore_log SET execution_id = '', sequence = position, tenant_id = '', event = '{}', event_id = NULL
+            WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
+         "DELETE FROM flowstore_log WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)",
+         _some("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC")),
+        "UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?"),
+}
 
 def _path(path: object, argument: str) -> str:
     """An absolute path: what is opened again later must not depend on the working directory."""
