@@ -4880,6 +4880,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise SystemExit(_complain(f"{message} (see {self.prog} --help)", 2))
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as a daemon's are
+            setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
     for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding does not
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -5118,6 +5121,7 @@ def _selftest_processes(test: _Selftest) -> None:
 # --- demo: a durable pipeline over real files, one of whose workers is killed ---
 def _demo(args: Any) -> int:
     """Enqueue the files, have them done, and prove from the store that each was done exactly once."""
+    import shlex
     if args.limit < 0:
         return _complain(f"--limit: 0 or more is needed, not {args.limit}", 2)
     if not os.path.isdir(args.folder):
@@ -5140,7 +5144,8 @@ def _demo(args: Any) -> int:
         print(f"{len(keys)} files of {folder}, {len(keys) - new} of them known from an earlier run", flush=True)
         _demo_run(store, args.store, folder, queue)
         proven = _demo_table(store, keys)
-    print("The store stays. To look at it:", *(f"  {args.program} {command} '{args.store}'{rest}" for command, rest in (
+    place = shlex.quote(args.store)
+    print("The store stays. To look at it:", *(f"  {args.program} {command} {place}{rest}" for command, rest in (
         ("show", ""), ("report", " -o report.html"), ("serve", ""))), sep="\n")
     return 0 if proven else 1
 
@@ -5173,7 +5178,8 @@ def _demo_run(store: Store, target: str, folder: str, queue: str) -> None:
             held = [item for item in claimed if item.worker_id == f"worker-{workers[0].pid}"]
         workers[0].kill()
         for item in held:
-            print(f"killed {item.worker_id}, seen holding {item.payload} under fence {item.lease_fence}", flush=True)
+            name = _said("", item.payload)
+            print(f"killed {item.worker_id}, seen holding {name} under fence {item.lease_fence}", flush=True)
         workers += [start("0"), start("0")]
         while done < total:
             time.sleep(0.1)
@@ -5190,7 +5196,8 @@ def _demo_run(store: Store, target: str, folder: str, queue: str) -> None:
     for item in held:
         _expect_error(LeaseLost, store.state.complete_work_item, item)
         fence: Any = store.state.get_work_item(item)
-        print(f"taken over: {item.payload}, under fence {fence.lease_fence}; fence {item.lease_fence} is refused now")
+        now = f"under fence {fence.lease_fence}; fence {item.lease_fence} is refused now"
+        print(f"taken over: {_said('', item.payload)}, {now}")
 
 def _demo_worker(target: str, folder: str, queue: str, pause: str) -> int:
     """Claim files and do them, until killed: the demo does so, and if it dies itself, standard input closes."""
@@ -5244,7 +5251,7 @@ def _demo_table(store: Store, keys: list[str]) -> bool:
         well = item.status == "completed" and [event["fence"] for event in done] == fences[-1:]
         found.append((well, bad, killed, stored[-1].sequence > len(stored), len(stored)))
         facts = [str(done[0][name])[:12] if done else "-" for name in ("bytes", "lines", "words", "sha256")]
-        rows.append((not notes, line(item.payload[-40:], *facts, len(stored), "; ".join(notes)).rstrip()))
+        rows.append((not notes, line(_said("", item.payload)[-40:], *facts, len(stored), "; ".join(notes)).rstrip()))
     shown = [row for _, row in sorted(rows, key=operator.itemgetter(0))[:25]]  # those of note first
     once, dead, taken, gaps, events = map(sum, zip(*found, strict=True))
     print(line("file", "bytes", "lines", "words", "sha256", "events", "").rstrip(), *shown, sep="\n")

@@ -26,6 +26,7 @@ import pickle
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -10919,6 +10920,16 @@ def test_every_row_of_the_bench_measures_something_and_one_that_misses_is_said(
     assert found["rows"][-1] == {"name": "never", "holds": False, "said": "2.0 ms (under 1)", "measured": [2]}
     assert found["holds"] is False
     assert "SQLite" in found["machine"] and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("closed", ["1", "2"])
+@pytest.mark.parametrize("command", ["show app.db", "report app.db", "check app.db", "prune app.db --older-than 30d"])
+def test_a_command_does_without_its_closed_output(tmp_path: Path, command: str, closed: str) -> None:
+    with flowstore.open(tmp_path / "app.db") as store:
+        store.events.append("run", "default", EVENT)
+    line = f"exec {shlex.quote(sys.executable)} {shlex.quote(flowstore.__file__)} {command} {closed}>&-"
+    done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stdout + done.stderr
 
 
 def test_version_is_the_modules(tmp_path: Path) -> None:
