@@ -31,11 +31,12 @@ The chapters, each resting only on those above it:
     Records       what goes in and out: enums and dataclasses
     Schema        the tables, one statement each
     Rows          values checked; the one mapper between records and rows
-    Engine        SQLite: connections, transactions, group commit, waiting, fork
+    Engine        SQLite: connections, transactions, group commit, waiting, fork, event loops
     Facets        FlowStore, EventStore, StateBackend, PersistenceProvider
-    Store         what open() returns
+    Store         what open() and open_async() return
     Views         what is stored, as text, as HTML and as JSON
     Command line  selftest, demo, bench, show, tail, report, serve, check, backup, prune, compact
+    PostgreSQL    a server in place of the file, and copy between the two
 """
 
 from __future__ import annotations
@@ -3128,7 +3129,9 @@ class StateBackend(_LogFacet):
     # --- snapshots ---
     @_write
     def write_snapshot(self, tx: _Tx, snapshot: Snapshot) -> Snapshot:
-        """Store a snapshot; the same `at_sequence` replaces. Raises NotFound (execution). Source: write_snapshot."""
+        """Store a snapshot and return it; the same `at_sequence` again replaces. Source: StateBackend.write_snapshot.
+
+        Raises NotFound for an unknown execution, InvalidData for an `at_sequence` below 0."""
         values = _SNAPSHOT.encode(snapshot, now=tx.now())
         place = values["execution_id"], _int(values["at_sequence"], "at_sequence", 0)
         tenant = self._owner(tx, place[0])
@@ -3324,7 +3327,9 @@ class StateBackend(_LogFacet):
 
     @_write_row
     def fail_work_item(self, tx: _Tx, item_id: AnyItem, error: str, *, lease_fence: int | None = None) -> WorkItem:
-        """Failed until someone calls `retry_work_item`; rules as for `complete_work_item`. Source: fail_work_item."""
+        """The work failed for good: settle the item, `error` as its `last_error`. Source: StateBackend.fail_work_item.
+
+        It stays failed until someone calls `retry_work_item`. Rules and errors are those of `complete_work_item`."""
         return self._settle(tx, WorkItemStatus.FAILED, item_id, lease_fence, _text(error, "error"))
 
     def _settle(self, tx: _Tx, status: WorkItemStatus, item_id: AnyItem, lease_fence: object,
