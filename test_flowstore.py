@@ -7515,6 +7515,7 @@ MEANT = {
     "SCAN q for a tenant": "the same",
     "SCAN counted": "at most 250 of a flow's rows, and a view's up to its bound, counted",
     "SCAN counted for a tenant": "a view's rows, counted up to its bound",
+    "SCAN ended": "what a dry run of prune counts",
 }
 
 
