@@ -13428,6 +13428,7 @@ def test_both_sides_of_a_fork_go_on_with_connections_of_their_own(server: Store)
 
 
 @pytest.mark.postgres
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")  # psycopg's
 def test_blocks_whose_end_is_never_run_leave_their_connections_to_others(server: Store) -> None:
     for number in range(3 * flowstore._CONNECTIONS):
         block = server.transaction()
