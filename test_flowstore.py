@@ -10646,6 +10646,9 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_a_real_browser_shows_the_report_and_the_live_page(shop: Path, browser: Any) -> None:
+    from selenium.common.exceptions import StaleElementReferenceException
+    from selenium.webdriver.support.ui import WebDriverWait
+
     with flowstore.open(shop, read_only=True) as store:
         executions = store.stats()["executions"]
     run("report", shop, "-o", "page.html", cwd=shop.parent)
@@ -10665,7 +10668,9 @@ def test_a_real_browser_shows_the_report_and_the_live_page(shop: Path, browser: 
             field = browser.find_element("name", name)
             field.send_keys(value)
             field.submit()
-            assert expected in browser.find_element("tag name", "main").text
+            waiting = WebDriverWait(browser, 30, ignored_exceptions=[StaleElementReferenceException])  # for the next page
+            shown: Any = lambda page, text=expected: text in page.find_element("tag name", "main").text  # noqa: E731
+            waiting.until(shown)
             assert f"{name}={value}" in browser.current_url
         browser.get(f"{address}?status=completed")
         links = [link.text for link in browser.find_elements("css selector", "main a")]
