@@ -63,6 +63,8 @@ import sys
 import threading
 import time
 import weakref
+if sys.version_info < (3, 11):  # noqa: UP036 (what is imported next is not there, and would say so less clearly)
+    raise (SystemExit if __name__ == "__main__" else ImportError)("flowstore: Python 3.11 or newer is needed")
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -4320,13 +4322,8 @@ def open(
     if not isinstance(read_only, bool):
         raise InvalidData(f"read_only: True or False is needed, not {type(read_only).__name__}")
     options = SimpleNamespace(
-        synchronous=mode,
-        busy_timeout=min(_seconds(busy_timeout, "busy_timeout"), threading.TIMEOUT_MAX / 2),
-        lease_seconds=_seconds(lease_seconds, "lease_seconds"),
-        backoff=backoff,
-        clock=clock,
-        read_only=read_only,
-    )
+        synchronous=mode, busy_timeout=min(_seconds(busy_timeout, "busy_timeout"), threading.TIMEOUT_MAX / 2),
+        lease_seconds=_seconds(lease_seconds, "lease_seconds"), backoff=backoff, clock=clock, read_only=read_only)
     _after(0, options.lease_seconds, "lease_seconds")
     if sqlite3.sqlite_version_info < (3, 35):
         raise StorageError(f"SQLite 3.35 or newer is needed, this Python has {sqlite3.sqlite_version}")
@@ -4340,7 +4337,11 @@ def open(
             raise StorageError(f"{path}: the folder {os.path.dirname(path)} does not exist: make it first")
         if read_only and not os.path.exists(path):
             raise StorageError(f"{path}: there is no such file")
-    return Store(_Engine(name, path, options))
+    try:
+        return Store(_Engine(name, path, options))
+    except StoreCorrupt as error:
+        error.args = (f"{name}: {error}",)  # SQLite does not say which file it is
+        raise
 
 class _Opening:
     """What `open_async` returns: the store when awaited, and a context manager that closes it."""

@@ -1689,7 +1689,7 @@ def test_sqlite_refuses_what_is_no_database_and_leaves_it(
     before = folder_contents(path.parent)
     with pytest.raises(StorageError) as caught:
         flowstore.open(path)
-    assert one_sentence(caught.value)
+    assert one_sentence(caught.value) and str(path) in str(caught.value)
     assert folder_contents(path.parent) == before
 
 
@@ -10942,6 +10942,12 @@ def test_version_is_the_modules(tmp_path: Path) -> None:
     assert run("--version", cwd=tmp_path).stdout == f"flowstore {flowstore.__version__}\n"
 
 
+def test_an_older_python_is_told_in_one_line_which_it_has_to_be() -> None:
+    code = f"import runpy, sys; sys.version_info = (3, 10); runpy.run_path({flowstore.__file__!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (1, "flowstore: Python 3.11 or newer is needed\n")
+
+
 def test_importing_is_cheap_in_modules() -> None:
     """What makes an import slow is what it imports; the milliseconds are in bench."""
     code = "known = set(sys.modules); import flowstore; print(*set(sys.modules) - known)"
@@ -12328,7 +12334,7 @@ def test_a_truncated_file_is_store_corrupt_and_left_as_it_was(
     path.write_bytes(cut)
     with pytest.raises(StoreCorrupt) as caught:
         flowstore.open(path, read_only=read_only)
-    assert one_sentence(caught.value)
+    assert one_sentence(caught.value) and str(path) in str(caught.value)
     assert folder_contents(path.parent)[path.name] == cut
     path.write_bytes(whole)
     with flowstore.open(path, read_only=read_only) as store:
