@@ -4582,6 +4582,10 @@ _EMPTY: tuple[Any, ...] = (None, "", [], {})
 def _label(name: str) -> str:
     return re.sub("_(bytes|seconds|id)$", "", name).replace("_", " ")
 
+def _many(count: int, things: str) -> str:
+    """How many there are of what ends in a plural's s."""
+    return f"{count:,} {things.removesuffix('s' * (count == 1))}"
+
 def _plain(text: str) -> str:
     """Text whose characters that steer a terminal or turn the direction of what follows are spelt out."""
     return text if text.isprintable() else "".join(
@@ -5123,10 +5127,10 @@ def _selftest_processes(test: _Selftest) -> None:
 def _demo(args: Any) -> int:
     """Enqueue the files, have them done, and prove from the store that each was done exactly once."""
     import shlex
-    if args.limit < 0:
-        return _complain(f"--limit: 0 or more is needed, not {args.limit}", 2)
+    if args.limit < 1:
+        return _complain(f"--limit: 1 or more is needed, not {args.limit}", 2)
     if not os.path.isdir(args.folder):
-        return _complain(f"{args.folder}: there is no such folder", 2)
+        return _complain(f"{args.folder}: {'not a' if os.path.exists(args.folder) else 'there is no such'} folder", 2)
     folder, path, new = os.path.realpath(args.folder), _shared(args.store, "--store"), 0
     names = ["", *itertools.islice(_demo_files(folder, path), args.limit)]
     # The same ids for the same files in every run; that of the folder itself names the queue.
@@ -5142,12 +5146,13 @@ def _demo(args: Any) -> int:
                     store.state.create_execution(run)
                     store.state.enqueue_work_item(item)
                     new += 1
-        print(f"{len(keys)} files of {folder}, {len(keys) - new} of them known from an earlier run", flush=True)
+        print(f"{_many(len(keys), 'files')} of {folder}, {len(keys) - new} known from an earlier run", flush=True)
         _demo_run(store, args.store, folder, queue)
         proven = _demo_table(store, keys)
     place = shlex.quote(args.store)
-    print("The store stays. To look at it:", *(f"  {args.program} {command} {place}{rest}" for command, rest in (
-        ("show", ""), ("report", " -o report.html"), ("serve", ""))), sep="\n")
+    print("The store stays; files done in it are not read again, even when they have changed: to start anew, delete "
+          f"{place} or name another --store.\nTo look at it:", *(f"  {args.program} {command}" for command in (
+              f"show {place}", f"report {place} -o report.html", f"serve {place}")), sep="\n")
     return 0 if proven else 1
 
 def _demo_files(folder: str, store: str) -> Iterator[str]:
@@ -5186,7 +5191,7 @@ def _demo_run(store: Store, target: str, folder: str, queue: str) -> None:
             time.sleep(0.1)
             before, done = done, total - left()
             if not _bar(sys.stdout, done, total, "files") and done > before:
-                print(f"{done}/{total} files", flush=True)
+                print(f"{done}/{_many(total, 'files')}", flush=True)
             if done < total and all(worker.poll() is not None for worker in workers):
                 raise StorageError("all workers have ended before their time: run the demo again")
     finally:
@@ -5197,7 +5202,7 @@ def _demo_run(store: Store, target: str, folder: str, queue: str) -> None:
     for item in held:
         _expect_error(LeaseLost, store.state.complete_work_item, item)
         fence: Any = store.state.get_work_item(item)
-        now = f"under fence {fence.lease_fence}; fence {item.lease_fence} is refused now"
+        now = f"last under fence {fence.lease_fence}; fence {item.lease_fence} is refused now"
         print(f"taken over: {_said('', item.payload)}, {now}")
 
 def _demo_worker(target: str, folder: str, queue: str, pause: str) -> int:
@@ -5244,20 +5249,22 @@ def _demo_table(store: Store, keys: list[str]) -> bool:
     for item in filter(None, map(store.state.get_work_item, keys)):
         stored = store.events.load_events(item.execution_id)
         fences = [one.event["fence"] for one in stored if one.event["type"] == "step_started"]
+        # A lease without an end: its worker was killed. One that ended in a failure was followed by a retry.
+        lost = sorted({*fences}.difference(one.event["fence"] for one in stored if one.event["type"] != "step_started"))
         done = [one.event for one in stored if one.event["type"] == "step_completed"]
-        killed = len(fences) > len(stored) - len(fences)  # a lease without an end: its worker was killed
-        notes = [f"taken over: fences {', '.join(map(str, fences))}"] * killed
+        notes = [f"taken over from fence {', '.join(map(str, lost))}"] * bool(lost)
         if bad := item.status == "dead_lettered":
             notes.append(f"dead letter after {item.attempt} tries: {item.last_error}")
         well = item.status == "completed" and [event["fence"] for event in done] == fences[-1:]
-        found.append((well, bad, killed, stored[-1].sequence > len(stored), len(stored)))
+        found.append((well, bad, bool(lost), stored[-1].sequence > len(stored), len(stored)))
         facts = [str(done[0][name])[:12] if done else "-" for name in ("bytes", "lines", "words", "sha256")]
         rows.append((not notes, line(_said("", item.payload)[-40:], *facts, len(stored), "; ".join(notes)).rstrip()))
     shown = [row for _, row in sorted(rows, key=operator.itemgetter(0))[:25]]  # those of note first
     once, dead, taken, gaps, events = map(sum, zip(*found, strict=True))
     print(line("file", "bytes", "lines", "words", "sha256", "events", "").rstrip(), *shown, sep="\n")
-    print(f"{len(keys)} files ({len(shown)} shown): {once} done exactly once, {dead} dead letters, "
-          f"{len(keys) - once - dead} lost; {taken} taken over; {events} events, gaps in {gaps} executions")
+    print(f"{_many(len(keys), 'files')} ({len(shown)} shown): {once} done exactly once, {_many(dead, 'dead letters')}, "
+          f"{len(keys) - once - dead} lost; {taken} taken over; {_many(events, 'events')}, gaps in "
+          f"{_many(gaps, 'executions')}")
     return once == len(keys) and not gaps
 
 # --- bench: what the design promises, measured against plain sqlite3 in the same run ---

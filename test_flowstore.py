@@ -10806,6 +10806,7 @@ def test_demo_does_every_file_once_although_a_worker_is_killed(tmp_path: Path, f
     done = run("demo", files, cwd=tmp_path)
     assert re.search(r"killed worker-\S+, .* under fence 1", done.stdout)
     assert re.search(r"taken over: .* under fence 2", done.stdout)
+    assert re.search(r"^6 files of .*, 0 known .*not read again.* --store", done.stdout, re.MULTILINE | re.DOTALL)
     assert "6 done exactly once, 0 dead letters, 0 lost; 1 taken over" in done.stdout
     with flowstore.open(tmp_path / "flowstore-demo.db", read_only=True) as store:
         assert store.check() == []
@@ -10819,7 +10820,8 @@ def test_demo_does_every_file_once_although_a_worker_is_killed(tmp_path: Path, f
 def test_demo_gives_up_a_file_that_cannot_be_read_and_does_the_others(tmp_path: Path, files: Path) -> None:
     (files / "gone.txt").symlink_to("nowhere")
     done = run("demo", files, cwd=tmp_path, status=1)
-    assert "6 done exactly once, 1 dead letters, 0 lost" in done.stdout
+    assert "6 done exactly once, 1 dead letter, 0 lost; 1 taken over" in done.stdout
+    assert re.findall(r"  taken over from fence ([\d, ]+)", done.stdout) == ["1"]  # a retry is none
     assert "No such file" in done.stdout
     with flowstore.open(tmp_path / "flowstore-demo.db") as store:
         (dead,) = store.state.list_dead_letters()
