@@ -4055,19 +4055,14 @@ class _StoreBase(_Facet):
     def stats(self, tx: _Tx) -> dict[str, Any]:
         """How much is in the store, as JSON values: rows, runs by status, queues, bytes. Source: health_check."""
         queues: dict[str, dict[str, int]] = {}
-        for queue, status, count in tx.rows(
-            "SELECT queue_type, status, COUNT(*) FROM flowstore_work_items GROUP BY queue_type, status"
-        ):
+        items = "SELECT queue_type, status, COUNT(*) FROM flowstore_work_items GROUP BY queue_type, status"
+        for queue, status, count in tx.rows(items):
             queues.setdefault(queue, {})[status] = count
         by_status = "SELECT status, COUNT(*) FROM {} GROUP BY status".format
         return {
             "tables": {name: tx.rows(f"SELECT COUNT(*) FROM {name}")[0][0] for name in sorted(_TABLE_NAMES)},
-            "flows": dict(tx.rows(by_status("flows"))),
-            "executions": dict(tx.rows(by_status("flowstore_runs"))),
-            "workflows": dict(tx.rows(by_status("workflows"))),
-            "queues": queues,
-            **self._engine.sizes(tx),
-        }
+            "flows": dict(tx.rows(by_status("flows"))), "executions": dict(tx.rows(by_status("flowstore_runs"))),
+            "workflows": dict(tx.rows(by_status("workflows"))), "queues": queues, **self._engine.sizes(tx)}
 
 class Store(_StoreBase):
     """A durable memory for workflows in one database: four facets, and what concerns all of it.
@@ -4284,8 +4279,7 @@ def _parse_target(target: object) -> tuple[str, str | None]:
     """What to call a target, and the absolute path of its file (None: in memory; "": on a server)."""
     if not isinstance(target, str):
         return (_path(target, "target"), str(target))[::-1]  # in this order: not everything has a text
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", target)
-    name = target
+    scheme, name = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", target), target
     if scheme and scheme[1].lower() == "sqlite":
         import urllib.parse
 
@@ -4319,11 +4313,10 @@ def open(
     for function, argument in ((backoff, "backoff"), (clock, "clock")):
         if function is not None and not callable(function):
             raise InvalidData(f"{argument}: a function is needed, not {type(function).__name__}")
-    if not isinstance(read_only, bool):
-        raise InvalidData(f"read_only: True or False is needed, not {type(read_only).__name__}")
     options = SimpleNamespace(
         synchronous=mode, busy_timeout=min(_seconds(busy_timeout, "busy_timeout"), threading.TIMEOUT_MAX / 2),
-        lease_seconds=_seconds(lease_seconds, "lease_seconds"), backoff=backoff, clock=clock, read_only=read_only)
+        lease_seconds=_seconds(lease_seconds, "lease_seconds"), backoff=backoff, clock=clock,
+        read_only=_is(bool, read_only, "read_only", "True or False"))
     _after(0, options.lease_seconds, "lease_seconds")
     if sqlite3.sqlite_version_info < (3, 35):
         raise StorageError(f"SQLite 3.35 or newer is needed, this Python has {sqlite3.sqlite_version}")
@@ -4374,12 +4367,8 @@ def _awaited(open: Callable[P, Store]) -> Callable[P, _Opening]:
 
 open_async = _awaited(open)
 
-__all__ = [
-    name
-    for name, value in globals().items()
-    if not name.startswith("_") and name != "open" and inspect.isroutine(value) | inspect.isclass(value)
-    and value.__module__ == __name__
-]
+__all__ = [name for name, value in globals().items() if not name.startswith("_") and name != "open"
+           and inspect.isroutine(value) | inspect.isclass(value) and value.__module__ == __name__]
 __all__ += ["DEFAULT_TENANT"]
 
 
@@ -4466,7 +4455,7 @@ def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, An
         if log:
             seconds = (log[0][1] - log[-1][1]) / 1e6
             rate = f"{(len(log) - 1) / seconds:,.1f} events/s" if seconds > 0 else "at one time"
-            facts |= {"last_position": log[0][2], "throughput": f"{rate}, the last {len(log):,} events"}
+            facts |= {"last_position": log[0][2], "throughput": f"{rate}, the last {_many(len(log), 'events')}"}
         # What was appended to last comes first; of some executions only the log knows.
         known, (mapper, where, _) = {row["execution_id"]: row for row in tables["executions"]}, _DETAILS["execution"]
         ids = dict.fromkeys([*([] if status else [row[0] for row in log]), *known])
@@ -4823,8 +4812,13 @@ def _report(args: Any) -> int:
             with contextlib.suppress(NotFound):
                 views += _views(store, id) if id else []
     page = _page(target, *(_html(view, "#") for view in views))
-    with io.FileIO(args.output, "w") if args.output else contextlib.nullcontext(sys.stdout.buffer) as file:
-        file.write(page)
+    try:
+        with io.FileIO(args.output, "w") if args.output else contextlib.nullcontext(sys.stdout.buffer) as file:
+            file.write(page)
+    except OSError as error:
+        if args.output:
+            return _complain(f"-o: {args.output} cannot be written ({error.strerror}): name another file", 1)
+        raise
     return 0
 
 def _serve(args: Any) -> int:
@@ -4865,12 +4859,16 @@ def _serve(args: Any) -> int:
         return [page] * (request["REQUEST_METHOD"] != "HEAD")
     if not 0 <= args.port < 65536:
         return _complain(f"--port: 0 to 65535 is needed, not {args.port}", 2)
-    with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store, threads(
-            ("127.0.0.1", args.port), handler) as server:
-        server.set_app(answer)
-        names = {f"{name}:{server.server_port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")}
-        print(f"http://127.0.0.1:{server.server_port}/ shows {store.target}; Ctrl-C ends it", flush=True)
-        server.serve_forever()
+    with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store:
+        try:
+            server = threads(("127.0.0.1", args.port), handler)
+        except OSError as error:
+            return _complain(f"--port: {args.port} cannot be had ({error.strerror}): name another, or 0 for any", 1)
+        with server:
+            server.set_app(answer)
+            names = {f"{name}:{server.server_port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")}
+            print(f"http://127.0.0.1:{server.server_port}/ shows {store.target}; Ctrl-C ends it", flush=True)
+            server.serve_forever()
     return 0
 
 
@@ -4880,7 +4878,7 @@ def _serve(args: Any) -> int:
 
 # What only commands need is imported in them: who imports this module for its store does not pay for it.
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0 for good, 1 for a problem found, 2 for wrong usage."""
+    """Run one command; the exit status is 0 for good, 1 for a problem found, 2 for wrong usage, 130 for Ctrl-C."""
     import argparse
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -4888,9 +4886,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as a daemon's are
             setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
-    for stream in (sys.stdout, sys.stderr):  # names of files may hold what the terminal's encoding does not
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files may hold what a terminal's encoding does not
     called = f"python -m {__spec__.name}" if __spec__ else f"python {sys.argv[0]}"
     parser = Parser(prog=called if __name__ == "__main__" else "flowstore", description="Durable memory for workflows.")
     parser.add_argument("--version", action="version", version=f"flowstore {__version__}")
@@ -5563,12 +5560,14 @@ def _check(args: Any) -> int:
     """Print the problems of a store; status 1 when there are any."""
     with open(args.store, read_only=True) as store:
         problems = store.check()
-    lines = [*problems, f"{args.store}: {f'{len(problems)} problems' if problems else 'sound'}"]
+    lines = [*problems, f"{args.store}: {_many(len(problems), 'problems') if problems else 'sound'}"]
     print(json.dumps({"store": args.store, "problems": problems}) if args.json else "\n".join(lines))
     return 1 if problems else 0
 
 def _backup(args: Any) -> None:
     """Write a consistent copy of a store."""
+    if "://" in args.path or _parse_target(args.path)[1] != os.path.abspath(args.path):
+        raise SystemExit(_complain(f"FILE: the path of a new file is needed, not {args.path}", 2))
     with open(args.store, read_only=True) as store:
         store.backup(args.path)
     print(f"{args.path}: {os.path.getsize(args.path):,} bytes")
@@ -5589,7 +5588,7 @@ def _prune(args: Any) -> int:
     """Drop what has ended, with a bar on a terminal, and say how much that was."""
     age = re.fullmatch(r"([0-9]{1,6})([smhdw])", args.older_than)
     if age is None:
-        return _complain("--older-than: a number with s, m, h, d or w behind it is needed, as in 30d", 2)
+        return _complain("--older-than: up to six digits and one of s, m, h, d, w are needed, as in 30d", 2)
     older_than = timedelta(seconds=int(age[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}[age[2]])
     with _existing(args.store) as store:
         counts = store.prune(older_than, dry_run=True)
@@ -5602,9 +5601,9 @@ def _prune(args: Any) -> int:
             counts = end.value
         finally:
             _bar(sys.stderr)
-    text = ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
-    result = {"store": args.store, "dry_run": args.dry_run, "pruned": counts}
-    print(json.dumps(result) if args.json else f"{args.store}: {text} {'would go' if args.dry_run else 'are gone'}")
+    text = ", ".join(_many(count, kind) for kind, count in counts.items() if count) or "nothing"
+    print(json.dumps({"store": args.store, "dry_run": args.dry_run, "pruned": counts}) if args.json else
+          f"{args.store}: {'would drop' if args.dry_run else 'dropped'} {text}")
     return 0
 
 # Each command: the function, which may return an exit status, what it is about, and its arguments as argparse has them.

@@ -10430,7 +10430,8 @@ def test_serve_refuses_a_port_that_is_none_or_taken(shop: Path) -> None:
     assert "--port" in run("serve", shop, "--port", "65536", cwd=shop.parent, status=2).stderr
     with serving(shop) as address:
         port = address.rstrip("/").rsplit(":", 1)[1]
-        assert "in use" in run("serve", shop, "--port", port, cwd=shop.parent, status=1).stderr
+        said = run("serve", shop, "--port", port, cwd=shop.parent, status=1).stderr
+        assert re.fullmatch(rf"flowstore: --port: {port} .*in use.*: name another, .*\n", said)
     assert "no such file" in run("serve", "missing.db", cwd=shop.parent, status=1).stderr
 
 
@@ -10456,10 +10457,10 @@ def test_the_terminal_view_fits_80_columns_whatever_is_stored(tmp_path: Path) ->
         assert max(map(columns, text.splitlines())) <= 80
         assert all(char.isprintable() or char == "\n" for char in text)
     assert new_id in texts[0] and new_id in texts[2]  # an id can be copied
-
     piped = run("show", "wide.db", cwd=tmp_path).stdout + run("show", "wide.db", "x" * 255, cwd=tmp_path).stdout
     for whole in ("x" * 255, "q" * 255, wide[:90] + "x" * 100):  # there any can
         assert f"  {whole}  " in piped
+
 
 def on_a_terminal(*arguments: object, **environment: str) -> str:
     """What a command prints on a terminal."""
@@ -10624,7 +10625,8 @@ def test_report_writes_a_page_that_needs_nothing_else(shop: Path) -> None:
     assert all(attributes["aria-label"] for tag, attributes in page.elements if tag == "svg")
     before = shop.read_bytes()
     assert run("report", shop, "-o", "shop.db", cwd=shop.parent, status=2).stderr
-    assert run("report", shop, "-o", "no/such/folder.html", cwd=shop.parent, status=1).stderr
+    said = run("report", shop, "-o", "no/such/folder.html", cwd=shop.parent, status=1).stderr
+    assert re.fullmatch(r"flowstore: -o: no/such/folder.html cannot be written .*: name another file\n", said)
     assert shop.read_bytes() == before
 
 
@@ -10847,7 +10849,10 @@ def test_demo_goes_on_where_it_was_killed(tmp_path: Path, files: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
-        (["demo", "nowhere"], 2), (["demo", ".", "--limit", "-1"], 2), (["demo", "--limit", "x"], 2), ([], 2),
+        (["demo", "nowhere"], 2), (["demo", ".", "--limit", "0"], 2), (["demo", "--limit", "x"], 2), ([], 2),
+        (["demo", "text.txt"], 2), (["prune", "app.db", "--older-than", "9999999d"], 2),
+        (["backup", "app.db", ":memory:"], 2), (["backup", "app.db", "sqlite:copy"], 2),
+        (["backup", "app.db", "postgresql://me@localhost/app"], 2), (["backup", "app.db", "ftp://host/copy"], 2),
         (["nonsense"], 2), (["demo", "--store", "."], 1), (["demo", "--store", "text.txt"], 1), (["check", "."], 1),
         (["check", "text.txt"], 1), (["check", "missing.db"], 1), (["check", "no/such/folder.db"], 1),
         (["backup", "app.db", "app.db"], 1), (["check", "ftp://host/app.db"], 1), (["check", "sqlite:app.db?x=1"], 1),
@@ -10862,7 +10867,7 @@ def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path, arguments: li
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     done = run(*arguments, cwd=tmp_path, status=status)
     assert re.fullmatch(r"flowstore: .+\n", done.stderr)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.suffix in (".db", ".txt")} == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if not path.name.startswith("app.db-")} == before
 
 
 def test_check_backup_and_compact_from_the_command_line(tmp_path: Path) -> None:
@@ -10877,7 +10882,7 @@ def test_check_backup_and_compact_from_the_command_line(tmp_path: Path) -> None:
     plain.execute("UPDATE flowstore_log SET sequence = 5")
     plain.commit()
     plain.close()
-    assert "'e' has a gap" in run("check", "copy.db", cwd=tmp_path, status=1).stdout
+    assert re.search(r"'e' has a gap\ncopy.db: 1 problem\n$", run("check", "copy.db", cwd=tmp_path, status=1).stdout)
 
 
 def test_prune_from_the_command_line(tmp_path: Path) -> None:
@@ -10886,7 +10891,7 @@ def test_prune_from_the_command_line(tmp_path: Path) -> None:
             run_with(store.state, f"e{number}", status="failed")
         store.events.append("open", "default", EVENT)
     said = run("prune", "app.db", "--older-than", "999999d", cwd=tmp_path).stdout
-    assert said == "app.db: 0 errors, 0 subscriptions, 0 events, 0 tokens, 0 workflows, 0 flows, 0 executions are gone\n"
+    assert said == "app.db: dropped nothing\n"
     for _ in range(2):
         dry = json.loads(run("prune", "app.db", "--older-than", "30d", "--dry-run", "--json", cwd=tmp_path).stdout)
         assert (dry["dry_run"], dry["pruned"]["executions"]) == (True, 3)
@@ -10901,14 +10906,15 @@ def test_prune_shows_a_bar_on_a_terminal_and_clears_it(tmp_path: Path) -> None:
     with flowstore.open(tmp_path / "app.db", clock=lambda: datetime(2000, 1, 1, tzinfo=UTC)) as store:
         for _ in range(3):
             store.flows.insert(Flow(status=FlowStatus.FAILED))
+        run_with(store.state, "run", status="failed")
     ours, theirs = os.openpty()
     command = [sys.executable, flowstore.__file__, "prune", "app.db", "--older-than", "1d"]
     done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
     os.close(theirs)
     drawn = os.read(ours, 4096).decode()
     os.close(ours)
-    assert done.returncode == 0 and "3 flows" in done.stdout
-    assert "3/3 pruned" in drawn and drawn.endswith("\r")
+    assert (done.returncode, done.stdout) == (0, "app.db: dropped 3 flows, 1 execution\n")
+    assert "4/4 pruned" in drawn and drawn.endswith("\r")
     assert drawn.rstrip("\r").rpartition("\r")[2].strip() == ""
 
 
