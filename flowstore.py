@@ -2967,8 +2967,6 @@ _SNAPSHOT_PRUNE = _Sql(
         SELECT at_sequence FROM flowstore_snapshots WHERE execution_id = ? {tenant}
         ORDER BY at_sequence DESC LIMIT 1 OFFSET ?) RETURNING id"""
 )
-_CLAIM = _update(_ITEM, "status = 'claimed', worker_id = ?, lease_expires_at = ?, lease_fence = lease_fence + 1",
-                 "AND status = 'pending'", _ITEM.columns)
 _RENEW = _update(_ITEM, "lease_expires_at = ?", """AND status = 'claimed'
                  AND lease_fence = COALESCE(?, lease_fence) AND worker_id = COALESCE(?, worker_id)""")
 _SETTLE = _update(_ITEM, "status = ?, lease_expires_at = NULL, last_error = COALESCE(?, last_error)",
@@ -3002,17 +3000,21 @@ _TENANT_UPDATE = f"{_TENANT.update} RETURNING {_TENANT.columns}"
 _RECLAIMED_PER_CLAIM = 16
 _LEASE_EXPIRED = "the lease expired"
 
+def _first_sql(queues: int, status: str, time: str) -> str:
+    """The id of the item in these queues, of a status, whose time came first: a seek for each queue."""
+    seek = f"""SELECT id FROM flowstore_work_items WHERE status = '{status}' AND queue_type = %s AND {time} <= ?
+        {{tenant}} ORDER BY {time}, id LIMIT 1"""
+    return seek % "?" if queues == 1 else f"""SELECT i.id FROM (VALUES {', '.join(['(?)'] * queues)}) q
+        JOIN flowstore_work_items i ON i.id = ({seek % 'q.column1'}) ORDER BY i.{time}, i.id LIMIT 1"""
+
 @functools.cache
-def _look_sql(queues: int) -> _Sql:
-    """For each queue: the item available longest (its time and id), and one whose lease has expired; a seek each."""
-    head = """SELECT {} FROM flowstore_work_items WHERE status = 'pending' AND queue_type = q.column1
-        AND available_at <= ? {{tenant}} ORDER BY available_at, id LIMIT 1""".format
-    return _Sql(
-        f"""SELECT q.column1, ({head('available_at')}), ({head('id')}), (SELECT id FROM flowstore_work_items
-            WHERE status = 'claimed' AND queue_type = q.column1 AND lease_expires_at <= ? {{tenant}}
-            ORDER BY lease_expires_at, id LIMIT 1)
-        FROM (VALUES {', '.join(['(?)'] * queues)}) q"""
-    )
+def _queue_sql(queues: int) -> tuple[_Sql, _Sql]:
+    """Claim the item that has been available longest, and look for an expired lease; look for both."""
+    firsts = (f"({_first_sql(queues, 'pending', 'available_at')})",
+              f"({_first_sql(queues, 'claimed', 'lease_expires_at')}) IS NOT NULL")
+    return _Sql(f"""UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, lease_expires_at = ?,
+        lease_fence = lease_fence + 1 WHERE id = {firsts[0]} AND status = 'pending' {{tenant}}
+        RETURNING {_ITEM.columns}, {firsts[1]}"""), _Sql(f"SELECT {', '.join(firsts)}")
 
 def _given(**options: Any) -> dict[str, Any]:
     """Those options that are not left out."""
@@ -3228,29 +3230,33 @@ class StateBackend(_LogFacet):
 
     @_write_row
     def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
-        expires, looks = _after(now := tx.now(), lease, "lease_seconds"), self._look(tx, queues, now)
-        if overdue := [queue for queue, _, _, lapsed in looks if lapsed is not None]:
-            for queue in overdue:
-                self._take_back(tx, queue, now, _RECLAIMED_PER_CLAIM)
-            looks = self._look(tx, queues, now)
-        while heads := [(available or 0, item_id) for _, available, item_id, _ in looks if item_id is not None]:
-            if (claimed := self._row(tx, _CLAIM, worker_id, expires, min(heads)[1])) is not None:
-                return _ITEM.decode(claimed)
-            looks = self._look(tx, queues, now)  # where writers run side by side, another one took it
-        return None
+        now = tx.now()
+        claim = worker_id, _after(now, lease, "lease_seconds"), *queues, now, *queues, now
+        if not queues:
+            return None
+        sql, _ = _queue_sql(len(queues))
+        if (row := self._row(tx, sql, *claim)) is None or row[-1]:
+            kept = _ITEM.decode(row[:-1]).id if row else ""  # it may be leased for no time at all
+            for queue in queues:
+                self._take_back(tx, queue, now, _RECLAIMED_PER_CLAIM, kept)
+        # What came back may be free at once; where writers run side by side, another one may have taken the first.
+        while row is None and self._look(tx, queues, now)[0] is not None:
+            row = self._row(tx, sql, *claim)
+        return _ITEM.maybe(row and row[:-1])
 
-    def _look(self, tx: _Tx, queues: list[str], now: int) -> list[tuple[Any, ...]]:
-        return self._rows(tx, _look_sql(len(queues)), now, now, now, *queues) if queues else []
+    def _look(self, tx: _Tx, queues: list[str], now: int) -> tuple[Any, ...]:
+        """The id of the item of these queues that has been available longest, and whether a lease has expired."""
+        return self._row(tx, _queue_sql(len(queues))[1], *queues, now, *queues, now) or (None, False)
 
     @_read
     def _claimable(self, tx: _Tx, queues: list[str]) -> bool:
         """Whether a claim would find something to do: idle waiters look with reads and never take the writer."""
-        return any(head is not None or lapsed is not None for _, _, head, lapsed in self._look(tx, queues, tx.now()))
+        return any(self._look(tx, queues, tx.now()))
 
-    def _take_back(self, tx: _Tx, queue: str, now: int, most: int) -> list[WorkItem | DeadLetter]:
-        """End the leases of a queue that have expired, the oldest first."""
+    def _take_back(self, tx: _Tx, queue: str, now: int, most: int, kept: str = "") -> list[WorkItem | DeadLetter]:
+        """End the leases of a queue that have expired, the oldest first, but that of one item."""
         expired = _ITEM.decode_all(self._rows(tx, _EXPIRED, queue, now, most))
-        return [self._try_again(tx, item, now, _LEASE_EXPIRED) for item in expired]
+        return [self._try_again(tx, item, now, _LEASE_EXPIRED) for item in expired if item.id != kept]
 
     def _backoff(self, attempt: int) -> float:
         """Seconds until the next try; the default stands in for a function that fails."""
@@ -5656,8 +5662,9 @@ _SETTLED = (f"position > ? AND (position < {_FIRST('pg_snapshot_xmin(pg_current_
 _IN_POSTGRES = (  # how the schema's words read there; an index entry of 2,700 bytes holds two ids
     (r"INTEGER PRIMARY KEY( AUTOINCREMENT)?", _NUMBER), (r"\bINTEGER\b", "BIGINT"), (r"\bBLOB\b", "BYTEA"),
     (r"\bTEXT\b", 'TEXT COLLATE "C"'), (r" WITHOUT ROWID", ""),
-    (r"\(status, ([^)]*)\)\s+WHERE status = '([a-z])", r"((status || ''), \1) WHERE status || '' = '\2"),
-    (r"(\(\(status \|\| ''\), (?:tenant_id, )?)queue_type", r"\1(queue_type || '')"),
+    (r"\(status, (tenant_id, [^)]*)\)\s+WHERE status = '([a-z])", r"(\1) WHERE '' || status = '\2"),
+    (r"\(status, ([^)]*)\)\s+WHERE status = '([a-z])", r"(\1) WHERE status || '' = '\2"),
+    (r"(\((?:tenant_id, )?)queue_type(, [^)]*\) WHERE)", r"\1(queue_type || '')\2"),
     (r"(event_name, event_key, \w+|tenant_id, \(queue_type \|\| ''\), \w+), id\)", r"\1)"),
     (r", PRIMARY KEY (\(tenant_id, workflow_id), version\)\)",
      r"); CREATE UNIQUE INDEX flowstore_definitions_key ON flowstore_definitions \1, md5(version))"),
@@ -5666,6 +5673,7 @@ _PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named
     r"""([eE]'(?:[^'\\]|\\.|'')*'|'[^']*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\2\$|::)|\?|:([A-Za-z_]\w*)""",
     re.DOTALL,
 )
+_CLAIM = "UPDATE flowstore_work_items SET status = 'claimed'"
 _NEWS = re.compile("INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'")
 
 @functools.lru_cache(2000)
@@ -5679,18 +5687,18 @@ def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[
         names.append(found[3] or "")
         return f"${len(names)}"
 
-    if level and "q.column1" in sql:  # a claim's look: what another one is claiming is skipped
-        sql = sql.replace("available_at, id LIMIT 1", "available_at, id LIMIT 1 FOR UPDATE SKIP LOCKED")
+    if level and _CLAIM in sql:  # what another one is claiming is skipped
+        sql = sql.replace("BY available_at, id LIMIT 1", "BY available_at, id LIMIT 1 FOR UPDATE SKIP LOCKED")
     if level and sql.startswith("SELECT") and "AND status = 'claimed' AND lease_expires_at <= ?" in sql:
         sql += " FOR UPDATE SKIP LOCKED"
     elif level == "READ COMMITTED" and re.match(r"SELECT .* FROM flowstore_work_items WHERE true AND id = \?", sql):
         sql += " FOR UPDATE"
     # The planner trusts statistics that are late, so it is left one index: for an item that is known not that of all in
-    # its status, for the head of a queue not that of all that ever were in it.
+    # its status, for the head of a queue not that of all that ever were in it, nor that of other tenants' too.
     if "flowstore_work_items" in sql and re.search("(WHERE|AND) status (=|<>) '", sql):
-        sql = re.sub("(WHERE|AND) status (=|<>) '", r"\1 status || '' \2 '", sql)
-        if sql.startswith("SELECT"):
-            sql = re.sub(r"\bqueue_type\b", "(queue_type || '')", sql)
+        status = "'' || status" if "tenant_id = ?" in sql else "status || ''"
+        sql = re.sub("(WHERE|AND) status (=|<>) '", rf"\1 {status} \2 '", sql)
+        sql = re.sub(r"\bqueue_type(?= [=>])|(?<=BY )queue_type", "(queue_type || '')", sql)
     sql = sql.replace("flowstore_log WHERE position > ?", f"flowstore_log WHERE {_SETTLED}")
     return _PLACEHOLDERS.sub(number, sql), tuple(names)
 
@@ -5699,7 +5707,7 @@ class _PostgresRows(list[tuple[Any, ...]]):
     fetchall = list.copy
 
     def __init__(self, cursor: Any) -> None:
-        super().__init__(cursor.fetchall() if cursor.description else ())
+        super().__init__(cursor.fetchall() if cursor.rownumber is not None else ())
         self.rowcount = cursor.rowcount
 
 class _PostgresDb:
@@ -5731,18 +5739,16 @@ class _PostgresDb:
         """Begin a transaction: one that writes, at a level of isolation, or else one that reads one snapshot."""
         self.level, self.news = level, False
         if level:
-            cursor = self._call(self.db.execute, f"BEGIN ISOLATION LEVEL {level}; SELECT pg_current_xact_id()")
-            cursor.nextset()
-            self.number = cursor.fetchone()[0]
+            self.number = self._call(self._do, f"BEGIN ISOLATION LEVEL {level}; SELECT pg_current_xact_id()")
         else:
-            self._call(self.db.execute, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+            self._call(self._do, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
     def execute(self, sql: str, parameters: Any = ()) -> _PostgresRows:
         """Run a statement, ours or the user's."""
         if sql.startswith("PRAGMA"):  # check() asks what SQLite thinks of its file
             return self._execute("SELECT 1 WHERE false", "", ())
         rows = self._execute(sql, self.level, parameters)
-        if self.level and "q.column1" in sql and not any(row[2] for row in rows):
+        if self.level and _CLAIM in sql and not rows:
             return self._execute(sql, "", parameters)  # what another claim skips may become free: wait for its end
         return rows
 
@@ -5766,9 +5772,16 @@ class _PostgresDb:
         self.news = self.news or _NEWS.search(sql) is not None
         return text, values
 
+    def _do(self, sql: str) -> str:
+        """Run what begins or ends a transaction, without the cost of a cursor; what it selects, if anything."""
+        result = self.db.pgconn.exec_(sql.encode())
+        if result.error_message:
+            raise self.engine.psycopg.errors.error_from_result(result)
+        return (result.get_value(0, 0) or b"").decode() if result.ntuples else ""
+
     def commit(self) -> None:
         """Commit; those who wait hear of it, by a transaction of its own: NOTIFY would make commits queue up."""
-        self._call(self.db.execute, f"COMMIT; NOTIFY {self.engine.schema}" if self.news else "COMMIT")
+        self._call(self._do, f"COMMIT; NOTIFY {self.engine.schema}" if self.news else "COMMIT")
         self.level = ""
 
     def rollback(self) -> None:
