@@ -5612,6 +5612,65 @@ def _prune(args: Any) -> int:
           f"{args.store}: {'would drop' if args.dry_run else 'dropped'} {text}")
     return 0
 
+# --- copy: a store moves into a new one, perhaps of another engine ---
+_COPIED = {  # by table, its columns and those of its key; referred ones first
+    name: (re.findall(r"(\w+) (?:TEXT|INTEGER|BLOB)", columns),
+           (re.findall(r"PRIMARY KEY \(([^)]+)\)", columns) or re.findall(r"(\w+) \w+ PRIMARY KEY", columns))[0])
+    for name, columns in re.findall(r"CREATE TABLE (\w+) (.*)", " ".join(_TABLES.split()).replace("; ", ";\n"))
+    if name != "flowstore_meta"
+}
+
+def _table_rows(rows: Callable[..., list[tuple[Any, ...]]], table: str, after: tuple[Any, ...] | None = None
+                ) -> Iterator[list[tuple[Any, ...]]]:
+    """The rows of a table behind a key, in the order of its key, some hundred at a time."""
+    columns, key = _COPIED[table]
+    places = [columns.index(name) for name in key.split(", ")]
+    marks = ", ".join("?" * len(places))
+    while True:
+        behind = f"WHERE ({key}) > ({marks})" if after is not None else ""
+        found = rows(f"SELECT {', '.join(columns)} FROM {table} {behind} ORDER BY {key} LIMIT 500", *(after or ()))
+        if not found:
+            return
+        yield found
+        after = tuple(found[-1][place] for place in places)
+
+def _copy_tables(rows: Callable[..., list[tuple[Any, ...]]], target: Store, tell: Callable[[int], Any] = bool) -> None:
+    """Copy what `rows` reads into a new store, or go on with a copy that was broken off."""
+    with target.transaction() as tx:
+        if not tx.execute("SELECT 1 FROM flowstore_meta WHERE key = 'copying'"):
+            if sum(target.stats()["tables"].values()) > len(tx.execute("SELECT 1 FROM flowstore_meta")) + 1:
+                raise StorageError(f"{target.target}: there is a store already: copy into a new one")
+            tx.execute("DELETE FROM flowstore_tenants")
+            tx.execute("INSERT INTO flowstore_meta (key, value) VALUES ('copying', '')")
+    done = 0
+    for table, (columns, key) in _COPIED.items():
+        insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+        order = ", ".join(f"{name} DESC" for name in key.split(", "))
+        with target.transaction() as tx:
+            last = tx.execute(f"SELECT {key} FROM {table} ORDER BY {order} LIMIT 1")
+            done += tx.execute(f"SELECT COUNT(*) FROM {table}")[0][0]
+        for chunk in _table_rows(rows, table, last[0] if last else None):
+            with target.transaction() as tx:
+                tx.executemany(insert, chunk)
+            tell(done := done + len(chunk))
+    with target.transaction() as tx:
+        tx.execute("DELETE FROM flowstore_meta WHERE key = 'copying'")
+
+def _copy_store(args: Any) -> int:
+    """Copy a store into a new one, of either engine, and compare them; status 1 when they differ."""
+    with open(args.source, read_only=True) as source, source.transaction() as read:  # one snapshot
+        rows: Callable[..., list[tuple[Any, ...]]] = lambda sql, *values: read.execute(sql, values)  # noqa: E731
+        total = sum(rows(f"SELECT COUNT(*) FROM {table}")[0][0] for table in _COPIED)
+        with open(args.target) as target:
+            _copy_tables(rows, target, lambda done: _bar(sys.stdout, done, total, "rows"))
+        _bar(sys.stdout)
+        with open(args.target) as target, target.transaction() as copy:
+            other = lambda sql, *values: copy.execute(sql, values)  # noqa: E731
+            differ = [table for table in _COPIED if any(
+                one != two for one, two in itertools.zip_longest(_table_rows(rows, table), _table_rows(other, table)))]
+    print(f"{args.target}: {total:,} rows,", f"other than the source in {', '.join(differ)}" if differ else "equal")
+    return 1 if differ else 0
+
 # Each command: the function, which may return an exit status, what it is about, and its arguments as argparse has them.
 _STORE: dict[str, dict[str, Any]] = {"store": {"metavar": "STORE", "help": "a database file or URL"}}
 _ID: dict[str, dict[str, Any]] = {"id": {"nargs": "?", "metavar": "ID", "help": "of an execution, flow or workflow"}}
@@ -5639,6 +5698,9 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str,
     "prune": (_prune, "drop what has ended long enough ago", _STORE | _JSON_OUT | {
         "--older-than": {"required": True, "metavar": "AGE", "help": "as 90s, 45m, 12h, 30d or 8w"},
         "--dry-run": {"action": "store_true", "help": "only count"}}),
+    "copy": (_copy_store, "copy a store into a new one, from SQLite to PostgreSQL or back", {
+        "source": {"metavar": "SOURCE", "help": "a database file or URL"},
+        "target": {"metavar": "TARGET", "help": "a new one, or one into which this copy was broken off"}}),
     "compact": (_compact, "give space that a store no longer needs back to the file system", _STORE),
 }
 _HELPERS: dict[str, Callable[..., int]] = {"demo-worker": _demo_worker, "selftest-writer": _selftest_writer}
@@ -5853,14 +5915,12 @@ class _PostgresEngine(_Engine):
             SET synchronous_commit = {'on' if options.synchronous == 'FULL' else 'off'};
             SET default_transaction_read_only = {'on' if options.read_only else 'off'}"""
         self.blocks: dict[int, Callable[[], Any]] = {}  # by thread, a reference to the block it opened last
-        self._permit_all()
         super().__init__(target, None, options)
 
-    def _permit_all(self) -> None:
-        from queue import SimpleQueue
-        self.permits: SimpleQueue[None] = SimpleQueue()
-        for _ in range(_CONNECTIONS):
-            self.permits.put(None)
+    @functools.cached_property
+    def freed(self) -> threading.Condition:
+        """Told when a connection is given back."""
+        return threading.Condition(self.mutex)
 
     def _connect(self) -> Any:
         self.refuse_closed()
@@ -5868,25 +5928,17 @@ class _PostgresEngine(_Engine):
 
     def _borrow(self) -> _Connection:
         """A connection for one call or block; StoreBusy while all of them are in use."""
-        from queue import Empty
         deadline = time.monotonic() + self.options.busy_timeout
-        while True:
-            self.refuse_closed()
-            try:
-                self.permits.get(timeout=max(0.0, min(0.1, deadline - time.monotonic())))
-                break
-            except Empty:
-                with self.mutex:  # a block that was dropped, or an interrupt, leaves a permit behind: count them
-                    if sum(one.lent for one in self.connections) < _CONNECTIONS:
-                        break
-                if time.monotonic() >= deadline:
-                    raise StoreBusy(f"all {_CONNECTIONS} connections of this store were in use too long") from None
-        try:
-            connection = self.readers.pop()
-        except IndexError:
-            connection = self._new_connection()
-        connection.lent = True
-        return connection
+        with self.freed:
+            while True:
+                self.refuse_closed()
+                if self.readers or sum(one.lent for one in self.connections) < _CONNECTIONS:
+                    connection = self.readers.pop() if self.readers else self._new_connection()
+                    connection.lent = True
+                    return connection
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise StoreBusy(f"all {_CONNECTIONS} connections of this store were in use too long")
+                self.freed.wait(min(0.1, left))  # of a block that was dropped nobody is told
 
     def _give_back(self, connection: _Connection) -> None:
         with connection.lock:
@@ -5894,10 +5946,10 @@ class _PostgresEngine(_Engine):
                 _below(connection.tx).rollback()  # if it was left open
             if self.closed or (connection.tx is not None and _below(connection.tx).db.closed):
                 connection.close()  # opened again at its next use
-        connection.lent = False
-        self.readers.append(connection)
-        if self.permits.qsize() < _CONNECTIONS:
-            self.permits.put(None)
+        with self.freed:
+            connection.lent = False
+            self.readers.append(connection)
+            self.freed.notify()
 
     # --- opening ---
     def _prepare(self) -> None:
@@ -6001,13 +6053,10 @@ class _PostgresEngine(_Engine):
     def on_its_own(self, action: Callable[[_Tx], R]) -> R:
         """Run `action` on one snapshot, on a connection of its own."""
         connection = self._new_connection()
-        with connection.lock:
-            try:
-                tx = connection.use()
-                _below(tx).begin("")
-                return action(tx)
-            finally:
-                connection.close()
+        with connection.lock, contextlib.closing(connection):
+            tx = connection.use()
+            _below(tx).begin("")
+            return action(tx)
 
     def transaction(self) -> _Block:
         """A new transaction block, not begun."""
@@ -6061,7 +6110,7 @@ class _PostgresEngine(_Engine):
                 _keep_for_ever(_below(connection.tx).db)
             connection.lock, connection.tx = threading.RLock(), None
         self.mutex, self.watching, self.readers = threading.RLock(), set(), []
-        self._permit_all()
+        self.freed = threading.Condition(self.mutex)
 
 class _PostgresBlock(_Block):
     """A block has a connection of its own. One that loses against another transaction is StoreBusy, and run again."""
@@ -6090,69 +6139,6 @@ class _PostgresBlock(_Block):
         self.engine._give_back(self._connection)
 
 _SERVERS |= {"postgresql": _PostgresEngine, "postgres": _PostgresEngine}
-
-# --- copy: a store moves from one engine to the other ---
-_COPIED = {  # by table, its columns and those of its key; referred ones first
-    name: (re.findall(r"(\w+) (?:TEXT|INTEGER|BLOB)", columns),
-           (re.findall(r"PRIMARY KEY \(([^)]+)\)", columns) or re.findall(r"(\w+) \w+ PRIMARY KEY", columns))[0])
-    for name, columns in re.findall(r"CREATE TABLE (\w+) (.*)", " ".join(_TABLES.split()).replace("; ", ";\n"))
-    if name != "flowstore_meta"
-}
-
-def _table_rows(rows: Callable[..., list[tuple[Any, ...]]], table: str, after: tuple[Any, ...] | None = None
-                ) -> Iterator[list[tuple[Any, ...]]]:
-    """The rows of a table behind a key, in the order of its key, some hundred at a time."""
-    columns, key = _COPIED[table]
-    places = [columns.index(name) for name in key.split(", ")]
-    marks = ", ".join("?" * len(places))
-    while True:
-        behind = f"WHERE ({key}) > ({marks})" if after is not None else ""
-        found = rows(f"SELECT {', '.join(columns)} FROM {table} {behind} ORDER BY {key} LIMIT 500", *(after or ()))
-        if not found:
-            return
-        yield found
-        after = tuple(found[-1][place] for place in places)
-
-def _copy_tables(rows: Callable[..., list[tuple[Any, ...]]], target: Store, tell: Callable[[int], Any] = bool) -> None:
-    """Copy what `rows` reads into a new store, or go on with a copy that was broken off."""
-    with target.transaction() as tx:
-        if not tx.execute("SELECT 1 FROM flowstore_meta WHERE key = 'copying'"):
-            if sum(target.stats()["tables"].values()) > len(tx.execute("SELECT 1 FROM flowstore_meta")) + 1:
-                raise StorageError(f"{target.target}: there is a store already: copy into a new one")
-            tx.execute("DELETE FROM flowstore_tenants")
-            tx.execute("INSERT INTO flowstore_meta (key, value) VALUES ('copying', '')")
-    done = 0
-    for table, (columns, key) in _COPIED.items():
-        insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-        order = ", ".join(f"{name} DESC" for name in key.split(", "))
-        with target.transaction() as tx:
-            last = tx.execute(f"SELECT {key} FROM {table} ORDER BY {order} LIMIT 1")
-            done += tx.execute(f"SELECT COUNT(*) FROM {table}")[0][0]
-        for chunk in _table_rows(rows, table, last[0] if last else None):
-            with target.transaction() as tx:
-                tx.executemany(insert, chunk)
-            tell(done := done + len(chunk))
-    with target.transaction() as tx:
-        tx.execute("DELETE FROM flowstore_meta WHERE key = 'copying'")
-
-def _copy_command(args: Any) -> int:
-    """Copy a store into a new one, of either engine, and compare them; status 1 when they differ."""
-    with open(args.source, read_only=True) as source, source.transaction() as read:  # one snapshot
-        rows: Callable[..., list[tuple[Any, ...]]] = lambda sql, *values: read.execute(sql, values)  # noqa: E731
-        total = sum(rows(f"SELECT COUNT(*) FROM {table}")[0][0] for table in _COPIED)
-        with open(args.target) as target:
-            _copy_tables(rows, target, lambda done: _bar(sys.stdout, done, total, "rows"))
-        _bar(sys.stdout)
-        with open(args.target) as target, target.transaction() as copy:
-            other = lambda sql, *values: copy.execute(sql, values)  # noqa: E731
-            differ = [table for table in _COPIED if any(
-                one != two for one, two in itertools.zip_longest(_table_rows(rows, table), _table_rows(other, table)))]
-    print(f"{args.target}: {total:,} rows,", f"other than the source in {', '.join(differ)}" if differ else "equal")
-    return 1 if differ else 0
-
-_COMMANDS["copy"] = (_copy_command, "copy a store into a new one, from SQLite to PostgreSQL or back", {
-    "source": {"metavar": "SOURCE", "help": "a database file or URL"},
-    "target": {"metavar": "TARGET", "help": "a new one, or one into which this copy was broken off"}})
 
 
 if __name__ == "__main__":
