@@ -5288,24 +5288,26 @@ def _under(most: float, unit: str, values: Iterable[float]) -> _Verdict:
 class _Bench:
     """What the rows share: for how long and how deep to measure, stores, other processes, the plain loop."""
 
-    def __init__(self, quick: bool) -> None:
+    def __init__(self, quick: bool, url: str = "") -> None:
         self.rounds, self.seconds, self.depth = (3, 0.1, 100_000) if quick else (11, 0.5, 1_000_000)
+        self.url = url  # of the server to measure, if that is to be one
         self.event = {"type": "step_completed", "node": "charge", "worker": "worker-1", "result": "x" * 180}
         self.folder, self.row = "", contextlib.ExitStack()  # of the row that is being measured
 
     def store(self, synchronous: str = "FULL") -> Store:
-        """A new store, which knows the execution "run"."""
-        store = self.row.enter_context(open(os.path.join(self.folder, f"{new_id()}.db"), synchronous=synchronous))
+        """A new store, or the server's, which knows the execution "run"."""
+        self.target = self.url or os.path.join(self.folder, f"{new_id()}.db")
+        store = self.row.enter_context(open(self.target, synchronous=synchronous))
         store.events.append("run", "default", self.event)
         return store
 
-    def processes(self) -> Any:
-        """4 new processes, as an executor; the Ctrl-C that is for this one does not strike them."""
+    def processes(self, count: int = 4) -> Any:
+        """So many new processes, as an executor; the Ctrl-C that is for this one does not strike them."""
         import signal
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
         ignored = (signal.SIGINT, signal.SIG_IGN)
-        return self.row.enter_context(ProcessPoolExecutor(4, get_context("spawn"), signal.signal, ignored))
+        return self.row.enter_context(ProcessPoolExecutor(count, get_context("spawn"), signal.signal, ignored))
 
     def rate(self, operation: Callable[[], object]) -> float:
         """How often a second it can be done."""
@@ -5462,9 +5464,9 @@ def _bench_prune(on: _Bench) -> _Verdict:
     return _under(50, "ms at the 99th percentile", [sorted(waits)[len(waits) * 99 // 100]])
 
 def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
-    store, pool = on.store(), on.processes()
+    store, pool, queue = on.store(), on.processes(), new_id()
     def wait(seconds: float) -> list[Any]:
-        return [pool.submit(_bench_waiter, store.target, tail, seconds) for tail in (False, True)]
+        return [pool.submit(_bench_waiter, on.target, each, seconds) for each in ("", queue)]
     if idle:
         return _under(2, "% of a core", [max(waiting.result()[1] for waiting in wait(4 * on.seconds + 1))])
     def wake() -> float:
@@ -5472,20 +5474,40 @@ def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
         time.sleep(random.uniform(0.2, 0.3))  # out of step with the times at which they look
         start = time.time()
         with store.transaction():
-            store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="queue"))
+            store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type=queue))
             store.events.append("run", "default", on.event)
         return float(max(waiting.result()[0] for waiting in both) - start) * 1000
     return _under(50, "ms", [wake() for _ in range(2 * on.rounds)])
 
-def _bench_waiter(target: str, tail: bool, seconds: float) -> tuple[float, float]:
-    """Wait for an event or an item: when it came, and how many % of a core the waiting took."""
+def _bench_waiter(target: str, queue: str, seconds: float) -> tuple[float, float]:
+    """Wait for an item of a queue, or without one for an event: when it came, and how many % of a core that took."""
     with open(target) as store:
         begun, used = time.monotonic(), time.process_time()
-        if tail:
-            next(store.events.tail(timeout=seconds), None)
+        if queue:
+            store.state.claim_work_item("worker", [queue], wait=seconds)
         else:
-            store.state.claim_work_item("worker", ["queue"], wait=seconds)
+            next(store.events.tail(timeout=seconds), None)
         return time.time(), (time.process_time() - used) / (time.monotonic() - begun) * 100
+
+def _bench_workers(on: _Bench) -> _Verdict:
+    store, pool, count = on.store(), on.processes(8), on.depth // 250
+    def rate(workers: int) -> float:
+        queue = new_id()
+        with store.transaction():
+            for _ in range(count):
+                store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type=queue))
+        start = time.time() + 0.5  # by then each has connected
+        ended: list[float] = [*pool.map(_bench_worker, [on.target] * workers, [queue] * workers, [start] * workers)]
+        return count / (max(ended) - start)
+    return on.compare(lambda: rate(8), ("that of 1 process", 2.0, lambda: rate(1)))
+
+def _bench_worker(target: str, queue: str, start: float) -> float:
+    """From a time on, claim and complete the items of a queue: when there were none left."""
+    with open(target) as store:
+        time.sleep(max(0.0, start - time.time()))
+        while (item := store.state.claim_work_item("worker", [queue])) is not None:
+            store.state.complete_work_item(item)
+        return time.time()
 
 def _bench_look(on: _Bench) -> _Verdict:
     store = on.store("OFF")
@@ -5529,6 +5551,8 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "overview and detail of {} events, text and page, the slower one": (_bench_look,),
     "import flowstore": (_bench_import,),
 }
+_SERVER_ROWS: dict[str, tuple[Any, ...]] = {"claim + complete, 8 processes": (_bench_workers,)} | {
+    title: row for title, row in _ROWS.items() if row[0] is _bench_wait}
 
 def _bench(args: Any) -> int:
     """Measure each row of the table, and print whether it holds; status 1 when one does not."""
@@ -5536,13 +5560,15 @@ def _bench(args: Any) -> int:
     import tempfile
     path = _shared(args.target, "--target") if args.target else ""
     beside = os.path.dirname(path) or tempfile.gettempdir()
-    on, rows = _Bench(args.quick), list[dict[str, Any]]()
+    on, rows = _Bench(args.quick, "" if path or not args.target else args.target), list[dict[str, Any]]()
+    table = _SERVER_ROWS if on.url else _ROWS
     say = functools.partial(print, file=io.StringIO() if args.json else None, flush=True)
-    machine = (f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, SQLite "
-               f"{sqlite3.sqlite_version}, {_file_system(beside)}{f'; quick, {on.depth:,} for 1,000,000' * args.quick}")
+    machine = (f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
+               f"{'a server' if on.url else f'SQLite {sqlite3.sqlite_version}, {_file_system(beside)}'}"
+               f"{f'; quick, {on.depth:,} for 1,000,000' * args.quick}")
     say(machine)
-    for number, (title, (function, *given)) in enumerate(_ROWS.items()):
-        _bar(sys.stderr, number, len(_ROWS), name := title.format(f"{on.depth:,}"))
+    for number, (title, (function, *given)) in enumerate(table.items()):
+        _bar(sys.stderr, number, len(table), name := title.format(f"{on.depth:,}"))
         with (tempfile.TemporaryDirectory(prefix="flowstore-", dir=beside, ignore_cleanup_errors=True) as on.folder,
               contextlib.ExitStack() as on.row):
             holds, said, measured = function(on, *given)
@@ -5683,7 +5709,7 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str,
         "--limit": {"type": int, "default": 200, "metavar": "N", "help": "at most so many files (default: 200)"},
         "--store": {"default": "flowstore-demo.db", "metavar": "FILE", "help": "default: flowstore-demo.db"}}),
     "bench": (_bench, "measure what the design promises against plain sqlite3", _JSON_OUT | {
-        "--target": {"metavar": "FILE", "help": "beside this file (default: in the folder for temporary ones)"},
+        "--target": {"metavar": "FILE", "help": "beside this file, or this server's (default: a temporary folder)"},
         "--quick": {"action": "store_true", "help": "under 30 s, with 100,000 items for 1,000,000"}}),
     "show": (_show, "print what is in a store, or all about one id", _STORE | _ID | _JSON_OUT),
     "tail": (_tail, "print events as they come; Ctrl-C ends it", _STORE | _JSON_OUT | {
@@ -5739,8 +5765,9 @@ _CLAIM = "UPDATE flowstore_work_items SET status = 'claimed'"
 _NEWS = re.compile("INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'")
 
 @functools.lru_cache(2000)
-def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[str, ...]]:
-    """A statement with $1, $2, ... for its placeholders, and with the locks that its isolation level asks for."""
+def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[str, ...], bool]:
+    """A statement with $1, $2, ... for its placeholders, and the locks that its isolation level asks for; the names of
+    its placeholders; whether it writes what others may be waiting for."""
     names: list[str] = []
 
     def number(found: re.Match[str]) -> str:
@@ -5762,7 +5789,7 @@ def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[
         sql = re.sub("(WHERE|AND) status (=|<>) '", rf"\1 {status} \2 '", sql)
         sql = re.sub(r"\bqueue_type(?= [=>])|(?<=BY )queue_type", "(queue_type || '')", sql)
     sql = sql.replace("flowstore_log WHERE position > ?", f"flowstore_log WHERE {_SETTLED}")
-    return _PLACEHOLDERS.sub(number, sql), tuple(names)
+    return _PLACEHOLDERS.sub(number, sql), tuple(names), _NEWS.search(sql) is not None
 
 class _PostgresRows(list[tuple[Any, ...]]):
     """What a statement gave, as a cursor of sqlite3's tells it."""
@@ -5787,6 +5814,7 @@ class _PostgresDb:
             says = " ".join(str(error).split())
             kind = StoreBusy if re.search("starting up|shutting down|too many|connection slots", says) else StorageError
             raise kind(f"{engine.target}: the server cannot be used: {says}") from error
+        self.cursor = self.db.cursor()
         self.close = self.db.close
         self._call(self.db.execute, engine.settings)
         self.since = self._call(self.db.execute, """SELECT pg_postmaster_start_time(), MAX(backend_start) FROM
@@ -5816,7 +5844,7 @@ class _PostgresDb:
 
     def _execute(self, sql: str, level: str, parameters: Any) -> _PostgresRows:
         text, values = self._prepared(sql, level, parameters)  # prepared, a text of several statements is refused
-        return _PostgresRows(self._call(self.db.execute, text, values, prepare=True if ";" in sql else None))
+        return _PostgresRows(self._call(self.cursor.execute, text, values, prepare=True if ";" in sql else None))
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> _PostgresRows:
         """Run a statement for each of the rows."""
@@ -5827,11 +5855,11 @@ class _PostgresDb:
 
     def _prepared(self, sql: str, level: str, parameters: Any) -> tuple[str, Sequence[Any]]:
         """The text of a statement, and its values in the order of their numbers."""
-        text, names = _in_postgres(sql, level, named := isinstance(parameters, dict))
+        text, names, news = _in_postgres(sql, level, named := isinstance(parameters, dict))
         values = [parameters[name] for name in names] if named else parameters
         if "\0" in sql or len(values) != len(names):
             raise StorageError(f"the statement has {len(names)} placeholders for {len(values)} values, or holds NUL")
-        self.news = self.news or _NEWS.search(sql) is not None
+        self.news = self.news or news
         return text, values
 
     def _do(self, sql: str) -> str:
@@ -5896,6 +5924,7 @@ class _PostgresEngine(_Engine):
     def __init__(self, target: str, options: SimpleNamespace) -> None:
         import importlib
         import urllib.parse
+        from queue import SimpleQueue
         try:
             self.psycopg: Any = importlib.import_module("psycopg")
         except ImportError as error:
@@ -5914,13 +5943,9 @@ class _PostgresEngine(_Engine):
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
             SET synchronous_commit = {'on' if options.synchronous == 'FULL' else 'off'};
             SET default_transaction_read_only = {'on' if options.read_only else 'off'}"""
+        self.freed: SimpleQueue[None] = SimpleQueue()  # tells one who waits for a connection to look
         self.blocks: dict[int, Callable[[], Any]] = {}  # by thread, a reference to the block it opened last
         super().__init__(target, None, options)
-
-    @functools.cached_property
-    def freed(self) -> threading.Condition:
-        """Told when a connection is given back."""
-        return threading.Condition(self.mutex)
 
     def _connect(self) -> Any:
         self.refuse_closed()
@@ -5928,17 +5953,19 @@ class _PostgresEngine(_Engine):
 
     def _borrow(self) -> _Connection:
         """A connection for one call or block; StoreBusy while all of them are in use."""
+        from queue import Empty
         deadline = time.monotonic() + self.options.busy_timeout
-        with self.freed:
-            while True:
-                self.refuse_closed()
+        while True:
+            self.refuse_closed()
+            with self.mutex:
                 if self.readers or sum(one.lent for one in self.connections) < _CONNECTIONS:
                     connection = self.readers.pop() if self.readers else self._new_connection()
                     connection.lent = True
                     return connection
-                if (left := deadline - time.monotonic()) <= 0:
-                    raise StoreBusy(f"all {_CONNECTIONS} connections of this store were in use too long")
-                self.freed.wait(min(0.1, left))  # of a block that was dropped nobody is told
+            if (left := deadline - time.monotonic()) <= 0:
+                raise StoreBusy(f"all {_CONNECTIONS} connections of this store were in use too long")
+            with contextlib.suppress(Empty):
+                self.freed.get(timeout=min(0.1, left))  # of a block that was dropped nobody is told
 
     def _give_back(self, connection: _Connection) -> None:
         with connection.lock:
@@ -5946,10 +5973,11 @@ class _PostgresEngine(_Engine):
                 _below(connection.tx).rollback()  # if it was left open
             if self.closed or (connection.tx is not None and _below(connection.tx).db.closed):
                 connection.close()  # opened again at its next use
-        with self.freed:
+        with self.mutex:
             connection.lent = False
             self.readers.append(connection)
-            self.freed.notify()
+        if self.freed.qsize() < _CONNECTIONS:
+            self.freed.put(None)
 
     # --- opening ---
     def _prepare(self) -> None:
@@ -5968,6 +5996,8 @@ class _PostgresEngine(_Engine):
         self._build(tx, version)
         if version is None:
             tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('base', '0')")
+            # A claim walks over the dead entries of those before it: let them be cleaned up every 1 % of the rows.
+            tx.run("ALTER TABLE flowstore_work_items SET (autovacuum_vacuum_scale_factor = 0.01)")
         if behind := self._numbers_behind(tx):
             tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'base'", str(behind))
             for table, column in _NUMBERED:
@@ -6110,7 +6140,7 @@ class _PostgresEngine(_Engine):
                 _keep_for_ever(_below(connection.tx).db)
             connection.lock, connection.tx = threading.RLock(), None
         self.mutex, self.watching, self.readers = threading.RLock(), set(), []
-        self.freed = threading.Condition(self.mutex)
+        self.freed = type(self.freed)()
 
 class _PostgresBlock(_Block):
     """A block has a connection of its own. One that loses against another transaction is StoreBusy, and run again."""
