@@ -10923,8 +10923,8 @@ def test_every_row_of_the_bench_measures_something_and_one_that_misses_is_said(
 ) -> None:
     begin = flowstore._Bench.__init__
 
-    def tiny(self: flowstore._Bench, quick: bool) -> None:
-        begin(self, quick)
+    def tiny(self: flowstore._Bench, *args: Any) -> None:
+        begin(self, *args)
         self.rounds, self.seconds, self.depth = 1, 0.01, 500
 
     monkeypatch.setattr(flowstore._Bench, "__init__", tiny)
@@ -13220,6 +13220,31 @@ def test_eight_processes_claim_each_item_once(postgres: PostgresServer, queues: 
 
 
 @pytest.mark.postgres
+@pytest.mark.parametrize("tenant", [None, "acme"])
+@pytest.mark.parametrize("queues", [["none"], ["none", "b"], ["a", "b", "c"]])
+def test_a_claim_on_a_server_looks_at_few_pages_whatever_waits_or_is_leased_elsewhere(
+    server: Store, tenant: str | None, queues: list[str]
+) -> None:
+    create(server)
+    item = enqueue(server, queue_type="other")
+    with server.transaction() as tx:
+        names = [name for (name,) in tx.execute(
+            "SELECT attname FROM pg_attribute WHERE attrelid = 'flowstore_work_items'::regclass AND attnum > 0")]
+        for status in ("pending", "claimed"):
+            new = {"id": f"'{status}-' || n", "status": f"'{status}'", "lease_expires_at": "n", "available_at": "n"}
+            tx.execute(f"""INSERT INTO flowstore_work_items ({', '.join(names)}) SELECT
+                {', '.join(new.get(name, name) for name in names)}
+                FROM generate_series(1, 20000) n CROSS JOIN flowstore_work_items WHERE id = ?""", (item,))
+    with server.transaction() as tx:
+        claim, look = flowstore._queue_sql(len(queues))
+        for sql, values in ((claim, ["w", 2**40, *queues, 2**50, *queues, 0]), (look, [*queues, 2**50, *queues, 2**50])):
+            for place in sql.places if tenant else ():
+                values.insert(place, tenant)
+            [([plan],)] = tx.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql.one if tenant else sql.all}", values)
+            assert plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"] < 60
+
+
+@pytest.mark.postgres
 @pytest.mark.parametrize("executions", [1, 4])
 def test_processes_append_side_by_side_without_a_gap_and_a_reader_of_all_misses_none(
     postgres: PostgresServer, executions: int
@@ -13521,10 +13546,18 @@ def test_a_backup_of_a_server_is_a_file(server: Store, tmp_path: Path) -> None:
 
 
 @pytest.mark.postgres
-def test_the_commands_take_a_server(postgres: PostgresServer, files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_take_a_server(
+    postgres: PostgresServer, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = postgres.target()
     assert flowstore.main(["selftest", "--target", target]) == 0
     assert flowstore.main(["demo", str(files), "--store", target]) == 0
     assert flowstore.main(["check", target]) == 0
     assert flowstore.main(["compact", target]) == 0
     assert "FAIL" not in capsys.readouterr().out
+    monkeypatch.setattr(flowstore._Bench, "compare", lambda on, *sides: (True, "", [sides[0](), sides[1][2]()]))
+    monkeypatch.setattr(flowstore, "_under", lambda most, unit, values: (True, "", [*values][:1]))
+    assert flowstore.main(["bench", "--quick", "--json", "--target", target]) == 0
+    [claims, wake, idle] = json.loads(capsys.readouterr().out)["rows"]
+    assert "8 processes" in claims["name"] and min(claims["measured"]) > 10
+    assert 0 < wake["measured"][0] < 5_000 and 0 <= idle["measured"][0] < 100
