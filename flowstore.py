@@ -3009,12 +3009,12 @@ def _first_sql(queues: int, status: str, time: str) -> str:
 
 @functools.cache
 def _queue_sql(queues: int) -> tuple[_Sql, _Sql]:
-    """Claim the item that has been available longest, and look for an expired lease; look for both."""
-    firsts = (f"({_first_sql(queues, 'pending', 'available_at')})",
-              f"({_first_sql(queues, 'claimed', 'lease_expires_at')}) IS NOT NULL")
+    """Claim the item that has been available longest, unless a lease has expired; look for both."""
+    available = _first_sql(queues, "pending", "available_at")
+    none_expired = f"({_first_sql(queues, 'claimed', 'lease_expires_at')}) IS NULL"
     return _Sql(f"""UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, lease_expires_at = ?,
-        lease_fence = lease_fence + 1 WHERE id = {firsts[0]} AND status = 'pending' {{tenant}}
-        RETURNING {_ITEM.columns}, {firsts[1]}"""), _Sql(f"SELECT {', '.join(firsts)}")
+        lease_fence = lease_fence + 1 WHERE id = ({available}) AND status = 'pending' AND {none_expired} {{tenant}}
+        RETURNING {_ITEM.columns}"""), _Sql(f"SELECT ({available}), NOT {none_expired}")
 
 def _given(**options: Any) -> dict[str, Any]:
     """Those options that are not left out."""
@@ -3230,19 +3230,16 @@ class StateBackend(_LogFacet):
 
     @_write_row
     def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
-        now = tx.now()
-        claim = worker_id, _after(now, lease, "lease_seconds"), *queues, now, *queues, now
-        if not queues:
-            return None
-        sql, _ = _queue_sql(len(queues))
-        if (row := self._row(tx, sql, *claim)) is None or row[-1]:
-            kept = _ITEM.decode(row[:-1]).id if row else ""  # it may be leased for no time at all
+        now, (claim, _) = tx.now(), _queue_sql(len(queues) or 1)
+        values = worker_id, _after(now, lease, "lease_seconds"), *queues, now, *queues
+        row = self._row(tx, claim, *values, now) if queues else ()
+        if row is None:
             for queue in queues:
-                self._take_back(tx, queue, now, _RECLAIMED_PER_CLAIM, kept)
+                self._take_back(tx, queue, now, _RECLAIMED_PER_CLAIM)
         # What came back may be free at once; where writers run side by side, another one may have taken the first.
         while row is None and self._look(tx, queues, now)[0] is not None:
-            row = self._row(tx, sql, *claim)
-        return _ITEM.maybe(row and row[:-1])
+            row = self._row(tx, claim, *values, -_INT_MAX)  # whatever has expired beyond those
+        return _ITEM.decode(row) if row else None
 
     def _look(self, tx: _Tx, queues: list[str], now: int) -> tuple[Any, ...]:
         """The id of the item of these queues that has been available longest, and whether a lease has expired."""
@@ -3253,10 +3250,10 @@ class StateBackend(_LogFacet):
         """Whether a claim would find something to do: idle waiters look with reads and never take the writer."""
         return any(self._look(tx, queues, tx.now()))
 
-    def _take_back(self, tx: _Tx, queue: str, now: int, most: int, kept: str = "") -> list[WorkItem | DeadLetter]:
-        """End the leases of a queue that have expired, the oldest first, but that of one item."""
+    def _take_back(self, tx: _Tx, queue: str, now: int, most: int) -> list[WorkItem | DeadLetter]:
+        """End the leases of a queue that have expired, the oldest first."""
         expired = _ITEM.decode_all(self._rows(tx, _EXPIRED, queue, now, most))
-        return [self._try_again(tx, item, now, _LEASE_EXPIRED) for item in expired if item.id != kept]
+        return [self._try_again(tx, item, now, _LEASE_EXPIRED) for item in expired]
 
     def _backoff(self, attempt: int) -> float:
         """Seconds until the next try; the default stands in for a function that fails."""
