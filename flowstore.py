@@ -1104,14 +1104,16 @@ class _Method(Generic[F, P, R]):
     An operation is a function over an open transaction. One that `writes` may run more than once (a group begun again),
     so it has no effect outside `tx`; a `snapshot` has several reading statements and runs them on one state of the
     database. Each race of a `row` write is closed by one conditional statement or the lock on a row: where writers run
-    side by side, it needs no more isolation. `steps` are a generator for what takes several transactions, or runs user
-    code between them: each `yield` hands a step's outcome to whoever drives it and takes it back, awaited where the
-    store is async."""
+    side by side, it needs no more isolation. The first statement of a write of `one` does it all, or changes nothing;
+    run twice, it does no harm or raises. `steps` are a generator for what takes several transactions, or runs user code
+    between them: each `yield` hands a step's outcome to whoever drives it and takes it back, awaited where the store is
+    async."""
 
     def __init__(self, function: Callable[..., Any], kind: str) -> None:
         self.function = function
-        self.writes = kind in ("write", "row")
-        self.row = kind == "row"
+        self.writes = kind in ("write", "row", "one")
+        self.row = kind in ("row", "one")
+        self.one = kind == "one"
         self.snapshot = kind == "snapshot"
         self.steps = kind == "steps"
         self.name = function.__name__
@@ -1163,8 +1165,12 @@ def _write(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
     return _Method(function, "write")
 
 def _write_row(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
-    """A write that one conditional statement or the lock on a row protects: claim, renew, settle, retry, hold."""
+    """A write that one conditional statement or the lock on a row protects: retry, and the tokens of subscriptions."""
     return _Method(function, "row")
+
+def _write_one(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
+    """A write whose first statement does it all, or changes nothing: claim, renew, settle."""
+    return _Method(function, "one")
 
 def _read(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
     """An operation of one reading statement."""
@@ -3228,7 +3234,7 @@ class StateBackend(_LogFacet):
                 return None
             yield self._engine.wait(seen, left)
 
-    @_write_row
+    @_write_one
     def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
         now, (claim, _) = tx.now(), _queue_sql(len(queues) or 1)
         values = worker_id, _after(now, lease, "lease_seconds"), *queues, now, *queues
@@ -3277,7 +3283,7 @@ class StateBackend(_LogFacet):
     def _bury(self, tx: _Tx, item_id: str, attempt: int, now: int, error: str | None) -> DeadLetter:
         return _DEAD.decode(self._row(tx, _BURY, now, attempt, error, item_id) or ())
 
-    @_write_row
+    @_write_one
     def renew_lease(self, tx: _Tx, item_id: AnyItem, worker_id: AnyId | None = None, *,
                     lease_fence: int | None = None, lease_seconds: float | None = None) -> datetime:
         """Lease the item anew from now on; the new expiry.
@@ -3322,7 +3328,7 @@ class StateBackend(_LogFacet):
             pass  # busy, full, a suspended tenant: the lease may still last until the next try
         return True
 
-    @_write_row
+    @_write_one
     def complete_work_item(self, tx: _Tx, item_id: AnyItem, *, lease_fence: int | None = None) -> WorkItem:
         """The work is done: settle the item under its fence, and return it.
 
@@ -3330,7 +3336,7 @@ class StateBackend(_LogFacet):
         Without: any item but a dead letter (LeaseLost). Raises NotFound. Source: StateBackend.complete_work_item."""
         return self._settle(tx, WorkItemStatus.COMPLETED, item_id, lease_fence)
 
-    @_write_row
+    @_write_one
     def fail_work_item(self, tx: _Tx, item_id: AnyItem, error: str, *, lease_fence: int | None = None) -> WorkItem:
         """The work failed for good: settle the item, `error` as its `last_error`. Source: StateBackend.fail_work_item.
 
@@ -5759,6 +5765,7 @@ _PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named
     r"""([eE]'(?:[^'\\]|\\.|'')*'|'[^']*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\2\$|::)|\?|:([A-Za-z_]\w*)""",
     re.DOTALL,
 )
+_IN_DOUBT = "the server was lost during COMMIT: look whether this was stored"
 _CLAIM = "UPDATE flowstore_work_items SET status = 'claimed'"
 _NEWS = re.compile("INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'")
 
@@ -5805,6 +5812,7 @@ class _PostgresDb:
         self.level = ""  # the isolation of the transaction, when it writes
         self.number = ""  # of that transaction, in the server
         self.news = False  # it wrote something that others may be waiting for
+        self.late = 0  # how many statements it still is to the one with which the transaction begins
         psycopg = engine.psycopg
         try:
             self.db = psycopg.connect(engine.url, autocommit=True, cursor_factory=psycopg.RawCursor)
@@ -5823,9 +5831,11 @@ class _PostgresDb:
         """True while a transaction is open on it."""
         return self.db.info.transaction_status.name in ("ACTIVE", "INTRANS", "INERROR")
 
-    def begin(self, level: str) -> None:
-        """Begin a transaction: one that writes, at a level of isolation, or else one that reads one snapshot."""
-        self.level, self.news = level, False
+    def begin(self, level: str, late: int = 0) -> None:
+        """Begin a transaction, perhaps late: one that writes, at a level of isolation, or one that reads a snapshot."""
+        self.level, self.news, self.late = level, False, late
+        if late:
+            return
         if level:
             self.number = self._call(self._do, f"BEGIN ISOLATION LEVEL {level}; SELECT pg_current_xact_id()")
         else:
@@ -5835,6 +5845,10 @@ class _PostgresDb:
         """Run a statement, ours or the user's."""
         if sql.startswith("PRAGMA"):  # check() asks what SQLite thinks of its file
             return self._execute("SELECT 1 WHERE false", "", ())
+        if self.late:
+            self.late -= 1
+            if not self.late:
+                self.begin(self.level)
         rows = self._execute(sql, self.level, parameters)
         if self.level and _CLAIM in sql and not rows:
             return self._execute(sql, "", parameters)  # what another claim skips may become free: wait for its end
@@ -5869,12 +5883,13 @@ class _PostgresDb:
 
     def commit(self) -> None:
         """Commit; those who wait hear of it, by a transaction of its own: NOTIFY would make commits queue up."""
-        self._call(self._do, f"COMMIT; NOTIFY {self.engine.schema}" if self.news else "COMMIT")
-        self.level = ""
+        if not self.late:  # else its one statement was a transaction of its own
+            self._call(self._do, f"COMMIT; NOTIFY {self.engine.schema}" if self.news else "COMMIT")
+        self.level, self.late = "", 0
 
     def rollback(self) -> None:
         """Roll back what is open, if anything."""
-        self.level = ""
+        self.level, self.late = "", 0
         if self.in_transaction:
             try:
                 self.db.rollback()
@@ -6030,16 +6045,26 @@ class _PostgresEngine(_Engine):
             self.refuse_to_wait_for_oneself()
             self.refuse_read_only()
         level = "READ COMMITTED" if operation.row else "SERIALIZABLE" if operation.writes else ""
+        late, lost = 2 if operation.one and facet._tenant is None else 0, False
 
         def run(tx: _Tx) -> Any:
+            nonlocal lost
             if operation.writes or operation.snapshot:
-                _below(tx).begin(level)
-            result = operation.run(facet, tx, args, kwargs)
+                _below(tx).begin(level, late)
+            try:
+                result = operation.run(facet, tx, args, kwargs)
+            finally:
+                lost = lost or (late > 0 and _below(tx).db.closed)
             if operation.writes:
                 self.commit_there(tx)
             return result
 
-        return self._patiently(lambda: self._with_connection(run))
+        try:
+            return self._patiently(lambda: self._with_connection(run))
+        except FlowStoreError as error:
+            if lost:  # with the one statement on its way
+                raise StorageError(_IN_DOUBT) from error
+            raise
 
     def refuse_to_wait_for_oneself(self) -> None:
         """StorageError for what another task of this thread, with its open block, might hold up for ever."""
@@ -6073,7 +6098,7 @@ class _PostgresEngine(_Engine):
             if status == "committed" and since == lost.since:
                 return True
             if status == "committed" or self.closed or time.monotonic() > deadline:
-                raise StorageError("the server was lost during COMMIT: look whether this was stored")
+                raise StorageError(_IN_DOUBT)
             if status != "in progress":
                 return False
             time.sleep(0.05)

@@ -13299,6 +13299,58 @@ def test_what_a_killed_client_was_told_is_stored(postgres: PostgresServer) -> No
         assert store.check() == []
 
 
+class LossyLine:
+    """A way to a server on which, once `cut`, the next answer is lost and the connection with it."""
+
+    def __init__(self, port: int) -> None:
+        self.there, self.cut = port, False
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                ends = self.listener.accept()[0], socket.create_connection(("127.0.0.1", self.there))
+                lost = threading.Event()
+                for asks, (source, sink) in enumerate([ends[::-1], ends]):
+                    threading.Thread(target=self.pump, args=(source, sink, lost, bool(asks)), daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket, lost: threading.Event, asks: bool) -> None:
+        with contextlib.suppress(OSError), source, sink:
+            while data := source.recv(1 << 16):
+                if asks and self.cut:
+                    self.cut = False
+                    lost.set()
+                elif not asks and lost.is_set():
+                    sink.shutdown(socket.SHUT_RDWR)
+                    return
+                sink.sendall(data)
+
+
+@pytest.mark.postgres
+def test_what_is_done_to_an_item_whose_answer_is_lost_is_done_again_or_in_doubt(postgres: PostgresServer) -> None:
+    line = LossyLine(postgres.port)
+    with flowstore.open(postgres.target().replace(f":{postgres.port}/", f":{line.port}/")) as store:
+        create(store)
+        first, second, third = [enqueue(store, queue_type="q") for _ in range(3)]
+        line.cut = True
+        item = claim(store, "q")
+        assert item.id == second  # that of the lost answer waits for the end of its lease
+        assert look(store, first).status is WorkItemStatus.CLAIMED
+        line.cut = True
+        assert store.state.renew_lease(item, lease_seconds=60) == look(store, item.id).lease_expires_at
+        line.cut = True
+        with pytest.raises(StorageError, match="look whether") as caught:
+            store.state.complete_work_item(item)
+        assert isinstance(caught.value.__cause__, LeaseLost)
+        assert look(store, item.id).status is WorkItemStatus.COMPLETED
+        line.cut = True
+        assert store.state.fail_work_item(third, "no").status is WorkItemStatus.FAILED  # without a fence: no harm
+        assert not line.cut
+    line.listener.close()
+
+
 @pytest.mark.postgres
 def test_acknowledged_writes_survive_a_crash_of_the_server_and_the_store_goes_on() -> None:
     with tempfile.TemporaryDirectory(prefix="flowstore-pg-", ignore_cleanup_errors=True) as folder:
