@@ -879,17 +879,10 @@ def _optional(check: Callable[[Any, str], R], value: object, path: str) -> R | N
 # How each type that a record's fields are annotated with goes into a column, and comes out of it.
 _Codec: TypeAlias = "tuple[Callable[[Any, str], Any], Callable[[Any], Any] | None]"
 _CODECS: dict[str, _Codec] = {
-    "Id": (_id, None),
-    "Key": (_key, None),
-    "Data": (lambda value, path: _short(value, path, 512), None),
-    "str": (_text, None),
-    "int": (_int, None),
-    "bool": (_bool, bool),
-    "datetime": (_time, _datetime),
-    "int | datetime": (_milliseconds, None),
-    "Json": (_json, _of_json),
-    "list[str]": (_texts, _of_json),
-    "dict[str, Any]": (_object, _of_json),
+    "Id": (_id, None), "Key": (_key, None), "Data": (lambda value, path: _short(value, path, 512), None),
+    "str": (_text, None), "int": (_int, None), "bool": (_bool, bool),
+    "datetime": (_time, _datetime), "int | datetime": (_milliseconds, None),
+    "Json": (_json, _of_json), "list[str]": (_texts, _of_json), "dict[str, Any]": (_object, _of_json),
     "TenantLimits": (_limits, lambda text: TenantLimits(**_of_json(text))),
 }
 
@@ -1270,9 +1263,8 @@ class _Engine:
             return db
         uri = _file_uri(self.path, self.options.read_only)
         # timeout=0: waiting for other processes is done by _pause, in steps far shorter than SQLite's 100 ms.
-        db = sqlite3.connect(
-            uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False, cached_statements=256
-        )
+        db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False,
+                             cached_statements=256)
         try:
             if "unix-none" in uri:
                 db.execute("PRAGMA locking_mode = EXCLUSIVE")  # no -shm can be made here: keep the index in memory
@@ -1296,20 +1288,16 @@ class _Engine:
         if self.closed:
             raise StoreClosed("the store is closed: open it again")
         if _left_behind and self.path is not None and _file_id(self.path) in _left_behind:
-            raise StorageError(
-                "this process was forked while a transaction was open on the file, which is the parent's: "
-                "fork outside transactions, or start a new process"
-            )
+            raise StorageError("this process was forked while a transaction was open on the file, which is the "
+                               "parent's: fork outside transactions, or start a new process")
 
     def _pause(self, deadline: float) -> None:
         """Sleep a little while another process holds the file; StoreBusy once that has lasted too long."""
         self.refuse_closed()
         left = deadline - time.monotonic()
         if left <= 0:
-            raise StoreBusy(
-                f"another process or transaction held the store for more than {self.options.busy_timeout:g} s "
-                "(busy_timeout); nothing was written"
-            )
+            raise StoreBusy("another process or transaction held the store for more than "
+                            f"{self.options.busy_timeout:g} s (busy_timeout); nothing was written")
         time.sleep(min(left, random.uniform(0.0001, 0.001)))
 
     def _patiently(self, action: Callable[[], R]) -> R:
@@ -1344,9 +1332,8 @@ class _Engine:
             if not tx.rows("SELECT name FROM sqlite_master LIMIT 1"):
                 tx.run("PRAGMA auto_vacuum = INCREMENTAL")  # only possible before the first table
             if not self._in_wal_mode(tx):
-                raise StorageError(
-                    f"{self.path}: this file system cannot hold a database in WAL mode: choose a local disk"
-                )
+                raise StorageError(f"{self.path}: this file system cannot hold a database in WAL mode: "
+                                   "choose a local disk")
             tx.run("BEGIN IMMEDIATE")
             try:
                 self._build(tx, self._version(tx))
@@ -1367,9 +1354,7 @@ class _Engine:
         tables = self._tables(tx)
         if "flowstore_meta" not in tables:
             if clash := sorted(tables.intersection(_TABLE_NAMES)):
-                raise SchemaError(
-                    f"{self.target}: the table {clash[0]!r} there is not flowstore's: use another file"
-                )
+                raise SchemaError(f"{self.target}: the table {clash[0]!r} there is not flowstore's: use another file")
             if self.options.read_only:
                 raise StorageError(f"{self.target}: there is no store in it")
             return None
@@ -1382,10 +1367,8 @@ class _Engine:
         except (StorageError, ValueError) as error:
             raise SchemaError(f"{self.target}: the table 'flowstore_meta' there is not flowstore's") from error
         if version > _SCHEMA_VERSION:
-            raise SchemaError(
-                f"{self.target}: the tables are of version {version}, this flowstore knows {_SCHEMA_VERSION}: "
-                "upgrade flowstore"
-            )
+            raise SchemaError(f"{self.target}: the tables are of version {version}, this flowstore knows "
+                              f"{_SCHEMA_VERSION}: upgrade flowstore")
         if version < 1 or (version == _SCHEMA_VERSION and not tables.issuperset(_TABLE_NAMES)):
             raise SchemaError(f"{self.target}: some of flowstore's tables are missing: restore it from a backup")
         return version
@@ -1514,10 +1497,8 @@ class _Engine:
         call.gate.acquire()
         with self.mutex:
             if self.lead is not None and not self.lead.abandoned and self.lead.thread == call.thread:
-                raise StorageError(
-                    "this thread already holds the store (another task's open transaction, or code that runs inside "
-                    "an operation) and could only wait for itself"
-                )
+                raise StorageError("this thread already holds the store (another task's open transaction, or code that "
+                                   "runs inside an operation) and could only wait for itself")
             self.queue.append(call)
         while True:
             with self.mutex:
@@ -2033,11 +2014,8 @@ if hasattr(os, "register_at_fork"):
         after_in_child=functools.partial(_at_fork, "after_fork_in_child"),
     )
 
-_REFUSED_SQL = re.compile(
-    r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*"
-    r"(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|VACUUM|PRAGMA)\b",
-    re.IGNORECASE | re.DOTALL,
-)
+_REFUSED_SQL = re.compile(r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|"
+                          r"RELEASE|ATTACH|DETACH|VACUUM|PRAGMA)\b", re.IGNORECASE | re.DOTALL)
 
 class Transaction:
     """An open transaction, for the user's own SQL in the same database. Source: SqliteBackend::pool."""
@@ -2593,14 +2571,10 @@ def _found(thing: T | None, kind: str, id: str) -> T:
 # --- flows ---
 _FLOW_REVISION = "SELECT revision FROM flows WHERE id = ?"
 _FLOW_UPDATE = f"{_FLOW.update} AND revision = ? RETURNING {_FLOW.columns}"
-_FLOW_EVENT_INSERT = (
-    "INSERT INTO flow_events (flow_id, kind, payload, at) SELECT id, ?, ?, ? FROM flows WHERE id = ? "
-    f"RETURNING {_FLOW_EVENT.columns}"
-)
-_STEP_UPDATE = (
-    f"{_STEP.update} AND NOT EXISTS (SELECT 1 FROM flow_steps other WHERE "
-    f"other.flow_id = flow_steps.flow_id AND other.run_id = ? AND other.id <> flow_steps.id) RETURNING {_STEP.columns}"
-)
+_FLOW_EVENT_INSERT = ("INSERT INTO flow_events (flow_id, kind, payload, at) SELECT id, ?, ?, ? FROM flows WHERE id = ? "
+                      f"RETURNING {_FLOW_EVENT.columns}")
+_STEP_UPDATE = (f"{_STEP.update} AND NOT EXISTS (SELECT 1 FROM flow_steps other WHERE other.flow_id = "
+                f"flow_steps.flow_id AND other.run_id = ? AND other.id <> flow_steps.id) RETURNING {_STEP.columns}")
 _FLOWS_ENDED = """SELECT id,
     (SELECT COUNT(*) FROM (SELECT 1 FROM flow_events WHERE flow_id = flows.id LIMIT 250) counted) +
     (SELECT COUNT(*) FROM (SELECT 1 FROM flow_steps WHERE flow_id = flows.id LIMIT 250) counted)
@@ -2729,10 +2703,8 @@ _LOG_HEAD = _Sql(
         (SELECT l.sequence FROM flowstore_log l WHERE l.execution_id = e.execution_id ORDER BY l.sequence DESC LIMIT 1)
     FROM flowstore_executions e WHERE execution_id = ? {tenant}"""
 )
-_LOG_INSERT = (
-    "INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp, event_id) "
-    "VALUES (?, ?, ?, ?, ?, ?)"
-)
+_LOG_INSERT = ("INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp, event_id) "
+               "VALUES (?, ?, ?, ?, ?, ?)")
 _LOG_BY_EVENT_ID = "SELECT sequence FROM flowstore_log WHERE execution_id = ? AND event_id = ?"
 _LOG_AFTER = _Sql(_STORED.select(
     "flowstore_log WHERE execution_id = ? AND sequence > ? {tenant} ORDER BY sequence LIMIT ?"
@@ -2746,9 +2718,8 @@ _LOG_PLACE = _Sql(
     ORDER BY sequence DESC LIMIT 1"""
 )
 _LOG_LAST = _Sql("SELECT sequence FROM flowstore_log WHERE execution_id = ? {tenant} ORDER BY sequence DESC LIMIT 1")
-_EXECUTION_INSERT = (
-    "INSERT INTO flowstore_executions (execution_id, tenant_id, created_at) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
-)
+_EXECUTION_INSERT = ("INSERT INTO flowstore_executions (execution_id, tenant_id, created_at) VALUES (?, ?, ?) "
+                     "ON CONFLICT DO NOTHING")
 _EXECUTION_OWNER = _Sql("SELECT tenant_id FROM flowstore_executions WHERE execution_id = ? {tenant}")
 _TENANT_STATUS = "SELECT status FROM flowstore_tenants WHERE id = ?"
 
@@ -2869,11 +2840,9 @@ class EventStore(_LogFacet):
         self, tx: _Tx, tenant_id: AnyId = DEFAULT_TENANT, limit: int = 100, offset: int = 0
     ) -> list[str]:
         """The ids of the tenant's known executions, newest first. Source: EventStore.list_executions."""
-        rows = tx.rows(
-            "SELECT execution_id FROM flowstore_executions WHERE tenant_id = ? "
-            "ORDER BY created_at DESC, execution_id DESC LIMIT ? OFFSET ?",
-            _id(tenant_id, "tenant_id"), _limit(limit), _count(offset, "offset"),
-        )
+        rows = tx.rows("SELECT execution_id FROM flowstore_executions WHERE tenant_id = ? "
+                       "ORDER BY created_at DESC, execution_id DESC LIMIT ? OFFSET ?",
+                       _id(tenant_id, "tenant_id"), _limit(limit), _count(offset, "offset"))
         return [execution_id for (execution_id,) in rows]
 
     @_read
@@ -2992,9 +2961,8 @@ _DEFINITION_DROP = _Sql("DELETE FROM flowstore_definitions WHERE workflow_id = ?
 # Counts for a tenant's limits, made only where it has one.
 _DEFINITIONS_KEPT = _Sql("SELECT COUNT(*) FROM flowstore_definitions WHERE true {tenant}").one
 _RUNS_OPEN = _Sql("SELECT COUNT(*) FROM flowstore_runs WHERE status IN ('pending', 'running', 'paused') {tenant}").one
-_EFFECT_INSERT = (
-    "INSERT INTO flowstore_effects (tenant_id, key, result, execution_id) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"
-)
+_EFFECT_INSERT = ("INSERT INTO flowstore_effects (tenant_id, key, result, execution_id) VALUES (?, ?, ?, ?) "
+                  "ON CONFLICT DO NOTHING")
 _EFFECT_GET = _Sql("SELECT result FROM flowstore_effects WHERE key = ? {tenant}").one
 _ARTIFACT_REF = _select(_ARTIFACT, "", "hash").one
 _ARTIFACT_GET = _Sql("SELECT data FROM flowstore_artifacts WHERE hash = ? {tenant}").one
