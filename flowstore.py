@@ -5734,7 +5734,7 @@ _PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named
     re.DOTALL,
 )
 _IN_DOUBT = "the server was lost during COMMIT: look whether this was stored"
-_CLAIM = "UPDATE flowstore_work_items SET status = 'claimed'"
+_CLAIM = "flowstore_work_items SET status = 'claimed'"
 _NEWS = re.compile("INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'")
 
 @functools.lru_cache(2000)
@@ -5802,12 +5802,9 @@ class _PostgresDb:
     def begin(self, level: str, late: int = 0) -> None:
         """Begin a transaction, perhaps late: one that writes, at a level of isolation, or one that reads a snapshot."""
         self.level, self.news, self.late = level, False, late
-        if late:
-            return
-        if level:
-            self.number = self._call(self._do, f"BEGIN ISOLATION LEVEL {level}; SELECT pg_current_xact_id()")
-        else:
-            self._call(self._do, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        if not late:
+            rest = f"{level}; SELECT pg_current_xact_id()" if level else "REPEATABLE READ READ ONLY"
+            self.number = self._call(self._do, f"BEGIN ISOLATION LEVEL {rest}")
 
     def execute(self, sql: str, parameters: Any = ()) -> _PostgresRows:
         """Run a statement, ours or the user's."""
@@ -5952,8 +5949,8 @@ class _PostgresEngine(_Engine):
         with connection.lock:
             if connection.tx is not None:
                 _below(connection.tx).rollback()  # if it was left open
-            if self.closed or (connection.tx is not None and _below(connection.tx).db.closed):
-                connection.close()  # opened again at its next use
+                if self.closed or _below(connection.tx).db.closed:
+                    connection.close()  # opened again at its next use
         with self.mutex:
             connection.lent = False
             self.readers.append(connection)
