@@ -4484,7 +4484,8 @@ def _detail(facet: _Facet, tx: _Tx, kind: str, id: str) -> dict[str, Any] | None
     facts = next(iter(_seen(facet, tx, mapper, where, id)), {"tenant_id": owner[0]} if owner else None)
     if facts is None:
         return None
-    now, status, tables, bars = _datetime(tx.now()), facts.pop("status", None), dict[str, Any](), list[dict[str, Any]]()
+    now, status, tables = _datetime(tx.now()), facts.pop("status", None), dict[str, Any]()
+    bars: list[dict[str, Any]] = []
     for name, (mapper, rest) in its_tables.items():
         rows = _seen(facet, tx, mapper, f"{rest} LIMIT {_DETAILED}", id)[::-1]
         total = rows[-1]["sequence"] if rows and mapper is _STORED else _counted(facet, tx, rest, id)
@@ -4505,7 +4506,8 @@ def _row_bar(row: dict[str, Any]) -> dict[str, Any]:
         ("task", "step_name", "node_id", "run_id", "queue_type", "step_id"),
         ("end_time", "updated_at", "dead_lettered_at", "available_at")))
     start, ready = row.get("start_time") or row.get("created_at"), row.get("available_at")
-    what, parts = _meaning(row["status"]), list[dict[str, Any]]()
+    what = _meaning(row["status"])
+    parts = []
     if ready and what != "waiting":  # when an item was claimed is not kept, only since when it could be
         parts, start = [_stretch("waiting", min(start, ready), ready)], ready
     if start:
@@ -4589,7 +4591,8 @@ def _axis(view: dict[str, Any]) -> tuple[str, list[tuple[str, str, list[tuple[st
     if not times:
         return "", []
     start, span = times[0], max(times[-1] - times[0], _MICROSECOND)
-    title = f"{_said('', start)} to {_said('', times[-1])} ({_said('_seconds', (times[-1] - start).total_seconds())})"
+    seconds = _said("_seconds", (times[-1] - start).total_seconds())
+    title = f"{_said('', start)} to {_said('', times[-1])} ({seconds})"
     return title, [(bar["name"], bar["status"] + f", {bar['attempts']} attempts" * (bar["attempts"] > 1), [
         (part["what"], (part["from"] - start) / span, (part["to"] - part["from"]) / span) for part in bar["parts"]])
         for bar in bars]
@@ -4597,46 +4600,48 @@ def _axis(view: dict[str, Any]) -> tuple[str, list[tuple[str, str, list[tuple[st
 # --- drawn as text ---
 _COLOURS = {"waiting": 33, "running": 36, "done": 32, "failed": 31, "lost": 35}
 
-def _fit(text: str, width: int, right: bool = False, whole: bool = False) -> str:
-    """Text in exactly so many columns of a terminal, where some characters take two and some none; whole in more."""
+def _fit(text: str, width: int, right: bool = False) -> str:
+    """Text in exactly so many columns of a terminal, where some characters take two and some none."""
     from unicodedata import combining, east_asian_width
     ends = [0, *itertools.accumulate(0 if combining(char) else 1 + (east_asian_width(char) in "FW") for char in text)]
-    if ends[-1] > width and not whole:
+    if ends[-1] > width:
         most = next(index for index, end in enumerate(ends) if end > width - 3) - 1
         text, ends = text[:most] + "...", [ends[most] + 3]
     return " " * ((width - ends[-1]) * right) + text + " " * ((width - ends[-1]) * (not right))
 
-def _drawn(view: dict[str, Any], colour: bool = False, whole: bool = False) -> str:
-    """A view in lines of at most 80 columns, or in whatever it takes to cut nothing."""
+def _drawn(view: dict[str, Any], colour: bool = False) -> str:
+    """A view in lines of at most 80 columns."""
     def paint(status: object, text: str) -> str:
         return f"\33[{_COLOURS[_meaning(status)]}m{text}\33[0m" if colour and status else text
     head = f"{view['kind']} {_said('', view['id'] or '').strip('-')}".strip()
-    lines = [paint(view["status"], f"{_fit(head, 60, whole=whole).rstrip()} {view['status'] or ''}".rstrip())]
-    told = view["facts"] | {name: ", ".join(f"{_said('', count)} {word}" for word, count in words.items())
-                            for name, words in view.get("counts", {}).items()}
-    lines += [_fit(f"  {_label(name):20} {_said(name, value)}", 80, whole=whole).rstrip()
-              for name, value in told.items() if value not in (*_EMPTY, view["id"])]
+    lines = [paint(view["status"], f"{_fit(head, 60).rstrip()} {view['status'] or ''}".rstrip())]
+    told = view["facts"] | {
+        name: ", ".join(f"{_said('', count)} {word}" for word, count in words.items())
+        for name, words in view.get("counts", {}).items()}
+    lines += [_fit(f"  {_label(name):20} {_said(name, value)}", 80).rstrip() for name, value in told.items()
+              if value not in (*_EMPTY, view["id"])]
     title, bars = _axis(view)
     lines += ["", title] * bool(bars)
-    for name, end, parts in bars:
+    for name, status, parts in bars:
         drawn = [" "] * 36
         for what, left, share in parts:
             first = min(35, int(left * 36))
             last = max(first + 1, min(36, round((left + share) * 36)))
             drawn[first:last] = _LETTERS[what] * (last - first)
-        lines.append(f"  {_fit(_said('', name), 18)} {''.join(drawn)} {paint(end, _fit(end, 22).rstrip())}".rstrip())
+        end = paint(status, _fit(status, 22).rstrip())
+        lines.append(f"  {_fit(_said('', name), 18)} {''.join(drawn)} {end}".rstrip())
     lines += [f"  {', '.join(f'{letter} {what}' for what, letter in _LETTERS.items())}"] * bool(bars)
     for title, columns, rows in _grids(view, _LISTED):
         cells = [{name: _said(name, row.get(name)) for name in columns} for row in rows]
-        widths, room = dict[str, int](), 10_000 if whole else 80
+        widths, room = dict[str, int](), 80
         for name in columns:  # what comes first is an id, to be copied; what comes last has all that is left
             widest = max(len(_label(name)), *(len(cell[name]) for cell in cells))
-            width = min(widest, room - 2, 80 if name == columns[-1] else 24 if widths and not whole else 36)
+            width = min(widest, room - 2, 80 if name == columns[-1] else 24 if widths else 36)
             if width >= min(widest, 19):
                 widths[name], room = width, room - width - 2
         lines += ["", title, *("".join("  " + paint(name == "status" and row.get(name), _fit(
-            cell[name], width, isinstance(row.get(name), (int, float)), whole)) for name, width in widths.items())
-            .rstrip() for row, cell in [({}, {key: _label(key) for key in columns}), *zip(rows, cells, strict=True)])]
+            cell[name], width, isinstance(row.get(name), (int, float)))) for name, width in widths.items()).rstrip()
+            for row, cell in [({}, {name: _label(name) for name in columns}), *zip(rows, cells, strict=True)])]
     return "\n".join(lines)
 
 # --- drawn as HTML ---
@@ -4764,8 +4769,8 @@ def _show(args: Any) -> int:
     if args.json:
         print(json.dumps(views if args.id else views[0], default=datetime.isoformat))
     else:
-        whole = not sys.stdout.isatty()  # into a file or a program, which may need all of an id
-        print("\n\n".join(_drawn(view, not (whole or os.environ.get("NO_COLOR")), whole) for view in views))
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print("\n\n".join(_drawn(view, colour) for view in views))
     return 0
 
 def _tail(args: Any) -> int:
