@@ -1273,7 +1273,9 @@ class _Engine:
                 f"synchronous = {self.options.synchronous}",
                 "fullfsync = ON",  # macOS: an fsync that reaches the disk; elsewhere without effect
                 "checkpoint_fullfsync = ON",
-                "journal_size_limit = 4194304",  # a restarted WAL shrinks, so that its size tells what is in it
+                # Pages that many commits change go to the file once: calls on a thousand executions change a thousand.
+                "wal_autocheckpoint = 3000",
+                "journal_size_limit = 12582912",  # a restarted WAL shrinks to that, below the bound on its size
                 "cache_size = -16384",
                 *(("query_only = ON",) if self.options.read_only else ()),
             ):
