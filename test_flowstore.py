@@ -3970,6 +3970,22 @@ def test_a_lease_is_reclaimed_from_its_expiry_on(store: Store, clock: Clock) -> 
     assert store.state.reclaim_expired_leases() == ReclaimResult(retryable=[], exhausted=[])
 
 
+@pytest.mark.parametrize("queues", [["q"], ["q", "other"]])
+def test_a_claim_first_takes_expired_leases_back_also_where_another_item_waits(
+    make_store: MakeStore, clock: Clock, queues: list[str]
+) -> None:
+    store = make_store(clock=clock, backoff=lambda attempt: 0 if attempt < 2 else 5, lease_seconds=10)
+    first = claimed(store)
+    clock.advance(10)
+    waiting = enqueue(store)
+    assert claim(store, *queues).id == first.id  # available from now on as the other is, and the older one
+    assert look(store, first.id).attempt == 1
+    clock.advance(10)
+    assert claim(store, *queues).id == waiting
+    again = look(store, first.id)
+    assert (again.status, again.attempt, again.available_at) == ("pending", 2, clock() + seconds(5))
+
+
 def test_reclaiming_sorts_what_may_be_retried_from_what_is_exhausted(store: Store, clock: Clock) -> None:
     for number in range(40):
         claimed(store, id=f"i{number:02}", queue_type=f"q{number % 3}", max_attempts=1 + number % 2)
