@@ -1021,14 +1021,15 @@ class _Tx:
     """One connection as operations see it: rows in, rows out, the driver's errors as ours."""
     __slots__ = ("_clock", "db")
 
-    def __init__(self, db: sqlite3.Connection, clock: Callable[[], datetime] | None) -> None:
-        self.db = db
+    def __init__(self, db: Any, clock: Callable[[], datetime] | None) -> None:
+        self.db = db  # an sqlite3.Connection, or what is used like one
         self._clock = clock
 
     def rows(self, sql: str, *params: Any) -> list[tuple[Any, ...]]:
         """All rows of a statement: a cursor left half read would hold its snapshot open."""
         try:
-            return self.db.execute(sql, params).fetchall()
+            found: list[tuple[Any, ...]] = self.db.execute(sql, params).fetchall()
+            return found
         except _DRIVER_ERRORS as error:
             raise _failure(error) from error
 
@@ -1040,7 +1041,8 @@ class _Tx:
     def run(self, sql: str, *params: Any, many: Iterable[Sequence[Any]] | None = None) -> int:
         """Execute a statement, once or for each of many rows of parameters; how many rows it wrote."""
         try:
-            return (self.db.execute(sql, params) if many is None else self.db.executemany(sql, many)).rowcount
+            done = self.db.execute(sql, params) if many is None else self.db.executemany(sql, many)
+            return int(done.rowcount)
         except _DRIVER_ERRORS as error:
             raise _failure(error) from error
 
@@ -1059,7 +1061,7 @@ def _add_tenant(tx: _Tx, tenant_id: str) -> None:
 class _Connection:
     """One SQLite connection under a lock of its own; opened at its first use, and again after a fork."""
 
-    def __init__(self, connect: Callable[[], sqlite3.Connection], clock: Callable[[], datetime] | None) -> None:
+    def __init__(self, connect: Callable[[], Any], clock: Callable[[], datetime] | None) -> None:
         self.lock = threading.RLock()
         self.tx: _Tx | None = None
         self.wal = -1  # of the writer: a descriptor of the write-ahead log, to see how large it is
@@ -1079,7 +1081,7 @@ class _Connection:
     @property
     def in_transaction(self) -> bool:
         """True while a transaction is open on it."""
-        return self.tx is not None and self.tx.db.in_transaction
+        return self.tx is not None and bool(self.tx.db.in_transaction)
 
     def close(self) -> None:
         """Close; what is not committed is rolled back."""
@@ -1218,13 +1220,16 @@ class _Engine:
 
     one_writer = True
     tick = _TICK
-    ddl: Callable[[str], str] = str  # how the engine words the schema
+    ddl: ClassVar[Sequence[tuple[str, str]]] = ()  # how the engine words the schema: patterns, and what stands for them
 
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
         self.sync = self
         self.target = target
         self.path = path  # None: in memory
         self.options = options  # what open() was asked for
+        self.in_memory = self.one_writer and path is None
+        # Whether a transaction block shuts the writes of all others out.
+        self.exclusive = self.one_writer and (self.in_memory or not options.read_only)
         self.mutex = threading.RLock()
         self.lead: _Call | None = None
         self.queue: deque[_Call] = deque()
@@ -1380,8 +1385,10 @@ class _Engine:
 
     def _build(self, tx: _Tx, version: int | None) -> None:
         """Make the tables, or upgrade those of an older version."""
-        scripts = [_TABLES] if version is None else [_UPGRADES[old] for old in range(version, _SCHEMA_VERSION)]
-        for statement in _statements(self.ddl(";".join(scripts))):
+        script = _TABLES if version is None else ";".join(_UPGRADES[old] for old in range(version, _SCHEMA_VERSION))
+        for pattern, meaning in self.ddl:
+            script = re.sub(pattern, meaning, script)
+        for statement in _statements(script):
             tx.run(statement)
         if version is None:
             tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", str(_SCHEMA_VERSION))
@@ -1395,8 +1402,9 @@ class _Engine:
             return block.run(operation, facet, args, kwargs)
         if operation.writes:
             self.refuse_read_only()
-        elif self.path is not None:
-            return self._patiently(lambda: self._run_read(operation, facet, args, kwargs))
+        if not self.in_memory and not (operation.writes and self.one_writer):
+            return self._patiently(lambda: self._with_connection(
+                lambda tx: self._run_beside(tx, operation, facet, args, kwargs)))
         call = _Call(operation, facet, args, kwargs)
         self.with_lead(call, self._try)
         if call.error is not None:
@@ -1430,28 +1438,29 @@ class _Engine:
         if self.options.read_only:
             raise StorageError("the store was opened read-only: nothing can be changed through it")
 
-    def _run_read(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+    def _run_beside(self, tx: _Tx, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation on a connection of its own; what it leaves open is rolled back with that."""
+        if operation.snapshot:
+            tx.run("BEGIN")
+        return operation.run(facet, tx, args, kwargs)
+
+    def _with_connection(self, action: Callable[[_Tx], R]) -> R:
+        connection = self._borrow()
+        try:
+            with connection.lock:
+                return action(connection.use())
+        finally:
+            self._give_back(connection)
+
+    def _borrow(self) -> _Connection:
         with self.mutex:
             reader = self.readers.pop() if self.readers else None
-        if reader is None:
-            reader = self._new_connection()
-        try:
-            with reader.lock:
-                tx = reader.use()
-                if tx.db.in_transaction:  # of a read that was interrupted before its end
-                    tx.run("ROLLBACK")
-                if not operation.snapshot:
-                    return operation.run(facet, tx, args, kwargs)
-                try:
-                    tx.run("BEGIN")
-                    return operation.run(facet, tx, args, kwargs)
-                finally:
-                    if tx.db.in_transaction:
-                        tx.run("ROLLBACK")
-        finally:
-            self._give_back(reader)
+        return reader or self._new_connection()
 
     def _give_back(self, reader: _Connection) -> None:
+        with reader.lock:
+            if reader.in_transaction:
+                reader.use().run("ROLLBACK")
         with self.mutex:
             keep = len(self.readers) < _IDLE_READERS and not self.closed
             if keep:
@@ -1734,6 +1743,15 @@ class _Engine:
         with self.writer.lock:
             return self._begin(call)
 
+    def begin_beside(self, block: _Block, tx: _Tx) -> None:
+        """Begin the transaction of a block that leaves the writer to others: one snapshot."""
+        tx.run("BEGIN")
+        tx.rows("SELECT value FROM flowstore_meta LIMIT 1")  # the snapshot begins with the first read
+
+    def commit_beside(self, tx: _Tx) -> None:
+        """Commit the transaction that `begin_beside` began."""
+        tx.run("COMMIT")
+
     def commit(self) -> None:
         """Commit the transaction that `acquire` began; `_repair` then hands on the lead."""
         with self.writer.lock:
@@ -1759,7 +1777,7 @@ class _Engine:
 
     def on_its_own(self, action: Callable[[_Tx], R]) -> R:
         """Run `action` on a connection of its own (in memory: on the one there is)."""
-        if self.path is None:
+        if self.in_memory:
             return self.alone(action)
 
         def run() -> R:
@@ -2097,21 +2115,21 @@ class _Block:
 
     def _acquire(self, deadline: float) -> None:
         """Begin the transaction of an outermost block."""
-        engine = self.engine
-        if engine.options.read_only and engine.path is not None:
-            self._connection = engine._new_connection()
-            with self._connection.lock:
-                engine._patiently(self._begin_snapshot)
-        else:
+        if self.engine.exclusive:
             self._call = _Call()
             self._call.deadline = deadline
-            engine.with_lead(self._call, engine.acquire, keep=True)
+            self.engine.with_lead(self._call, self.engine.acquire, keep=True)
+        else:
+            self.engine._patiently(self._begin_beside)
 
-    def _begin_snapshot(self) -> None:
-        tx = self._connection.use()
-        if not tx.db.in_transaction:
-            tx.run("BEGIN")
-        tx.rows("SELECT value FROM flowstore_meta LIMIT 1")  # the snapshot begins with the first read
+    def _begin_beside(self) -> None:
+        self._connection = self.engine._borrow()
+        try:
+            with self._connection.lock:
+                self.engine.begin_beside(self, self._connection.use())
+        except BaseException:
+            self._release()
+            raise
 
     @property
     def root(self) -> _Block:
@@ -2193,25 +2211,20 @@ class _Block:
                     if not commit:
                         tx.run(f"ROLLBACK TO {self.savepoint}")
                     tx.run(f"RELEASE {self.savepoint}")
-                else:
-                    self._finish(tx, commit)
+                elif commit and self._call is None:
+                    self.engine.commit_beside(tx)
+                elif commit:
+                    self.engine.commit()
         finally:
             self._let_go()
-
-    def _finish(self, tx: _Tx, commit: bool) -> None:
-        """Commit, or leave it to `_release` to roll back."""
-        if self._call is None:
-            tx.run("ROLLBACK")
-        elif commit:
-            self.engine.commit()
 
     def _release(self) -> None:
         """After an outermost block: give back what it held."""
         if self._call is not None:
             self.engine._repair(self._call)
-        else:
-            with self._connection.lock:
-                self._connection.close()
+        elif self._connection is not self.engine.writer:
+            connection, self._connection = self._connection, self.engine.writer
+            self.engine._give_back(connection)
 
     def _let_go(self) -> None:
         self.is_open = False
@@ -2251,9 +2264,6 @@ class _AsyncEngine:
         self._worker = ThreadPoolExecutor(1 if engine.one_writer else _IDLE_READERS, "flowstore-writer")
         self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
         self._others = ThreadPoolExecutor(32, "flowstore-aside")  # for what takes long
-        # Whether a task's transaction shuts the others' writes out, and whether reads have to go the way of writes.
-        self.exclusive = engine.one_writer and not (engine.options.read_only and engine.path is not None)
-        self.in_memory = engine.one_writer and engine.path is None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sync, name)
@@ -2279,7 +2289,7 @@ class _AsyncEngine:
         while _blocks.get() and (block := self.sync.block()) is not None:
             with contextlib.suppress(_Ended):
                 return await self.in_worker(block.run, operation, facet, args, kwargs)
-        if not self.in_memory and not (operation.writes and self.sync.one_writer):
+        if not self.sync.in_memory and not (operation.writes and self.sync.one_writer):
             self.refuse_foreign()
             return await self.loop.run_in_executor(self._readers, self.sync.run, operation, facet, args, kwargs)
         return await self.send(operation, facet, args, kwargs)
@@ -4753,7 +4763,7 @@ def _repr_html_(self: Any) -> str | None:
     """HTML for a notebook; where there is nothing to show at once, None, and the notebook shows the `repr`."""
     with contextlib.suppress(Exception):
         engine = getattr(self, "_engine", None)
-        if engine and engine.path is None and engine.lead is not None and engine.block() is None:
+        if engine and engine.in_memory and engine.lead is not None and engine.block() is None:
             return None  # in memory, another's transaction would have to be waited for
         view = self if isinstance(self, View) else _views(self)[0] if engine else {
             "kind": type(self).__name__, "id": None, "status": None, "facts": vars(self), "tables": {}}
@@ -5445,6 +5455,8 @@ def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
     store, pool, queue = on.store(), on.processes(), new_id()
     def wait(seconds: float) -> list[Any]:
         return [pool.submit(_bench_waiter, on.target, each, seconds) for each in ("", queue)]
+    for started in wait(0):
+        started.result()
     if idle:
         return _under(2, "% of a core", [max(waiting.result()[1] for waiting in wait(4 * on.seconds + 1))])
     def wake() -> float:
@@ -5723,12 +5735,15 @@ _CONNECTIONS = 8  # of one process, at most: callers wait for one; more would on
 _NUMBER = """BIGINT PRIMARY KEY DEFAULT ((pg_current_xact_id()::text::bigint + 0 << 20) + set_config('flowstore.number',
     (COALESCE(NULLIF(current_setting('flowstore.number', true), ''), '0')::bigint + 1)::text, true)::bigint)"""
 _NUMBERED = (("flow_events", "id"), ("execution_errors", "id"), ("flowstore_log", "position"))
-_FIRST = "(SELECT {}::text::bigint + value::bigint << 20 FROM flowstore_meta WHERE key = 'base')".format
+_BASE = "COALESCE((SELECT value::bigint FROM flowstore_meta WHERE key = 'base'), 0)"
+_FIRST = f"({{}}::text::bigint + {_BASE} << 20)".format
 _SETTLED = (f"position > ? AND (position < {_FIRST('pg_snapshot_xmin(pg_current_snapshot())')} "
             f"OR position >= {_FIRST('pg_current_xact_id_if_assigned()')})")
 _IN_POSTGRES = (  # how the schema's words read there; an index entry of 2,700 bytes holds two ids
     (r"INTEGER PRIMARY KEY( AUTOINCREMENT)?", _NUMBER), (r"\bINTEGER\b", "BIGINT"), (r"\bBLOB\b", "BYTEA"),
     (r"\bTEXT\b", 'TEXT COLLATE "C"'), (r" WITHOUT ROWID", ""),
+    # A claim walks over the dead entries of those before it: let them be cleaned up every 1 % of the rows.
+    (r"(dead_lettered_at \w+\))", r"\1 WITH (autovacuum_vacuum_scale_factor = 0.01)"),
     (r"\(status, (tenant_id, [^)]*)\)\s+WHERE status = '([a-z])", r"(\1) WHERE '' || status = '\2"),
     (r"\(status, ([^)]*)\)\s+WHERE status = '([a-z])", r"(\1) WHERE status || '' = '\2"),
     (r"(\((?:tenant_id, )?)queue_type(, [^)]*\) WHERE)", r"\1(queue_type || '')\2"),
@@ -5741,6 +5756,8 @@ _PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named
     re.DOTALL,
 )
 _IN_DOUBT = "the server was lost during COMMIT: look whether this was stored"
+_FATE = """SELECT pg_xact_status(?::xid8), GREATEST(pg_postmaster_start_time(), MAX(backend_start)) < ?::timestamptz
+    FROM pg_stat_activity WHERE backend_type = 'checkpointer'"""  # restarted, a server may use a number again
 _CLAIM = "flowstore_work_items SET status = 'claimed'"
 _NEWS = re.compile("INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'")
 
@@ -5771,24 +5788,15 @@ def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[
     sql = sql.replace("flowstore_log WHERE position > ?", f"flowstore_log WHERE {_SETTLED}")
     return _PLACEHOLDERS.sub(number, sql), tuple(names), _NEWS.search(sql) is not None
 
-class _PostgresRows(list[tuple[Any, ...]]):
-    """What a statement gave, as a cursor of sqlite3's tells it."""
-    fetchall = list.copy
-
-    def __init__(self, cursor: Any) -> None:
-        super().__init__(cursor.fetchall() if cursor.rownumber is not None else ())
-        self.rowcount = cursor.rowcount
-
 class _PostgresDb:
     """A psycopg connection with what the rest of this module uses of sqlite3's; its errors are ours."""
 
+    level = number = ""  # of the transaction, when it writes: its isolation, and its number in the server
+    news = False  # it wrote something that others may be waiting for
+    late = 0  # how many statements it still is to the one with which the transaction begins
+
     def __init__(self, engine: _PostgresEngine) -> None:
-        self.engine = engine
-        self.level = ""  # the isolation of the transaction, when it writes
-        self.number = ""  # of that transaction, in the server
-        self.news = False  # it wrote something that others may be waiting for
-        self.late = 0  # how many statements it still is to the one with which the transaction begins
-        psycopg = engine.psycopg
+        self.engine, psycopg = engine, engine.psycopg
         try:
             self.db = psycopg.connect(engine.url, autocommit=True, cursor_factory=psycopg.RawCursor)
         except psycopg.Error as error:
@@ -5797,9 +5805,7 @@ class _PostgresDb:
             raise kind(f"{engine.target}: the server cannot be used: {says}") from error
         self.cursor = self.db.cursor()
         self.close = self.db.close
-        self._call(self.db.execute, engine.settings)
-        self.since = self._call(self.db.execute, """SELECT pg_postmaster_start_time(), MAX(backend_start) FROM
-            pg_stat_activity WHERE backend_type = 'checkpointer'""").fetchone()  # restarted, it may use a number again
+        self.since = self._call(self._do, f"{engine.settings}; SELECT now()")
 
     @property
     def in_transaction(self) -> bool:
@@ -5813,29 +5819,32 @@ class _PostgresDb:
             rest = f"{level}; SELECT pg_current_xact_id()" if level else "REPEATABLE READ READ ONLY"
             self.number = self._call(self._do, f"BEGIN ISOLATION LEVEL {rest}")
 
-    def execute(self, sql: str, parameters: Any = ()) -> _PostgresRows:
+    def execute(self, sql: str, parameters: Any = ()) -> Any:
         """Run a statement, ours or the user's."""
         if sql.startswith("PRAGMA"):  # check() asks what SQLite thinks of its file
-            return self._execute("SELECT 1 WHERE false", "", ())
+            sql = "SELECT 1 WHERE false"
         if self.late:
             self.late -= 1
             if not self.late:
                 self.begin(self.level)
-        rows = self._execute(sql, self.level, parameters)
-        if self.level and _CLAIM in sql and not rows:
+        result = self._execute(sql, self.level, parameters)
+        if self.level and _CLAIM in sql and not result.rowcount:
             return self._execute(sql, "", parameters)  # what another claim skips may become free: wait for its end
-        return rows
+        return result
 
-    def _execute(self, sql: str, level: str, parameters: Any) -> _PostgresRows:
-        text, values = self._prepared(sql, level, parameters)  # prepared, a text of several statements is refused
-        return _PostgresRows(self._call(self.cursor.execute, text, values, prepare=True if ";" in sql else None))
-
-    def executemany(self, sql: str, rows: Iterable[Any]) -> _PostgresRows:
+    def executemany(self, sql: str, rows: Iterable[Any]) -> Any:
         """Run a statement for each of the rows."""
         texts = [self._prepared(sql, self.level, row) for row in rows] or [("SELECT 1 WHERE false", ())]
         cursor = self.db.cursor()
         self._call(cursor.executemany, texts[0][0], [values for _, values in texts])
-        return _PostgresRows(cursor)
+        return SimpleNamespace(rowcount=cursor.rowcount, fetchall=list)
+
+    def _execute(self, sql: str, level: str, parameters: Any) -> Any:
+        cursor, (text, values) = self.cursor, self._prepared(sql, level, parameters)
+        # Prepared, a text of several statements is refused.
+        self._call(cursor.execute, text, values, prepare=True if ";" in sql else None)
+        rows = cursor.fetchall() if cursor.rownumber is not None else []
+        return SimpleNamespace(rowcount=cursor.rowcount, fetchall=lambda: rows)
 
     def _prepared(self, sql: str, level: str, parameters: Any) -> tuple[str, Sequence[Any]]:
         """The text of a statement, and its values in the order of their numbers."""
@@ -5857,7 +5866,6 @@ class _PostgresDb:
         """Commit; those who wait hear of it, by a transaction of its own: NOTIFY would make commits queue up."""
         if not self.late:  # else its one statement was a transaction of its own
             self._call(self._do, f"COMMIT; NOTIFY {self.engine.schema}" if self.news else "COMMIT")
-        self.level, self.late = "", 0
 
     def rollback(self) -> None:
         """Roll back what is open, if anything."""
@@ -5895,34 +5903,24 @@ class _PostgresDb:
             kind = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}.get(code, StorageError)
             raise kind(f"the database failed: {says}") from error
 
-def _below(tx: _Tx) -> _PostgresDb:
-    """What a transaction here runs on."""
-    db: Any = tx.db
-    below: _PostgresDb = db
-    return below
-
 class _PostgresEngine(_Engine):
     """A database on a PostgreSQL server: each call has a connection and a transaction of its own."""
     one_writer = False
     tick = 0.1
+    ddl = _IN_POSTGRES
 
     def __init__(self, target: str, options: SimpleNamespace) -> None:
         import importlib
-        import urllib.parse
         from queue import SimpleQueue
         try:
             self.psycopg: Any = importlib.import_module("psycopg")
         except ImportError as error:
             raise StorageError("a server's URL needs psycopg: pip install 'flowstore[postgres]'") from error
-        parts = urllib.parse.urlsplit(target)
-        query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
-        self.schema = query.pop("schema", "flowstore")
+        given = re.search("(?<=[?&])schema=([^&]*)&?", target)
+        self.schema = given[1] if given else "flowstore"
+        self.url = target.replace(given[0], "") if given else target
         if not re.fullmatch("[a-z_][a-z0-9_]{0,62}", self.schema):
             raise InvalidData(f"target: a schema's name is made of a-z, 0-9 and _, not {self.schema!r}")
-        self.url = parts._replace(query=urllib.parse.urlencode(query)).geturl()
-        login, at, host = parts.netloc.rpartition("@")
-        target = parts._replace(netloc=login.split(":")[0] + at + host, query=re.sub(
-            "(^|&)(ssl)?password=[^&]*", "", parts.query)).geturl()
         self.settings = f"""SET search_path = {self.schema}, public; SET jit = off; SET enable_seqscan = off;
             SET plan_cache_mode = force_generic_plan;
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
@@ -5930,7 +5928,7 @@ class _PostgresEngine(_Engine):
             SET default_transaction_read_only = {'on' if options.read_only else 'off'}"""
         self.freed: SimpleQueue[None] = SimpleQueue()  # tells one who waits for a connection to look
         self.blocks: dict[int, Callable[[], Any]] = {}  # by thread, a reference to the block it opened last
-        super().__init__(target, None, options)
+        super().__init__(re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target), None, options)
 
     def _connect(self) -> Any:
         self.refuse_closed()
@@ -5955,8 +5953,8 @@ class _PostgresEngine(_Engine):
     def _give_back(self, connection: _Connection) -> None:
         with connection.lock:
             if connection.tx is not None:
-                _below(connection.tx).rollback()  # if it was left open
-                if self.closed or _below(connection.tx).db.closed:
+                connection.tx.db.rollback()  # if it was left open
+                if self.closed or connection.tx.db.db.closed:
                     connection.close()  # opened again at its next use
         with self.mutex:
             connection.lent = False
@@ -5979,12 +5977,9 @@ class _PostgresEngine(_Engine):
         if (version := self._version(tx)) is None:
             tx.run(f"CREATE SCHEMA IF NOT EXISTS {self.schema}")
         self._build(tx, version)
-        if version is None:
-            tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('base', '0')")
-            # A claim walks over the dead entries of those before it: let them be cleaned up every 1 % of the rows.
-            tx.run("ALTER TABLE flowstore_work_items SET (autovacuum_vacuum_scale_factor = 0.01)")
         if behind := self._numbers_behind(tx):
-            tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'base'", str(behind))
+            tx.run(f"""INSERT INTO flowstore_meta (key, value) VALUES ('base', '{behind}')
+                ON CONFLICT (key) DO UPDATE SET value = excluded.value""")
             for table, column in _NUMBERED:
                 number = _NUMBER.replace("+ 0 <<", f"+ {behind} <<").split(" DEFAULT ")[1]
                 tx.run(f"ALTER TABLE {table} ALTER {column} SET DEFAULT {number}")
@@ -5997,95 +5992,65 @@ class _PostgresEngine(_Engine):
     def _numbers_behind(self, tx: _Tx) -> int:
         """The base with which new numbers lie above all that are stored; 0 while they do."""
         top = max(tx.rows(f"SELECT COALESCE(MAX({column}), 0) >> 20 FROM {table}")[0][0] for table, column in _NUMBERED)
-        base, following = tx.rows("SELECT value::bigint, pg_snapshot_xmax(pg_current_snapshot())::text::bigint "
-                                  "FROM flowstore_meta WHERE key = 'base'")[0]
+        base, following = tx.rows(f"SELECT {_BASE}, pg_snapshot_xmax(pg_current_snapshot())::text::bigint")[0]
         return int(top - following + 1) if top >= base + following else 0
 
-    @staticmethod
-    def ddl(script: str) -> str:
-        """The schema, as PostgreSQL words it."""
-        for pattern, meaning in _IN_POSTGRES:
-            script = re.sub(pattern, meaning, script)
-        return script
-
     # --- running operations ---
-    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation: in the caller's open transaction, or in one of its own until it wins."""
-        if _blocks.get() and (block := self.block()) is not None:
-            return block.run(operation, facet, args, kwargs)
-        if operation.writes:
-            self.refuse_to_wait_for_oneself()
-            self.refuse_read_only()
-        level = "READ COMMITTED" if operation.row else "SERIALIZABLE" if operation.writes else ""
-        late, lost = 2 if operation.one and facet._tenant is None else 0, False
-
-        def run(tx: _Tx) -> Any:
-            nonlocal lost
+    def _run_beside(self, tx: _Tx, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+        def once() -> Any:
             if operation.writes or operation.snapshot:
-                _below(tx).begin(level, late)
-            try:
-                result = operation.run(facet, tx, args, kwargs)
-            finally:
-                lost = lost or (late > 0 and _below(tx).db.closed)
+                level = "READ COMMITTED" if operation.row else "SERIALIZABLE" if operation.writes else ""
+                tx.db.begin(level, late)
+            result = operation.run(facet, tx, args, kwargs)
             if operation.writes:
-                self.commit_there(tx)
+                self.commit_beside(tx)
             return result
 
+        late = 2 if operation.one and facet._tenant is None else 0
+        if operation.writes:
+            self.refuse_to_wait_for_oneself()
         try:
-            return self._patiently(lambda: self._with_connection(run))
+            return once()
+        except StoreBusy:
+            if not late or not tx.db.db.closed:
+                raise
+        try:  # the connection was lost with the one statement on its way: done again, it does no harm or raises
+            tx.db = self._connect()
+            return once()
         except FlowStoreError as error:
-            if lost:  # with the one statement on its way
-                raise StorageError(_IN_DOUBT) from error
-            raise
+            raise StorageError(_IN_DOUBT) from error
 
     def refuse_to_wait_for_oneself(self) -> None:
         """StorageError for what another task of this thread, with its open block, might hold up for ever."""
         if (block := self.blocks.get(threading.get_ident(), bool)()) and block.is_open:
             raise StorageError("this thread has another task's transaction open and could only wait for itself")
 
-    def _with_connection(self, action: Callable[[_Tx], R]) -> R:
-        connection = self._borrow()
-        try:
-            with connection.lock:
-                return action(connection.use())
-        finally:
-            self._give_back(connection)
+    def begin_beside(self, block: _Block, tx: _Tx) -> None:
+        """Begin the transaction of a block. One that loses against another is StoreBusy, and run again."""
+        self.refuse_to_wait_for_oneself()
+        tx.db.begin("" if self.options.read_only else "SERIALIZABLE")
+        if block.thread:  # a task's block keeps no thread waiting
+            self.blocks[block.thread] = block._ref
 
-    def commit_there(self, tx: _Tx) -> None:
+    def commit_beside(self, tx: _Tx) -> None:
         """Commit; when the connection is lost in the middle, the server is asked what became of it."""
         try:
-            _below(tx).commit()
+            tx.db.commit()
         except StoreBusy:
-            if not _below(tx).db.closed or not self._has_committed(_below(tx)):
+            if not tx.db.db.closed or not self._has_committed(tx.db):
                 raise
 
     def _has_committed(self, lost: _PostgresDb) -> bool:
         deadline = time.monotonic() + self.options.busy_timeout
-        while True:
-            try:
-                status, since = self.on_its_own(lambda tx: (
-                    tx.rows("SELECT pg_xact_status(?::xid8)", lost.number)[0][0], _below(tx).since))
-            except StorageError:
-                status, since = "in progress", None
-            if status == "committed" and since == lost.since:
-                return True
-            if status == "committed" or self.closed or time.monotonic() > deadline:
-                raise StorageError(_IN_DOUBT)
-            if status != "in progress":
-                return False
+        while time.monotonic() < deadline and not self.closed:
+            with contextlib.suppress(StorageError):  # the server is starting again
+                status, sure = self.on_its_own(lambda tx: tx.rows(_FATE, lost.number, lost.since)[0])
+                if status == "committed" and not sure:
+                    break
+                if status != "in progress":
+                    return bool(status == "committed")
             time.sleep(0.05)
-
-    def on_its_own(self, action: Callable[[_Tx], R]) -> R:
-        """Run `action` on one snapshot, on a connection of its own."""
-        connection = self._new_connection()
-        with connection.lock, contextlib.closing(connection):
-            tx = connection.use()
-            _below(tx).begin("")
-            return action(tx)
-
-    def transaction(self) -> _Block:
-        """A new transaction block, not begun."""
-        return _PostgresBlock(self)
+        raise StorageError(_IN_DOUBT)
 
     def wait(self, seen: int, seconds: float) -> Any:
         """Wait until the server tells of a commit; one thread listens for all of them."""
@@ -6094,7 +6059,7 @@ class _PostgresEngine(_Engine):
         if not self.writer.lock.acquire(blocking=False):
             return super().wait(seen, seconds)
         try:
-            listening, db = self.writer.tx is not None, _below(self.writer.use())
+            listening, db = self.writer.tx is not None, self.writer.use().db
             if not listening:  # what was committed until now may not have been seen
                 db.execute(f"LISTEN {self.schema}")
             elif not self.closed and self.commits == seen:
@@ -6107,6 +6072,7 @@ class _PostgresEngine(_Engine):
             self.writer.lock.release()
             self._wake_watchers()  # another one listens now
 
+    # --- the whole store ---
     def sizes(self, tx: _Tx) -> dict[str, int]:
         """Bytes of the tables; the log beside them is the server's."""
         sql = "SELECT COALESCE(SUM(pg_total_relation_size(to_regclass(name)))::bigint, 0) FROM unnest(?::text[]) name"
@@ -6114,6 +6080,7 @@ class _PostgresEngine(_Engine):
 
     def _copy_to(self, tx: _Tx, path: str) -> None:
         """A backup is an SQLite file."""
+        tx.db.begin("")
         with open(path) as store:
             _copy_tables(tx.rows, store)
 
@@ -6122,7 +6089,6 @@ class _PostgresEngine(_Engine):
         self.refuse_read_only()
         self._with_connection(lambda tx: tx.run(f"VACUUM (ANALYZE) {', '.join(_TABLE_NAMES)}"))
 
-    # --- fork ---
     def before_fork(self) -> None:
         """The parent goes on as if nothing had happened."""
 
@@ -6132,36 +6098,10 @@ class _PostgresEngine(_Engine):
         """Begin anew: the connections are the parent's, and even closing one here would end it there."""
         for connection in list(self.connections):
             if connection.tx is not None:
-                _keep_for_ever(_below(connection.tx).db)
+                _keep_for_ever(connection.tx.db)
             connection.lock, connection.tx = threading.RLock(), None
         self.mutex, self.watching, self.readers = threading.RLock(), set(), []
         self.freed = type(self.freed)()
-
-class _PostgresBlock(_Block):
-    """A block has a connection of its own. One that loses against another transaction is StoreBusy, and run again."""
-    engine: _PostgresEngine
-
-    def _acquire(self, deadline: float) -> None:
-        self.engine.refuse_to_wait_for_oneself()
-        self.engine._patiently(self._begin)
-        if self.thread:  # a task's block keeps no thread waiting
-            self.engine.blocks[self.thread] = self._ref
-
-    def _begin(self) -> None:
-        self._connection = self.engine._borrow()
-        try:
-            with self._connection.lock:
-                _below(self._connection.use()).begin("" if self.engine.options.read_only else "SERIALIZABLE")
-        except BaseException:
-            self._release()
-            raise
-
-    def _finish(self, tx: _Tx, commit: bool) -> None:
-        if commit:
-            self.engine.commit_there(tx)
-
-    def _release(self) -> None:
-        self.engine._give_back(self._connection)
 
 _SERVERS |= {"postgresql": _PostgresEngine, "postgres": _PostgresEngine}
 
