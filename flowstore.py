@@ -69,6 +69,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 from typing import (
     TYPE_CHECKING, Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, dataclass_transform,
@@ -1050,6 +1051,13 @@ class _Tx:
         """Execute a statement for each of the rows."""
         return self.run(sql, many=rows)
 
+    def rollback(self) -> None:
+        """Undo what is open, if anything."""
+        try:
+            self.db.rollback()
+        except _DRIVER_ERRORS as error:
+            raise _failure(error) from error
+
     def now(self) -> int:
         """The store's time in microseconds."""
         return time.time_ns() // 1000 if self._clock is None else _time(self._clock(), "clock()")
@@ -1065,7 +1073,7 @@ class _Connection:
         self.lock = threading.RLock()
         self.tx: _Tx | None = None
         self.wal = -1  # of the writer: a descriptor of the write-ahead log, to see how large it is
-        self.lent = False  # to a call or a block, on a server
+        self.lent = False  # to a call or a block
         self._connect = connect
         self._clock = clock
 
@@ -1219,6 +1227,7 @@ class _Engine:
     Whoever holds a connection's lock may take the mutex, never the other way round."""
 
     one_writer = True
+    most = math.inf  # connections for calls and blocks beside the writer
     tick = _TICK
     ddl: ClassVar[Sequence[tuple[str, str]]] = ()  # how the engine words the schema: patterns, and what stands for them
 
@@ -1243,6 +1252,7 @@ class _Engine:
         self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self.writer = self._new_connection()
         self.readers: list[_Connection] = []
+        self.freed: SimpleQueue[None] = SimpleQueue()  # tells one who waits for a connection to look
         self._held: list[_Connection] = []
         with _fork_lock:
             _engines.add(self)
@@ -1346,8 +1356,7 @@ class _Engine:
                 self._build(tx, self._version(tx))
                 tx.run("COMMIT")
             finally:
-                if tx.db.in_transaction:
-                    tx.run("ROLLBACK")
+                tx.rollback()
 
     @staticmethod
     def _in_wal_mode(tx: _Tx) -> bool:
@@ -1453,21 +1462,37 @@ class _Engine:
             self._give_back(connection)
 
     def _borrow(self) -> _Connection:
-        with self.mutex:
-            reader = self.readers.pop() if self.readers else None
-        return reader or self._new_connection()
+        """A connection for one call or block, an idle one first; StoreBusy while all that there may be are in use."""
+        deadline = time.monotonic() + self.options.busy_timeout
+        while True:
+            self.refuse_closed()
+            with self.mutex:
+                if self.readers or sum(one.lent for one in self.connections) < self.most:
+                    connection = self.readers.pop() if self.readers else self._new_connection()
+                    connection.lent = True
+                    return connection
+            if (left := deadline - time.monotonic()) <= 0:
+                raise StoreBusy(f"all {self.most} connections of this store were in use too long")
+            with contextlib.suppress(Empty):
+                self.freed.get(timeout=min(0.1, left))  # of a block that was dropped nobody is told
 
-    def _give_back(self, reader: _Connection) -> None:
-        with reader.lock:
-            if reader.in_transaction:
-                reader.use().run("ROLLBACK")
+    def _give_back(self, connection: _Connection) -> None:
+        with connection.lock:
+            try:
+                if connection.tx is not None:
+                    connection.tx.rollback()
+            except StorageError:  # it is broken
+                connection.close()
         with self.mutex:
+            connection.lent = False
             keep = len(self.readers) < _IDLE_READERS and not self.closed
             if keep:
-                self.readers.append(reader)
+                self.readers.append(connection)
         if not keep:
-            with reader.lock:
-                reader.close()
+            with connection.lock:
+                connection.close()
+        if self.freed.qsize() < _IDLE_READERS:
+            self.freed.put(None)
 
     def with_lead(self, call: _Call, action: Callable[[_Call], bool], *, keep: bool = False) -> None:
         """Lead and run `action` until it returns True, unless another leader does the call; then hand the lead on.
@@ -1535,8 +1560,7 @@ class _Engine:
         """BEGIN IMMEDIATE on the writer, whose lock the caller holds; False when another process has the file."""
         try:
             db = (self.writer.tx or self.writer.use()).db
-            if db.in_transaction:  # of a block whose end was never run
-                db.execute("ROLLBACK")
+            db.rollback()  # of a block whose end was never run
             db.execute("BEGIN IMMEDIATE")
         except (StoreBusy, sqlite3.Error) as error:
             if isinstance(error, sqlite3.Error) and not isinstance(failure := _failure(error), StoreBusy):
@@ -1565,8 +1589,7 @@ class _Engine:
                     except Exception as error:
                         leader.error, wrote = error, False
             finally:
-                if tx.db.in_transaction:
-                    tx.run("ROLLBACK")
+                tx.rollback()
             for call in self.group:
                 call.wake()
             self.group = []
@@ -1705,8 +1728,8 @@ class _Engine:
 
     def _repair_lead(self, call: _Call) -> None:
         with self.writer.lock:
-            if call.running and self.writer.in_transaction:
-                self.writer.use().run("ROLLBACK")
+            if call.running and self.writer.tx is not None:
+                self.writer.tx.rollback()
             with self.mutex:
                 others = [other for other in self.group if other is not call]
                 for other in reversed(others):
@@ -1905,7 +1928,7 @@ class _Engine:
             connection.lock = threading.RLock()
             if connection.in_transaction and connection.tx is not None:
                 if self.path is None:
-                    connection.tx.run("ROLLBACK")
+                    connection.tx.rollback()
                 else:
                     # Closing it would write to the parent's file: it is kept for ever, and the file refused here.
                     _keep_for_ever(connection.tx.db)
@@ -1941,8 +1964,7 @@ def _copy_database(tx: _Tx, path: str) -> None:
             tx.db.backup(copy, pages=4096)
         finally:
             copy.close()
-            if tx.db.in_transaction:
-                tx.run("ROLLBACK")
+            tx.rollback()
     except sqlite3.Error as error:
         raise _failure(error) from error
 
@@ -5814,6 +5836,8 @@ class _PostgresDb:
 
     def begin(self, level: str, late: int = 0) -> None:
         """Begin a transaction, perhaps late: one that writes, at a level of isolation, or one that reads a snapshot."""
+        if level and (block := self.engine.blocks.get(threading.get_ident(), bool)()) and block.is_open:
+            raise StorageError("this thread has another task's transaction open and could only wait for itself")
         self.level, self.news, self.late = level, False, late
         if not late:
             rest = f"{level}; SELECT pg_current_xact_id()" if level else "REPEATABLE READ READ ONLY"
@@ -5834,9 +5858,9 @@ class _PostgresDb:
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> Any:
         """Run a statement for each of the rows."""
-        texts = [self._prepared(sql, self.level, row) for row in rows] or [("SELECT 1 WHERE false", ())]
         cursor = self.db.cursor()
-        self._call(cursor.executemany, texts[0][0], [values for _, values in texts])
+        if texts := [self._prepared(sql, self.level, row) for row in rows]:
+            self._call(cursor.executemany, texts[0][0], [values for _, values in texts])
         return SimpleNamespace(rowcount=cursor.rowcount, fetchall=list)
 
     def _execute(self, sql: str, level: str, parameters: Any) -> Any:
@@ -5870,11 +5894,8 @@ class _PostgresDb:
     def rollback(self) -> None:
         """Roll back what is open, if anything."""
         self.level, self.late = "", 0
-        if self.in_transaction:
-            try:
-                self.db.rollback()
-            except self.engine.psycopg.Error:
-                self.db.close()
+        if self.in_transaction or self.db.closed:
+            self._call(self.db.rollback)
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call psycopg. A lost race or connection is StoreBusy: it has ended the transaction, nothing was written."""
@@ -5898,7 +5919,8 @@ class _PostgresDb:
             # A row of ours that is there against what was seen, or no longer: another transaction was first.
             ours = told.schema_name == self.engine.schema and told.table_name in _TABLE_NAMES
             if self.db.closed or code in ("40001", "40P01", "55P03") or (ours and code in ("23503", "23505")):
-                self.rollback()
+                with contextlib.suppress(self.engine.psycopg.Error):
+                    self.db.rollback()
                 raise StoreBusy(f"another transaction was first, nothing was written: run it again ({says})") from error
             kind = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}.get(code, StorageError)
             raise kind(f"the database failed: {says}") from error
@@ -5906,12 +5928,12 @@ class _PostgresDb:
 class _PostgresEngine(_Engine):
     """A database on a PostgreSQL server: each call has a connection and a transaction of its own."""
     one_writer = False
+    most = _CONNECTIONS
     tick = 0.1
     ddl = _IN_POSTGRES
 
     def __init__(self, target: str, options: SimpleNamespace) -> None:
         import importlib
-        from queue import SimpleQueue
         try:
             self.psycopg: Any = importlib.import_module("psycopg")
         except ImportError as error:
@@ -5926,41 +5948,12 @@ class _PostgresEngine(_Engine):
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
             SET synchronous_commit = {'on' if options.synchronous == 'FULL' else 'off'};
             SET default_transaction_read_only = {'on' if options.read_only else 'off'}"""
-        self.freed: SimpleQueue[None] = SimpleQueue()  # tells one who waits for a connection to look
         self.blocks: dict[int, Callable[[], Any]] = {}  # by thread, a reference to the block it opened last
         super().__init__(re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target), None, options)
 
     def _connect(self) -> Any:
         self.refuse_closed()
         return _PostgresDb(self)
-
-    def _borrow(self) -> _Connection:
-        """A connection for one call or block; StoreBusy while all of them are in use."""
-        from queue import Empty
-        deadline = time.monotonic() + self.options.busy_timeout
-        while True:
-            self.refuse_closed()
-            with self.mutex:
-                if self.readers or sum(one.lent for one in self.connections) < _CONNECTIONS:
-                    connection = self.readers.pop() if self.readers else self._new_connection()
-                    connection.lent = True
-                    return connection
-            if (left := deadline - time.monotonic()) <= 0:
-                raise StoreBusy(f"all {_CONNECTIONS} connections of this store were in use too long")
-            with contextlib.suppress(Empty):
-                self.freed.get(timeout=min(0.1, left))  # of a block that was dropped nobody is told
-
-    def _give_back(self, connection: _Connection) -> None:
-        with connection.lock:
-            if connection.tx is not None:
-                connection.tx.db.rollback()  # if it was left open
-                if self.closed or connection.tx.db.db.closed:
-                    connection.close()  # opened again at its next use
-        with self.mutex:
-            connection.lent = False
-            self.readers.append(connection)
-        if self.freed.qsize() < _CONNECTIONS:
-            self.freed.put(None)
 
     # --- opening ---
     def _prepare(self) -> None:
@@ -6007,8 +6000,6 @@ class _PostgresEngine(_Engine):
             return result
 
         late = 2 if operation.one and facet._tenant is None else 0
-        if operation.writes:
-            self.refuse_to_wait_for_oneself()
         try:
             return once()
         except StoreBusy:
@@ -6020,14 +6011,8 @@ class _PostgresEngine(_Engine):
         except FlowStoreError as error:
             raise StorageError(_IN_DOUBT) from error
 
-    def refuse_to_wait_for_oneself(self) -> None:
-        """StorageError for what another task of this thread, with its open block, might hold up for ever."""
-        if (block := self.blocks.get(threading.get_ident(), bool)()) and block.is_open:
-            raise StorageError("this thread has another task's transaction open and could only wait for itself")
-
     def begin_beside(self, block: _Block, tx: _Tx) -> None:
         """Begin the transaction of a block. One that loses against another is StoreBusy, and run again."""
-        self.refuse_to_wait_for_oneself()
         tx.db.begin("" if self.options.read_only else "SERIALIZABLE")
         if block.thread:  # a task's block keeps no thread waiting
             self.blocks[block.thread] = block._ref
@@ -6101,7 +6086,7 @@ class _PostgresEngine(_Engine):
                 _keep_for_ever(connection.tx.db)
             connection.lock, connection.tx = threading.RLock(), None
         self.mutex, self.watching, self.readers = threading.RLock(), set(), []
-        self.freed = type(self.freed)()
+        self.freed = SimpleQueue()
 
 _SERVERS |= {"postgresql": _PostgresEngine, "postgres": _PostgresEngine}
 
