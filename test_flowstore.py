@@ -13554,6 +13554,26 @@ def test_blocks_whose_end_is_never_run_leave_their_connections_to_others(server:
 
 
 @pytest.mark.postgres
+def test_a_tasks_block_that_finds_no_connection_leaves_those_of_others_alone(postgres: PostgresServer) -> None:
+    async def body() -> None:
+        async with flowstore.open_async(postgres.target(), busy_timeout=1) as store, contextlib.AsyncExitStack() as held:
+            for _ in range(flowstore._CONNECTIONS):
+                task = asyncio.create_task(held.enter_async_context(store.transaction()))  # each a block of its own
+                await task
+            for _ in range(2):
+                with pytest.raises(StoreBusy):
+                    async with store.transaction():
+                        raise AssertionError
+            engine = store._engine.sync
+            assert not engine.readers
+            await held.aclose()
+            assert len({*engine.readers} - {engine.writer}) == len(engine.readers) == flowstore._CONNECTIONS
+            assert await store.events.append("e1", "default", EVENT) == 1
+
+    asyncio.run(body())
+
+
+@pytest.mark.postgres
 def test_without_psycopg_a_servers_url_names_what_to_install_and_all_else_works() -> None:
     said = finished(script(
         "assert 'psycopg' not in sys.modules\nsys.modules['psycopg'] = None\n"
