@@ -1163,25 +1163,14 @@ class _Method(Generic[F, P, R]):
             facet._admit(tx, self.writes)
         return self.function(facet, tx, *args, **kwargs)
 
-def _write(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
-    """An operation that changes something: one atomic, durable transaction."""
-    return _Method(function, "write")
+def _operation(kind: str) -> Callable[[Callable[Concatenate[F, _Tx, P], R]], _Method[F, P, R]]:
+    return lambda function: _Method(function, kind)
 
-def _write_row(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
-    """A write that one conditional statement or the lock on a row protects: retry, and the tokens of subscriptions."""
-    return _Method(function, "row")
-
-def _write_one(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
-    """A write whose first statement does it all, or changes nothing: claim, renew, settle."""
-    return _Method(function, "one")
-
-def _read(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
-    """An operation of one reading statement."""
-    return _Method(function, "read")
-
-def _snapshot(function: Callable[Concatenate[F, _Tx, P], R]) -> _Method[F, P, R]:
-    """An operation of several reading statements, all of them on one state of the database."""
-    return _Method(function, "snapshot")
+_write = _operation("write")  # changes something: one atomic, durable transaction
+_write_row = _operation("row")  # one that a conditional statement or the lock on a row protects
+_write_one = _operation("one")  # one whose first statement does it all, or changes nothing: claim, renew, settle
+_read = _operation("read")  # one reading statement
+_snapshot = _operation("snapshot")  # several reading statements, all of them on one state of the database
 
 def _steps(function: Callable[Concatenate[F, P], Generator[Any, Any, R]]) -> _Method[F, P, R]:
     """A method of several transactions, written as a generator of its steps."""
