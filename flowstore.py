@@ -4380,26 +4380,25 @@ __all__ += ["DEFAULT_TENANT"]
 # `counts` by status, a detail `steps` with their stretches of time. Each is one short read whatever
 # the store holds: counts have a bound, lists a limit, the database cuts what is long.
 _COUNTED, _DEAD_COUNTED, _QUEUES, _LISTED, _DETAILED, _CUT = 200_000, 2000, 100, 20, 200, 4000
-# By kind: the facet that has it, its records and table, its statuses, and the time that with them begins an index.
-_KINDS: dict[str, tuple[type[_Facet], _Mapper[Any], str, type[StrEnum], str]] = {
-    "executions": (_LogFacet, _RUN, "flowstore_runs", ExecutionStatus, "updated_at"),
-    "flows": (FlowStore, _FLOW, "flows", FlowStatus, "updated_at"),
-    "workflows": (PersistenceProvider, _INSTANCE, "workflows", WorkflowStatus, "COALESCE(complete_time, create_time)"),
-    "work items": (StateBackend, _DEAD, "flowstore_work_items", WorkItemStatus, "dead_lettered_at"),
+# By kind: the facet that has it, its records, its statuses, and the time that with them begins an index.
+_KINDS: dict[str, tuple[type[_Facet], _Mapper[Any], type[StrEnum], str]] = {
+    "executions": (_LogFacet, _RUN, ExecutionStatus, "updated_at"),
+    "flows": (FlowStore, _FLOW, FlowStatus, "updated_at"),
+    "workflows": (PersistenceProvider, _INSTANCE, WorkflowStatus, "COALESCE(complete_time, create_time)"),
+    "work items": (StateBackend, _DEAD, WorkItemStatus, "dead_lettered_at"),
 }
-# By kind: its records and where they are; then the same of its tables.
-_DETAILS: dict[str, tuple[_Mapper[Any], str, dict[str, tuple[_Mapper[Any], str]]]] = {
-    "execution": (_RUN, "flowstore_runs WHERE execution_id = ? {tenant}", {
-        "events": (_STORED, "flowstore_log WHERE execution_id = ? {tenant} ORDER BY sequence DESC"),
-        "work items": (_DEAD, """flowstore_work_items WHERE execution_id = ? {tenant}
-            ORDER BY available_at DESC, id DESC""")}),
-    "flow": (_FLOW, "flows WHERE id = ?", {
-        "events": (_FLOW_EVENT, "flow_events WHERE flow_id = ? ORDER BY id DESC"),
-        "steps": (_STEP, "flow_steps WHERE flow_id = ? ORDER BY created_at DESC, id DESC")}),
-    "workflow": (_INSTANCE, "workflows WHERE id = ?", {
-        "pointers": (_POINTER, "execution_pointers WHERE workflow_id = ? ORDER BY place DESC, id DESC"),
-        "subscriptions": (_SUBSCRIPTION, "event_subscriptions WHERE workflow_id = ? AND terminated_at IS NULL"),
-        "errors": (_ERROR, "execution_errors WHERE workflow_id = ? ORDER BY id DESC")}),
+# By kind: its records; then its tables, each with its records, which of them those are, and in what order.
+_DETAILS: dict[str, tuple[_Mapper[Any], dict[str, tuple[_Mapper[Any], str, str]]]] = {
+    "execution": (_RUN, {
+        "events": (_STORED, "execution_id = ?", "sequence DESC"),
+        "work items": (_DEAD, "execution_id = ?", "available_at DESC, id DESC")}),
+    "flow": (_FLOW, {
+        "events": (_FLOW_EVENT, "flow_id = ?", "id DESC"),
+        "steps": (_STEP, "flow_id = ?", "created_at DESC, id DESC")}),
+    "workflow": (_INSTANCE, {
+        "pointers": (_POINTER, "workflow_id = ?", "place DESC, id DESC"),
+        "subscriptions": (_SUBSCRIPTION, "workflow_id = ? AND terminated_at IS NULL", "workflow_id"),
+        "errors": (_ERROR, "workflow_id = ?", "id DESC")}),
 }
 _MEANINGS = {word: meaning for meaning, words in {  # to the eye, in colours and bars; what is not named here waits
     "running": "running started resumed claimed runnable", "done": "completed succeeded finished complete",
@@ -4411,42 +4410,48 @@ _STEP_KEYS = ("step", "step_id", "node_id", "node", "call_id", "tool_call_id", "
 def _meaning(status: object) -> str:
     return _MEANINGS.get(str(status).lower(), "waiting")
 
-def _seen(facet: _Facet, tx: _Tx, mapper: _Mapper[Any], rest: str, *params: Any) -> list[dict[str, Any]]:
+def _seen(facet: _Facet, tx: _Tx, mapper: _Mapper[Any], where: str, *params: Any,
+          rest: str = "") -> list[dict[str, Any]]:
     """Records as dicts, of the facet's tenant alone; of long texts and JSON the beginning, as text."""
     long = {spec.name for spec in dataclasses.fields(mapper.record) if re.match("str|Json|list|dict", str(spec.type))}
     columns = (f"SUBSTR({name}, 1, {_CUT + 1})" if name in long else name for name in mapper.names)
-    rows = facet._rows(tx, _Sql(f"SELECT {', '.join(columns)} FROM {rest}"), *params)
+    sql = _Sql(f"SELECT {', '.join(columns)} FROM {mapper.table} WHERE {where} {{tenant}} {rest}")
     decoders = {mapper.fields[index]: decode for index, decode in mapper._decoders}
-    return [{name: value if value is None else f"{value[:_CUT]}... (cut)" if name in long and len(value) > _CUT else
-             decoders.get(name, lambda value: value)(value) for name, value in zip(mapper.fields, row, strict=True)}
-            for row in rows]
+    def seen(name: str, value: Any) -> Any:
+        if name in long and value is not None and len(value) > _CUT:
+            return f"{value[:_CUT]}... (cut)"
+        return decoders[name](value) if name in decoders and value is not None else value
+    return [{name: seen(name, value) for name, value in zip(mapper.fields, row, strict=True)}
+            for row in facet._rows(tx, sql, *params)]
 
-def _counted(facet: _Facet, tx: _Tx, rows: str, *params: Any) -> int | str:
-    """How many rows there are, at 80 ns each; beyond the bound, that there are more."""
-    sql = _Sql(f"SELECT COUNT(*) FROM (SELECT 1 FROM {rows} LIMIT {_COUNTED + 1}) counted")
+def _one(facet: _Facet, tx: _Tx, mapper: _Mapper[Any], id: str) -> dict[str, Any] | None:
+    return next(iter(_seen(facet, tx, mapper, f"{mapper.key} = ?", id)), None)
+
+def _counted(facet: _Facet, tx: _Tx, table: str, where: str, *params: Any) -> int | str:
+    """How many rows of the facet's tenant there are, at 80 ns each; beyond the bound, that there are more."""
+    sql = _Sql(f"SELECT COUNT(*) FROM (SELECT 1 FROM {table} WHERE {where} {{tenant}} LIMIT {_COUNTED + 1}) counted")
     count = int(facet._rows(tx, sql, *params)[0][0])
     return count if count <= _COUNTED else f"{_COUNTED:,}+"
 
 @_snapshot
 def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, Any]:
     """What there is in a store, for a facet, or in a tenant's view; with a status, the lists are of that one."""
-    if status and all(status not in list(kind[3]) for kind in _KINDS.values()):
+    if status and all(status not in list(statuses) for _, _, statuses, _ in _KINDS.values()):
         raise InvalidData(f"status: {status[:50]!r} is no status of anything in a store")
     now, counts, tables = tx.now(), dict[str, Any](), dict[str, list[dict[str, Any]]]()
     facts = {"store": facet.target, **facet._engine.sizes(tx)} if isinstance(facet, _StoreBase) else dict[str, Any]()
     facts |= {"tenant_id": facet._tenant, "read_at": _datetime(now)}
     if isinstance(facet, (_StoreBase, StateBackend)):
         tables["queues"] = _queues(facet, tx, now)
-    for name, (owner, mapper, table, statuses, by) in _KINDS.items():
+    for name, (owner, mapper, statuses, by) in _KINDS.items():
         if isinstance(facet, (_StoreBase, owner)):
             listed = [word for word in (["dead_lettered"] if mapper is _DEAD else statuses) if status in (None, word)]
-            mine, key = "{tenant}" * (mapper in (_RUN, _DEAD)), "execution_id" if mapper is _RUN else "id"
             # A tenant's items that are done have no index; those that wait, are leased or dead have.
             skip = ("completed", "failed") if facet._tenant is not None and mapper is _DEAD else ()
             counts[name] = {str(word): count for word in statuses if word not in skip and (
-                count := _counted(facet, tx, f"{table} WHERE status = '{word}' {mine}"))}
-            newest = [row for word in listed for row in _seen(facet, tx, mapper, f"""{table}
-                WHERE status = '{word}' {mine} ORDER BY {by} DESC, {key} DESC LIMIT {_LISTED}""")]
+                count := _counted(facet, tx, mapper.table, f"status = '{word}'"))}
+            rest = f"ORDER BY {by} DESC, {mapper.key} DESC LIMIT {_LISTED}"
+            newest = [row for word in listed for row in _seen(facet, tx, mapper, f"status = '{word}'", rest=rest)]
             tables["dead letters" if mapper is _DEAD else name] = sorted(newest, reverse=True, key=lambda row: max(
                 value for value in row.values() if isinstance(value, datetime)))[:_LISTED]
     if isinstance(facet, (_StoreBase, _LogFacet)):
@@ -4457,39 +4462,39 @@ def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, An
             rate = f"{(len(log) - 1) / seconds:,.1f} events/s" if seconds > 0 else "at one time"
             facts |= {"last_position": log[0][2], "throughput": f"{rate}, the last {_many(len(log), 'events')}"}
         # What was appended to last comes first; of some executions only the log knows.
-        known, (mapper, where, _) = {row["execution_id"]: row for row in tables["executions"]}, _DETAILS["execution"]
+        known = {row["execution_id"]: row for row in tables["executions"]}
         ids = dict.fromkeys([*([] if status else [row[0] for row in log]), *known])
-        tables["executions"] = [(known.get(id) or next(iter(_seen(facet, tx, mapper, where, id)), {"execution_id": id}))
+        tables["executions"] = [(known.get(id) or _one(facet, tx, _RUN, id) or {"execution_id": id})
                                 | {"events": (facet._row(tx, _LOG_LAST, id) or (0,))[0]}
                                 for id in itertools.islice(ids, _LISTED)]
     if isinstance(facet, (_StoreBase, PersistenceProvider)):
-        facts |= {name: _counted(facet, tx, rows) for name, rows in (
-            ("open_subscriptions", "event_subscriptions WHERE terminated_at IS NULL"),
-            ("unprocessed_events", "events WHERE is_processed = 0"),
-            ("due_commands", f"scheduled_commands WHERE execute_time <= {now // 1000}"),
-            ("later_commands", f"scheduled_commands WHERE execute_time > {now // 1000}"))}
+        facts |= {
+            "open_subscriptions": _counted(facet, tx, "event_subscriptions", "terminated_at IS NULL"),
+            "unprocessed_events": _counted(facet, tx, "events", "is_processed = 0"),
+            "due_commands": _counted(facet, tx, "scheduled_commands", "execute_time <= ?", now // 1000),
+            "later_commands": _counted(facet, tx, "scheduled_commands", "execute_time > ?", now // 1000)}
     return {"kind": "overview", "id": facet._tenant, "status": status, "facts": facts, "counts": counts,
             "tables": {name: {"rows": rows, "total": len(rows) if name == "queues" or len(rows) < _LISTED else
                               f"{_LISTED}+"} for name, rows in tables.items()}}
 
 def _queues(facet: _Facet, tx: _Tx, now: int) -> list[dict[str, Any]]:
     """What each queue has that is not done: the indexes of what waits and is leased begin with the queue."""
-    items = "flowstore_work_items WHERE status = '{}' {{tenant}}".format
-    dead = [queue for (queue,) in facet._rows(tx, _Sql(
-        f"SELECT queue_type FROM {items('dead_lettered')} LIMIT {_DEAD_COUNTED}"))]
-    names, rows, more = set(dead), list[dict[str, Any]](), "+" * (len(dead) == _DEAD_COUNTED)
+    items = "SELECT {} FROM flowstore_work_items WHERE status = '{}' {{tenant}} {}".format
+    dead = [row[0] for row in facet._rows(tx, _Sql(items("queue_type", "dead_lettered", f"LIMIT {_DEAD_COUNTED}")))]
+    first = _Sql(items("available_at", "pending", "AND queue_type = ? ORDER BY available_at, id LIMIT 1"))
+    names, rows = set(dead), list[dict[str, Any]]()
     for status in ("pending", "claimed"):
-        name = ""
-        while len(names) < _QUEUES and (row := facet._row(tx, _Sql(
-                f"SELECT queue_type FROM {items(status)} AND queue_type > ? ORDER BY queue_type LIMIT 1"), name)):
+        following, name = _Sql(items("queue_type", status, "AND queue_type > ? ORDER BY queue_type LIMIT 1")), ""
+        while len(names) < _QUEUES and (row := facet._row(tx, following, name)):
             names.add(name := row[0])
     for name in sorted(names):
-        waiting, leased = (_counted(facet, tx, f"{items(word)} AND queue_type = ?", name)
-                           for word in ("pending", "claimed"))
-        oldest = facet._row(tx, _Sql(f"""SELECT available_at FROM {items('pending')} AND queue_type = ?
-            ORDER BY available_at, id LIMIT 1"""), name)
-        rows.append({"queue": name, "waiting": waiting, "leased": leased, "dead": f"{dead.count(name)}+" if more else
-                     dead.count(name), "oldest_seconds": max(0, now - oldest[0]) / 1e6 if oldest else None})
+        oldest = facet._row(tx, first, name)
+        rows.append({
+            "queue": name,
+            "waiting": _counted(facet, tx, _ITEM.table, "status = 'pending' AND queue_type = ?", name),
+            "leased": _counted(facet, tx, _ITEM.table, "status = 'claimed' AND queue_type = ?", name),
+            "dead": f"{dead.count(name)}+" if len(dead) == _DEAD_COUNTED else dead.count(name),
+            "oldest_seconds": max(0, now - oldest[0]) / 1e6 if oldest else None})
     return rows
 
 @_snapshot
@@ -4497,25 +4502,24 @@ def _details(facet: _Facet, tx: _Tx, id: str) -> list[dict[str, Any]]:
     """The execution, the flow and the workflow of this id, or else the execution of the work item of this id."""
     kinds = _DETAILS if facet._tenant is None else ["execution"]  # the only kind that has a tenant
     found = [view for kind in kinds if (view := _detail(facet, tx, kind, _id(id, "id")))]
-    items = _seen(facet, tx, _ITEM, "flowstore_work_items WHERE id = ? {tenant}", id) if not found else []
-    found += [view for item in items if (view := _detail(facet, tx, "execution", item["execution_id"]))]
+    if not found and (item := _one(facet, tx, _ITEM, id)):
+        found += filter(None, [_detail(facet, tx, "execution", item["execution_id"])])
     return found or _found(None, " or ".join(kinds), id)
 
 def _detail(facet: _Facet, tx: _Tx, kind: str, id: str) -> dict[str, Any] | None:
-    mapper, where, its_tables = _DETAILS[kind]
-    owner = facet._row(tx, _EXECUTION_OWNER, id) if kind == "execution" else None
-    facts = next(iter(_seen(facet, tx, mapper, where, id)), {"tenant_id": owner[0]} if owner else None)
-    if facts is None:
+    mapper, its_tables = _DETAILS[kind]
+    owner = facet._row(tx, _EXECUTION_OWNER, id) if kind == "execution" else None  # of some only the log knows
+    if not (facts := _one(facet, tx, mapper, id) or ({"tenant_id": owner[0]} if owner else None)):
         return None
     now, status, tables = _datetime(tx.now()), facts.pop("status", None), dict[str, Any]()
     bars: list[dict[str, Any]] = []
-    for name, (mapper, rest) in its_tables.items():
-        rows = _seen(facet, tx, mapper, f"{rest} LIMIT {_DETAILED}", id)[::-1]
-        total = rows[-1]["sequence"] if rows and mapper is _STORED else _counted(facet, tx, rest, id)
+    for name, (mapper, where, order) in its_tables.items():
+        rows = _seen(facet, tx, mapper, where, id, rest=f"ORDER BY {order} LIMIT {_DETAILED}")[::-1]
+        total = rows[-1]["sequence"] if rows and mapper is _STORED else _counted(facet, tx, mapper.table, where, id)
+        tables[name] = {"total": total, "rows": rows}
         bars += _event_bars(rows) if mapper is _STORED else [_row_bar(row) for row in rows if "status" in row]
         if rows and mapper is _STORED and _meaning(status) not in ("waiting", "running"):
             now = rows[-1]["timestamp"]  # what has not ended goes on up to now, or to the last event when all has
-        tables[name] = {"total": total, "rows": rows}
     for part in (part for bar in bars for part in bar["parts"]):
         part["to"] = part["to"] or max(part["from"], now)
     return {"kind": kind, "id": id, "status": status, "facts": facts, "steps": bars, "tables": tables}
@@ -4851,7 +4855,7 @@ def _serve(args: Any) -> int:
         except (FlowStoreError, ValueError) as error:
             code, content = "404 Not Found" if isinstance(error, NotFound) else "400 Bad Request" if isinstance(
                 error, ValueError) else "503 Service Unavailable", [_tag("h2", error)]
-        words = ("", *dict.fromkeys(str(word) for kind in _KINDS.values() for word in kind[3]))
+        words = ("", *dict.fromkeys(str(word) for _, _, statuses, _ in _KINDS.values() for word in statuses))
         options = [_tag("option", word or "any", value=word, selected="" if asked.get("status") == word else None)
                    for word in words]
         fields = [_tag("label", name, _tag("input", name=name, value=asked.get(name, ""))) for name in ("id", "tenant")]
