@@ -5372,9 +5372,7 @@ def _bench_append(on: _Bench, threads: int, synchronous: str, least: dict[str, f
                 return done
             return sum(await asyncio.gather(*map(task, range(1000)))) / (time.perf_counter() - start)
     def ours() -> float:
-        if threads > 1:
-            return sum(_in_threads(threads, one))
-        return one(0) if threads else asyncio.run(in_tasks())
+        return sum(_in_threads(threads, one)) if threads else asyncio.run(in_tasks())
     return on.compare(ours, *((f"plain {mode}", ratio, on.plain(mode)) for mode, ratio in least.items()))
 
 def _bench_batch(on: _Bench) -> _Verdict:
@@ -5515,18 +5513,6 @@ def _bench_worker(target: str, queue: str, start: float) -> float:
             store.state.complete_work_item(item)
         return time.time()
 
-def _bench_look(on: _Bench) -> _Verdict:
-    store = on.store("OFF")
-    item = store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="queue"))
-    on.copies(store, "flowstore_log", "position = 1", on.depth - 1, position="1 + n", sequence="1 + n")
-    on.copies(store, "flowstore_work_items", f"id = '{item}'", on.depth // 5, id="id || n",
-              status="CASE n % 2 WHEN 0 THEN 'pending' ELSE 'completed' END")
-    def look(id: str | None) -> None:
-        views = _views(store, id)
-        _page(store.target, *map(_html, views))
-        "".join(map(_drawn, views))
-    return _under(200, "ms", [max(_ms(lambda: look(None)), _ms(lambda: look("run"))) for _ in range(on.rounds)])
-
 def _bench_import(on: _Bench) -> _Verdict:
     from subprocess import check_output
     folder, name = os.path.split(os.path.abspath(__file__))
@@ -5554,7 +5540,6 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "a writer's wait while a tenth of {} flows is pruned": (_bench_prune,),
     "wake-up of a claim and a tail in other processes, the later one": (_bench_wait, False),
     "a claim and a tail that wait, the busier one": (_bench_wait, True),
-    "overview and detail of {} events, text and page, the slower one": (_bench_look,),
     "import flowstore": (_bench_import,),
 }
 _SERVER_ROWS: dict[str, tuple[Any, ...]] = {"claim + complete, 8 processes": (_bench_workers,)} | {
@@ -5564,19 +5549,20 @@ def _bench(args: Any) -> int:
     """Measure each row of the table, and print whether it holds; status 1 when one does not."""
     import platform
     import tempfile
-    path = _shared(args.target, "--target") if args.target else ""
-    beside = os.path.dirname(path) or tempfile.gettempdir()
-    on, rows = _Bench(args.quick, "" if path or not args.target else args.target), list[dict[str, Any]]()
+    path = _shared(args.target, "--target") if args.target else None
+    beside = os.path.dirname(path) if path else None
+    on, rows = _Bench(args.quick, args.target if path == "" else ""), list[dict[str, Any]]()
     table = _SERVER_ROWS if on.url else _ROWS
     say = functools.partial(print, file=io.StringIO() if args.json else None, flush=True)
     machine = (f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
-               f"{'a server' if on.url else f'SQLite {sqlite3.sqlite_version}, {_file_system(beside)}'}"
+               f"{'a server' if on.url else f'SQLite {sqlite3.sqlite_version}'}"
                f"{f'; quick, {on.depth:,} for 1,000,000' * args.quick}")
     say(machine)
     for number, (title, (function, *given)) in enumerate(table.items()):
         _bar(sys.stderr, number, len(table), name := title.format(f"{on.depth:,}"))
-        with (tempfile.TemporaryDirectory(prefix="flowstore-", dir=beside, ignore_cleanup_errors=True) as on.folder,
-              contextlib.ExitStack() as on.row):
+        with contextlib.ExitStack() as on.row:
+            folder = tempfile.TemporaryDirectory(prefix="flowstore-", dir=beside, ignore_cleanup_errors=True)
+            on.folder = on.row.enter_context(folder)
             holds, said, measured = function(on, *given)
         _bar(sys.stderr)
         say(f"{'holds ' if holds else 'MISSES'} {name}: {said}")
@@ -5585,13 +5571,6 @@ def _bench(args: Any) -> int:
     result = {"machine": machine, "quick": args.quick, "rows": rows, "holds": not missed}
     print(json.dumps(result) if args.json else f"{len(rows) - missed} hold, {missed} missed")
     return 1 if missed else 0
-
-def _file_system(folder: str) -> str:
-    """What kind of file system a folder is on, as far as Linux tells."""
-    with contextlib.suppress(OSError), io.FileIO("/proc/mounts") as mounts:
-        found = [os.fsdecode(line).split()[1:3] for line in mounts]
-        return max((at, kind) for at, kind in found if os.path.commonpath([os.path.realpath(folder), at]) == at)[1]
-    return "an unknown file system"
 
 # --- check, backup, compact, prune ---
 def _check(args: Any) -> int:
