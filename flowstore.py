@@ -4640,7 +4640,7 @@ def _drawn(view: dict[str, Any], colour: bool = False) -> str:
     """A view in lines of at most 80 columns."""
     def paint(status: object, text: str) -> str:
         return f"\33[{_COLOURS[_meaning(status)]}m{text}\33[0m" if colour and status else text
-    head = f"{view['kind']} {_said('', view['id'] or '').strip('-')}".strip()
+    head = f"{view['kind']} {_said('', view['id'])}" if view["id"] else view["kind"]
     lines = [paint(view["status"], f"{_fit(head, 60).rstrip()} {view['status'] or ''}".rstrip())]
     told = view["facts"] | {
         name: ", ".join(f"{_said('', count)} {word}" for word, count in words.items())
@@ -4660,15 +4660,20 @@ def _drawn(view: dict[str, Any], colour: bool = False) -> str:
     lines += [f"  {', '.join(f'{letter} {what}' for what, letter in _LETTERS.items())}"] * bool(bars)
     for title, columns, rows in _grids(view, _LISTED):
         cells = [{name: _said(name, row.get(name)) for name in columns} for row in rows]
+        cells.insert(0, {name: _label(name) for name in columns})
         widths, room = dict[str, int](), 80
         for name in columns:  # what comes first is an id, to be copied; what comes last has all that is left
-            widest = max(len(_label(name)), *(len(cell[name]) for cell in cells))
+            widest = max(len(cell[name]) for cell in cells)
             width = min(widest, room - 2, 80 if name == columns[-1] else 24 if widths else 36)
             if width >= min(widest, 19):
                 widths[name], room = width, room - width - 2
-        lines += ["", title, *("".join("  " + paint(name == "status" and row.get(name), _fit(
-            cell[name], width, isinstance(row.get(name), (int, float)))) for name, width in widths.items()).rstrip()
-            for row, cell in [({}, {name: _label(name) for name in columns}), *zip(rows, cells, strict=True)])]
+        lines += ["", title]
+        for row, cell in zip([{}, *rows], cells, strict=True):
+            line = ""
+            for name, width in widths.items():
+                text = _fit(cell[name], width, isinstance(row.get(name), (int, float)))
+                line += "  " + (paint(row.get(name), text) if name == "status" else text)
+            lines.append(line.rstrip())
     return "\n".join(lines)
 
 # --- drawn as HTML ---
@@ -4718,36 +4723,40 @@ def _html(view: dict[str, Any], address: str = "") -> _Html:
     """A view as a section; `address` is what stands before an id in a link to it."""
     def chip(status: object, text: str) -> _Html:
         return _tag("span", text, class_=f"chip {_meaning(status)}")
-    def card(*children: object, **attributes: object) -> _Html:
-        return _tag("div", *children, class_="card", **attributes)
+    def fact(name: str, *said: object) -> _Html:
+        return _tag("div", _tag("dt", _label(name)), _tag("dd", *said or ["none"]))
+    def table(caption: str, *rows: _Html, **attributes: object) -> _Html:
+        return _tag("div", _tag("table", _tag("caption", caption), *rows), class_="card", **attributes)
+    def stretch(what: str, left: float, share: float) -> _Html:
+        y, height = (7, 6) if what == "waiting" else (3, 14)
+        x, width = f"{left * 99:.2f}%", f"{max(share * 99, 0.4):.2f}%"
+        return _tag("rect", class_=what, x=x, width=width, rx=2, y=y, height=height)
     def cell(name: str, row: dict[str, Any], linked: str) -> _Html:
         value, text = row.get(name), _said(name, row.get(name))
         kind = "n" if isinstance(value, (int, float)) else "at" if isinstance(value, datetime) else name
-        return _tag("td", chip(value, text) if name == "status" and value else _tag(
-            "a", text, href=address + _quoted(value)) if address and name == linked else text, class_=kind)
-    facts: list[Any] = [(name, [_tag("pre", json.dumps(value, ensure_ascii=False, default=str, indent=2)) if isinstance(
-        value, (dict, list)) else _said(name, value)]) for name, value in view["facts"].items()
-        if value not in (*_EMPTY, view["id"])]
-    facts += [(name, [chip(word, f"{_said('', count)} {word}") for word, count in words.items()])
+        link = _tag("a", text, href=address + _quoted(value)) if address and name == linked else None
+        return _tag("td", link or (chip(value, text) if name == "status" and value else text), class_=kind)
+    facts = [fact(name, _tag("pre", json.dumps(value, ensure_ascii=False, default=str, indent=2))
+                  if isinstance(value, (dict, list)) else _said(name, value))
+             for name, value in view["facts"].items() if value not in (*_EMPTY, view["id"])]
+    facts += [fact(name, *(chip(word, f"{_said('', count)} {word}") for word, count in words.items()))
               for name, words in view.get("counts", {}).items()]
     status = [chip(view["status"], view["status"])] if view["status"] else []
-    parts = [_tag("h2", f"{view['kind']} {view['id'] or ''} ", *status), _tag("dl", *(
-        _tag("div", _tag("dt", _label(name)), _tag("dd", *said or ["none"])) for name, said in facts), class_="card")]
+    parts = [_tag("h2", f"{view['kind']} {view['id'] or ''} ", *status), _tag("dl", *facts, class_="card")]
     title, bars = _axis(view)
-    if bars:
-        parts.append(card(_tag("table", _tag("caption", f"Steps, {title}"), *(_tag(
-            "tr", _tag("th", _said("", name), scope="row"), _tag("td", _tag("svg", *(_tag(
-                "rect", class_=what, x=f"{left * 99:.2f}%", width=f"{max(share * 99, 0.4):.2f}%", rx=2,
-                y=7 if what == "waiting" else 3, height=6 if what == "waiting" else 14) for what, left, share in drawn),
-                role="img", aria_label=f"{name}: {', '.join(what for what, *_ in drawn[:20])}")),
-            _tag("td", chip(status.split(",")[0], status) if status else "")) for name, status, drawn in bars))))
+    lines = list[_Html]()
+    for name, said, drawn in bars:
+        label = f"{name}: {', '.join(what for what, *_ in drawn[:20])}"
+        svg = _tag("svg", *(stretch(*part) for part in drawn), role="img", aria_label=label)
+        ended = chip(said.split(",")[0], said) if said else ""
+        lines.append(_tag("tr", _tag("th", _said("", name), scope="row"), _tag("td", svg), _tag("td", ended)))
+    parts += [table(f"Steps, {title}", *lines)] * bool(lines)
     for caption, columns, rows in _grids(view, _DETAILED):
         linked = "" if "steps" in view else "execution_id" if "execution_id" in columns else "id"
         head = (_tag("th", _label(name), scope="col", class_="n" * isinstance(rows[0].get(name), (int, float)))
                 for name in columns)
         body = (_tag("tr", *(cell(name, row, linked) for name in columns)) for row in rows)
-        parts.append(card(_tag("table", _tag("caption", caption), _tag("tr", *head), *body), tabindex=0, role="region",
-                          aria_label=caption))
+        parts.append(table(caption, _tag("tr", *head), *body, tabindex=0, role="region", aria_label=caption))
     return _tag("section", *parts, id=_quoted(view["id"] or "overview"))
 
 def _page(target: str, *content: _Html, form: object = "", home: str | None = None) -> bytes:
@@ -4811,23 +4820,24 @@ def _tail(args: Any) -> int:
 
 def _report(args: Any) -> int:
     """Write one page: the overview with all that it lists, or all about one id."""
-    own = _parse_target(args.store)[1]
-    if args.output and own and os.path.exists(own) and _file_id(args.output) == _file_id(own):
-        return _complain(f"-o: {args.output} is the store itself: name another file", 2)
     with open(args.store, read_only=True) as store:
+        own = _parse_target(args.store)[1]
+        if args.output and own and _file_id(args.output) == _file_id(own):
+            return _complain(f"-o: {args.output} is the store itself: name another file", 2)
         views, target = _views(store, args.id), store.target
         rows = [row for table in views[0]["tables"].values() for row in table["rows"]] if args.id is None else []
         for id in dict.fromkeys(row.get("execution_id") or row.get("id") for row in rows):
             with contextlib.suppress(NotFound):
                 views += _views(store, id) if id else []
     page = _page(target, *(_html(view, "#") for view in views))
+    if not args.output:
+        sys.stdout.buffer.write(page)
+        return 0
     try:
-        with io.FileIO(args.output, "w") if args.output else contextlib.nullcontext(sys.stdout.buffer) as file:
+        with io.FileIO(args.output, "w") as file:
             file.write(page)
     except OSError as error:
-        if args.output:
-            return _complain(f"-o: {args.output} cannot be written ({error.strerror}): name another file", 1)
-        raise
+        return _complain(f"-o: {args.output} cannot be written ({error.strerror}): name another file", 1)
     return 0
 
 def _serve(args: Any) -> int:
@@ -5347,15 +5357,15 @@ class _Bench:
     def compare(self, ours: Callable[[], float], *others: tuple[str, float, Callable[[], float]]) -> _Verdict:
         """Our rate against others' (what, how many times its rate, itself): one median of the ratios has to hold."""
         from statistics import median
-        sides, rates = [ours, *(measure for _, _, measure in others)], list[list[float]]()
-        for turn in range(self.rounds + 1):
-            found = {side: side() for side in (sides if turn % 2 else sides[::-1])}  # nobody is always first
-            rates += [[found[side] for side in sides]] if turn else []  # the first round only warms up
-        ratios = [median(some[0] / some[side] for some in rates) for side in range(1, len(sides))]
-        told = [(f"{ratio:.2f} x {what} (at least {least})", ratio >= least)
-                for ratio, (what, least, _) in zip(ratios, others, strict=True)]
-        said, rate = ", or ".join(text for text, _ in told), median(some[0] for some in rates)
-        return any(holds for _, holds in told), f"{said}; {rate:,.0f}/s", [*ratios, rate]
+        sides = [ours, *(other for _, _, other in others)]
+        rounds = [{side: side() for side in (sides if turn % 2 else sides[::-1])}  # nobody is always first
+                  for turn in range(self.rounds + 1)][1:]  # the first only warms up
+        rate, ratios, told, holds = median(each[ours] for each in rounds), list[float](), list[str](), False
+        for what, least, other in others:
+            ratios.append(ratio := median(each[ours] / each[other] for each in rounds))
+            told.append(f"{ratio:.2f} x {what} (at least {least})")
+            holds = holds or ratio >= least
+        return holds, f"{', or '.join(told)}; {rate:,.0f}/s", [*ratios, rate]
 
 def _bench_append(on: _Bench, threads: int, synchronous: str, least: dict[str, float]) -> _Verdict:
     import asyncio
@@ -5630,9 +5640,9 @@ _COPIED = {  # by table, its columns and those of its key; referred ones first
     for name, columns in re.findall(r"CREATE TABLE (\w+) (.*)", " ".join(_TABLES.split()).replace("; ", ";\n"))
     if name != "flowstore_meta"
 }
+_Rows: TypeAlias = "Callable[..., list[tuple[Any, ...]]]"  # what runs a statement with its parameters
 
-def _table_rows(rows: Callable[..., list[tuple[Any, ...]]], table: str, after: tuple[Any, ...] | None = None
-                ) -> Iterator[list[tuple[Any, ...]]]:
+def _table_rows(rows: _Rows, table: str, after: tuple[Any, ...] | None = None) -> Iterator[list[tuple[Any, ...]]]:
     """The rows of a table behind a key, in the order of its key, some hundred at a time."""
     columns, key = _COPIED[table]
     places = [columns.index(name) for name in key.split(", ")]
@@ -5645,7 +5655,7 @@ def _table_rows(rows: Callable[..., list[tuple[Any, ...]]], table: str, after: t
         yield found
         after = tuple(found[-1][place] for place in places)
 
-def _copy_tables(rows: Callable[..., list[tuple[Any, ...]]], target: Store, tell: Callable[[int], Any] = bool) -> None:
+def _copy_tables(rows: _Rows, target: Store, tell: Callable[[int], Any] = bool) -> None:
     """Copy what `rows` reads into a new store, or go on with a copy that was broken off."""
     with target.transaction() as tx:
         if not tx.execute("SELECT 1 FROM flowstore_meta WHERE key = 'copying'"):
@@ -5670,7 +5680,7 @@ def _copy_tables(rows: Callable[..., list[tuple[Any, ...]]], target: Store, tell
 def _copy_store(args: Any) -> int:
     """Copy a store into a new one, of either engine, and compare them; status 1 when they differ."""
     with open(args.source, read_only=True) as source, source.transaction() as read:  # one snapshot
-        rows: Callable[..., list[tuple[Any, ...]]] = lambda sql, *values: read.execute(sql, values)  # noqa: E731
+        rows: _Rows = lambda sql, *values: read.execute(sql, values)  # noqa: E731
         total = sum(rows(f"SELECT COUNT(*) FROM {table}")[0][0] for table in _COPIED)
         with open(args.target) as target:
             _copy_tables(rows, target, lambda done: _bar(sys.stdout, done, total, "rows"))
