@@ -4410,12 +4410,11 @@ _STEP_KEYS = ("step", "step_id", "node_id", "node", "call_id", "tool_call_id", "
 def _meaning(status: object) -> str:
     return _MEANINGS.get(str(status).lower(), "waiting")
 
-def _seen(facet: _Facet, tx: _Tx, mapper: _Mapper[Any], where: str, *params: Any,
-          rest: str = "") -> list[dict[str, Any]]:
+def _seen(facet: _Facet, tx: _Tx, mapper: _Mapper[Any], where: str, *params: Any, by: str = "") -> list[dict[str, Any]]:
     """Records as dicts, of the facet's tenant alone; of long texts and JSON the beginning, as text."""
-    long = {spec.name for spec in dataclasses.fields(mapper.record) if re.match("str|Json|list|dict", str(spec.type))}
+    long = {name for name, encode in mapper.codecs.items() if encode in (_text, _json, _texts, _object)}
     columns = (f"SUBSTR({name}, 1, {_CUT + 1})" if name in long else name for name in mapper.names)
-    sql = _Sql(f"SELECT {', '.join(columns)} FROM {mapper.table} WHERE {where} {{tenant}} {rest}")
+    sql = _Sql(f"SELECT {', '.join(columns)} FROM {mapper.table} WHERE {where} {{tenant}} {by}")
     decoders = {mapper.fields[index]: decode for index, decode in mapper._decoders}
     def seen(name: str, value: Any) -> Any:
         if name in long and value is not None and len(value) > _CUT:
@@ -4443,15 +4442,15 @@ def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, An
     facts |= {"tenant_id": facet._tenant, "read_at": _datetime(now)}
     if isinstance(facet, (_StoreBase, StateBackend)):
         tables["queues"] = _queues(facet, tx, now)
-    for name, (owner, mapper, statuses, by) in _KINDS.items():
+    for name, (owner, mapper, statuses, when) in _KINDS.items():
         if isinstance(facet, (_StoreBase, owner)):
             listed = [word for word in (["dead_lettered"] if mapper is _DEAD else statuses) if status in (None, word)]
             # A tenant's items that are done have no index; those that wait, are leased or dead have.
             skip = ("completed", "failed") if facet._tenant is not None and mapper is _DEAD else ()
             counts[name] = {str(word): count for word in statuses if word not in skip and (
                 count := _counted(facet, tx, mapper.table, f"status = '{word}'"))}
-            rest = f"ORDER BY {by} DESC, {mapper.key} DESC LIMIT {_LISTED}"
-            newest = [row for word in listed for row in _seen(facet, tx, mapper, f"status = '{word}'", rest=rest)]
+            by = f"ORDER BY {when} DESC, {mapper.key} DESC LIMIT {_LISTED}"
+            newest = [row for word in listed for row in _seen(facet, tx, mapper, f"status = '{word}'", by=by)]
             tables["dead letters" if mapper is _DEAD else name] = sorted(newest, reverse=True, key=lambda row: max(
                 value for value in row.values() if isinstance(value, datetime)))[:_LISTED]
     if isinstance(facet, (_StoreBase, _LogFacet)):
@@ -4514,7 +4513,7 @@ def _detail(facet: _Facet, tx: _Tx, kind: str, id: str) -> dict[str, Any] | None
     now, status, tables = _datetime(tx.now()), facts.pop("status", None), dict[str, Any]()
     bars: list[dict[str, Any]] = []
     for name, (mapper, where, order) in its_tables.items():
-        rows = _seen(facet, tx, mapper, where, id, rest=f"ORDER BY {order} LIMIT {_DETAILED}")[::-1]
+        rows = _seen(facet, tx, mapper, where, id, by=f"ORDER BY {order} LIMIT {_DETAILED}")[::-1]
         total = rows[-1]["sequence"] if rows and mapper is _STORED else _counted(facet, tx, mapper.table, where, id)
         tables[name] = {"total": total, "rows": rows}
         bars += _event_bars(rows) if mapper is _STORED else [_row_bar(row) for row in rows if "status" in row]
@@ -4634,7 +4633,8 @@ def _fit(text: str, width: int, right: bool = False) -> str:
     if ends[-1] > width:
         most = next(index for index, end in enumerate(ends) if end > width - 3) - 1
         text, ends = text[:most] + "...", [ends[most] + 3]
-    return " " * ((width - ends[-1]) * right) + text + " " * ((width - ends[-1]) * (not right))
+    room = " " * (width - ends[-1])
+    return room + text if right else text + room
 
 def _drawn(view: dict[str, Any], colour: bool = False) -> str:
     """A view in lines of at most 80 columns."""
@@ -4798,7 +4798,7 @@ for _shown in (_Record, _Facet, View):
     _shown._repr_html_ = _repr_html_  # type: ignore[union-attr]
 
 # --- the commands: show, tail, report, serve ---
-def _show(args: Any) -> int:
+def _show(args: Any) -> None:
     """Print what is in a store, or all about one id."""
     with open(args.store, read_only=True) as store:
         views = _views(store, args.id)
@@ -4807,23 +4807,21 @@ def _show(args: Any) -> int:
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print("\n\n".join(_drawn(view, colour) for view in views))
-    return 0
 
-def _tail(args: Any) -> int:
+def _tail(args: Any) -> None:
     """Print events as they come, until Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store:
         for one in store.events.tail(args.after, tenant_id=args.tenant, execution_id=args.execution):
             line = f"{one.timestamp:%H:%M:%S} {_said('', one.execution_id)} {one.sequence} {_said('event', one.event)}"
             short = _fit(line, 80).rstrip() if sys.stdout.isatty() else line
             print(json.dumps(vars(one), default=datetime.isoformat) if args.json else short, flush=True)
-    return 0
 
-def _report(args: Any) -> int:
+def _report(args: Any) -> None:
     """Write one page: the overview with all that it lists, or all about one id."""
     with open(args.store, read_only=True) as store:
         own = _parse_target(args.store)[1]
         if args.output and own and _file_id(args.output) == _file_id(own):
-            return _complain(f"-o: {args.output} is the store itself: name another file", 2)
+            raise SystemExit(_complain(f"-o: {args.output} is the store itself: name another file", 2))
         views, target = _views(store, args.id), store.target
         rows = [row for table in views[0]["tables"].values() for row in table["rows"]] if args.id is None else []
         for id in dict.fromkeys(row.get("execution_id") or row.get("id") for row in rows):
@@ -4832,15 +4830,14 @@ def _report(args: Any) -> int:
     page = _page(target, *(_html(view, "#") for view in views))
     if not args.output:
         sys.stdout.buffer.write(page)
-        return 0
-    try:
-        with io.FileIO(args.output, "w") as file:
-            file.write(page)
-    except OSError as error:
-        return _complain(f"-o: {args.output} cannot be written ({error.strerror}): name another file", 1)
-    return 0
+    else:
+        try:
+            with io.FileIO(args.output, "w") as file:
+                file.write(page)
+        except OSError as error:
+            raise StorageError(f"-o: {args.output} cannot be written ({error.strerror}): name another file") from error
 
-def _serve(args: Any) -> int:
+def _serve(args: Any) -> None:
     """Serve the same pages to the browsers of this machine, until Ctrl-C."""
     from socketserver import ThreadingMixIn
     from urllib.parse import parse_qs
@@ -4877,18 +4874,18 @@ def _serve(args: Any) -> int:
             ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")])
         return [page] * (request["REQUEST_METHOD"] != "HEAD")
     if not 0 <= args.port < 65536:
-        return _complain(f"--port: 0 to 65535 is needed, not {args.port}", 2)
+        raise SystemExit(_complain(f"--port: 0 to 65535 is needed, not {args.port}", 2))
     with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store:
         try:
             server = threads(("127.0.0.1", args.port), handler)
         except OSError as error:
-            return _complain(f"--port: {args.port} cannot be had ({error.strerror}): name another, or 0 for any", 1)
+            said = f"--port: {args.port} cannot be had ({error.strerror}): name another, or 0 for any"
+            raise StorageError(said) from error
         with server:
             server.set_app(answer)
             names = {f"{name}:{server.server_port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")}
             print(f"http://127.0.0.1:{server.server_port}/ shows {store.target}; Ctrl-C ends it", flush=True)
             server.serve_forever()
-    return 0
 
 
 # ============================================================================================================
@@ -5395,8 +5392,9 @@ def _bench_load(on: _Bench) -> _Verdict:
     store.events.append_batch("run", "default", [on.event] * 9_999)
     db = on.row.enter_context(contextlib.closing(sqlite3.connect(store.target)))
     sql = "SELECT * FROM flowstore_log WHERE execution_id = 'run' ORDER BY sequence"
-    return on.compare(lambda: on.rate(lambda: store.events.load_events("run")), ("fetchall + json.loads", 0.5, lambda:
-                      on.rate(lambda: [json.loads(row[4]) for row in db.execute(sql).fetchall()])))
+    def plain() -> float:
+        return on.rate(lambda: [json.loads(row[4]) for row in db.execute(sql).fetchall()])
+    return on.compare(lambda: on.rate(lambda: store.events.load_events("run")), ("fetchall + json.loads", 0.5, plain))
 
 def _bench_claims(on: _Bench, queues: str, changed: dict[str, str], tenant: str = "") -> _Verdict:
     few, many = on.store("NORMAL"), on.store("NORMAL")  # waiting for the disk would hide what a claim costs
@@ -5611,11 +5609,11 @@ def _compact(args: Any) -> None:
         store.compact()
         print(f"{args.store}: {store.stats()['file_bytes']:,} bytes")
 
-def _prune(args: Any) -> int:
+def _prune(args: Any) -> None:
     """Drop what has ended, with a bar on a terminal, and say how much that was."""
     age = re.fullmatch(r"([0-9]{1,6})([smhdw])", args.older_than)
     if age is None:
-        return _complain("--older-than: up to six digits and one of s, m, h, d, w are needed, as in 30d", 2)
+        raise SystemExit(_complain("--older-than: up to six digits and one of s, m, h, d, w are needed, as in 30d", 2))
     older_than = timedelta(seconds=int(age[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}[age[2]])
     with _existing(args.store) as store:
         counts = store.prune(older_than, dry_run=True)
@@ -5631,7 +5629,6 @@ def _prune(args: Any) -> int:
     text = ", ".join(_many(count, kind) for kind, count in counts.items() if count) or "nothing"
     print(json.dumps({"store": args.store, "dry_run": args.dry_run, "pruned": counts}) if args.json else
           f"{args.store}: {'would drop' if args.dry_run else 'dropped'} {text}")
-    return 0
 
 # --- copy: a store moves into a new one, perhaps of another engine ---
 _COPIED = {  # by table, its columns and those of its key; referred ones first
