@@ -4387,6 +4387,7 @@ _KINDS: dict[str, tuple[type[_Facet], _Mapper[Any], type[StrEnum], str]] = {
     "workflows": (PersistenceProvider, _INSTANCE, WorkflowStatus, "COALESCE(complete_time, create_time)"),
     "work items": (StateBackend, _DEAD, WorkItemStatus, "dead_lettered_at"),
 }
+_STATUSES = dict.fromkeys(str(word) for _, _, statuses, _ in _KINDS.values() for word in statuses)
 # By kind: its records; then its tables, each with its records, which of them those are, and in what order.
 _DETAILS: dict[str, tuple[_Mapper[Any], dict[str, tuple[_Mapper[Any], str, str]]]] = {
     "execution": (_RUN, {
@@ -4435,7 +4436,7 @@ def _counted(facet: _Facet, tx: _Tx, table: str, where: str, *params: Any) -> in
 @_snapshot
 def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, Any]:
     """What there is in a store, for a facet, or in a tenant's view; with a status, the lists are of that one."""
-    if status and all(status not in list(statuses) for _, _, statuses, _ in _KINDS.values()):
+    if status and status not in _STATUSES:
         raise InvalidData(f"status: {status[:50]!r} is no status of anything in a store")
     now, counts, tables = tx.now(), dict[str, Any](), dict[str, list[dict[str, Any]]]()
     facts = {"store": facet.target, **facet._engine.sizes(tx)} if isinstance(facet, _StoreBase) else dict[str, Any]()
@@ -4860,14 +4861,14 @@ def _serve(args: Any) -> None:
                 facet = store.state.for_tenant(asked["tenant"]) if "tenant" in asked else store
                 content = [_html(view, "/?id=") for view in _views(facet, asked.get("id"), asked.get("status"))]
         except (FlowStoreError, ValueError) as error:
-            code, content = "404 Not Found" if isinstance(error, NotFound) else "400 Bad Request" if isinstance(
-                error, ValueError) else "503 Service Unavailable", [_tag("h2", error)]
-        words = ("", *dict.fromkeys(str(word) for _, _, statuses, _ in _KINDS.values() for word in statuses))
+            other = "400 Bad Request" if isinstance(error, ValueError) else "503 Service Unavailable"
+            code, content = "404 Not Found" if isinstance(error, NotFound) else other, [_tag("h2", error)]
         options = [_tag("option", word or "any", value=word, selected="" if asked.get("status") == word else None)
-                   for word in words]
+                   for word in ("", *_STATUSES)]
         fields = [_tag("label", name, _tag("input", name=name, value=asked.get(name, ""))) for name in ("id", "tenant")]
-        page = _page(store.target, *content, home="/", form=_tag("form", *fields, _tag("label", "status", _tag(
-            "select", *options, name="status")), _tag("button", "Search"), role="search"))
+        fields.append(_tag("label", "status", _tag("select", *options, name="status")))
+        form = _tag("form", *fields, _tag("button", "Search"), role="search")
+        page = _page(store.target, *content, home="/", form=form)
         start(code, [
             ("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(page))), ("Allow", "GET, HEAD"),
             ("Content-Security-Policy", f"{_POLICY}; frame-ancestors 'none'"), ("Cache-Control", "no-store"),
@@ -5258,7 +5259,7 @@ def _demo_do(store: Store, item: WorkItem, path: str) -> None:
 def _demo_table(store: Store, keys: list[str]) -> bool:
     """Print what the store tells of each file; True when it proves that each was done exactly once."""
     line = "{:40} {:>11} {:>8} {:>8}  {:12} {:>6}  {}".format
-    rows, found = list[tuple[bool, str]](), list[tuple[int, ...]]()
+    noted, quiet, found = list[str](), list[str](), list[tuple[int, ...]]()
     for item in filter(None, map(store.state.get_work_item, keys)):
         stored = store.events.load_events(item.execution_id)
         fences = [one.event["fence"] for one in stored if one.event["type"] == "step_started"]
@@ -5271,8 +5272,9 @@ def _demo_table(store: Store, keys: list[str]) -> bool:
         well = item.status == "completed" and [event["fence"] for event in done] == fences[-1:]
         found.append((well, bad, bool(lost), stored[-1].sequence > len(stored), len(stored)))
         facts = [str(done[0][name])[:12] if done else "-" for name in ("bytes", "lines", "words", "sha256")]
-        rows.append((not notes, line(_said("", item.payload)[-40:], *facts, len(stored), "; ".join(notes)).rstrip()))
-    shown = [row for _, row in sorted(rows, key=operator.itemgetter(0))[:25]]  # those of note first
+        row = line(_said("", item.payload)[-40:], *facts, len(stored), "; ".join(notes)).rstrip()
+        (noted if notes else quiet).append(row)
+    shown = [*noted, *quiet][:25]
     once, dead, taken, gaps, events = map(sum, zip(*found, strict=True))
     print(line("file", "bytes", "lines", "words", "sha256", "events", "").rstrip(), *shown, sep="\n")
     print(f"{_many(len(keys), 'files')} ({len(shown)} shown): {once} done exactly once, {_many(dead, 'dead letters')}, "
