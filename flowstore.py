@@ -4398,7 +4398,7 @@ _DETAILS: dict[str, tuple[_Mapper[Any], dict[str, tuple[_Mapper[Any], str, str]]
         "steps": (_STEP, "flow_id = ?", "created_at DESC, id DESC")}),
     "workflow": (_INSTANCE, {
         "pointers": (_POINTER, "workflow_id = ?", "place DESC, id DESC"),
-        "subscriptions": (_SUBSCRIPTION, "workflow_id = ? AND terminated_at IS NULL", "workflow_id"),
+        "subscriptions": (_SUBSCRIPTION, "workflow_id = ? AND terminated_at IS NULL", "subscribe_as_of DESC, id DESC"),
         "errors": (_ERROR, "workflow_id = ?", "id DESC")}),
 }
 _MEANINGS = {word: meaning for meaning, words in {  # to the eye, in colours and bars; what is not named here waits
@@ -4433,6 +4433,11 @@ def _counted(facet: _Facet, tx: _Tx, table: str, where: str, *params: Any) -> in
     count = int(facet._rows(tx, sql, *params)[0][0])
     return count if count <= _COUNTED else f"{_COUNTED:,}+"
 
+def _since(row: dict[str, Any]) -> Any:
+    """Since when a record is as it is."""
+    times = ("dead_lettered_at", "updated_at", "complete_time", "create_time")
+    return next(row[time] for time in times if row.get(time))
+
 @_snapshot
 def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, Any]:
     """What there is in a store, for a facet, or in a tenant's view; with a status, the lists are of that one."""
@@ -4452,8 +4457,7 @@ def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, An
                 count := _counted(facet, tx, mapper.table, f"status = '{word}'"))}
             by = f"ORDER BY {when} DESC, {mapper.key} DESC LIMIT {_LISTED}"
             newest = [row for word in listed for row in _seen(facet, tx, mapper, f"status = '{word}'", by=by)]
-            tables["dead letters" if mapper is _DEAD else name] = sorted(newest, reverse=True, key=lambda row: max(
-                value for value in row.values() if isinstance(value, datetime)))[:_LISTED]
+            tables["dead letters" if mapper is _DEAD else name] = sorted(newest, key=_since, reverse=True)[:_LISTED]
     if isinstance(facet, (_StoreBase, _LogFacet)):
         log = facet._rows(tx, _Sql("""SELECT execution_id, timestamp, position FROM flowstore_log
             WHERE execution_id <> '' {tenant} ORDER BY position DESC LIMIT 1000"""))
@@ -5478,7 +5482,7 @@ def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
     store, pool, queue = on.store(), on.processes(), new_id()
     def wait(seconds: float) -> list[Any]:
         return [pool.submit(_bench_waiter, on.target, each, seconds) for each in ("", queue)]
-    for started in wait(0):
+    for started in wait(0):  # what is measured begins when the processes have
         started.result()
     if idle:
         return _under(2, "% of a core", [max(waiting.result()[1] for waiting in wait(4 * on.seconds + 1))])
@@ -5490,7 +5494,7 @@ def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
             store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type=queue))
             store.events.append("run", "default", on.event)
         return float(max(waiting.result()[0] for waiting in both) - start) * 1000
-    return _under(50, "ms", [wake() for _ in range(2 * on.rounds + 1)][1:])  # in the first the processes start
+    return _under(50, "ms", [wake() for _ in range(2 * on.rounds)])
 
 def _bench_waiter(target: str, queue: str, seconds: float) -> tuple[float, float]:
     """Wait for an item of a queue, or without one for an event: when it came, and how many % of a core that took."""
@@ -5523,6 +5527,18 @@ def _bench_worker(target: str, queue: str, start: float) -> float:
             store.state.complete_work_item(item)
         return time.time()
 
+def _bench_look(on: _Bench) -> _Verdict:
+    store = on.store("OFF")
+    item = store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="queue"))
+    on.copies(store, "flowstore_log", "position = 1", on.depth - 1, position="1 + n", sequence="1 + n")
+    on.copies(store, "flowstore_work_items", f"id = '{item}'", on.depth // 5, id="id || n",
+              status="CASE n % 2 WHEN 0 THEN 'pending' ELSE 'completed' END")
+    def look(id: str | None) -> None:
+        views = _views(store, id)
+        _page(store.target, *map(_html, views))
+        "".join(map(_drawn, views))
+    return _under(200, "ms", [max(_ms(lambda: look(None)), _ms(lambda: look("run"))) for _ in range(on.rounds)])
+
 def _bench_import(on: _Bench) -> _Verdict:
     from subprocess import check_output
     folder, name = os.path.split(os.path.abspath(__file__))
@@ -5550,6 +5566,7 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "a writer's wait while a tenth of {} flows is pruned": (_bench_prune,),
     "wake-up of a claim and a tail in other processes, the later one": (_bench_wait, False),
     "a claim and a tail that wait, the busier one": (_bench_wait, True),
+    "overview and detail of {} events, text and page, the slower one": (_bench_look,),
     "import flowstore": (_bench_import,),
 }
 _SERVER_ROWS: dict[str, tuple[Any, ...]] = {"claim + complete, 8 processes": (_bench_workers,)} | {
@@ -5560,12 +5577,12 @@ def _bench(args: Any) -> int:
     import platform
     import tempfile
     path = _shared(args.target, "--target") if args.target else None
-    beside = os.path.dirname(path) if path else None
+    beside = os.path.dirname(path) if path else tempfile.gettempdir()
     on, rows = _Bench(args.quick, args.target if path == "" else ""), list[dict[str, Any]]()
     table = _SERVER_ROWS if on.url else _ROWS
     say = functools.partial(print, file=io.StringIO() if args.json else None, flush=True)
     machine = (f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
-               f"{'a server' if on.url else f'SQLite {sqlite3.sqlite_version}'}"
+               f"{'a server' if on.url else f'SQLite {sqlite3.sqlite_version}, {_file_system(beside)}'}"
                f"{f'; quick, {on.depth:,} for 1,000,000' * args.quick}")
     say(machine)
     for number, (title, (function, *given)) in enumerate(table.items()):
@@ -5581,6 +5598,13 @@ def _bench(args: Any) -> int:
     result = {"machine": machine, "quick": args.quick, "rows": rows, "holds": not missed}
     print(json.dumps(result) if args.json else f"{len(rows) - missed} hold, {missed} missed")
     return 1 if missed else 0
+
+def _file_system(folder: str) -> str:
+    """What kind of file system a folder is on, as far as Linux tells."""
+    with contextlib.suppress(OSError), io.FileIO("/proc/mounts") as mounts:
+        found = [os.fsdecode(line).split()[1:3] for line in mounts]
+        return max((at, kind) for at, kind in found if os.path.commonpath([os.path.realpath(folder), at]) == at)[1]
+    return "an unknown file system"
 
 # --- check, backup, compact, prune ---
 def _check(args: Any) -> int:
