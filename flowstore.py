@@ -4398,7 +4398,7 @@ _DETAILS: dict[str, tuple[_Mapper[Any], dict[str, tuple[_Mapper[Any], str, str]]
         "steps": (_STEP, "flow_id = ?", "created_at DESC, id DESC")}),
     "workflow": (_INSTANCE, {
         "pointers": (_POINTER, "workflow_id = ?", "place DESC, id DESC"),
-        "subscriptions": (_SUBSCRIPTION, "workflow_id = ? AND terminated_at IS NULL", "subscribe_as_of DESC, id DESC"),
+        "subscriptions": (_SUBSCRIPTION, "workflow_id = ? AND terminated_at IS NULL", "workflow_id"),
         "errors": (_ERROR, "workflow_id = ?", "id DESC")}),
 }
 _MEANINGS = {word: meaning for meaning, words in {  # to the eye, in colours and bars; what is not named here waits

@@ -10527,6 +10527,16 @@ def test_a_view_counts_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [(row["waiting"], row["dead"]) for row in view["tables"]["queues"]["rows"]] == [("5+", "3+")]
 
 
+def test_the_newest_dead_letter_is_shown_first_whenever_it_was_to_be_tried(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "dead.db") as store:
+        run_with(store.state, "e")
+        for id, available in (("a", datetime(9000, 1, 1, tzinfo=UTC)), ("b", None), ("c", None)):
+            store.state.enqueue_work_item(WorkItem(id=id, execution_id="e", queue_type="q", available_at=available))
+            store.state.move_to_dead_letter(id, "e")
+        (view,) = flowstore._views(store)
+    assert [row["id"] for row in view["tables"]["dead letters"]["rows"]] == ["c", "b", "a"]
+
+
 def test_a_timeline_is_of_an_execution_that_is_known(store_state: Store) -> None:
     state = store_state.state
     for tenant in ("acme", "other"):
