@@ -898,9 +898,8 @@ class _Mapper(Generic[T]):
 
     `kind` is what errors call it, `key` its id's column, `more` names columns that the record does not show."""
 
-    def __init__(
-        self, record: type[T], table: str, kind: str = "", *, key: str = "id", more: tuple[str, ...] = (), **named: str
-    ) -> None:
+    def __init__(self, record: type[T], table: str, kind: str = "", *, key: str = "id", more: tuple[str, ...] = (),
+                 **named: str) -> None:
         self.record, self.table, self.kind, self.key = record, table, kind, key
         declared = next(" ".join(text.split()) for text in _statements(_TABLES) if f"CREATE TABLE {table} " in text)
         self.codecs: dict[str, Callable[[Any, str], Any]] = {}
@@ -2708,13 +2707,10 @@ _LOG_HEAD = _Sql(
 _LOG_INSERT = ("INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp, event_id) "
                "VALUES (?, ?, ?, ?, ?, ?)")
 _LOG_BY_EVENT_ID = "SELECT sequence FROM flowstore_log WHERE execution_id = ? AND event_id = ?"
-_LOG_AFTER = _Sql(_STORED.select(
-    "flowstore_log WHERE execution_id = ? AND sequence > ? {tenant} ORDER BY sequence LIMIT ?"
-))
+_LOG_AFTER = _select(_STORED, "ORDER BY sequence LIMIT ?", "execution_id", "sequence > ?")
 # The row that stands for a pruned end of the log (its position must not be given again) has no execution.
 _LOG_FROM = _Sql(_STORED.select(
-    "flowstore_log WHERE position > ? AND execution_id <> '' {tenant} ORDER BY position LIMIT ?"
-))
+    "flowstore_log WHERE position > ? AND execution_id <> '' {tenant} ORDER BY position LIMIT ?"))
 _LOG_PLACE = _Sql(
     """SELECT sequence FROM flowstore_log WHERE execution_id = ? AND position <= ? {tenant}
     ORDER BY sequence DESC LIMIT 1"""
@@ -2724,6 +2720,8 @@ _EXECUTION_INSERT = ("INSERT INTO flowstore_executions (execution_id, tenant_id,
                      "ON CONFLICT DO NOTHING")
 _EXECUTION_OWNER = _Sql("SELECT tenant_id FROM flowstore_executions WHERE execution_id = ? {tenant}")
 _TENANT_STATUS = "SELECT status FROM flowstore_tenants WHERE id = ?"
+
+_Place: TypeAlias = "tuple[int, int]"  # in the log: a position, and the sequence that an execution has there
 
 def _event_text(event: object, path: str) -> str:
     if not isinstance(event, dict):
@@ -2736,9 +2734,8 @@ def _event_text(event: object, path: str) -> str:
 class _LogFacet(_Facet):
     """What the two views of the execution log share."""
 
-    def _append_to(
-        self, tx: _Tx, execution_id: str, tenant_id: str, last: int, event: str, expected: object, event_id: object
-    ) -> int:
+    def _append_to(self, tx: _Tx, execution_id: str, tenant_id: str, last: int, event: str, expected: object,
+                   event_id: object) -> int:
         """Append one event behind `last`, once per event id."""
         key = None
         if event_id is not None:
@@ -2767,10 +2764,8 @@ class EventStore(_LogFacet):
     """The append-only log of executions. Source: EventStore."""
 
     @_write
-    def append(
-        self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId, event: Mapping[str, Json], *, expected_sequence: int |
-        None = None, event_id: AnyId | None = None
-    ) -> int:
+    def append(self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId, event: Mapping[str, Json], *,
+               expected_sequence: int | None = None, event_id: AnyId | None = None) -> int:
         """Append one event, durable when this returns; its sequence in the execution: 1, 2, 3, ... without gaps.
 
         The first append makes the execution known for that tenant, and registers a new one. An `event_id` that is in
@@ -2782,17 +2777,14 @@ class EventStore(_LogFacet):
         return self._append_to(tx, execution, tenant, last, text, expected_sequence, event_id)
 
     @_write
-    def append_batch(
-        self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId, events: Iterable[Mapping[str, Json]], *,
-        expected_sequence: int | None = None
-    ) -> int:
+    def append_batch(self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId, events: Iterable[Mapping[str, Json]], *,
+                     expected_sequence: int | None = None) -> int:
         """Append all of the events with consecutive sequences, or none; the first one's sequence.
 
         Raises as `append` does, and InvalidData for an empty batch. Source: EventStore.append_batch."""
         execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
-        if not isinstance(events, (list, tuple)):
-            raise InvalidData(f"events: a list of events is needed, not {type(events).__name__}")
-        texts = [_event_text(event, f"events[{index}]") for index, event in enumerate(events)]
+        listed = _listed(events, "events", "a list of events")
+        texts = [_event_text(event, f"events[{index}]") for index, event in enumerate(listed)]
         if not texts:
             raise InvalidData("events: a batch needs at least one event")
         last = self._open_log(tx, execution, tenant)
@@ -2838,9 +2830,8 @@ class EventStore(_LogFacet):
         return self._last_sequence(tx, execution_id)
 
     @_read
-    def list_executions(
-        self, tx: _Tx, tenant_id: AnyId = DEFAULT_TENANT, limit: int = 100, offset: int = 0
-    ) -> list[str]:
+    def list_executions(self, tx: _Tx, tenant_id: AnyId = DEFAULT_TENANT, limit: int = 100,
+                        offset: int = 0) -> list[str]:
         """The ids of the tenant's known executions, newest first. Source: EventStore.list_executions."""
         rows = tx.rows("SELECT execution_id FROM flowstore_executions WHERE tenant_id = ? "
                        "ORDER BY created_at DESC, execution_id DESC LIMIT ? OFFSET ?",
@@ -2861,78 +2852,64 @@ class EventStore(_LogFacet):
         """Generate the events after `after_seq`, reading `chunk` of them at a time: memory stays flat.
 
         Nothing is held between two chunks, so writes go on, and what they append is reached too. Raises InvalidData."""
-        return self._iterate(*self._iter(execution_id, after_seq, chunk))
+        execution, start = _id(execution_id, "execution_id"), (0, _int(after_seq, "after_seq"))
+        most = _int(chunk, "chunk", 1)
+        return self._generate(start, lambda place: self._chunk(execution, place[1], most))
 
-    def _iter(self, execution_id: AnyId, after_seq: int, chunk: int) -> tuple[str, int, int]:
-        return _id(execution_id, "execution_id"), _int(after_seq, "after_seq"), _int(chunk, "chunk", 1)
-
-    def _iterate(self, execution_id: str, after: int, chunk: int) -> Iterator[StoredEvent]:
-        while events := self._chunk(execution_id, after, chunk):
+    def _generate(self, place: _Place, behind: Callable[[_Place], list[StoredEvent]]) -> Iterator[StoredEvent]:
+        """The events behind a place, then those behind the last of them, and so on while there are any."""
+        while events := behind(place):
             yield from events
-            after = events[-1].sequence
+            place = events[-1].position, events[-1].sequence
 
     @_read
-    def read_all(
-        self, tx: _Tx, after_position: int = 0, limit: int = 1000, *, tenant_id: AnyId | None = None
-    ) -> list[StoredEvent]:
+    def read_all(self, tx: _Tx, after_position: int = 0, limit: int = 1000, *,
+                 tenant_id: AnyId | None = None) -> list[StoredEvent]:
         """The whole log, or a tenant's part of it, by position: for projections that remember how far they are.
 
         An event that commits later never has a lower position than one already read."""
         after, most = _int(after_position, "after_position"), _limit(limit)
-        if tenant_id is None:
-            return _STORED.decode_all(tx.rows(_LOG_FROM.all, after, most))
-        return _STORED.decode_all(tx.rows(_LOG_FROM.one, after, _id(tenant_id, "tenant_id"), most))
+        facet = _Facet(self._engine, _optional(_id, tenant_id, "tenant_id"))
+        return _STORED.decode_all(facet._rows(tx, _LOG_FROM, after, most))
 
-    def tail(
-        self, after_position: int | None = None, *, timeout: float | None = None, tenant_id: AnyId | None = None,
-        execution_id: AnyId | None = None
-    ) -> Iterator[StoredEvent]:
+    def tail(self, after_position: int | None = None, *, timeout: float | None = None, tenant_id: AnyId | None = None,
+             execution_id: AnyId | None = None) -> Iterator[StoredEvent]:
         """Generate the events behind a position as they come, from any process, each once and in order.
 
         None starts behind the last event there is now. Ends after `timeout` seconds without an event (None: never).
         Raises InvalidData, and StorageError inside one's own transaction."""
-        after, what, idle = self._tail(after_position, timeout, tenant_id, execution_id)
-        return self._follow(self._tail_place(after, what[1]), what, idle)
-
-    def _tail(
-        self, after: int | None, timeout: float | None, tenant: AnyId | None, execution: AnyId | None
-    ) -> tuple[int | None, tuple[str | None, str | None], float]:
-        """The arguments of `tail` checked: where to begin, what to look for, and the seconds it may be idle."""
         self._engine.forbid_inside("tail()")
-        only = None if tenant is None else _id(tenant, "tenant_id")
-        run = None if execution is None else _id(execution, "execution_id")
+        tenant, run = _optional(_id, tenant_id, "tenant_id"), _optional(_id, execution_id, "execution_id")
         idle = math.inf if timeout is None else _seconds(timeout, "timeout")
-        return None if after is None else _int(after, "after_position"), (only, run), idle
-
-    def _follow(self, place: tuple[int, int], what: tuple[str | None, ...], idle: float) -> Iterator[StoredEvent]:
-        deadline = time.monotonic() + idle
-        while True:
-            seen = self._engine.commits
-            if events := self._news(place, *what):
-                yield from events
-                place, deadline = (events[-1].position, events[-1].sequence), time.monotonic() + idle
-            elif (left := deadline - time.monotonic()) > 0:
-                self._engine.wait(seen, left)
-            else:
-                return
+        place = self._tail_place(_optional(_int, after_position, "after_position"), run)
+        return self._generate(place, lambda place: self._await_news(place, tenant, run, idle))
 
     @_snapshot
-    def _tail_place(self, tx: _Tx, after: int | None, execution_id: str | None) -> tuple[int, int]:
+    def _tail_place(self, tx: _Tx, after: int | None, execution_id: str | None) -> _Place:
         """Where a tail begins: a position, and the sequence that one execution had there."""
         if after is None:
             after = int(tx.rows("SELECT MAX(position) FROM flowstore_log WHERE position > ?", -1)[0][0] or 0)
         row = None if execution_id is None else self._row(tx, _LOG_PLACE, execution_id, after)
         return after, 0 if row is None else int(row[0])
 
+    @_steps
+    def _await_news(self, place: _Place, tenant_id: str | None, execution_id: str | None,
+                    idle: float) -> _Steps[list[StoredEvent]]:
+        """The next events behind a place, waited for up to `idle` seconds; none after that."""
+        deadline = time.monotonic() + idle
+        while True:
+            seen = self._engine.commits
+            events: list[StoredEvent] = yield self._news(place, tenant_id, execution_id)
+            left = deadline - time.monotonic()
+            if events or left <= 0:
+                return events
+            yield self._engine.wait(seen, left)
+
     @_read
-    def _news(
-        self, tx: _Tx, place: tuple[int, int], tenant_id: str | None, execution_id: str | None
-    ) -> list[StoredEvent]:
+    def _news(self, tx: _Tx, place: _Place, tenant_id: str | None, execution_id: str | None) -> list[StoredEvent]:
         """The next events behind a place: of one execution by its sequence, of others by position."""
         sql, *behind = (_LOG_FROM, place[0]) if execution_id is None else (_LOG_AFTER, execution_id, place[1])
-        if tenant_id is None:
-            return _STORED.decode_all(tx.rows(sql.all, *behind, 1000))
-        return _STORED.decode_all(tx.rows(sql.one, *behind, tenant_id, 1000))
+        return _STORED.decode_all(_Facet(self._engine, tenant_id)._rows(tx, sql, *behind, 1000))
 
 # --- the state backend ---
 _SNAPSHOT_LATEST = _select(_SNAPSHOT, "ORDER BY at_sequence DESC LIMIT 1", "execution_id", "at_sequence <= ?")
@@ -2968,10 +2945,8 @@ _EFFECT_INSERT = ("INSERT INTO flowstore_effects (tenant_id, key, result, execut
 _EFFECT_GET = _Sql("SELECT result FROM flowstore_effects WHERE key = ? {tenant}").one
 _ARTIFACT_REF = _select(_ARTIFACT, "", "hash").one
 _ARTIFACT_GET = _Sql("SELECT data FROM flowstore_artifacts WHERE hash = ? {tenant}").one
-_TOKEN_VALID = _Sql(_TOKEN.select(
-    """flowstore_tokens WHERE hash = ? AND revoked_at IS NULL AND COALESCE(expires_at > ?, true) {tenant}
-    AND EXISTS (SELECT 1 FROM flowstore_tenants t WHERE t.id = tenant_id AND t.status = 'active')"""
-))
+_TOKEN_VALID = _select(_TOKEN, "", "hash", "revoked_at IS NULL", "COALESCE(expires_at > ?, true)",
+                       "EXISTS (SELECT 1 FROM flowstore_tenants t WHERE t.id = tenant_id AND t.status = 'active')")
 _TENANT_UPDATE = f"{_TENANT.update} RETURNING {_TENANT.columns}"
 _RECLAIMED_PER_CLAIM = 16
 _LEASE_EXPIRED = "the lease expired"
@@ -3641,9 +3616,8 @@ class PersistenceProvider(_Facet):
         self._persist(tx, instance)
 
     @_write
-    def persist_workflow_with_subscriptions(
-        self, tx: _Tx, instance: WorkflowInstance, subscriptions: Sequence[EventSubscription]
-    ) -> None:
+    def persist_workflow_with_subscriptions(self, tx: _Tx, instance: WorkflowInstance,
+                                            subscriptions: Sequence[EventSubscription]) -> None:
         """`persist_workflow`, and new subscriptions: all or none. Raises AlreadyExists. Source: WorkflowRepository."""
         self._persist(tx, instance)
         for index, subscription in enumerate(_listed(subscriptions, "subscriptions")):
@@ -4084,45 +4058,28 @@ class AsyncFlowStore(_AsyncFacet, FlowStore):
 class AsyncEventStore(_AsyncFacet, EventStore):
     """`EventStore`, awaited; its generators are for `async for`."""
 
-    def iter_events(  # type: ignore[override]
-        self, execution_id: AnyId, after_seq: int = 0, *, chunk: int = 1000
-    ) -> AsyncIterator[StoredEvent]:
+    def iter_events(self, execution_id: AnyId, after_seq: int = 0, *,  # type: ignore[override]
+                    chunk: int = 1000) -> AsyncIterator[StoredEvent]:
         """`EventStore.iter_events` for `async for`."""
-        return self._iterate(*self._iter(execution_id, after_seq, chunk))
+        return super().iter_events(execution_id, after_seq, chunk=chunk)  # type: ignore[return-value]
 
-    async def _iterate(  # type: ignore[override]
-        self, execution_id: str, after: int, chunk: int
-    ) -> AsyncIterator[StoredEvent]:
-        while events := await self._chunk(execution_id, after, chunk):
-            for event in events:
-                yield event
-            after = events[-1].sequence
-
-    def tail(  # type: ignore[override]
-        self, after_position: int | None = None, *, timeout: float | None = None, tenant_id: AnyId | None = None,
-        execution_id: AnyId | None = None
-    ) -> AsyncIterator[StoredEvent]:
+    def tail(self, after_position: int | None = None, *, timeout: float | None = None,  # type: ignore[override]
+             tenant_id: AnyId | None = None, execution_id: AnyId | None = None) -> AsyncIterator[StoredEvent]:
         """`EventStore.tail` for `async for`."""
-        after, what, idle = self._tail(after_position, timeout, tenant_id, execution_id)
+        return super().tail(  # type: ignore[return-value]
+            after_position, timeout=timeout, tenant_id=tenant_id, execution_id=execution_id)
+
+    def _tail_place(self, after: int | None, execution_id: str | None) -> Any:
         # It begins now, not when the loop comes to it: in memory, behind the writes that were sent before.
         run = self._engine.send if self._engine.in_memory else self._engine.sync.run
-        return self._follow(run(EventStore.__dict__["_tail_place"], self, (after, what[1]), {}), what, idle)
+        return run(EventStore.__dict__["_tail_place"], self, (after, execution_id), {})
 
-    async def _follow(  # type: ignore[override]
-        self, place: Any, what: tuple[str | None, ...], idle: float
-    ) -> AsyncIterator[StoredEvent]:
+    async def _generate(self, place: Any, behind: Callable[[_Place], Any]) -> Any:
         place = await place if inspect.isawaitable(place) else place
-        deadline = time.monotonic() + idle
-        while True:
-            seen = self._engine.commits
-            if events := await self._news(place, *what):
-                for event in events:
-                    yield event
-                place, deadline = (events[-1].position, events[-1].sequence), time.monotonic() + idle
-            elif (left := deadline - time.monotonic()) > 0:
-                await self._engine.wait(seen, left)
-            else:
-                return
+        while events := await behind(place):
+            for event in events:
+                yield event
+            place = events[-1].position, events[-1].sequence
 
 class AsyncStateBackend(_AsyncFacet, StateBackend):
     """`StateBackend`, awaited."""
@@ -4272,11 +4229,9 @@ def _parse_target(target: object) -> tuple[str, str | None]:
         raise StorageError(f"target: the scheme {scheme[1]!r} is not known: give a path, sqlite:///path or :memory:")
     return target, None if name == ":memory:" else _path(name, "target")
 
-def open(
-    target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_timeout: float = 30.0,
-    lease_seconds: float = 30.0, backoff: Callable[[int], float] | None = None,
-    clock: Callable[[], datetime] | None = None, read_only: bool = False,
-) -> Store:
+def open(target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_timeout: float = 30.0,
+         lease_seconds: float = 30.0, backoff: Callable[[int], float] | None = None,
+         clock: Callable[[], datetime] | None = None, read_only: bool = False) -> Store:
     """Open a store, creating it with all its tables where there is none.
 
     `target`: a path, `"sqlite:///absolute"`, `"sqlite://relative"` or `":memory:"`. `synchronous`: FULL (what is
