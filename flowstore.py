@@ -2541,6 +2541,31 @@ class _Facet:
             raise InvalidData("lease_seconds: a lease lasts 0 seconds or more")
         return _seconds(seconds, "lease_seconds")
 
+    @_steps
+    def _prune_all(self, kind: str, before: int, which: str = "") -> _Steps[int]:
+        """Drop what ended before a time of a kind (or of `which`, a condition), in small transactions; how many."""
+        gone = 0
+        while any(dropped := (yield self._prune_some(kind, before, which))):
+            gone += dropped[0]
+        return gone
+
+    @_write
+    def _prune_some(self, tx: _Tx, kind: str, before: int, which: str = "") -> tuple[int, int]:
+        """Drop as much of a kind as a short transaction can: how many went whole, and how many rows that took."""
+        table, key, ended, parts, in_pieces = _PRUNED[kind]
+        ended = which or ended
+        gone = rows = 0
+        most = _PRUNED_AT_ONCE // (1 + len(parts)) or 1  # a part costs a statement, even where there is nothing of it
+        sql = f"SELECT {key} FROM {table} WHERE {ended} LIMIT {most}"
+        for (id,) in tx.rows(sql, *[before] * ended.count("?")):
+            for part in parts:
+                rows += tx.run(part, *(id, max(0, _PRUNED_AT_ONCE - rows))[: part.count("?")])
+            if rows >= _PRUNED_AT_ONCE:
+                tx.run(in_pieces, id)
+                break
+            gone, rows = gone + 1, rows + tx.run(f"DELETE FROM {table} WHERE {key} = ?", id)
+        return gone, rows
+
 @functools.cache
 def _select(mapper: _Mapper[Any], rest: str, *conditions: str) -> _Sql:
     """SELECT of the records for which the conditions hold; a column's name alone: that has a value."""
@@ -2569,6 +2594,45 @@ def _found(thing: T | None, kind: str, id: str) -> T:
         raise NotFound(kind, id)
     return thing
 
+# --- what has ended, and goes ---
+_PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
+
+def _some(table: str, owner: str, key: str = "id", order: str = "") -> str:
+    """A statement that drops some rows of one owner: its id, and how many at most."""
+    return (f"DELETE FROM {table} WHERE {key} IN "
+            f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)")
+
+# What a prune drops, by kind: the table, its key, which of its rows have ended, what goes before each of them, and what
+# is done to one that is left in pieces, lest someone goes on with the whole that he knows. What may belong to others
+# comes first, and is counted as what it is. A log goes from its end, so that what is left of it never has a gap. The
+# row with the highest position of all stays as one of no execution until there is a higher one: its position must not
+# be given again.
+_PRUNED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
+    "errors": ("execution_errors", "id", "error_time < ?", (), ""),
+    "subscriptions": ("event_subscriptions", "id", "terminated_at < ?", (), ""),
+    "events": ("events", "id", "is_processed = 1 AND event_time < ?", (), ""),
+    "tokens": ("flowstore_tokens", "id", "created_at <= ? AND (revoked_at < ? OR expires_at < ?)", (), ""),
+    "workflows": (
+        "workflows", "id", "status IN ('Complete', 'Terminated') AND COALESCE(complete_time, create_time) < ?",
+        (_some("execution_errors", "workflow_id"), _some("event_subscriptions", "workflow_id"),
+         _some("execution_pointers", "workflow_id", "(workflow_id, id)")),
+        "UPDATE workflows SET stamp = stamp - 1 WHERE id = ?"),
+    "flows": (
+        "flows", "id", "status IN ('cancelled', 'finished', 'failed') AND updated_at < ?",
+        (_some("flow_events", "flow_id"), _some("flow_steps", "flow_id")),
+        "UPDATE flows SET revision = revision + 1 WHERE id = ?"),
+    "executions": (
+        "flowstore_executions", "execution_id", """tenant_id = '' UNION ALL SELECT execution_id FROM flowstore_runs
+            WHERE status IN ('completed', 'failed', 'cancelled', 'limit_exceeded') AND updated_at < ?""",
+        ("DELETE FROM flowstore_runs WHERE execution_id = ?", _some("flowstore_work_items", "execution_id"),
+         _some("flowstore_effects", "execution_id", "(tenant_id, key)"), _some("flowstore_snapshots", "execution_id"),
+         """UPDATE flowstore_log SET execution_id = '', sequence = position, tenant_id = '', event = '{}',
+            event_id = NULL WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
+         "DELETE FROM flowstore_log WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)",
+         _some("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC")),
+        "UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?"),
+}
+
 # --- flows ---
 _FLOW_REVISION = "SELECT revision FROM flows WHERE id = ?"
 _FLOW_UPDATE = f"{_FLOW.update} AND revision = ? RETURNING {_FLOW.columns}"
@@ -2576,11 +2640,6 @@ _FLOW_EVENT_INSERT = ("INSERT INTO flow_events (flow_id, kind, payload, at) SELE
                       f"RETURNING {_FLOW_EVENT.columns}")
 _STEP_UPDATE = (f"{_STEP.update} AND NOT EXISTS (SELECT 1 FROM flow_steps other WHERE other.flow_id = "
                 f"flow_steps.flow_id AND other.run_id = ? AND other.id <> flow_steps.id) RETURNING {_STEP.columns}")
-_FLOWS_ENDED = """SELECT id,
-    (SELECT COUNT(*) FROM (SELECT 1 FROM flow_events WHERE flow_id = flows.id LIMIT 250) counted) +
-    (SELECT COUNT(*) FROM (SELECT 1 FROM flow_steps WHERE flow_id = flows.id LIMIT 250) counted)
-    FROM flows WHERE status = ? AND updated_at < ? ORDER BY updated_at, id LIMIT 50"""
-_PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
 
 class FlowStore(_Facet):
     """Revision-checked flows with their steps and their audit trail. Source: FlowStore."""
@@ -2679,24 +2738,9 @@ class FlowStore(_Facet):
     @_steps
     def prune_terminal_flows(self, retain_days: int) -> _Steps[int]:
         """Drop ended flows not updated for `retain_days` days, in small transactions; how many. Source: FlowStore."""
-        age, gone = _count(retain_days, "retain_days") * 86_400_000_000, 0
-        before = max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age)
-        for status in FlowStatus:
-            while status.is_terminal and (chunk := (yield self._prune_chunk(status, before))):
-                gone += chunk
+        age = _count(retain_days, "retain_days") * 86_400_000_000
+        gone: int = yield self._prune_all("flows", max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age))
         return gone
-
-    @_write
-    def _prune_chunk(self, tx: _Tx, status: str, before: int) -> int:
-        """Drop as many flows as a short transaction can with all that is theirs, at least one; how many went."""
-        chosen: list[tuple[str]] = []
-        rows = 0
-        for flow_id, children in tx.rows(_FLOWS_ENDED, status, before):
-            rows += 1 + children
-            if rows <= _PRUNED_AT_ONCE or not chosen:
-                chosen.append((flow_id,))
-        tx.run_many("DELETE FROM flows WHERE id = ?", chosen)
-        return len(chosen)
 
 # --- the execution log ---
 _LOG_HEAD = _Sql(
@@ -3518,8 +3562,6 @@ class Hold:
 # --- workflow persistence ---
 _INSTANCES = _INSTANCE.select("workflows WHERE id IN ({}) ORDER BY id")
 _INSTANCE_BY_NAME = "SELECT id FROM workflows WHERE name = ?"
-_INSTANCES_OLD = """SELECT id FROM workflows WHERE status = ? AND COALESCE(complete_time, create_time) < ?
-    ORDER BY COALESCE(complete_time, create_time), id LIMIT 100"""
 _COUNTER_NEXT = """INSERT INTO flowstore_counters (definition_id, value) VALUES (?, 1)
     ON CONFLICT (definition_id) DO UPDATE SET value = flowstore_counters.value + 1 RETURNING value"""
 _POINTERS = f"""SELECT {', '.join(_POINTER.written)} FROM execution_pointers WHERE workflow_id IN ({{}})
@@ -3708,31 +3750,17 @@ class PersistenceProvider(_Facet):
     @_write
     def delete_workflow(self, tx: _Tx, id: AnyId) -> None:
         """Delete an instance with its pointers, subscriptions and errors. Raises NotFound. Source: delete_workflow."""
-        self._delete(tx, _id(id, "id"))
-
-    def _delete(self, tx: _Tx, id: str) -> int:
-        """Delete an instance with all that is its own; how many rows that took."""
-        of_it = ("execution_pointers", "event_subscriptions", "execution_errors")
-        rows = sum(tx.run(f"DELETE FROM {table} WHERE workflow_id = ?", id) for table in of_it)
-        if not tx.run("DELETE FROM workflows WHERE id = ?", id):
-            raise NotFound("workflow", id)
-        return rows + 1
+        key = _id(id, "id")
+        for table in ("event_subscriptions", "execution_errors"):
+            tx.run(f"DELETE FROM {table} WHERE workflow_id = ?", key)
+        if not tx.run("DELETE FROM workflows WHERE id = ?", key):  # its pointers go with it
+            raise NotFound("workflow", key)
 
     @_steps
     def purge_workflows(self, status: WorkflowStatus | str, older_than: datetime) -> _Steps[int]:
         """Delete those of a status completed (else created) before a time; how many. Source: purge_workflows."""
-        word, before, total = _enum(WorkflowStatus, status, "status").value, _time(older_than, "older_than"), 0
-        while gone := (yield self._purge(word, before)):
-            total += gone
-        return total
-
-    @_write
-    def _purge(self, tx: _Tx, status: str, before: int) -> int:
-        gone = rows = 0
-        for (id,) in tx.rows(_INSTANCES_OLD, status, before):
-            gone, rows = gone + 1, rows + self._delete(tx, id)
-            if rows > 1000:  # some have many pointers
-                break
+        ended = f"status = '{_enum(WorkflowStatus, status, 'status')}' AND COALESCE(complete_time, create_time) < ?"
+        gone: int = yield self._prune_all("workflows", _time(older_than, "older_than"), ended)
         return gone
 
     # --- subscriptions and events ---
@@ -3989,21 +4017,6 @@ class _StoreBase(_Facet):
         count = "SELECT COUNT(*) FROM (SELECT {1} FROM {0} WHERE {2}) ended".format
         return {kind: tx.rows(count(*how), *[before] * how[2].count("?"))[0][0] for kind, how in _PRUNED.items()}
 
-    @_write
-    def _prune_some(self, tx: _Tx, kind: str, before: int) -> tuple[int, int]:
-        """Drop as much of a kind as a short transaction can: how many went whole, and how many rows that took."""
-        table, key, ended, parts, in_pieces = _PRUNED[kind]
-        gone = rows = 0
-        sql = f"SELECT {key} FROM {table} WHERE {ended} LIMIT {_PRUNED_AT_ONCE}"
-        for (id,) in tx.rows(sql, *[before] * ended.count("?")):
-            for part in parts:
-                rows += tx.run(part, *(id, max(0, _PRUNED_AT_ONCE - rows))[: part.count("?")])
-            if rows >= _PRUNED_AT_ONCE:
-                tx.run(in_pieces, id)
-                break
-            gone, rows = gone + 1, rows + tx.run(f"DELETE FROM {table} WHERE {key} = ?", id)
-        return gone, rows
-
     @_snapshot
     def stats(self, tx: _Tx) -> dict[str, Any]:
         """How much is in the store, as JSON values: rows, runs by status, queues, bytes. Source: health_check."""
@@ -4160,42 +4173,6 @@ def _problems(tx: _Tx) -> list[str]:
         raise
     except StorageError as error:
         return [str(error)]
-
-def _some(table: str, owner: str, key: str = "id", order: str = "") -> str:
-    """A statement that drops some rows of one owner: its id, and how many at most."""
-    return (f"DELETE FROM {table} WHERE {key} IN "
-            f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)")
-
-# What prune() drops, by kind: the table, its key, which of its rows have ended, what goes before each of them, and what
-# is done to one that is left in pieces, lest someone goes on with the whole that he knows. What may belong to others
-# comes first, and is counted as what it is. A log goes from its end, so that what is left of it never has a gap. The
-# row with the highest position of all stays as one of no execution until there is a higher one: its position must not
-# be given again.
-_PRUNED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
-    "errors": ("execution_errors", "id", "error_time < ?", (), ""),
-    "subscriptions": ("event_subscriptions", "id", "terminated_at < ?", (), ""),
-    "events": ("events", "id", "is_processed = 1 AND event_time < ?", (), ""),
-    "tokens": ("flowstore_tokens", "id", "created_at <= ? AND (revoked_at < ? OR expires_at < ?)", (), ""),
-    "workflows": (
-        "workflows", "id", "status IN ('Complete', 'Terminated') AND COALESCE(complete_time, create_time) < ?",
-        (_some("execution_errors", "workflow_id"), _some("event_subscriptions", "workflow_id"),
-         _some("execution_pointers", "workflow_id", "(workflow_id, id)")),
-        "UPDATE workflows SET stamp = stamp - 1 WHERE id = ?"),
-    "flows": (
-        "flows", "id", "status IN ('cancelled', 'finished', 'failed') AND updated_at < ?",
-        (_some("flow_events", "flow_id"), _some("flow_steps", "flow_id")),
-        "UPDATE flows SET revision = revision + 1 WHERE id = ?"),
-    "executions": (
-        "flowstore_executions", "execution_id", """tenant_id = '' UNION ALL SELECT execution_id FROM flowstore_runs
-            WHERE status IN ('completed', 'failed', 'cancelled', 'limit_exceeded') AND updated_at < ?""",
-        ("DELETE FROM flowstore_runs WHERE execution_id = ?", _some("flowstore_work_items", "execution_id"),
-         _some("flowstore_effects", "execution_id", "(tenant_id, key)"), _some("flowstore_snapshots", "execution_id"),
-         """UPDATE flowstore_log SET execution_id = '', sequence = position, tenant_id = '', event = '{}',
-            event_id = NULL WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
-         "DELETE FROM flowstore_log WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)",
-         _some("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC")),
-        "UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?"),
-}
 
 def _path(path: object, argument: str) -> str:
     """An absolute path: what is opened again later must not depend on the working directory."""
