@@ -206,15 +206,14 @@ Json = Any
 AnyId: TypeAlias = "str | UUID"
 AnyItem: TypeAlias = "str | UUID | WorkItem"
 
-def _random_bits(count: int) -> int:
-    """Bits from the system: unlike a seeded generator, they differ on both sides of a fork."""
-    return int.from_bytes(os.urandom((count + 7) // 8), "big") >> (-count % 8)
+def _random_bits() -> int:
+    """62 bits from the system: unlike a seeded generator, they differ on both sides of a fork."""
+    return int.from_bytes(os.urandom(8), "big") >> 2
 
 def new_id() -> str:
     """A new time-ordered UUIDv7 as text: new rows land at the right edge of their B-trees."""
-    microseconds = time.time_ns() // 1000
-    milliseconds, fraction = divmod(microseconds, 1000)
-    number = milliseconds << 80 | 7 << 76 | (fraction * 4096 // 1000) << 64 | 2 << 62 | _random_bits(62)
+    milliseconds, fraction = divmod(time.time_ns() // 1000, 1000)
+    number = milliseconds << 80 | 7 << 76 | (fraction * 4096 // 1000) << 64 | 2 << 62 | _random_bits()
     text = f"{number:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
@@ -778,8 +777,8 @@ def _count(value: object, path: str) -> int:
     """A limit, an offset, a number to keep: below 0 counts as 0."""
     return max(0, _int(value, path))
 
-def _limit(value: object, path: str = "limit") -> int:
-    return _INT_MAX if value is None else _count(value, path)
+def _limit(value: object) -> int:
+    return _INT_MAX if value is None else _count(value, "limit")
 
 def _seconds(value: object, path: str) -> float:
     """A finite span in seconds; below 0 counts as 0."""
@@ -2743,11 +2742,9 @@ class FlowStore(_Facet):
         return gone
 
 # --- the execution log ---
-_LOG_HEAD = _Sql(
-    """SELECT tenant_id, (SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id),
-        (SELECT l.sequence FROM flowstore_log l WHERE l.execution_id = e.execution_id ORDER BY l.sequence DESC LIMIT 1)
-    FROM flowstore_executions e WHERE execution_id = ? {tenant}"""
-)
+_LOG_HEAD = _Sql("""SELECT tenant_id, (SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id),
+    (SELECT l.sequence FROM flowstore_log l WHERE l.execution_id = e.execution_id ORDER BY l.sequence DESC LIMIT 1)
+    FROM flowstore_executions e WHERE execution_id = ? {tenant}""")
 _LOG_INSERT = ("INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp, event_id) "
                "VALUES (?, ?, ?, ?, ?, ?)")
 _LOG_BY_EVENT_ID = "SELECT sequence FROM flowstore_log WHERE execution_id = ? AND event_id = ?"
@@ -2755,10 +2752,8 @@ _LOG_AFTER = _select(_STORED, "ORDER BY sequence LIMIT ?", "execution_id", "sequ
 # The row that stands for a pruned end of the log (its position must not be given again) has no execution.
 _LOG_FROM = _Sql(_STORED.select(
     "flowstore_log WHERE position > ? AND execution_id <> '' {tenant} ORDER BY position LIMIT ?"))
-_LOG_PLACE = _Sql(
-    """SELECT sequence FROM flowstore_log WHERE execution_id = ? AND position <= ? {tenant}
-    ORDER BY sequence DESC LIMIT 1"""
-)
+_LOG_PLACE = _Sql("""SELECT sequence FROM flowstore_log WHERE execution_id = ? AND position <= ? {tenant}
+    ORDER BY sequence DESC LIMIT 1""")
 _LOG_LAST = _Sql("SELECT sequence FROM flowstore_log WHERE execution_id = ? {tenant} ORDER BY sequence DESC LIMIT 1")
 _EXECUTION_INSERT = ("INSERT INTO flowstore_executions (execution_id, tenant_id, created_at) VALUES (?, ?, ?) "
                      "ON CONFLICT DO NOTHING")
@@ -2844,12 +2839,11 @@ class EventStore(_LogFacet):
         head = tx.rows(_LOG_HEAD.all, execution_id)
         if not head:
             row = tx.row(_TENANT_STATUS, tenant_id)
-            now = tx.now()
             if row is None:
                 _add_tenant(tx, tenant_id)
             elif row[0] != TenantStatus.ACTIVE:
                 raise TenantInactive(tenant_id)
-            tx.run(_EXECUTION_INSERT, execution_id, tenant_id, now)
+            tx.run(_EXECUTION_INSERT, execution_id, tenant_id, tx.now())
             return 0
         owner, status, last = head[0]
         if owner != tenant_id:
@@ -2960,11 +2954,9 @@ _SNAPSHOT_LATEST = _select(_SNAPSHOT, "ORDER BY at_sequence DESC LIMIT 1", "exec
 # An id is taken whoever took it: this one asks without regard to tenants.
 _SNAPSHOT_PLACE = "SELECT execution_id, at_sequence FROM flowstore_snapshots WHERE id = ?"
 _SNAPSHOT_WRITE = _SNAPSHOT.upsert("execution_id, at_sequence")
-_SNAPSHOT_PRUNE = _Sql(
-    """DELETE FROM flowstore_snapshots WHERE execution_id = ? {tenant} AND at_sequence <= (
-        SELECT at_sequence FROM flowstore_snapshots WHERE execution_id = ? {tenant}
-        ORDER BY at_sequence DESC LIMIT 1 OFFSET ?) RETURNING id"""
-)
+_SNAPSHOT_PRUNE = _Sql("""DELETE FROM flowstore_snapshots WHERE execution_id = ? {tenant} AND at_sequence <= (
+    SELECT at_sequence FROM flowstore_snapshots WHERE execution_id = ? {tenant}
+    ORDER BY at_sequence DESC LIMIT 1 OFFSET ?) RETURNING id""")
 _RENEW = _update(_ITEM, "lease_expires_at = ?", """AND status = 'claimed'
                  AND lease_fence = COALESCE(?, lease_fence) AND worker_id = COALESCE(?, worker_id)""")
 _SETTLE = _update(_ITEM, "status = ?, lease_expires_at = NULL, last_error = COALESCE(?, last_error)",
@@ -2975,10 +2967,8 @@ _RETRY = _update(_ITEM, f"status = 'pending', available_at = ?, {_UNLEASED}", re
 _BURY = _update(_DEAD, f"status = 'dead_lettered', dead_lettered_at = ?, {_UNLEASED}", returning=_DEAD.columns)
 _EXPIRED = _select(_ITEM, "ORDER BY lease_expires_at, id LIMIT ?",
                    "queue_type", "status = 'claimed'", "lease_expires_at <= ?")
-_NEXT_LEASED_QUEUE = _Sql(
-    """SELECT queue_type FROM flowstore_work_items WHERE status = 'claimed' AND queue_type > ? {tenant}
-    ORDER BY queue_type LIMIT 1"""
-)
+_NEXT_LEASED_QUEUE = _Sql("""SELECT queue_type FROM flowstore_work_items WHERE status = 'claimed' AND queue_type > ?
+    {tenant} ORDER BY queue_type LIMIT 1""")
 _DEAD_LETTERS = _select(_DEAD, "ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?", "status = 'dead_lettered'")
 _DEFINITION_DROP = _Sql("DELETE FROM flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}").one
 # Counts for a tenant's limits, made only where it has one.
@@ -3211,17 +3201,14 @@ class StateBackend(_LogFacet):
         queues = [*dict.fromkeys(_id(queue, f"queue_types[{index}]") for index, queue in enumerate(given))]
         lease = self._lease(lease_seconds)
         deadline = time.monotonic() + min(_seconds(wait, "wait"), threading.TIMEOUT_MAX)
-        first = True
-        while True:
-            seen = self._engine.commits
-            if first or (yield self._claimable(queues)):
-                item: WorkItem | None = yield self._claim(worker, queues, lease)
-                if item is not None or not queues:
-                    return item
-            left, first = deadline - time.monotonic(), False
-            if left <= 0 or self._engine.block() is not None:
-                return None
+        seen = self._engine.commits
+        item: WorkItem | None = yield self._claim(worker, queues, lease)
+        while item is None and queues and (left := deadline - time.monotonic()) > 0 and self._engine.block() is None:
             yield self._engine.wait(seen, left)
+            seen = self._engine.commits
+            if (yield self._claimable(queues)):
+                item = yield self._claim(worker, queues, lease)
+        return item
 
     @_write_one
     def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
@@ -3531,14 +3518,10 @@ class Hold:
         self.item = item
         self.lease_seconds = lease_seconds
         self.expires: datetime | None = None
+        self._pause = max(0.01, lease_seconds / 3)  # seconds between two renewals
         self._state = state
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="flowstore-hold", daemon=True)
-
-    @property
-    def pause(self) -> float:
-        """Seconds between two renewals."""
-        return max(0.01, self.lease_seconds / 3)
 
     def __enter__(self) -> Hold:
         self.expires = self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
@@ -3547,7 +3530,7 @@ class Hold:
         return self
 
     def _keep(self) -> Any:
-        while not self._ended.wait(self.pause) and self._state._renew_held(self):
+        while not self._ended.wait(self._pause) and self._state._renew_held(self):
             pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
@@ -3640,7 +3623,7 @@ class PersistenceProvider(_Facet):
         Raises AlreadyExists for a taken id or name, InvalidData."""
         if _is(WorkflowInstance, instance, "instance").id == "":
             instance = dataclasses.replace(instance, id=new_id())
-        values = _INSTANCE.encode(instance, now=tx.now()) | {"stamp": _random_bits(62)}
+        values = _INSTANCE.encode(instance, now=tx.now()) | {"stamp": _random_bits()}
         automatic, definition = not values["name"], values["workflow_definition_id"]
         while automatic and (not values["name"] or tx.row(_INSTANCE_BY_NAME, values["name"])):
             values["name"] = _key(f"{definition}-{tx.rows(_COUNTER_NEXT, definition)[0][0]}", "the automatic name")
@@ -3666,7 +3649,7 @@ class PersistenceProvider(_Facet):
             _add(tx, _SUBSCRIPTION, subscription, f"subscriptions[{index}]")
 
     def _persist(self, tx: _Tx, instance: WorkflowInstance) -> None:
-        values = _INSTANCE.encode(_is(WorkflowInstance, instance, "instance")) | {"stamp": _random_bits(62)}
+        values = _INSTANCE.encode(_is(WorkflowInstance, instance, "instance")) | {"stamp": _random_bits()}
         stored = tx.row("SELECT name, stamp FROM workflows WHERE id = ?", values["id"])
         name, stamp = _found(stored, "workflow", values["id"])
         values["name"] = values["name"] or name
@@ -4105,15 +4088,15 @@ class AsyncHold(Hold):
     """`async with state.hold(item)`: a lease that is renewed while the block runs."""
 
     async def __aenter__(self) -> AsyncHold:
-        import asyncio
         self.expires = await self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
-        self._task = asyncio.create_task(self._keep()) if self._state._engine.block() is None else None
+        engine = self._state._engine
+        self._task = engine.loop.create_task(self._keep()) if engine.block() is None else None
         return self
 
     async def _keep(self) -> None:
         import asyncio
         while True:
-            await asyncio.sleep(self.pause)
+            await asyncio.sleep(self._pause)
             if not await self._state._renew_held(self):
                 return
 
@@ -4176,10 +4159,7 @@ def _problems(tx: _Tx) -> list[str]:
 
 def _path(path: object, argument: str) -> str:
     """An absolute path: what is opened again later must not depend on the working directory."""
-    try:
-        text = os.fspath(path)  # type: ignore[call-overload]
-    except TypeError:
-        text = None
+    text = path.__fspath__() if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise InvalidData(f"{argument}: a path is needed, not {type(path).__name__}")
     if not _text(text, argument):
@@ -4191,7 +4171,8 @@ _SERVERS: dict[str, Callable[[str, SimpleNamespace], _Engine]] = {}  # by the sc
 def _parse_target(target: object) -> tuple[str, str | None]:
     """What to call a target, and the absolute path of its file (None: in memory; "": on a server)."""
     if not isinstance(target, str):
-        return (_path(target, "target"), str(target))[::-1]  # in this order: not everything has a text
+        path = _path(target, "target")  # first: not everything has a text
+        return str(target), path
     scheme, name = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", target), target
     if scheme and scheme[1].lower() == "sqlite":
         import urllib.parse
