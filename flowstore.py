@@ -2776,12 +2776,9 @@ class _LogFacet(_Facet):
     def _append_to(self, tx: _Tx, execution_id: str, tenant_id: str, last: int, event: str, expected: object,
                    event_id: object) -> int:
         """Append one event behind `last`, once per event id."""
-        key = None
-        if event_id is not None:
-            key = _id(event_id, "event_id")
-            known = tx.row(_LOG_BY_EVENT_ID, execution_id, key)
-            if known is not None:
-                return int(known[0])
+        key = None if event_id is None else _id(event_id, "event_id")
+        if key is not None and (known := tx.row(_LOG_BY_EVENT_ID, execution_id, key)):
+            return int(known[0])
         if expected is not None and last != _int(expected, "expected_sequence", 0):
             raise SequenceConflict(execution_id, _int(expected, "expected_sequence"), last)
         tx.run(_LOG_INSERT, execution_id, last + 1, tenant_id, event, tx.now(), key)
@@ -3363,8 +3360,8 @@ class StateBackend(_LogFacet):
         """Give an item up: no claim finds it any more. Source: StateBackend.move_to_dead_letter.
 
         Raises LeaseLost for a completed item, or one that is not the claim it was given as; NotFound."""
-        error, unsettled = _text(last_error, "last_error"), ("pending", "claimed", "failed")
-        item = self._item_in(tx, item_id, None, *unsettled)
+        error = _text(last_error, "last_error")
+        item = self._item_in(tx, item_id, None, "pending", "claimed", "failed")
         return self._bury(tx, item.id, item.attempt, tx.now(), error)
 
     @_read
