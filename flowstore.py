@@ -253,7 +253,7 @@ class FlowStatus(StrEnum):
     @property
     def is_terminal(self) -> bool:
         """True when nothing follows this status."""
-        return self in (FlowStatus.CANCELLED, FlowStatus.FINISHED, FlowStatus.FAILED)
+        return self not in _FLOW_TRANSITIONS
 
     def can_transition_to(self, status: FlowStatus | str) -> bool:
         """True when a flow in this status may go to `status`; InvalidData for a word that is no status."""
