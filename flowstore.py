@@ -207,15 +207,14 @@ Json = Any
 AnyId: TypeAlias = "str | UUID"
 AnyItem: TypeAlias = "str | UUID | WorkItem"
 
-def _random_bits(count: int) -> int:
-    """Bits from the system: unlike a seeded generator, they differ on both sides of a fork."""
-    return int.from_bytes(os.urandom((count + 7) // 8), "big") >> (-count % 8)
+def _random_bits() -> int:
+    """62 bits from the system: unlike a seeded generator, they differ on both sides of a fork."""
+    return int.from_bytes(os.urandom(8), "big") >> 2
 
 def new_id() -> str:
     """A new time-ordered UUIDv7 as text: new rows land at the right edge of their B-trees."""
-    microseconds = time.time_ns() // 1000
-    milliseconds, fraction = divmod(microseconds, 1000)
-    number = milliseconds << 80 | 7 << 76 | (fraction * 4096 // 1000) << 64 | 2 << 62 | _random_bits(62)
+    milliseconds, fraction = divmod(time.time_ns() // 1000, 1000)
+    number = milliseconds << 80 | 7 << 76 | (fraction * 4096 // 1000) << 64 | 2 << 62 | _random_bits()
     text = f"{number:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
@@ -255,7 +254,7 @@ class FlowStatus(StrEnum):
     @property
     def is_terminal(self) -> bool:
         """True when nothing follows this status."""
-        return self in (FlowStatus.CANCELLED, FlowStatus.FINISHED, FlowStatus.FAILED)
+        return self not in _FLOW_TRANSITIONS
 
     def can_transition_to(self, status: FlowStatus | str) -> bool:
         """True when a flow in this status may go to `status`; InvalidData for a word that is no status."""
@@ -779,8 +778,8 @@ def _count(value: object, path: str) -> int:
     """A limit, an offset, a number to keep: below 0 counts as 0."""
     return max(0, _int(value, path))
 
-def _limit(value: object, path: str = "limit") -> int:
-    return _INT_MAX if value is None else _count(value, path)
+def _limit(value: object) -> int:
+    return _INT_MAX if value is None else _count(value, "limit")
 
 def _seconds(value: object, path: str) -> float:
     """A finite span in seconds; below 0 counts as 0."""
@@ -899,9 +898,8 @@ class _Mapper(Generic[T]):
 
     `kind` is what errors call it, `key` its id's column, `more` names columns that the record does not show."""
 
-    def __init__(
-        self, record: type[T], table: str, kind: str = "", *, key: str = "id", more: tuple[str, ...] = (), **named: str
-    ) -> None:
+    def __init__(self, record: type[T], table: str, kind: str = "", *, key: str = "id", more: tuple[str, ...] = (),
+                 **named: str) -> None:
         self.record, self.table, self.kind, self.key = record, table, kind, key
         declared = next(" ".join(text.split()) for text in _statements(_TABLES) if f"CREATE TABLE {table} " in text)
         self.codecs: dict[str, Callable[[Any, str], Any]] = {}
@@ -2563,6 +2561,31 @@ class _Facet:
             raise InvalidData("lease_seconds: a lease lasts 0 seconds or more")
         return _seconds(seconds, "lease_seconds")
 
+    @_steps
+    def _prune_all(self, kind: str, before: int, which: str = "") -> _Steps[int]:
+        """Drop what ended before a time of a kind (or of `which`, a condition), in small transactions; how many."""
+        gone = 0
+        while any(dropped := (yield self._prune_some(kind, before, which))):
+            gone += dropped[0]
+        return gone
+
+    @_write
+    def _prune_some(self, tx: _Tx, kind: str, before: int, which: str = "") -> tuple[int, int]:
+        """Drop as much of a kind as a short transaction can: how many went whole, and how many rows that took."""
+        table, key, ended, parts, in_pieces = _PRUNED[kind]
+        ended = which or ended
+        gone = rows = 0
+        most = _PRUNED_AT_ONCE // (1 + len(parts)) or 1  # a part costs a statement, even where there is nothing of it
+        sql = f"SELECT {key} FROM {table} WHERE {ended} LIMIT {most}"
+        for (id,) in tx.rows(sql, *[before] * ended.count("?")):
+            for part in parts:
+                rows += tx.run(part, *(id, max(0, _PRUNED_AT_ONCE - rows))[: part.count("?")])
+            if rows >= _PRUNED_AT_ONCE:
+                tx.run(in_pieces, id)
+                break
+            gone, rows = gone + 1, rows + tx.run(f"DELETE FROM {table} WHERE {key} = ?", id)
+        return gone, rows
+
 @functools.cache
 def _select(mapper: _Mapper[Any], rest: str, *conditions: str) -> _Sql:
     """SELECT of the records for which the conditions hold; a column's name alone: that has a value."""
@@ -2591,6 +2614,45 @@ def _found(thing: T | None, kind: str, id: str) -> T:
         raise NotFound(kind, id)
     return thing
 
+# --- what has ended, and goes ---
+_PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
+
+def _some(table: str, owner: str, key: str = "id", order: str = "") -> str:
+    """A statement that drops some rows of one owner: its id, and how many at most."""
+    return (f"DELETE FROM {table} WHERE {key} IN "
+            f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)")
+
+# What a prune drops, by kind: the table, its key, which of its rows have ended, what goes before each of them, and what
+# is done to one that is left in pieces, lest someone goes on with the whole that he knows. What may belong to others
+# comes first, and is counted as what it is. A log goes from its end, so that what is left of it never has a gap. The
+# row with the highest position of all stays as one of no execution until there is a higher one: its position must not
+# be given again.
+_PRUNED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
+    "errors": ("execution_errors", "id", "error_time < ?", (), ""),
+    "subscriptions": ("event_subscriptions", "id", "terminated_at < ?", (), ""),
+    "events": ("events", "id", "is_processed = 1 AND event_time < ?", (), ""),
+    "tokens": ("flowstore_tokens", "id", "created_at <= ? AND (revoked_at < ? OR expires_at < ?)", (), ""),
+    "workflows": (
+        "workflows", "id", "status IN ('Complete', 'Terminated') AND COALESCE(complete_time, create_time) < ?",
+        (_some("execution_errors", "workflow_id"), _some("event_subscriptions", "workflow_id"),
+         _some("execution_pointers", "workflow_id", "(workflow_id, id)")),
+        "UPDATE workflows SET stamp = stamp - 1 WHERE id = ?"),
+    "flows": (
+        "flows", "id", "status IN ('cancelled', 'finished', 'failed') AND updated_at < ?",
+        (_some("flow_events", "flow_id"), _some("flow_steps", "flow_id")),
+        "UPDATE flows SET revision = revision + 1 WHERE id = ?"),
+    "executions": (
+        "flowstore_executions", "execution_id", """tenant_id = '' UNION ALL SELECT execution_id FROM flowstore_runs
+            WHERE status IN ('completed', 'failed', 'cancelled', 'limit_exceeded') AND updated_at < ?""",
+        ("DELETE FROM flowstore_runs WHERE execution_id = ?", _some("flowstore_work_items", "execution_id"),
+         _some("flowstore_effects", "execution_id", "(tenant_id, key)"), _some("flowstore_snapshots", "execution_id"),
+         """UPDATE flowstore_log SET execution_id = '', sequence = position, tenant_id = '', event = '{}',
+            event_id = NULL WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
+         "DELETE FROM flowstore_log WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)",
+         _some("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC")),
+        "UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?"),
+}
+
 # --- flows ---
 _FLOW_REVISION = "SELECT revision FROM flows WHERE id = ?"
 _FLOW_UPDATE = f"{_FLOW.update} AND revision = ? RETURNING {_FLOW.columns}"
@@ -2598,11 +2660,6 @@ _FLOW_EVENT_INSERT = ("INSERT INTO flow_events (flow_id, kind, payload, at) SELE
                       f"RETURNING {_FLOW_EVENT.columns}")
 _STEP_UPDATE = (f"{_STEP.update} AND NOT EXISTS (SELECT 1 FROM flow_steps other WHERE other.flow_id = "
                 f"flow_steps.flow_id AND other.run_id = ? AND other.id <> flow_steps.id) RETURNING {_STEP.columns}")
-_FLOWS_ENDED = """SELECT id,
-    (SELECT COUNT(*) FROM (SELECT 1 FROM flow_events WHERE flow_id = flows.id LIMIT 250) counted) +
-    (SELECT COUNT(*) FROM (SELECT 1 FROM flow_steps WHERE flow_id = flows.id LIMIT 250) counted)
-    FROM flows WHERE status = ? AND updated_at < ? ORDER BY updated_at, id LIMIT 50"""
-_PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
 
 class FlowStore(_Facet):
     """Revision-checked flows with their steps and their audit trail. Source: FlowStore."""
@@ -2701,50 +2758,30 @@ class FlowStore(_Facet):
     @_steps
     def prune_terminal_flows(self, retain_days: int) -> _Steps[int]:
         """Drop ended flows not updated for `retain_days` days, in small transactions; how many. Source: FlowStore."""
-        age, gone = _count(retain_days, "retain_days") * 86_400_000_000, 0
-        before = max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age)
-        for status in FlowStatus:
-            while status.is_terminal and (chunk := (yield self._prune_chunk(status, before))):
-                gone += chunk
+        age = _count(retain_days, "retain_days") * 86_400_000_000
+        gone: int = yield self._prune_all("flows", max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age))
         return gone
 
-    @_write
-    def _prune_chunk(self, tx: _Tx, status: str, before: int) -> int:
-        """Drop as many flows as a short transaction can with all that is theirs, at least one; how many went."""
-        chosen: list[tuple[str]] = []
-        rows = 0
-        for flow_id, children in tx.rows(_FLOWS_ENDED, status, before):
-            rows += 1 + children
-            if rows <= _PRUNED_AT_ONCE or not chosen:
-                chosen.append((flow_id,))
-        tx.run_many("DELETE FROM flows WHERE id = ?", chosen)
-        return len(chosen)
-
 # --- the execution log ---
-_LOG_HEAD = _Sql(
-    """SELECT tenant_id, (SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id),
-        (SELECT l.sequence FROM flowstore_log l WHERE l.execution_id = e.execution_id ORDER BY l.sequence DESC LIMIT 1)
-    FROM flowstore_executions e WHERE execution_id = ? {tenant}"""
-)
+_LOG_HEAD = _Sql("""SELECT tenant_id, (SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id),
+    (SELECT l.sequence FROM flowstore_log l WHERE l.execution_id = e.execution_id ORDER BY l.sequence DESC LIMIT 1)
+    FROM flowstore_executions e WHERE execution_id = ? {tenant}""")
 _LOG_INSERT = ("INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp, event_id) "
                "VALUES (?, ?, ?, ?, ?, ?)")
 _LOG_BY_EVENT_ID = "SELECT sequence FROM flowstore_log WHERE execution_id = ? AND event_id = ?"
-_LOG_AFTER = _Sql(_STORED.select(
-    "flowstore_log WHERE execution_id = ? AND sequence > ? {tenant} ORDER BY sequence LIMIT ?"
-))
+_LOG_AFTER = _select(_STORED, "ORDER BY sequence LIMIT ?", "execution_id", "sequence > ?")
 # The row that stands for a pruned end of the log (its position must not be given again) has no execution.
 _LOG_FROM = _Sql(_STORED.select(
-    "flowstore_log WHERE position > ? AND execution_id <> '' {tenant} ORDER BY position LIMIT ?"
-))
-_LOG_PLACE = _Sql(
-    """SELECT sequence FROM flowstore_log WHERE execution_id = ? AND position <= ? {tenant}
-    ORDER BY sequence DESC LIMIT 1"""
-)
+    "flowstore_log WHERE position > ? AND execution_id <> '' {tenant} ORDER BY position LIMIT ?"))
+_LOG_PLACE = _Sql("""SELECT sequence FROM flowstore_log WHERE execution_id = ? AND position <= ? {tenant}
+    ORDER BY sequence DESC LIMIT 1""")
 _LOG_LAST = _Sql("SELECT sequence FROM flowstore_log WHERE execution_id = ? {tenant} ORDER BY sequence DESC LIMIT 1")
 _EXECUTION_INSERT = ("INSERT INTO flowstore_executions (execution_id, tenant_id, created_at) VALUES (?, ?, ?) "
                      "ON CONFLICT DO NOTHING")
 _EXECUTION_OWNER = _Sql("SELECT tenant_id FROM flowstore_executions WHERE execution_id = ? {tenant}")
 _TENANT_STATUS = "SELECT status FROM flowstore_tenants WHERE id = ?"
+
+_Place: TypeAlias = "tuple[int, int]"  # in the log: a position, and the sequence that an execution has there
 
 def _event_text(event: object, path: str) -> str:
     if not isinstance(event, dict):
@@ -2757,16 +2794,12 @@ def _event_text(event: object, path: str) -> str:
 class _LogFacet(_Facet):
     """What the two views of the execution log share."""
 
-    def _append_to(
-        self, tx: _Tx, execution_id: str, tenant_id: str, last: int, event: str, expected: object, event_id: object
-    ) -> int:
+    def _append_to(self, tx: _Tx, execution_id: str, tenant_id: str, last: int, event: str, expected: object,
+                   event_id: object) -> int:
         """Append one event behind `last`, once per event id."""
-        key = None
-        if event_id is not None:
-            key = _id(event_id, "event_id")
-            known = tx.row(_LOG_BY_EVENT_ID, execution_id, key)
-            if known is not None:
-                return int(known[0])
+        key = None if event_id is None else _id(event_id, "event_id")
+        if key is not None and (known := tx.row(_LOG_BY_EVENT_ID, execution_id, key)):
+            return int(known[0])
         if expected is not None and last != _int(expected, "expected_sequence", 0):
             raise SequenceConflict(execution_id, _int(expected, "expected_sequence"), last)
         tx.run(_LOG_INSERT, execution_id, last + 1, tenant_id, event, tx.now(), key)
@@ -2788,10 +2821,8 @@ class EventStore(_LogFacet):
     """The append-only log of executions. Source: EventStore."""
 
     @_write
-    def append(
-        self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId, event: Mapping[str, Json], *, expected_sequence: int |
-        None = None, event_id: AnyId | None = None
-    ) -> int:
+    def append(self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId, event: Mapping[str, Json], *,
+               expected_sequence: int | None = None, event_id: AnyId | None = None) -> int:
         """Append one event, durable when this returns; its sequence in the execution: 1, 2, 3, ... without gaps.
 
         The first append makes the execution known for that tenant, and registers a new one. An `event_id` that is in
@@ -2803,17 +2834,14 @@ class EventStore(_LogFacet):
         return self._append_to(tx, execution, tenant, last, text, expected_sequence, event_id)
 
     @_write
-    def append_batch(
-        self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId, events: Iterable[Mapping[str, Json]], *,
-        expected_sequence: int | None = None
-    ) -> int:
+    def append_batch(self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId, events: Iterable[Mapping[str, Json]], *,
+                     expected_sequence: int | None = None) -> int:
         """Append all of the events with consecutive sequences, or none; the first one's sequence.
 
         Raises as `append` does, and InvalidData for an empty batch. Source: EventStore.append_batch."""
         execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
-        if not isinstance(events, (list, tuple)):
-            raise InvalidData(f"events: a list of events is needed, not {type(events).__name__}")
-        texts = [_event_text(event, f"events[{index}]") for index, event in enumerate(events)]
+        listed = _listed(events, "events", "a list of events")
+        texts = [_event_text(event, f"events[{index}]") for index, event in enumerate(listed)]
         if not texts:
             raise InvalidData("events: a batch needs at least one event")
         last = self._open_log(tx, execution, tenant)
@@ -2829,12 +2857,11 @@ class EventStore(_LogFacet):
         head = tx.rows(_LOG_HEAD.all, execution_id)
         if not head:
             row = tx.row(_TENANT_STATUS, tenant_id)
-            now = tx.now()
             if row is None:
                 _add_tenant(tx, tenant_id)
             elif row[0] != TenantStatus.ACTIVE:
                 raise TenantInactive(tenant_id)
-            tx.run(_EXECUTION_INSERT, execution_id, tenant_id, now)
+            tx.run(_EXECUTION_INSERT, execution_id, tenant_id, tx.now())
             return 0
         owner, status, last = head[0]
         if owner != tenant_id:
@@ -2859,9 +2886,8 @@ class EventStore(_LogFacet):
         return self._last_sequence(tx, execution_id)
 
     @_read
-    def list_executions(
-        self, tx: _Tx, tenant_id: AnyId = DEFAULT_TENANT, limit: int = 100, offset: int = 0
-    ) -> list[str]:
+    def list_executions(self, tx: _Tx, tenant_id: AnyId = DEFAULT_TENANT, limit: int = 100,
+                        offset: int = 0) -> list[str]:
         """The ids of the tenant's known executions, newest first. Source: EventStore.list_executions."""
         rows = tx.rows("SELECT execution_id FROM flowstore_executions WHERE tenant_id = ? "
                        "ORDER BY created_at DESC, execution_id DESC LIMIT ? OFFSET ?",
@@ -2882,89 +2908,73 @@ class EventStore(_LogFacet):
         """Generate the events after `after_seq`, reading `chunk` of them at a time: memory stays flat.
 
         Nothing is held between two chunks, so writes go on, and what they append is reached too. Raises InvalidData."""
-        return self._iterate(*self._iter(execution_id, after_seq, chunk))
+        execution, start = _id(execution_id, "execution_id"), (0, _int(after_seq, "after_seq"))
+        most = _int(chunk, "chunk", 1)
+        return self._generate(start, lambda place: self._chunk(execution, place[1], most))
 
-    def _iter(self, execution_id: AnyId, after_seq: int, chunk: int) -> tuple[str, int, int]:
-        return _id(execution_id, "execution_id"), _int(after_seq, "after_seq"), _int(chunk, "chunk", 1)
-
-    def _iterate(self, execution_id: str, after: int, chunk: int) -> Iterator[StoredEvent]:
-        while events := self._chunk(execution_id, after, chunk):
+    def _generate(self, place: _Place, behind: Callable[[_Place], list[StoredEvent]]) -> Iterator[StoredEvent]:
+        """The events behind a place, then those behind the last of them, and so on while there are any."""
+        while events := behind(place):
             yield from events
-            after = events[-1].sequence
+            place = events[-1].position, events[-1].sequence
 
     @_read
-    def read_all(
-        self, tx: _Tx, after_position: int = 0, limit: int = 1000, *, tenant_id: AnyId | None = None
-    ) -> list[StoredEvent]:
+    def read_all(self, tx: _Tx, after_position: int = 0, limit: int = 1000, *,
+                 tenant_id: AnyId | None = None) -> list[StoredEvent]:
         """The whole log, or a tenant's part of it, by position: for projections that remember how far they are.
 
         An event that commits later never has a lower position than one already read."""
         after, most = _int(after_position, "after_position"), _limit(limit)
-        if tenant_id is None:
-            return _STORED.decode_all(tx.rows(_LOG_FROM.all, after, most))
-        return _STORED.decode_all(tx.rows(_LOG_FROM.one, after, _id(tenant_id, "tenant_id"), most))
+        facet = _Facet(self._engine, _optional(_id, tenant_id, "tenant_id"))
+        return _STORED.decode_all(facet._rows(tx, _LOG_FROM, after, most))
 
-    def tail(
-        self, after_position: int | None = None, *, timeout: float | None = None, tenant_id: AnyId | None = None,
-        execution_id: AnyId | None = None
-    ) -> Iterator[StoredEvent]:
+    def tail(self, after_position: int | None = None, *, timeout: float | None = None, tenant_id: AnyId | None = None,
+             execution_id: AnyId | None = None) -> Iterator[StoredEvent]:
         """Generate the events behind a position as they come, from any process, each once and in order.
 
         None starts behind the last event there is now. Ends after `timeout` seconds without an event (None: never).
         Raises InvalidData, and StorageError inside one's own transaction."""
-        after, what, idle = self._tail(after_position, timeout, tenant_id, execution_id)
-        return self._follow(self._tail_place(after, what[1]), what, idle)
-
-    def _tail(
-        self, after: int | None, timeout: float | None, tenant: AnyId | None, execution: AnyId | None
-    ) -> tuple[int | None, tuple[str | None, str | None], float]:
-        """The arguments of `tail` checked: where to begin, what to look for, and the seconds it may be idle."""
         self._engine.forbid_inside("tail()")
-        only = None if tenant is None else _id(tenant, "tenant_id")
-        run = None if execution is None else _id(execution, "execution_id")
+        tenant, run = _optional(_id, tenant_id, "tenant_id"), _optional(_id, execution_id, "execution_id")
         idle = math.inf if timeout is None else _seconds(timeout, "timeout")
-        return None if after is None else _int(after, "after_position"), (only, run), idle
-
-    def _follow(self, place: tuple[int, int], what: tuple[str | None, ...], idle: float) -> Iterator[StoredEvent]:
-        deadline = time.monotonic() + idle
-        while True:
-            seen = self._engine.commits
-            if events := self._news(place, *what):
-                yield from events
-                place, deadline = (events[-1].position, events[-1].sequence), time.monotonic() + idle
-            elif (left := deadline - time.monotonic()) > 0:
-                self._engine.wait(seen, left)
-            else:
-                return
+        place = self._tail_place(_optional(_int, after_position, "after_position"), run)
+        return self._generate(place, lambda place: self._await_news(place, tenant, run, idle))
 
     @_snapshot
-    def _tail_place(self, tx: _Tx, after: int | None, execution_id: str | None) -> tuple[int, int]:
+    def _tail_place(self, tx: _Tx, after: int | None, execution_id: str | None) -> _Place:
         """Where a tail begins: a position, and the sequence that one execution had there."""
         if after is None:
             after = int(tx.rows("SELECT MAX(position) FROM flowstore_log WHERE position > ?", -1)[0][0] or 0)
         row = None if execution_id is None else self._row(tx, _LOG_PLACE, execution_id, after)
         return after, 0 if row is None else int(row[0])
 
+    @_steps
+    def _await_news(self, place: _Place, tenant_id: str | None, execution_id: str | None,
+                    idle: float) -> _Steps[list[StoredEvent]]:
+        """The next events behind a place, waited for up to `idle` seconds; none after that."""
+        deadline = time.monotonic() + idle
+        while True:
+            seen = self._engine.commits
+            events: list[StoredEvent] = yield self._news(place, tenant_id, execution_id)
+            left = deadline - time.monotonic()
+            if events or left <= 0:
+                return events
+            yield self._engine.wait(seen, left)
+
     @_read
-    def _news(
-        self, tx: _Tx, place: tuple[int, int], tenant_id: str | None, execution_id: str | None
-    ) -> list[StoredEvent]:
+    def _news(self, tx: _Tx, place: _Place, tenant_id: str | None, execution_id: str | None) -> list[StoredEvent]:
         """The next events behind a place: of one execution by its sequence, of others by position."""
         sql, *behind = (_LOG_FROM, place[0]) if execution_id is None else (_LOG_AFTER, execution_id, place[1])
-        if tenant_id is None:
-            return _STORED.decode_all(tx.rows(sql.all, *behind, 1000))
-        return _STORED.decode_all(tx.rows(sql.one, *behind, tenant_id, 1000))
+        return _STORED.decode_all(_Facet(self._engine, tenant_id)._rows(tx, sql, *behind, 1000))
 
 # --- the state backend ---
 _SNAPSHOT_LATEST = _select(_SNAPSHOT, "ORDER BY at_sequence DESC LIMIT 1", "execution_id", "at_sequence <= ?")
 # An id is taken whoever took it: this one asks without regard to tenants.
 _SNAPSHOT_PLACE = "SELECT execution_id, at_sequence FROM flowstore_snapshots WHERE id = ?"
 _SNAPSHOT_WRITE = _SNAPSHOT.upsert("execution_id, at_sequence")
-_SNAPSHOT_PRUNE = _Sql(
-    """DELETE FROM flowstore_snapshots WHERE execution_id = ? {tenant} AND at_sequence <= (
-        SELECT at_sequence FROM flowstore_snapshots WHERE execution_id = ? {tenant}
-        ORDER BY at_sequence DESC LIMIT 1 OFFSET ?) RETURNING id"""
-)
+_SNAPSHOT_PRUNE = _Sql("""DELETE FROM flowstore_snapshots WHERE execution_id = ? {tenant} AND at_sequence <= (
+    SELECT at_sequence FROM flowstore_snapshots WHERE execution_id = ? {tenant}
+    ORDER BY at_sequence DESC LIMIT 1 OFFSET ?) RETURNING id""")
 _RENEW = _update(_ITEM, "lease_expires_at = ?", """AND status = 'claimed'
                  AND lease_fence = COALESCE(?, lease_fence) AND worker_id = COALESCE(?, worker_id)""")
 _SETTLE = _update(_ITEM, "status = ?, lease_expires_at = NULL, last_error = COALESCE(?, last_error)",
@@ -2975,10 +2985,8 @@ _RETRY = _update(_ITEM, f"status = 'pending', available_at = ?, {_UNLEASED}", re
 _BURY = _update(_DEAD, f"status = 'dead_lettered', dead_lettered_at = ?, {_UNLEASED}", returning=_DEAD.columns)
 _EXPIRED = _select(_ITEM, "ORDER BY lease_expires_at, id LIMIT ?",
                    "queue_type", "status = 'claimed'", "lease_expires_at <= ?")
-_NEXT_LEASED_QUEUE = _Sql(
-    """SELECT queue_type FROM flowstore_work_items WHERE status = 'claimed' AND queue_type > ? {tenant}
-    ORDER BY queue_type LIMIT 1"""
-)
+_NEXT_LEASED_QUEUE = _Sql("""SELECT queue_type FROM flowstore_work_items WHERE status = 'claimed' AND queue_type > ?
+    {tenant} ORDER BY queue_type LIMIT 1""")
 _DEAD_LETTERS = _select(_DEAD, "ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?", "status = 'dead_lettered'")
 _DEFINITION_DROP = _Sql("DELETE FROM flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}").one
 # Counts for a tenant's limits, made only where it has one.
@@ -2989,10 +2997,8 @@ _EFFECT_INSERT = ("INSERT INTO flowstore_effects (tenant_id, key, result, execut
 _EFFECT_GET = _Sql("SELECT result FROM flowstore_effects WHERE key = ? {tenant}").one
 _ARTIFACT_REF = _select(_ARTIFACT, "", "hash").one
 _ARTIFACT_GET = _Sql("SELECT data FROM flowstore_artifacts WHERE hash = ? {tenant}").one
-_TOKEN_VALID = _Sql(_TOKEN.select(
-    """flowstore_tokens WHERE hash = ? AND revoked_at IS NULL AND COALESCE(expires_at > ?, true) {tenant}
-    AND EXISTS (SELECT 1 FROM flowstore_tenants t WHERE t.id = tenant_id AND t.status = 'active')"""
-))
+_TOKEN_VALID = _select(_TOKEN, "", "hash", "revoked_at IS NULL", "COALESCE(expires_at > ?, true)",
+                       "EXISTS (SELECT 1 FROM flowstore_tenants t WHERE t.id = tenant_id AND t.status = 'active')")
 _TENANT_UPDATE = f"{_TENANT.update} RETURNING {_TENANT.columns}"
 _RECLAIMED_PER_CLAIM = 16
 _LEASE_EXPIRED = "the lease expired"
@@ -3213,17 +3219,14 @@ class StateBackend(_LogFacet):
         queues = [*dict.fromkeys(_id(queue, f"queue_types[{index}]") for index, queue in enumerate(given))]
         lease = self._lease(lease_seconds)
         deadline = time.monotonic() + min(_seconds(wait, "wait"), threading.TIMEOUT_MAX)
-        first = True
-        while True:
-            seen = self._engine.commits
-            if first or (yield self._claimable(queues)):
-                item: WorkItem | None = yield self._claim(worker, queues, lease)
-                if item is not None or not queues:
-                    return item
-            left, first = deadline - time.monotonic(), False
-            if left <= 0 or self._engine.block() is not None:
-                return None
+        seen = self._engine.commits
+        item: WorkItem | None = yield self._claim(worker, queues, lease)
+        while item is None and queues and (left := deadline - time.monotonic()) > 0 and self._engine.block() is None:
             yield self._engine.wait(seen, left)
+            seen = self._engine.commits
+            if (yield self._claimable(queues)):
+                item = yield self._claim(worker, queues, lease)
+        return item
 
     @_write_one
     def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
@@ -3378,8 +3381,8 @@ class StateBackend(_LogFacet):
         """Give an item up: no claim finds it any more. Source: StateBackend.move_to_dead_letter.
 
         Raises LeaseLost for a completed item, or one that is not the claim it was given as; NotFound."""
-        error, unsettled = _text(last_error, "last_error"), ("pending", "claimed", "failed")
-        item = self._item_in(tx, item_id, None, *unsettled)
+        error = _text(last_error, "last_error")
+        item = self._item_in(tx, item_id, None, "pending", "claimed", "failed")
         return self._bury(tx, item.id, item.attempt, tx.now(), error)
 
     @_read
@@ -3533,14 +3536,10 @@ class Hold:
         self.item = item
         self.lease_seconds = lease_seconds
         self.expires: datetime | None = None
+        self._pause = max(0.01, lease_seconds / 3)  # seconds between two renewals
         self._state = state
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="flowstore-hold", daemon=True)
-
-    @property
-    def pause(self) -> float:
-        """Seconds between two renewals."""
-        return max(0.01, self.lease_seconds / 3)
 
     def __enter__(self) -> Hold:
         self.expires = self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
@@ -3549,7 +3548,7 @@ class Hold:
         return self
 
     def _keep(self) -> Any:
-        while not self._ended.wait(self.pause) and self._state._renew_held(self):
+        while not self._ended.wait(self._pause) and self._state._renew_held(self):
             pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
@@ -3564,8 +3563,6 @@ class Hold:
 # --- workflow persistence ---
 _INSTANCES = _INSTANCE.select("workflows WHERE id IN ({}) ORDER BY id")
 _INSTANCE_BY_NAME = "SELECT id FROM workflows WHERE name = ?"
-_INSTANCES_OLD = """SELECT id FROM workflows WHERE status = ? AND COALESCE(complete_time, create_time) < ?
-    ORDER BY COALESCE(complete_time, create_time), id LIMIT 100"""
 _COUNTER_NEXT = """INSERT INTO flowstore_counters (definition_id, value) VALUES (?, 1)
     ON CONFLICT (definition_id) DO UPDATE SET value = flowstore_counters.value + 1 RETURNING value"""
 _POINTERS = f"""SELECT {', '.join(_POINTER.written)} FROM execution_pointers WHERE workflow_id IN ({{}})
@@ -3644,7 +3641,7 @@ class PersistenceProvider(_Facet):
         Raises AlreadyExists for a taken id or name, InvalidData."""
         if _is(WorkflowInstance, instance, "instance").id == "":
             instance = dataclasses.replace(instance, id=new_id())
-        values = _INSTANCE.encode(instance, now=tx.now()) | {"stamp": _random_bits(62)}
+        values = _INSTANCE.encode(instance, now=tx.now()) | {"stamp": _random_bits()}
         automatic, definition = not values["name"], values["workflow_definition_id"]
         while automatic and (not values["name"] or tx.row(_INSTANCE_BY_NAME, values["name"])):
             values["name"] = _key(f"{definition}-{tx.rows(_COUNTER_NEXT, definition)[0][0]}", "the automatic name")
@@ -3662,16 +3659,15 @@ class PersistenceProvider(_Facet):
         self._persist(tx, instance)
 
     @_write
-    def persist_workflow_with_subscriptions(
-        self, tx: _Tx, instance: WorkflowInstance, subscriptions: Sequence[EventSubscription]
-    ) -> None:
+    def persist_workflow_with_subscriptions(self, tx: _Tx, instance: WorkflowInstance,
+                                            subscriptions: Sequence[EventSubscription]) -> None:
         """`persist_workflow`, and new subscriptions: all or none. Raises AlreadyExists. Source: WorkflowRepository."""
         self._persist(tx, instance)
         for index, subscription in enumerate(_listed(subscriptions, "subscriptions")):
             _add(tx, _SUBSCRIPTION, subscription, f"subscriptions[{index}]")
 
     def _persist(self, tx: _Tx, instance: WorkflowInstance) -> None:
-        values = _INSTANCE.encode(_is(WorkflowInstance, instance, "instance")) | {"stamp": _random_bits(62)}
+        values = _INSTANCE.encode(_is(WorkflowInstance, instance, "instance")) | {"stamp": _random_bits()}
         stored = tx.row("SELECT name, stamp FROM workflows WHERE id = ?", values["id"])
         name, stamp = _found(stored, "workflow", values["id"])
         values["name"] = values["name"] or name
@@ -3755,31 +3751,17 @@ class PersistenceProvider(_Facet):
     @_write
     def delete_workflow(self, tx: _Tx, id: AnyId) -> None:
         """Delete an instance with its pointers, subscriptions and errors. Raises NotFound. Source: delete_workflow."""
-        self._delete(tx, _id(id, "id"))
-
-    def _delete(self, tx: _Tx, id: str) -> int:
-        """Delete an instance with all that is its own; how many rows that took."""
-        of_it = ("execution_pointers", "event_subscriptions", "execution_errors")
-        rows = sum(tx.run(f"DELETE FROM {table} WHERE workflow_id = ?", id) for table in of_it)
-        if not tx.run("DELETE FROM workflows WHERE id = ?", id):
-            raise NotFound("workflow", id)
-        return rows + 1
+        key = _id(id, "id")
+        for table in ("event_subscriptions", "execution_errors"):
+            tx.run(f"DELETE FROM {table} WHERE workflow_id = ?", key)
+        if not tx.run("DELETE FROM workflows WHERE id = ?", key):  # its pointers go with it
+            raise NotFound("workflow", key)
 
     @_steps
     def purge_workflows(self, status: WorkflowStatus | str, older_than: datetime) -> _Steps[int]:
         """Delete those of a status completed (else created) before a time; how many. Source: purge_workflows."""
-        word, before, total = _enum(WorkflowStatus, status, "status").value, _time(older_than, "older_than"), 0
-        while gone := (yield self._purge(word, before)):
-            total += gone
-        return total
-
-    @_write
-    def _purge(self, tx: _Tx, status: str, before: int) -> int:
-        gone = rows = 0
-        for (id,) in tx.rows(_INSTANCES_OLD, status, before):
-            gone, rows = gone + 1, rows + self._delete(tx, id)
-            if rows > 1000:  # some have many pointers
-                break
+        ended = f"status = '{_enum(WorkflowStatus, status, 'status')}' AND COALESCE(complete_time, create_time) < ?"
+        gone: int = yield self._prune_all("workflows", _time(older_than, "older_than"), ended)
         return gone
 
     # --- subscriptions and events ---
@@ -4036,21 +4018,6 @@ class _StoreBase(_Facet):
         count = "SELECT COUNT(*) FROM (SELECT {1} FROM {0} WHERE {2}) ended".format
         return {kind: tx.rows(count(*how), *[before] * how[2].count("?"))[0][0] for kind, how in _PRUNED.items()}
 
-    @_write
-    def _prune_some(self, tx: _Tx, kind: str, before: int) -> tuple[int, int]:
-        """Drop as much of a kind as a short transaction can: how many went whole, and how many rows that took."""
-        table, key, ended, parts, in_pieces = _PRUNED[kind]
-        gone = rows = 0
-        sql = f"SELECT {key} FROM {table} WHERE {ended} LIMIT {_PRUNED_AT_ONCE}"
-        for (id,) in tx.rows(sql, *[before] * ended.count("?")):
-            for part in parts:
-                rows += tx.run(part, *(id, max(0, _PRUNED_AT_ONCE - rows))[: part.count("?")])
-            if rows >= _PRUNED_AT_ONCE:
-                tx.run(in_pieces, id)
-                break
-            gone, rows = gone + 1, rows + tx.run(f"DELETE FROM {table} WHERE {key} = ?", id)
-        return gone, rows
-
     @_snapshot
     def stats(self, tx: _Tx) -> dict[str, Any]:
         """How much is in the store, as JSON values: rows, runs by status, queues, bytes. Source: health_check."""
@@ -4105,45 +4072,28 @@ class AsyncFlowStore(_AsyncFacet, FlowStore):
 class AsyncEventStore(_AsyncFacet, EventStore):
     """`EventStore`, awaited; its generators are for `async for`."""
 
-    def iter_events(  # type: ignore[override]
-        self, execution_id: AnyId, after_seq: int = 0, *, chunk: int = 1000
-    ) -> AsyncIterator[StoredEvent]:
+    def iter_events(self, execution_id: AnyId, after_seq: int = 0, *,  # type: ignore[override]
+                    chunk: int = 1000) -> AsyncIterator[StoredEvent]:
         """`EventStore.iter_events` for `async for`."""
-        return self._iterate(*self._iter(execution_id, after_seq, chunk))
+        return super().iter_events(execution_id, after_seq, chunk=chunk)  # type: ignore[return-value]
 
-    async def _iterate(  # type: ignore[override]
-        self, execution_id: str, after: int, chunk: int
-    ) -> AsyncIterator[StoredEvent]:
-        while events := await self._chunk(execution_id, after, chunk):
-            for event in events:
-                yield event
-            after = events[-1].sequence
-
-    def tail(  # type: ignore[override]
-        self, after_position: int | None = None, *, timeout: float | None = None, tenant_id: AnyId | None = None,
-        execution_id: AnyId | None = None
-    ) -> AsyncIterator[StoredEvent]:
+    def tail(self, after_position: int | None = None, *, timeout: float | None = None,  # type: ignore[override]
+             tenant_id: AnyId | None = None, execution_id: AnyId | None = None) -> AsyncIterator[StoredEvent]:
         """`EventStore.tail` for `async for`."""
-        after, what, idle = self._tail(after_position, timeout, tenant_id, execution_id)
+        return super().tail(  # type: ignore[return-value]
+            after_position, timeout=timeout, tenant_id=tenant_id, execution_id=execution_id)
+
+    def _tail_place(self, after: int | None, execution_id: str | None) -> Any:
         # It begins now, not when the loop comes to it: in memory, behind the writes that were sent before.
         run = self._engine.send if self._engine.in_memory else self._engine.sync.run
-        return self._follow(run(EventStore.__dict__["_tail_place"], self, (after, what[1]), {}), what, idle)
+        return run(EventStore.__dict__["_tail_place"], self, (after, execution_id), {})
 
-    async def _follow(  # type: ignore[override]
-        self, place: Any, what: tuple[str | None, ...], idle: float
-    ) -> AsyncIterator[StoredEvent]:
+    async def _generate(self, place: Any, behind: Callable[[_Place], Any]) -> Any:
         place = await place if inspect.isawaitable(place) else place
-        deadline = time.monotonic() + idle
-        while True:
-            seen = self._engine.commits
-            if events := await self._news(place, *what):
-                for event in events:
-                    yield event
-                place, deadline = (events[-1].position, events[-1].sequence), time.monotonic() + idle
-            elif (left := deadline - time.monotonic()) > 0:
-                await self._engine.wait(seen, left)
-            else:
-                return
+        while events := await behind(place):
+            for event in events:
+                yield event
+            place = events[-1].position, events[-1].sequence
 
 class AsyncStateBackend(_AsyncFacet, StateBackend):
     """`StateBackend`, awaited."""
@@ -4156,15 +4106,15 @@ class AsyncHold(Hold):
     """`async with state.hold(item)`: a lease that is renewed while the block runs."""
 
     async def __aenter__(self) -> AsyncHold:
-        import asyncio
         self.expires = await self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
-        self._task = asyncio.create_task(self._keep()) if self._state._engine.block() is None else None
+        engine = self._state._engine
+        self._task = engine.loop.create_task(self._keep()) if engine.block() is None else None
         return self
 
     async def _keep(self) -> None:
         import asyncio
         while True:
-            await asyncio.sleep(self.pause)
+            await asyncio.sleep(self._pause)
             if not await self._state._renew_held(self):
                 return
 
@@ -4225,48 +4175,9 @@ def _problems(tx: _Tx) -> list[str]:
     except StorageError as error:
         return [str(error)]
 
-def _some(table: str, owner: str, key: str = "id", order: str = "") -> str:
-    """A statement that drops some rows of one owner: its id, and how many at most."""
-    return (f"DELETE FROM {table} WHERE {key} IN "
-            f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)")
-
-# What prune() drops, by kind: the table, its key, which of its rows have ended, what goes before each of them, and what
-# is done to one that is left in pieces, lest someone goes on with the whole that he knows. What may belong to others
-# comes first, and is counted as what it is. A log goes from its end, so that what is left of it never has a gap. The
-# row with the highest position of all stays as one of no execution until there is a higher one: its position must not
-# be given again.
-_PRUNED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
-    "errors": ("execution_errors", "id", "error_time < ?", (), ""),
-    "subscriptions": ("event_subscriptions", "id", "terminated_at < ?", (), ""),
-    "events": ("events", "id", "is_processed = 1 AND event_time < ?", (), ""),
-    "tokens": ("flowstore_tokens", "id", "created_at <= ? AND (revoked_at < ? OR expires_at < ?)", (), ""),
-    "workflows": (
-        "workflows", "id", "status IN ('Complete', 'Terminated') AND COALESCE(complete_time, create_time) < ?",
-        (_some("execution_errors", "workflow_id"), _some("event_subscriptions", "workflow_id"),
-         _some("execution_pointers", "workflow_id", "(workflow_id, id)")),
-        "UPDATE workflows SET stamp = stamp - 1 WHERE id = ?"),
-    "flows": (
-        "flows", "id", "status IN ('cancelled', 'finished', 'failed') AND updated_at < ?",
-        (_some("flow_events", "flow_id"), _some("flow_steps", "flow_id")),
-        "UPDATE flows SET revision = revision + 1 WHERE id = ?"),
-    "executions": (
-        "flowstore_executions", "execution_id", """tenant_id = '' UNION ALL SELECT execution_id FROM flowstore_runs
-            WHERE status IN ('completed', 'failed', 'cancelled', 'limit_exceeded') AND updated_at < ?""",
-        ("DELETE FROM flowstore_runs WHERE execution_id = ?", _some("flowstore_work_items", "execution_id"),
-         _some("flowstore_effects", "execution_id", "(tenant_id, key)"), _some("flowstore_snapshots", "execution_id"),
-         """UPDATE flowstore_log SET execution_id = '', sequence = position, tenant_id = '', event = '{}',
-            event_id = NULL WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
-         "DELETE FROM flowstore_log WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)",
-         _some("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC")),
-        "UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?"),
-}
-
 def _path(path: object, argument: str) -> str:
     """An absolute path: what is opened again later must not depend on the working directory."""
-    try:
-        text = os.fspath(path)  # type: ignore[call-overload]
-    except TypeError:
-        text = None
+    text = path.__fspath__() if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):
         raise InvalidData(f"{argument}: a path is needed, not {type(path).__name__}")
     if not _text(text, argument):
@@ -4278,7 +4189,8 @@ _SERVERS: dict[str, Callable[[str, SimpleNamespace], _Engine]] = {}  # by the sc
 def _parse_target(target: object) -> tuple[str, str | None]:
     """What to call a target, and the absolute path of its file (None: in memory; "": on a server)."""
     if not isinstance(target, str):
-        return (_path(target, "target"), str(target))[::-1]  # in this order: not everything has a text
+        path = _path(target, "target")  # first: not everything has a text
+        return str(target), path
     scheme, name = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", target), target
     if scheme and scheme[1].lower() == "sqlite":
         import urllib.parse
@@ -4293,11 +4205,9 @@ def _parse_target(target: object) -> tuple[str, str | None]:
         raise StorageError(f"target: the scheme {scheme[1]!r} is not known: give a path, sqlite:///path or :memory:")
     return target, None if name == ":memory:" else _path(name, "target")
 
-def open(
-    target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_timeout: float = 30.0,
-    lease_seconds: float = 30.0, backoff: Callable[[int], float] | None = None,
-    clock: Callable[[], datetime] | None = None, read_only: bool = False,
-) -> Store:
+def open(target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_timeout: float = 30.0,
+         lease_seconds: float = 30.0, backoff: Callable[[int], float] | None = None,
+         clock: Callable[[], datetime] | None = None, read_only: bool = False) -> Store:
     """Open a store, creating it with all its tables where there is none.
 
     `target`: a path, `"sqlite:///absolute"`, `"sqlite://relative"` or `":memory:"`. `synchronous`: FULL (what is
