@@ -694,6 +694,7 @@ CREATE TABLE flowstore_counters (definition_id TEXT PRIMARY KEY, value INTEGER N
 """
 
 _TABLE_NAMES = tuple(re.findall(r"CREATE TABLE (\w+)", _TABLES))
+_NAMES = re.findall(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) (\w+)", _TABLES)
 
 # From version N to N + 1, each a script of statements; all of them run in the transaction that finds the file old.
 _UPGRADES: dict[int, str] = {}
@@ -1221,9 +1222,12 @@ class _Engine:
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
         self.sync = self
         self.target = target
-        self.path = path  # None: in memory
+        # None: in memory. Where the file itself is, for there its log is too, whatever link it was named by.
+        self.path = None if path is None else os.path.realpath(path)
         self.options = options  # what open() was asked for
         self.in_memory = self.one_writer and path is None
+        # Whether nothing can be made beside the file, not even what it is locked by.
+        self.shut = bool(self.path and options.read_only and not os.access(os.path.dirname(self.path), os.W_OK))
         # Whether a transaction block shuts the writes of all others out.
         self.exclusive = self.one_writer and (self.in_memory or not options.read_only)
         self.mutex = threading.RLock()
@@ -1354,17 +1358,18 @@ class _Engine:
 
     def _version(self, tx: _Tx) -> int | None:
         """The version of the file's tables, None when there are none; SchemaError for tables that are not ours."""
-        tables = self._tables(tx)
-        if "flowstore_meta" not in tables:
-            if clash := sorted(tables.intersection(_TABLE_NAMES)):
-                raise SchemaError(f"{self.target}: the table {clash[0]!r} there is not flowstore's: use another file")
+        names = self._names(tx)
+        if "flowstore_meta" not in names:
+            if clash := sorted(names.intersection(_NAMES)):
+                raise SchemaError(f"{self.target}: the table or index {clash[0]!r} there is not flowstore's: "
+                                  "use another file")
             if self.options.read_only:
                 raise StorageError(f"{self.target}: there is no store in it")
             return None
         try:
             row = tx.row("SELECT value FROM flowstore_meta WHERE key = 'schema'")
             version = int(row[0]) if row else 0
-            tables = self._tables(tx)  # again: one may have upgraded it meanwhile
+            names = self._names(tx)  # again: one may have upgraded it meanwhile
         except (StoreBusy, StoreCorrupt):
             raise
         except (StorageError, ValueError) as error:
@@ -1372,12 +1377,13 @@ class _Engine:
         if version > _SCHEMA_VERSION:
             raise SchemaError(f"{self.target}: the tables are of version {version}, this flowstore knows "
                               f"{_SCHEMA_VERSION}: upgrade flowstore")
-        if version < 1 or (version == _SCHEMA_VERSION and not tables.issuperset(_TABLE_NAMES)):
+        if version < 1 or (version == _SCHEMA_VERSION and not names.issuperset(_TABLE_NAMES)):
             raise SchemaError(f"{self.target}: some of flowstore's tables are missing: restore it from a backup")
         return version
 
-    def _tables(self, tx: _Tx) -> set[str]:
-        return {name for (name,) in tx.rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'view')")}
+    def _names(self, tx: _Tx) -> set[str]:
+        """What there is in the database, by names that are compared without regard to case."""
+        return {name.lower() for (name,) in tx.rows("SELECT name FROM sqlite_master")}
 
     def _build(self, tx: _Tx, version: int | None) -> None:
         """Make the tables, or upgrade those of an older version."""
@@ -1399,8 +1405,9 @@ class _Engine:
         if operation.writes:
             self.refuse_read_only()
         if not self.in_memory and not (operation.writes and self.one_writer):
-            return self._patiently(lambda: self._with_connection(
-                lambda tx: self._run_beside(tx, operation, facet, args, kwargs)))
+            read = functools.partial(self._with_connection, lambda tx: self._run_beside(
+                tx, operation, facet, args, kwargs))
+            return self._patiently(functools.partial(self._undisturbed, read) if self.shut else read)
         call = _Call(operation, facet, args, kwargs)
         self.with_lead(call, self._try)
         if call.error is not None:
@@ -1440,6 +1447,19 @@ class _Engine:
             tx.run("BEGIN")
         return operation.run(facet, tx, args, kwargs)
 
+    def _undisturbed(self, read: Callable[[], R]) -> R:
+        """Read a file that cannot be locked here: once more, when somebody wrote it meanwhile."""
+        while True:
+            before = _unlocked(self.path)
+            try:
+                result = read()
+            except FlowStoreError:
+                if _unlocked(self.path) == before:
+                    raise
+                continue
+            if before is None or _unlocked(self.path) == before:
+                return result
+
     def _with_connection(self, action: Callable[[_Tx], R]) -> R:
         connection = self._borrow()
         try:
@@ -1472,7 +1492,8 @@ class _Engine:
                 connection.close()
         with self.mutex:
             connection.lent = False
-            keep = len(self.readers) < _IDLE_READERS and not self.closed
+            # How the file is to be opened may have changed, where it cannot be locked.
+            keep = len(self.readers) < _IDLE_READERS and not self.closed and not self.shut
             if keep:
                 self.readers.append(connection)
         if not keep:
@@ -1815,8 +1836,9 @@ class _Engine:
     def backup(self, path: str) -> None:
         """Copy one state of the database to `path`; the copy gets its name when it is complete and on disk."""
         folder = os.path.dirname(path)
-        if os.path.lexists(path):
-            raise StorageError(f"{path}: there is something already: choose a path that is free")
+        for name in (path, path + "-wal", path + "-journal"):  # a log that a crash left would become the copy's
+            if os.path.lexists(name):
+                raise StorageError(f"{name}: there is something already: choose a path that is free")
         if not os.path.isdir(folder):
             raise StorageError(f"{path}: the folder does not exist: make it first")
         partial = f"{path}.{new_id()}.partial"
@@ -2015,6 +2037,13 @@ def _file_uri(path: str, read_only: bool) -> str:
     if not os.path.exists(wal) or not os.path.getsize(wal):
         return uri + "?mode=ro&immutable=1"  # at rest, and nobody here could write it
     return uri + "?mode=ro&vfs=unix-none"
+
+def _unlocked(path: str | None) -> list[tuple[int, int]] | None:
+    """What tells that a file was written, where it is read without locks; None where it is not."""
+    if path is None or "&" not in _file_uri(path, True):
+        return None
+    states = [os.stat(name) for name in (path, path + "-wal") if os.path.exists(name)]
+    return [(state.st_size, state.st_mtime_ns) for state in states]
 
 if hasattr(os, "register_at_fork"):
     def _at_fork(step: str) -> None:
@@ -5893,9 +5922,9 @@ class _PostgresEngine(_Engine):
                 tx.run(f"ALTER TABLE {table} ALTER {column} SET DEFAULT {number}")
         tx.run("COMMIT")
 
-    def _tables(self, tx: _Tx) -> set[str]:
-        return {name for (name,) in tx.rows("SELECT relname::text FROM pg_class WHERE relkind IN ('r', 'v') AND "
-                                            "relnamespace = to_regnamespace(?)", self.schema)}
+    def _names(self, tx: _Tx) -> set[str]:
+        sql = "SELECT relname::text FROM pg_class WHERE relnamespace = to_regnamespace(?)"
+        return {name for (name,) in tx.rows(sql, self.schema)}
 
     def _numbers_behind(self, tx: _Tx) -> int:
         """The base with which new numbers lie above all that are stored; 0 while they do."""
