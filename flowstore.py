@@ -35,8 +35,8 @@ The chapters, each resting only on those above it:
     Facets        FlowStore, EventStore, StateBackend, PersistenceProvider
     Store         what open() and open_async() return
     Views         what is stored, as text, as HTML and as JSON
-    Command line  selftest, demo, bench, show, tail, report, serve, check, backup, prune, compact
-    PostgreSQL    a server in place of the file, and copy between the two
+    Command line  selftest, demo, bench, show, tail, report, serve, check, backup, prune, compact, copy
+    PostgreSQL    a server in place of the file
 """
 
 from __future__ import annotations
@@ -201,6 +201,7 @@ DEFAULT_TENANT = "default"
 
 # What a record's annotations say beyond the Python type: chapter Rows finds the codec of a column by this name.
 Id = str
+Ref = str
 Key = str
 Data = str
 Json = Any
@@ -500,15 +501,15 @@ class ExecutionPointer(_Record):
     persistence_data: Json | None = None
     start_time: datetime | None = None
     end_time: datetime | None = None
-    event_name: str | None = None
-    event_key: str | None = None
+    event_name: Key | None = None
+    event_key: Key | None = None
     event_published: bool = False
     event_data: Json | None = None
     step_name: str | None = None
     retry_count: int = 0
     children: list[str] = field(default_factory=list)
     context_item: Json | None = None
-    predecessor_id: Id | None = None
+    predecessor_id: Ref | None = None
     outcome: Json | None = None
     scope: list[str] = field(default_factory=list)
     extension_attributes: dict[str, Any] = field(default_factory=dict)
@@ -521,7 +522,7 @@ class WorkflowInstance(_Record):
     version: int = 1
     description: str | None = None
     reference: str | None = None
-    root_workflow_id: Id | None = None
+    root_workflow_id: Ref | None = None
     execution_pointers: list[ExecutionPointer] = field(default_factory=list)
     next_execution: int | datetime | None = 0
     status: WorkflowStatus = WorkflowStatus.RUNNABLE
@@ -549,7 +550,7 @@ class EventSubscription(_Record):
     subscribe_as_of: datetime | None = None
     subscription_data: Json | None = None
     external_token: str | None = None
-    external_worker_id: str | None = None
+    external_worker_id: Id | None = None
     external_token_expiry: datetime | None = None
 
 class ScheduledCommand(_Record):
@@ -759,9 +760,15 @@ def _short(value: object, path: str, most: int, least: int = 0) -> str:
 def _id(value: object, path: str) -> str:
     if type(value) is str and 0 < len(value) <= 255 and value.isascii() and "\0" not in value:
         return value  # nearly every id, and this is asked on every call
-    if not isinstance(value, str) and value.__class__.__name__ == "UUID" and hasattr(value, "hex"):
-        return str(value)
-    return _short(value, path, 255, 1)
+    return str(value) if _is_uuid(value) else _short(value, path, 255, 1)
+
+def _ref(value: object, path: str) -> str:
+    """What names something elsewhere: any text, or a UUID."""
+    return str(value) if _is_uuid(value) else _text(value, path)
+
+def _is_uuid(value: object) -> bool:
+    uuid = sys.modules.get("uuid")  # not imported, nobody has one
+    return uuid is not None and isinstance(value, uuid.UUID)
 
 def _key(value: object, path: str) -> str:
     return _short(value, path, 255)
@@ -820,8 +827,8 @@ def _json(value: object, path: str) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         _refuse_json(value, path)
         raise InvalidData(f"{path}: {error}") from None
-    # Deeper than that is only possible with more brackets than that; most texts have far fewer.
-    if text.count("[") + text.count("{") > _JSON_DEPTH:
+    # Deeper than that is only possible with more brackets than that, a longer number in a longer text.
+    if text.count("[") + text.count("{") > _JSON_DEPTH or (len(text) > 4300 and sys.get_int_max_str_digits() != 4300):
         _refuse_json(value, path)
     return text
 
@@ -864,7 +871,8 @@ def _texts(value: object, path: str) -> str:
 
 def _limits(value: object, path: str) -> str:
     """A tenant's limits as JSON: numbers that are not negative, or None."""
-    limits = vars(_is(TenantLimits, value, path))
+    _is(TenantLimits, value, path)
+    limits = {spec.name: getattr(value, spec.name) for spec in dataclasses.fields(TenantLimits)}
     for name, limit in limits.items():
         if limit is not None and name == "max_cost_per_month_usd":
             if not 0 <= _is((int, float), limit, f"{path}.{name}", "an amount") < math.inf:
@@ -873,6 +881,10 @@ def _limits(value: object, path: str) -> str:
             _int(limit, f"{path}.{name}", 0)
     return _json(limits, path)
 
+def _function(value: object, path: str) -> None:
+    if not callable(value):
+        raise InvalidData(f"{path}: a function is needed, not {type(value).__name__}")
+
 def _optional(check: Callable[[Any, str], R], value: object, path: str) -> R | None:
     """A value as `check` makes it, None for None."""
     return None if value is None else check(value, path)
@@ -880,7 +892,8 @@ def _optional(check: Callable[[Any, str], R], value: object, path: str) -> R | N
 # How each type that a record's fields are annotated with goes into a column, and comes out of it.
 _Codec: TypeAlias = "tuple[Callable[[Any, str], Any], Callable[[Any], Any] | None]"
 _CODECS: dict[str, _Codec] = {
-    "Id": (_id, None), "Key": (_key, None), "Data": (lambda value, path: _short(value, path, 512), None),
+    "Id": (_id, None), "Ref": (_ref, None), "Key": (_key, None),
+    "Data": (lambda value, path: _short(value, path, 512), None),
     "str": (_text, None), "int": (_int, None), "bool": (_bool, bool),
     "datetime": (_time, _datetime), "int | datetime": (_milliseconds, None),
     "Json": (_json, _of_json), "list[str]": (_texts, _of_json), "dict[str, Any]": (_object, _of_json),
@@ -1406,7 +1419,7 @@ class _Engine:
             self.refuse_read_only()
         if not self.in_memory and not (operation.writes and self.one_writer):
             read = functools.partial(self._with_connection, lambda tx: self._run_beside(
-                tx, operation, facet, args, kwargs))
+                tx, operation, facet, args, kwargs), operation.writes)
             return self._patiently(functools.partial(self._undisturbed, read) if self.shut else read)
         call = _Call(operation, facet, args, kwargs)
         self.with_lead(call, self._try)
@@ -1460,26 +1473,27 @@ class _Engine:
             if before is None or _unlocked(self.path) == before:
                 return result
 
-    def _with_connection(self, action: Callable[[_Tx], R]) -> R:
-        connection = self._borrow()
+    def _with_connection(self, action: Callable[[_Tx], R], writes: bool = True) -> R:
+        connection = self._borrow(writes)
         try:
             with connection.lock:
                 return action(connection.use())
         finally:
             self._give_back(connection)
 
-    def _borrow(self) -> _Connection:
+    def _borrow(self, writes: bool = True) -> _Connection:
         """A connection for one call or block, an idle one first; StoreBusy while all that there may be are in use."""
         deadline = time.monotonic() + self.options.busy_timeout
+        most = self.most if writes else 2 * self.most  # reads go on while writes wait for each other
         while True:
             self.refuse_closed()
             with self.mutex:
-                if self.readers or sum(one.lent for one in self.connections) < self.most:
+                if self.readers or sum(one.lent for one in self.connections) < most:
                     connection = self.readers.pop() if self.readers else self._new_connection()
                     connection.lent = True
                     return connection
             if (left := deadline - time.monotonic()) <= 0:
-                raise StoreBusy(f"all {self.most} connections of this store were in use too long")
+                raise StoreBusy(f"all {most} connections of this store were in use too long")
             with contextlib.suppress(Empty):
                 self.freed.get(timeout=min(0.1, left))  # of a block that was dropped nobody is told
 
@@ -2072,8 +2086,17 @@ if hasattr(os, "register_at_fork"):
         after_in_child=functools.partial(_at_fork, "after_fork_in_child"),
     )
 
-_REFUSED_SQL = re.compile(r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|"
-                          r"RELEASE|ATTACH|DETACH|VACUUM|PRAGMA)\b", re.IGNORECASE | re.DOTALL)
+_REFUSED_SQL = re.compile(
+    r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|"
+    r"VACUUM|PRAGMA|SET(?!\s+(?:LOCAL|CONSTRAINTS)\b)|RESET|DISCARD)\b", re.IGNORECASE | re.DOTALL)
+
+def _mapped(parameters: Any) -> Any:
+    return dict(parameters) if hasattr(parameters, "keys") else parameters
+
+def _every(rows: Iterable[Any]) -> list[Any]:
+    if not hasattr(rows, "__iter__"):
+        raise InvalidData(f"rows: rows of values are needed, not {type(rows).__name__}")
+    return list(rows)
 
 class Transaction:
     """An open transaction, for the user's own SQL in the same database. Source: SqliteBackend::pool."""
@@ -2091,7 +2114,7 @@ class Transaction:
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
         """Run one statement for each of the rows; errors as with `execute`."""
-        self.open().execute(sql, list(rows), many=True)
+        self.open().execute(sql, _every(rows), many=True)
 
     def open(self) -> _Block:
         """The innermost block here: SQL given to an outer `tx` belongs to the block nested in it."""
@@ -2195,9 +2218,10 @@ class _Block:
         """Run an operation as a savepoint of its own."""
         with self._connection.lock:
             tx = self.tx()
-            if not operation.writes:
+            if operation.writes:
+                self.engine.refuse_read_only()
+            elif self.engine.one_writer:  # a server ends the transaction for an error of a read, too
                 return operation.run(facet, tx, args, kwargs)
-            self.engine.refuse_read_only()
             return self._in_savepoint(tx, lambda: operation.run(facet, tx, args, kwargs))
 
     def execute(self, sql: object, parameters: Any, *, many: bool = False) -> list[tuple[Any, ...]]:
@@ -2209,9 +2233,10 @@ class _Block:
         with self._connection.lock:
             tx = self.tx()
             execute = tx.db.executemany if many else tx.db.execute
+            given = [*map(_mapped, parameters)] if many else _mapped(parameters)
             try:
-                return self._in_savepoint(tx, lambda: execute(sql, parameters).fetchall())
-            except (*_DRIVER_ERRORS, ValueError) as error:
+                return self._in_savepoint(tx, lambda: execute(sql, given).fetchall())
+            except (*_DRIVER_ERRORS, ValueError, LookupError) as error:
                 raise StorageError(f"the statement failed: {error}") from error
 
     @staticmethod
@@ -2291,7 +2316,7 @@ class _AsyncEngine:
         from concurrent.futures import ThreadPoolExecutor
         self.sync = engine
         self.loop = asyncio.get_running_loop()
-        self.turn = asyncio.Lock()
+        self.turn = asyncio.Lock() if engine.one_writer else asyncio.Semaphore(int(engine.most))
         self._running_loop = asyncio.get_running_loop
         self._waiting: list[_Call] = []
         self._patient: set[asyncio.Timeout] = set()
@@ -2301,6 +2326,7 @@ class _AsyncEngine:
         self._sender: asyncio.Task[None] | None = None
         self._worker = ThreadPoolExecutor(1 if engine.one_writer else _IDLE_READERS, "flowstore-writer")
         self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
+        self._writers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-beside")  # on a server: writes of no block
         self._others = ThreadPoolExecutor(32, "flowstore-aside")  # for what takes long
 
     def __getattr__(self, name: str) -> Any:
@@ -2329,7 +2355,8 @@ class _AsyncEngine:
                 return await self.in_worker(block.run, operation, facet, args, kwargs)
         if not self.sync.in_memory and not (operation.writes and self.sync.one_writer):
             self.refuse_foreign()
-            return await self.loop.run_in_executor(self._readers, self.sync.run, operation, facet, args, kwargs)
+            pool = self._writers if operation.writes else self._readers
+            return await self.loop.run_in_executor(pool, self.sync.run, operation, facet, args, kwargs)
         return await self.send(operation, facet, args, kwargs)
 
     def send(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> asyncio.Future[Any]:
@@ -2441,7 +2468,7 @@ class _AsyncEngine:
         await asyncio.shield(self._closing)
 
     def _closed(self, closing: object) -> None:
-        for pool in (self._worker, self._readers, self._others):
+        for pool in (self._worker, self._readers, self._writers, self._others):
             pool.shutdown(wait=False)
         for patience in self._patient:  # who waits for the turn learns of it now
             patience.reschedule(0.0)
@@ -2460,7 +2487,7 @@ class AsyncTransaction:
     async def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
         """Run one statement for each of the rows; errors as with `execute`."""
         block = self._transaction.open()
-        await self._engine.in_worker(functools.partial(block.execute, many=True), sql, list(rows))
+        await self._engine.in_worker(functools.partial(block.execute, many=True), sql, _every(rows))
 
 class _AsyncBlock:
     """`async with store.transaction()`: everything that the task and those started inside it do in it, or nothing."""
@@ -2469,6 +2496,7 @@ class _AsyncBlock:
         self._engine = engine
         self._block: _Block = engine.sync.transaction()
         self._has_turn = False
+        self._begun: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> AsyncTransaction:
         import asyncio
@@ -2477,19 +2505,25 @@ class _AsyncBlock:
         block.adopt(0)
         while True:
             deadline = time.monotonic() + engine.sync.options.busy_timeout
-            if block.parent is None and engine.exclusive:
+            if block.parent is None and (engine.exclusive or not engine.one_writer):
                 self._has_turn = await engine.take_turn(deadline)
             try:
-                await asyncio.shield(engine.in_worker(block.begin, deadline))
+                self._begun = engine.in_worker(block.begin, deadline)
+                await asyncio.shield(self._begun)
                 return AsyncTransaction(engine, block.enter())
             except _Ended:  # what it was to be nested in: it is one of its own
                 block.parent = engine.sync.block()
             except BaseException:
-                self._undo()
+                if self._engine.one_writer or self._begun is None:
+                    self._undo()
+                else:  # behind it, in whatever thread that goes on
+                    self._begun.add_done_callback(self._undo)
                 raise
 
-    def _undo(self) -> None:
+    def _undo(self, begun: asyncio.Future[None] | None = None) -> None:
         """Perhaps cancelled, while the worker goes on: what it begins is given back, before any later call."""
+        if begun is not None and not begun.cancelled():
+            begun.exception()  # looked at, so that nobody complains of it
         try:
             self._engine.in_worker(self._block.end, False).add_done_callback(self._end_turn)
         except StorageError:  # closed
@@ -2858,9 +2892,8 @@ class EventStore(_LogFacet):
         the log already returns its sequence and writes nothing. Raises TenantMismatch, TenantInactive, SequenceConflict
         (the log is not at `expected_sequence`; 0: no events yet), InvalidData. Source: EventStore.append."""
         execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
-        text = _event_text(event, "event")
         last = self._open_log(tx, execution, tenant)
-        return self._append_to(tx, execution, tenant, last, text, expected_sequence, event_id)
+        return self._append_to(tx, execution, tenant, last, _event_text(event, "event"), expected_sequence, event_id)
 
     @_write
     def append_batch(self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId, events: Iterable[Mapping[str, Json]], *,
@@ -2869,11 +2902,10 @@ class EventStore(_LogFacet):
 
         Raises as `append` does, and InvalidData for an empty batch. Source: EventStore.append_batch."""
         execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
-        listed = _listed(events, "events", "a list of events")
+        last, listed = self._open_log(tx, execution, tenant), _listed(events, "events", "a list of events")
         texts = [_event_text(event, f"events[{index}]") for index, event in enumerate(listed)]
         if not texts:
             raise InvalidData("events: a batch needs at least one event")
-        last = self._open_log(tx, execution, tenant)
         if expected_sequence is not None and last != _int(expected_sequence, "expected_sequence", 0):
             raise SequenceConflict(execution, expected_sequence, last)
         now = tx.now()
@@ -2981,6 +3013,7 @@ class EventStore(_LogFacet):
     def _await_news(self, place: _Place, tenant_id: str | None, execution_id: str | None,
                     idle: float) -> _Steps[list[StoredEvent]]:
         """The next events behind a place, waited for up to `idle` seconds; none after that."""
+        self._engine.forbid_inside("tail()")  # where it goes on, too: what is not committed is no event yet
         deadline = time.monotonic() + idle
         while True:
             seen = self._engine.commits
@@ -3192,6 +3225,7 @@ class StateBackend(_LogFacet):
                initial: Json = None) -> _Steps[tuple[Any, int]]:
         """Fold `reducer(state, event)`, outside transactions, over the events after the latest snapshot, beginning with
         its state, or with `initial` when there is none; the state and its sequence."""
+        _function(reducer, "reducer")
         state, sequence = (yield self._replay_start(execution_id)) or (initial, 0)
         while events := (yield self._chunk(execution_id, sequence, 1000)):
             for event in events:
@@ -3335,21 +3369,25 @@ class StateBackend(_LogFacet):
 
     @_steps
     def _renew_held(self, hold: Hold) -> _Steps[bool]:
-        """Renew a lease; False when it cannot be, and `lost` unless the block itself has ended it."""
+        """Renew a lease; False when it is at its end, and `lost` unless the block itself has ended it."""
         try:
             hold.expires = yield self.renew_lease(hold.item, lease_seconds=hold.lease_seconds)
-        except (LeaseLost, NotFound):
-            with contextlib.suppress(StorageError):
-                item, now = (yield self.get_work_item(hold.item)), self._engine.now()
-                if item is None or item.lease_fence != hold.item.lease_fence or item.status is WorkItemStatus.CLAIMED:
-                    hold.lost = True
-                elif item.status not in (WorkItemStatus.COMPLETED, WorkItemStatus.FAILED):
-                    # Before it expired, only the block itself can have put the item back.
-                    hold.lost = hold.expires is None or now >= hold.expires
-            return False
-        except FlowStoreError:
-            pass  # busy, full, a suspended tenant: the lease may still last until the next try
-        return True
+            return True
+        except FlowStoreError as error:
+            refused, now = isinstance(error, (LeaseLost, NotFound)), self._engine.now()
+        expired = hold.expires is None or now >= hold.expires
+        if not refused and not expired:
+            return True  # busy, full, a suspended tenant: the lease may still last until the next try
+        with contextlib.suppress(StorageError):
+            item = yield self.get_work_item(hold.item)
+            if item is None or item.lease_fence != hold.item.lease_fence:
+                hold.lost = True
+            elif item.status is WorkItemStatus.CLAIMED:  # until it is taken back, an expired lease still holds
+                hold.lost = refused
+            elif item.status not in (WorkItemStatus.COMPLETED, WorkItemStatus.FAILED):
+                hold.lost = expired  # before that, only the block itself can have put the item back
+            return not refused and not hold.lost
+        return not refused
 
     @_write_one
     def complete_work_item(self, tx: _Tx, item_id: AnyItem, *, lease_fence: int | None = None) -> WorkItem:
@@ -3894,6 +3932,7 @@ class PersistenceProvider(_Facet):
         is no Exception propagates at once. After a crash, or a handler that outlived its lease, the command is handed
         out again. Raises StorageError inside one's own transaction. Source: process_commands."""
         self._engine.forbid_inside("process_commands()")
+        _function(handler, "handler")
         due = _time(self._engine.now() if as_of is None else as_of, "as_of") // 1000
         lease, token, handled = self._lease(lease_seconds), new_id(), 0
         found: Any = (-_INT_MAX - 1, "", "")
@@ -4249,9 +4288,8 @@ def open(target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_time
     mode = _text(synchronous, "synchronous").upper()
     if mode not in ("FULL", "NORMAL", "OFF"):
         raise InvalidData(f"synchronous: FULL, NORMAL or OFF is needed, not {synchronous!r}")
-    for function, argument in ((backoff, "backoff"), (clock, "clock")):
-        if function is not None and not callable(function):
-            raise InvalidData(f"{argument}: a function is needed, not {type(function).__name__}")
+    _optional(_function, backoff, "backoff")
+    _optional(_function, clock, "clock")
     options = SimpleNamespace(
         synchronous=mode, busy_timeout=min(_seconds(busy_timeout, "busy_timeout"), threading.TIMEOUT_MAX / 2),
         lease_seconds=_seconds(lease_seconds, "lease_seconds"), backoff=backoff, clock=clock,
@@ -4833,7 +4871,7 @@ def _serve(args: Any) -> None:
 
 
 # ============================================================================================================
-# Command line: selftest, demo, bench, check, backup, prune, compact
+# Command line: selftest, demo, bench, check, backup, prune, compact, copy
 # ============================================================================================================
 
 # What only commands need is imported in them: who imports this module for its store does not pay for it.
@@ -5106,7 +5144,7 @@ def _demo(args: Any) -> int:
         print(f"{_many(len(keys), 'files')} of {folder}, {len(keys) - new} known from an earlier run", flush=True)
         _demo_run(store, args.store, folder, queue)
         proven = _demo_table(store, keys)
-    place = shlex.quote(args.store)
+    place = shlex.quote(store.target)
     print("The store stays; files done in it are not read again, even when they have changed: to start anew, delete "
           f"{place} or name another --store.\nTo look at it:", *(f"  {args.program} {command}" for command in (
               f"show {place}", f"report {place} -o report.html", f"serve {place}")), sep="\n")
@@ -5550,8 +5588,8 @@ def _check(args: Any) -> int:
     """Print the problems of a store; status 1 when there are any."""
     with open(args.store, read_only=True) as store:
         problems = store.check()
-    lines = [*problems, f"{args.store}: {_many(len(problems), 'problems') if problems else 'sound'}"]
-    print(json.dumps({"store": args.store, "problems": problems}) if args.json else "\n".join(lines))
+    lines = [*problems, f"{store.target}: {_many(len(problems), 'problems') if problems else 'sound'}"]
+    print(json.dumps({"store": store.target, "problems": problems}) if args.json else "\n".join(lines))
     return 1 if problems else 0
 
 def _backup(args: Any) -> None:
@@ -5572,7 +5610,7 @@ def _compact(args: Any) -> None:
     """Shrink a store's file, and say to what."""
     with _existing(args.store) as store:
         store.compact()
-        print(f"{args.store}: {store.stats()['file_bytes']:,} bytes")
+        print(f"{store.target}: {store.stats()['file_bytes']:,} bytes")
 
 def _prune(args: Any) -> None:
     """Drop what has ended, with a bar on a terminal, and say how much that was."""
@@ -5592,8 +5630,8 @@ def _prune(args: Any) -> None:
         finally:
             _bar(sys.stderr)
     text = ", ".join(_many(count, kind) for kind, count in counts.items() if count) or "nothing"
-    print(json.dumps({"store": args.store, "dry_run": args.dry_run, "pruned": counts}) if args.json else
-          f"{args.store}: {'would drop' if args.dry_run else 'dropped'} {text}")
+    print(json.dumps({"store": store.target, "dry_run": args.dry_run, "pruned": counts}) if args.json else
+          f"{store.target}: {'would drop' if args.dry_run else 'dropped'} {text}")
 
 # --- copy: a store moves into a new one, perhaps of another engine ---
 _COPIED = {  # by table, its columns and those of its key; referred ones first
@@ -5651,7 +5689,7 @@ def _copy_store(args: Any) -> int:
             other = lambda sql, *values: copy.execute(sql, values)  # noqa: E731
             differ = [table for table in _COPIED if any(
                 one != two for one, two in itertools.zip_longest(_table_rows(rows, table), _table_rows(other, table)))]
-    print(f"{args.target}: {total:,} rows,", f"other than the source in {', '.join(differ)}" if differ else "equal")
+    print(f"{target.target}: {total:,} rows,", f"other than the source in {', '.join(differ)}" if differ else "equal")
     return 1 if differ else 0
 
 # Each command: the function, which may return an exit status, what it is about, and its arguments as argparse has them.
@@ -5722,8 +5760,8 @@ _PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named
     re.DOTALL,
 )
 _IN_DOUBT = "the server was lost during COMMIT: look whether this was stored"
-_FATE = """SELECT pg_xact_status(?::xid8), GREATEST(pg_postmaster_start_time(), MAX(backend_start)) < ?::timestamptz
-    FROM pg_stat_activity WHERE backend_type = 'checkpointer'"""  # restarted, a server may use a number again
+_FATE = """SELECT pg_xact_status(?::xid8), GREATEST(pg_postmaster_start_time(), stats_reset) < ?::timestamptz
+    FROM pg_stat_bgwriter"""  # after a crash, which resets the statistics, a server may use a number again
 _CLAIM = "flowstore_work_items SET status = 'claimed'"
 _NEWS = re.compile("INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'")
 
@@ -5764,10 +5802,11 @@ class _PostgresDb:
     def __init__(self, engine: _PostgresEngine) -> None:
         self.engine, psycopg = engine, engine.psycopg
         try:
-            self.db = psycopg.connect(engine.url, autocommit=True, cursor_factory=psycopg.RawCursor)
+            self.db = psycopg.connect(
+                engine.url, autocommit=True, cursor_factory=psycopg.RawCursor, client_encoding="UTF8")
         except psycopg.Error as error:
             says = " ".join(str(error).split())
-            kind = StoreBusy if re.search("starting up|shutting down|too many|connection slots", says) else StorageError
+            kind = StoreBusy if re.search("starting up|shutting down|recovery|too many|slots", says) else StorageError
             raise kind(f"{engine.target}: the server cannot be used: {says}") from error
         self.cursor = self.db.cursor()
         self.close = self.db.close
@@ -5833,7 +5872,9 @@ class _PostgresDb:
     def commit(self) -> None:
         """Commit; those who wait hear of it, by a transaction of its own: NOTIFY would make commits queue up."""
         if not self.late:  # else its one statement was a transaction of its own
-            self._call(self._do, f"COMMIT; NOTIFY {self.engine.schema}" if self.news else "COMMIT")
+            if self.db.info.transaction_status.name != "INTRANS":  # COMMIT would roll back, and not tell
+                raise StorageError("the database ended this transaction, nothing of it was stored: run it again")
+            self._call(self._do, f'COMMIT; NOTIFY "{self.engine.schema}"' if self.news else "COMMIT")
 
     def rollback(self) -> None:
         """Roll back what is open, if anything."""
@@ -5887,7 +5928,7 @@ class _PostgresEngine(_Engine):
         self.url = target.replace(given[0], "") if given else target
         if not re.fullmatch("[a-z_][a-z0-9_]{0,62}", self.schema):
             raise InvalidData(f"target: a schema's name is made of a-z, 0-9 and _, not {self.schema!r}")
-        self.settings = f"""SET search_path = {self.schema}, public; SET jit = off; SET enable_seqscan = off;
+        self.settings = f"""SET search_path = "{self.schema}", public; SET jit = off; SET enable_seqscan = off;
             SET plan_cache_mode = force_generic_plan;
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
             SET synchronous_commit = {'on' if options.synchronous == 'FULL' else 'off'};
@@ -5905,14 +5946,15 @@ class _PostgresEngine(_Engine):
         self._patiently(lambda: self._with_connection(self._prepare_schema))
 
     def _prepare_schema(self, tx: _Tx) -> None:
-        if self._version(tx) == _SCHEMA_VERSION and (self.options.read_only or not self._numbers_behind(tx)):
+        if self._version(tx) == _SCHEMA_VERSION and not self._numbers_behind(tx):
             return
         if self.options.read_only:
-            raise SchemaError("the tables are of an older version: open the store once without read_only")
-        tx.run("BEGIN")
+            raise SchemaError("the tables are of an older version, or restored: open the store once without read_only")
+        tx.run("BEGIN ISOLATION LEVEL READ COMMITTED")
         tx.rows("SELECT pg_advisory_xact_lock(hashtext(?))", self.schema)
-        if (version := self._version(tx)) is None:
-            tx.run(f"CREATE SCHEMA IF NOT EXISTS {self.schema}")
+        version = self._version(tx)
+        if tx.rows("SELECT to_regnamespace(?) IS NULL", self.schema)[0][0]:
+            tx.run(f'CREATE SCHEMA "{self.schema}"')
         self._build(tx, version)
         if behind := self._numbers_behind(tx):
             tx.run(f"""INSERT INTO flowstore_meta (key, value) VALUES ('base', '{behind}')
@@ -5990,7 +6032,7 @@ class _PostgresEngine(_Engine):
         try:
             listening, db = self.writer.tx is not None, self.writer.use().db
             if not listening:  # what was committed until now may not have been seen
-                db.execute(f"LISTEN {self.schema}")
+                db.execute(f'LISTEN "{self.schema}"')
             elif not self.closed and self.commits == seen:
                 for _ in db.db.notifies(timeout=max(0.0, deadline - time.monotonic()), stop_after=1):
                     self.commits += 1
@@ -6028,7 +6070,7 @@ class _PostgresEngine(_Engine):
         for connection in list(self.connections):
             if connection.tx is not None:
                 _keep_for_ever(connection.tx.db)
-            connection.lock, connection.tx = threading.RLock(), None
+            connection.lock, connection.tx, connection.lent = threading.RLock(), None, False
         self.mutex, self.watching, self.readers = threading.RLock(), set(), []
         self.freed = SimpleQueue()
 
