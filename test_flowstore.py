@@ -41,7 +41,7 @@ import types
 import unicodedata
 import uuid
 import warnings
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -348,13 +348,13 @@ def in_fork(call: Callable[[], Any]) -> Any:
     return value
 
 
-def script(source: str, *arguments: object) -> subprocess.Popen[str]:
+def script(source: str, *arguments: object, pass_fds: Sequence[int] = ()) -> subprocess.Popen[str]:
     """A Python process that runs `source` with `flowstore` at hand."""
     folder = str(Path(flowstore.__file__ or "").parent)
     environment = os.environ | {"PYTHONPATH": folder}
     command = [sys.executable, "-c", "import os, signal, sys, flowstore\n" + source, *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=pass_fds
     )
 
 
@@ -1693,16 +1693,17 @@ def test_sqlite_refuses_what_is_no_database_and_leaves_it(
     assert folder_contents(path.parent) == before
 
 
-@pytest.mark.parametrize("table", ["flowstore_meta", "flows", "events", "execution_errors"])
-def test_sqlite_refuses_a_file_whose_own_table_clashes(path: Path, table: str) -> None:
+@pytest.mark.parametrize("name", ["flowstore_meta", "flows", "Events", "execution_errors", "Flows_by_owner"])
+def test_sqlite_refuses_a_file_whose_own_names_clash(path: Path, name: str) -> None:
     connection = sqlite3.connect(path)
-    connection.executescript(f"CREATE TABLE {table}(mine TEXT); INSERT INTO {table} VALUES ('kept')")
-    before = list(connection.iterdump())
-    with pytest.raises(SchemaError, match=table) as caught:
+    connection.executescript("CREATE TABLE mine(kept TEXT); INSERT INTO mine VALUES ('kept')")
+    connection.execute(f"CREATE INDEX {name} ON mine(kept)" if "_by_" in name else f"CREATE TABLE {name}(mine TEXT)")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(SchemaError, match=name.lower()) as caught:
         flowstore.open(path)
     assert one_sentence(caught.value)
-    assert list(connection.iterdump()) == before
-    connection.close()
+    assert path.read_bytes() == before
 
 
 def test_sqlite_lives_beside_the_users_own_tables(path: Path) -> None:
@@ -1960,6 +1961,75 @@ def test_sqlite_reads_in_a_folder_that_cannot_be_written(crashed: Path, wal: boo
             folder.chmod(0o755)
 
 
+READER = """
+flowstore.open(sys.argv[1], read_only=True).close()  # all that it imports, before its rights to do so are gone
+if os.geteuid() == 0:
+    os.setuid(65534)
+with flowstore.open(sys.argv[1], read_only=True) as store, os.fdopen(int(sys.argv[2])) as asked:
+    for _ in asked:
+        print(store.events.count_events("e1"), len(store.events.read_all(limit=10**6)), flush=True)
+"""
+
+
+@forking
+def test_sqlite_a_reader_in_a_folder_that_it_cannot_write_follows_whoever_writes_later() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path, (asked, ask) = Path(name) / "app.db", os.pipe()
+        with flowstore.open(path) as store:
+            store.events.append_batch("e1", "default", [EVENT] * 500)
+            create(store, "done", status="completed")
+            store.events.append_batch("done", "default", [EVENT | {"text": "x" * 900}] * 2000)
+        os.chmod(name, 0o555)
+        os.set_inheritable(asked, True)
+        reader = script(READER, path, asked, pass_fds=(asked,))
+        os.close(asked)
+
+        def seen() -> list[int]:
+            os.write(ask, b"\n")
+            assert reader.stdout is not None
+            line = reader.stdout.readline()
+            assert line, reader.communicate()[1]
+            return [int(number) for number in line.split()]
+
+        assert seen() == [500, 2500]
+        os.chmod(name, 0o777)
+        with flowstore.open(path) as store:
+            store.events.append("e1", "default", EVENT)
+            for left in Path(name).iterdir():
+                left.chmod(0o666)
+            os.chmod(name, 0o555)
+            assert seen() == [501, 2501]
+            store.prune(timedelta(0))
+            store.compact()
+            store.events.append_batch("e1", "default", [EVENT | {"text": "y" * 1500}] * 1500)
+            assert seen() == [2001, 2001]
+            os.chmod(name, 0o777)
+        os.chmod(name, 0o555)
+        assert seen() == [2001, 2001]
+        os.chmod(name, 0o777)
+        with flowstore.open(path) as store:
+            store.events.append("e1", "default", EVENT)
+        assert seen() == [2002, 2002]
+        os.close(ask)
+        finished(reader)
+
+
+def test_sqlite_a_file_named_by_a_link_has_its_log_beside_itself(path: Path) -> None:
+    (path.parent / "links").mkdir()
+    link = path.parent / "links" / "app.db"
+    try:
+        link.symlink_to(path)
+    except OSError:
+        pytest.skip("links")
+    with flowstore.open(link) as store:
+        store.events.append("e1", "default", EVENT)
+        assert store.stats()["wal_bytes"] > 0
+        assert store.target == str(link)
+        assert sorted(os.listdir(link.parent)) == ["app.db"]
+        with flowstore.open(path) as other:
+            assert other.events.append("e1", "default", EVENT) == 2
+
+
 # --- backup, check, compact, stats, now ---
 
 
@@ -1982,6 +2052,17 @@ def test_sqlite_backup_does_not_overwrite(sqlite_store: Store, tmp_path: Path) -
         sqlite_store.backup(existing)
     assert one_sentence(caught.value)
     assert existing.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("ending", ["-wal", "-journal"])
+def test_sqlite_backup_is_refused_beside_the_log_of_a_file_that_is_gone(
+    sqlite_store: Store, tmp_path: Path, ending: str
+) -> None:
+    (tmp_path / f"copy.db{ending}").write_bytes(b"left by a crash")
+    with pytest.raises(StorageError, match=ending) as caught:
+        sqlite_store.backup(tmp_path / "copy.db")
+    assert one_sentence(caught.value)
+    assert not (tmp_path / "copy.db").exists()
 
 
 def test_sqlite_backup_that_fails_leaves_nothing(sqlite_store: Store, tmp_path: Path) -> None:
@@ -2482,6 +2563,23 @@ def test_an_error_caught_inside_undoes_that_call_alone(furnished: Store, name: s
     assert types_in(furnished.events.load_events("e1")) == ["custom", "before", "after"]
 
 
+def test_parameters_may_be_any_mapping_and_what_is_missing_or_no_rows_is_told(store: Store) -> None:
+    with store.transaction() as tx:
+        tx.execute("CREATE TABLE mine (n INTEGER)")
+        tx.executemany("INSERT INTO mine VALUES (:n)", [ChainMap({"n": 1}), {"n": 2}])
+        assert tx.execute("SELECT n FROM mine WHERE n > :least", ChainMap({"least": 1})) == [(2,)]
+        for parameters in ({"other": 1}, ChainMap({"other": 1})):
+            with pytest.raises(StorageError):
+                tx.execute("SELECT :least", parameters)
+        with pytest.raises(StorageError):
+            tx.execute("SELECT ?", {"a": 1})
+        with pytest.raises(InvalidData, match="rows"):
+            tx.executemany("INSERT INTO mine VALUES (?)", 5)  # type: ignore[arg-type]
+        with pytest.raises(StorageError, match="SET"):
+            tx.execute("SET search_path TO public")
+        assert tx.execute("SELECT COUNT(*) FROM mine") == [(2,)]
+
+
 def test_a_failing_executemany_undoes_its_own_rows_alone(store: Store) -> None:
     with store.transaction() as tx:
         tx.execute("CREATE TABLE mine(id INTEGER PRIMARY KEY)")
@@ -2746,6 +2844,19 @@ def test_positions_grow_over_the_whole_log(store: Store) -> None:
     assert {stored.position for n in range(3) for stored in store.events.load_events(f"e{n}")} == set(
         positions
     )
+
+
+@pytest.mark.parametrize("event", [{"type": ""}, {"type": "t", "x": object()}, None])
+def test_another_tenants_execution_is_a_mismatch_before_the_event_is_looked_at(store: Store, event: Any) -> None:
+    store.events.append("e1", "default", EVENT)
+    calls: list[tuple[Any, Any]] = [(store.events.append, event), (store.events.append_batch, [event])]
+    for append, given in calls:
+        with pytest.raises(TenantMismatch):
+            append("e1", "acme", given)
+        with pytest.raises(InvalidData):
+            append("e2", "acme", given)
+    assert not store.events.execution_exists("e2")
+    assert store.state.get_tenant("acme") is None
 
 
 def test_another_tenants_execution_is_a_mismatch_before_anything_else(store: Store) -> None:
@@ -3275,6 +3386,15 @@ def five(store: Store) -> Store:
     """A store whose execution e1 has the events n = 1 ... 5."""
     store.events.append_batch("e1", "default", [{"type": "t", "n": number} for number in range(1, 6)])
     return store
+
+
+def test_what_is_no_function_is_refused_whatever_there_is_to_do(store: Store) -> None:
+    for call in (
+        lambda: store.state.replay("e1", None),  # type: ignore[arg-type]
+        lambda: store.workflows.process_commands(None, None),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(InvalidData, match="a function is needed, not NoneType"):
+            call()
 
 
 def test_replay_folds_the_whole_log_from_the_initial_state(five: Store) -> None:
@@ -7407,12 +7527,43 @@ def test_every_call_through_a_view_asks_for_the_tenants_standing(
         assert outcome(call, store_state.state.for_tenant("nobody"), things) == ("NotFound", ("tenant", "nobody"))
 
 
+def test_limits_of_a_misspelt_name_are_not_kept(store_state: Store) -> None:
+    limits = TenantLimits(max_workflows=3)
+    limits.max_workflow = 5  # type: ignore[attr-defined]
+    store_state.state.create_tenant(Tenant(id="acme", limits=limits))
+    stored = store_state.state.get_tenant("acme")
+    assert stored is not None
+    assert stored.limits == TenantLimits(max_workflows=3)
+
+
 def test_a_view_of_an_unregistered_tenant_begins_to_work_when_it_is_registered(store_state: Store) -> None:
     view = store_state.state.for_tenant(key := uuid.uuid4())
     with pytest.raises(NotFound):
         view.claim_work_item("w", [])
     store_state.state.create_tenant(Tenant(id=str(key)))
     assert view.claim_work_item("w", []) is None and view.list_tenants() == [store_state.state.get_tenant(key)]
+
+
+@pytest.mark.parametrize("taken", ["claimed", "reclaimed", None])
+def test_a_lease_that_is_lost_while_it_cannot_be_renewed_is_told(
+    store_state: Store, clock: StateClock, taken: str | None
+) -> None:
+    acme = store_state.state.create_tenant(Tenant(id="acme"))
+    view = store_state.state.for_tenant("acme")
+    item = claimed_item(view)
+    with contextlib.ExitStack() as stack:
+        if taken:
+            stack.enter_context(pytest.raises(LeaseLost))
+        hold = stack.enter_context(view.hold(item))
+        store_state.state.update_tenant(dataclasses.replace(acme, status=TenantStatus.SUSPENDED))
+        clock.advance(86_400)
+        if taken:
+            store_state.state.reclaim_expired_leases()
+        if taken == "claimed":
+            clock.advance(86_400)
+            assert store_state.state.claim_work_item("other", [item.queue_type])
+        assert view._renew_held(hold) is (taken is None)
+        assert hold.lost is (taken is not None)
 
 
 def test_a_hold_outlasts_a_suspension(store_state: Store) -> None:
@@ -8137,6 +8288,38 @@ def test_without_patience_a_transaction_waits_for_the_stores_own_commits_all_the
 # --- handlers, holds, views ---
 
 
+class Uuid(uuid.UUID):
+    """A UUID of a type of its own."""
+
+
+def test_ids_keys_and_references_are_what_they_are_called(store: Store) -> None:
+    host, key = store.workflows, Uuid(int=7)
+    assert host.create_event_subscription(subscription(id=key, external_worker_id=key)) == str(key)
+    assert host.get_subscription(key).external_worker_id == str(key)
+    for worker in ("", "w" * 256):
+        with pytest.raises(InvalidData, match="external_worker_id"):
+            host.create_event_subscription(subscription(external_worker_id=worker))
+    for name in ("event_name", "event_key"):
+        with pytest.raises(InvalidData, match=rf"execution_pointers\[0\].{name}"):
+            host.create_new_workflow(instance(execution_pointers=pointers("a", **{name: "k" * 256})))
+    for reference in ("", "r" * 300, key):
+        made = instance(root_workflow_id=reference, execution_pointers=pointers("a", predecessor_id=reference))
+        stored = host.get_workflow_instance(host.create_new_workflow(made))
+        assert (stored.root_workflow_id, stored.execution_pointers[0].predecessor_id) == (str(reference),) * 2
+
+
+def test_a_number_that_others_could_not_read_is_refused_whatever_this_process_can(store: Store) -> None:
+    most = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        with pytest.raises(InvalidData, match="4,300 digits"):
+            store.events.append("e1", "default", {"type": "t", "n": [10**5000]})
+        store.events.append("e1", "default", {"type": "t", "n": 10**4299, "text": "x" * 5000})
+    finally:
+        sys.set_int_max_str_digits(most)
+    assert store.events.load_events("e1")[0].event["n"] == 10**4299
+
+
 def test_handlers_and_reducers_may_be_coroutine_functions(in_loop: Loop) -> None:
     async def body(store: AsyncStore) -> None:
         seen: list[str] = []
@@ -8333,6 +8516,31 @@ def test_a_fork_while_another_thread_sits_in_tail(path: Path, file_store: Store)
     reap(forked(lambda: print(file_store.events.append("run", "default", note("child")))))
     assert waiting.outcome().event["text"] == "child"
     assert file_store.events.append("run", "default", note("parent")) == 2
+
+
+def test_a_tail_does_not_go_on_inside_a_transaction(store: Store) -> None:
+    store.events.append("e1", "default", EVENT)
+    tail = store.events.tail(0, timeout=0)
+    assert next(tail).sequence == 1
+    with pytest.raises(StorageError, match="tail"), store.transaction():
+        store.events.append("e1", "default", {"type": "phantom"})
+        next(tail)
+    store.events.append("e1", "default", EVENT)
+    assert [stored.event for stored in store.events.tail(0, timeout=0)] == [EVENT, EVENT]
+
+
+def test_an_async_tail_does_not_go_on_inside_a_transaction(in_loop: Loop) -> None:
+    async def body(store: AsyncStore) -> None:
+        await store.events.append("e1", "default", EVENT)
+        tail = store.events.tail(0, timeout=0)
+        assert (await anext(tail)).sequence == 1
+        with pytest.raises(StorageError, match="tail"):
+            async with store.transaction():
+                await store.events.append("e1", "default", {"type": "phantom"})
+                await anext(tail)
+        assert [stored.event async for stored in store.events.tail(0, timeout=0)] == [EVENT]
+
+    in_loop(body)
 
 
 def test_async_tail_begins_when_it_is_called(in_loop: Loop) -> None:
@@ -13561,6 +13769,134 @@ def test_blocks_whose_end_is_never_run_leave_their_connections_to_others(server:
         del block
         gc.collect()
     assert server.events.append("e0", "default", EVENT) == 1
+
+
+@pytest.mark.postgres
+def test_a_task_that_gives_up_its_block_while_it_begins_leaves_no_transaction_open(postgres: PostgresServer) -> None:
+    async def body() -> None:
+        async with flowstore.open_async(target := postgres.target()) as store:
+            async with contextlib.AsyncExitStack() as held:
+                for number in range(flowstore._CONNECTIONS):
+                    with flowstore.open(target) as other:  # so that a block is begun by each connection, and waits
+                        await asyncio.create_task(held.enter_async_context(store.transaction()))
+                        other.events.append(f"other-{number}", "default", EVENT)
+                for _ in range(3):
+                    with pytest.raises(TimeoutError):
+                        async with asyncio.timeout(0.05), store.transaction():
+                            raise AssertionError
+            await store.events.append("e1", "default", EVENT)
+            stored = await store.events.read_all()
+            assert [one.execution_id for one in stored][-1] == "e1"
+
+            async def one(number: int) -> None:
+                async with store.transaction():
+                    await store.events.append(f"many-{number}", "default", EVENT)
+                    await asyncio.sleep(0.01)
+
+            await asyncio.wait_for(asyncio.gather(*(until_it_wins(one, number) for number in range(24))), 25)
+            assert sum([await store.events.count_events(f"many-{number}") for number in range(24)]) == 24
+
+    async def until_it_wins(one: Callable[[int], Coroutine[Any, Any, None]], number: int) -> None:
+        for _ in range(100):
+            with contextlib.suppress(StoreBusy):
+                return await one(number)
+        raise AssertionError
+
+    asyncio.run(body())
+
+
+@pytest.mark.postgres
+def test_reads_go_on_while_writers_wait_for_a_row_that_a_block_changed(server: Store) -> None:
+    flow, begun, ended = server.flows.insert(Flow()), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with server.transaction():
+            server.flows.update_with_revision(flow)
+            begun.set()
+            assert ended.wait(60)
+
+    held = Background(hold)
+    assert begun.wait(60)
+    writers = [Background(lambda: server.flows.append_event(flow.id, "k", {})) for _ in range(flowstore._CONNECTIONS)]
+    with contextlib.suppress(AssertionError):
+        until(lambda: sum(one.lent for one in list(server._engine.connections)) > flowstore._CONNECTIONS)
+    assert server.flows.get(flow.id) == flow
+    ended.set()
+    for each in (held, *writers):
+        each.result()
+
+
+@pytest.mark.postgres
+def test_a_read_that_fails_in_a_block_is_undone_alone_and_what_ends_the_block_is_told(server: Store) -> None:
+    read: Any = flowstore._read
+    slow = read(lambda facet, connection: connection.rows("SELECT pg_sleep(1)"))
+    create(server)
+    with server.transaction() as tx:
+        server.events.append("e1", "default", EVENT)
+        tx.execute("SET LOCAL statement_timeout = 1")
+        with pytest.raises(StorageError):
+            tx.execute("SELECT pg_sleep(1)")
+        with pytest.raises(StorageError):
+            server._engine.run(slow, server.flows, (), {})
+        tx.execute("SET LOCAL statement_timeout = 0")
+        assert server.events.count_events("e1") == 1
+    assert server.events.count_events("e1") == 1
+    with pytest.raises(StorageError, match="run it again"), server.transaction() as tx:
+        server.events.append("e1", "default", EVENT)
+        with pytest.raises(StorageError):
+            tx.execute("COPY flows FROM STDIN")
+    assert server.events.count_events("e1") == 1
+
+
+@pytest.mark.postgres
+@forking
+def test_a_fork_while_all_connections_are_in_use_leaves_the_child_its_own(server: Store) -> None:
+    ended, begun = threading.Event(), threading.Semaphore(0)
+
+    def hold() -> None:
+        with server.transaction():
+            begun.release()
+            assert ended.wait(60)
+
+    held = [Background(hold) for _ in range(flowstore._CONNECTIONS)]
+    for _ in held:
+        assert begun.acquire(timeout=60)
+    assert in_fork(lambda: server.events.append("e1", "default", EVENT)) == 1
+    ended.set()
+    for each in held:
+        each.result()
+
+
+@pytest.mark.postgres
+def test_a_role_that_may_do_little_opens_a_schema_that_is_there(postgres: PostgresServer) -> None:
+    target = postgres.target().replace("?schema=", "?schema=own_")
+    admin = flowstore.open(target)
+    with admin, admin.transaction() as tx:
+        schema = target.partition("schema=")[2]
+        tx.execute(f"DROP SCHEMA {schema} CASCADE")
+        tx.execute("DROP ROLE IF EXISTS limited")
+        tx.execute("CREATE ROLE limited LOGIN PASSWORD 'secret'")
+        tx.execute(f"CREATE SCHEMA {schema} AUTHORIZATION limited")
+    user = re.sub("//[^:@]*", "//limited", target, count=1)
+    with flowstore.open(user) as store:
+        assert store.events.append("e1", "default", EVENT | {"text": "\u6f22"}) == 1
+        # What tells it that a server was started again since: else a lost COMMIT is never sure.
+        number = store._engine._with_connection(lambda tx: (tx.db.begin("SERIALIZABLE"), tx.db.number, tx.db.since))
+        assert store._engine.on_its_own(lambda tx: tx.rows(flowstore._FATE, *number[1:]))[0][1] is True
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("login", ["postgres:se#cret", "postgres:se?cret", "postgres:se[cret"])
+def test_no_password_is_told(postgres: PostgresServer, login: str, capsys: pytest.CaptureFixture[str]) -> None:
+    target = postgres.target().replace("postgres:secret", login)
+    assert login in target
+    with flowstore.open(target + "&application_name=a%20b") as store, store.transaction() as tx:
+        assert "cret" not in store.target + repr(store)
+        assert tx.execute("SHOW application_name") == [("a b",)]
+    for command in ("check", "compact"):
+        assert flowstore.main([command, target]) == 0
+    assert flowstore.main(["prune", target, "--older-than", "1d", "--json"]) == 0
+    assert "cret" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.postgres
