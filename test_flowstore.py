@@ -11599,10 +11599,8 @@ class LogRules(Machine):
     @rule(run=three, tenant=tenants_named, values=st.lists(small_json, min_size=1, max_size=3), torn=st.booleans())
     def append_batch(self, run: str, tenant: str, values: list[Any], torn: bool) -> None:
         events: list[Any] = [{"type": "t", "value": value} for value in values]
-        if torn:
-            return self.refuses(InvalidData, lambda: self.store.events.append_batch(run, tenant, [*events, {}]))
-        call = partial(self.store.events.append_batch, run, tenant, events)
-        if (refused := self.opened(run, tenant)) is not None:
+        call = partial(self.store.events.append_batch, run, tenant, [*events, {}] if torn else events)
+        if (refused := self.opened(run, tenant) or (InvalidData if torn else None)) is not None:
             return self.refuses(refused, call)
         [first, *_] = [self.append_to_log(run, tenant, event) for event in events]
         assert call() == first
