@@ -1488,7 +1488,7 @@ class _Engine:
         while True:
             self.refuse_closed()
             with self.mutex:
-                if self.readers or sum(one.lent for one in self.connections) < most:
+                if most == math.inf or sum(one.lent for one in self.connections) < most:
                     connection = self.readers.pop() if self.readers else self._new_connection()
                     connection.lent = True
                     return connection
