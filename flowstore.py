@@ -2634,19 +2634,23 @@ class _Facet:
 
     @_write
     def _prune_some(self, tx: _Tx, kind: str, before: int, which: str = "") -> tuple[int, int]:
-        """Drop as much of a kind as a short transaction can: how many went whole, and how many rows that took."""
+        """Drop as much of a kind as a short transaction can: how many went whole, and how many rows that took.
+
+        What a condition picks may not have ended: somebody may still work on it, so it is never left in pieces."""
         table, key, ended, parts, in_pieces = _PRUNED[kind]
-        ended = which or ended
+        ended, room = which or ended, _INT_MAX if which else _PRUNED_AT_ONCE
         gone = rows = 0
         most = _PRUNED_AT_ONCE // (1 + len(parts)) or 1  # a part costs a statement, even where there is nothing of it
         sql = f"SELECT {key} FROM {table} WHERE {ended} LIMIT {most}"
         for (id,) in tx.rows(sql, *[before] * ended.count("?")):
             for part in parts:
-                rows += tx.run(part, *(id, max(0, _PRUNED_AT_ONCE - rows))[: part.count("?")])
-            if rows >= _PRUNED_AT_ONCE:
+                rows += tx.run(part, *(id, max(0, room - rows))[: part.count("?")])
+            if rows >= room:
                 tx.run(in_pieces, id)
                 break
             gone, rows = gone + 1, rows + tx.run(f"DELETE FROM {table} WHERE {key} = ?", id)
+            if rows >= _PRUNED_AT_ONCE:
+                break
         return gone, rows
 
 @functools.cache

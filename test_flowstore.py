@@ -9123,6 +9123,23 @@ def test_purge_takes_what_ended_before_a_time(store_flow: Store, workflows: Pers
     assert workflows.purge_workflows("Runnable", START) == 1
 
 
+def test_a_purge_never_leaves_an_instance_that_others_may_work_on_in_pieces(workflows: PersistenceProvider) -> None:
+    many = [str(number) for number in range(600)]
+    ids = [workflows.create_new_workflow(instance(execution_pointers=pointers(*many))) for _ in range(3)]
+    step, seen = workflows._prune_some, []
+
+    def watched(*arguments: Any) -> Any:
+        dropped = step(*arguments)
+        left = workflows.get_workflow_instances(ids)
+        assert all(len(one.execution_pointers) == 600 for one in left)
+        seen.append(len(left))
+        return dropped
+
+    vars(workflows)["_prune_some"] = watched
+    assert workflows.purge_workflows("Runnable", datetime(9000, 1, 1, tzinfo=UTC)) == 3
+    assert seen == [2, 1, 0, 0]
+
+
 @pytest.mark.parametrize(("count", "size"), [(250, 0), (6, 700)])
 def test_purge_works_in_small_transactions_and_inside_one_is_part_of_it(
     watched_flow: FlowWatched, path_flow: Path, count: int, size: int
