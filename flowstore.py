@@ -2142,6 +2142,7 @@ class _Block:
         self.parent: _Block | None = None
         self.nested: list[tuple[weakref.ref[_Block], str]] = []  # of the outermost block: those open in it
         self.savepoint = ""
+        self.turn: Any = None  # of a task's block: the lock that a statement in it holds, or a block nested in it
         self._call: _Call | None = None
         self._connection = engine.writer
         self._ref = weakref.ref(self)
@@ -2352,12 +2353,29 @@ class _AsyncEngine:
         """Run an operation: in the task's open transaction, or in one of its own."""
         while _blocks.get() and (block := self.sync.block()) is not None:
             with contextlib.suppress(_Ended):
-                return await self.in_worker(block.run, operation, facet, args, kwargs)
+                return await self.in_block(block, block.run, operation, facet, args, kwargs)
         if not self.sync.in_memory and not (operation.writes and self.sync.one_writer):
             self.refuse_foreign()
             pool = self._writers if operation.writes else self._readers
             return await self.loop.run_in_executor(pool, self.sync.run, operation, facet, args, kwargs)
         return await self.send(operation, facet, args, kwargs)
+
+    async def in_block(self, block: _Block, function: Callable[..., R], *args: Any) -> R:
+        """Run a statement of a block, while no other task has a transaction nested in it."""
+        await self.take_nesting(block)
+        try:
+            return await self.in_worker(function, *args)
+        finally:
+            block.turn.release()
+
+    async def take_nesting(self, block: _Block) -> None:
+        """Wait until no task has a transaction nested in a block, or a statement on its way; StorageError when late."""
+        import asyncio
+        try:
+            async with asyncio.timeout(self.sync.options.busy_timeout):
+                await block.turn.acquire()
+        except TimeoutError:
+            raise StorageError("another task has a transaction nested in this one: let it end first") from None
 
     def send(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> asyncio.Future[Any]:
         """Have an operation run in a batch, behind those that were sent before."""
@@ -2418,7 +2436,7 @@ class _AsyncEngine:
                 else:
                     call.future.set_result(call.result)
 
-    async def take_turn(self, deadline: float) -> bool:
+    async def take_turn(self, deadline: float) -> None:
         """Wait until no batch and no other task's transaction is under way; StoreBusy at the deadline."""
         import asyncio
         while True:
@@ -2426,7 +2444,8 @@ class _AsyncEngine:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())) as patience:
                     self._patient.add(patience)
                     try:
-                        return bool(await self.turn.acquire())
+                        await self.turn.acquire()
+                        return
                     finally:
                         self._patient.discard(patience)
             except TimeoutError:
@@ -2482,12 +2501,13 @@ class AsyncTransaction:
 
     async def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         """Run one statement of the user's own and return its rows; errors as `Transaction.execute` has them."""
-        return await self._engine.in_worker(self._transaction.open().execute, sql, parameters)
+        block = self._transaction.open()
+        return await self._engine.in_block(block, block.execute, sql, parameters)
 
     async def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
         """Run one statement for each of the rows; errors as with `execute`."""
         block = self._transaction.open()
-        await self._engine.in_worker(functools.partial(block.execute, many=True), sql, _every(rows))
+        await self._engine.in_block(block, functools.partial(block.execute, many=True), sql, _every(rows))
 
 class _AsyncBlock:
     """`async with store.transaction()`: everything that the task and those started inside it do in it, or nothing."""
@@ -2495,7 +2515,7 @@ class _AsyncBlock:
     def __init__(self, engine: _AsyncEngine) -> None:
         self._engine = engine
         self._block: _Block = engine.sync.transaction()
-        self._has_turn = False
+        self._turn: Any = None  # what is held, for others to wait for
         self._begun: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> AsyncTransaction:
@@ -2503,15 +2523,21 @@ class _AsyncBlock:
         engine, block = self._engine, self._block
         engine.refuse_foreign()
         block.adopt(0)
+        block.turn = asyncio.Lock()
         while True:
             deadline = time.monotonic() + engine.sync.options.busy_timeout
-            if block.parent is None and (engine.exclusive or not engine.one_writer):
-                self._has_turn = await engine.take_turn(deadline)
+            if block.parent is not None:
+                await engine.take_nesting(block.parent)
+                self._turn = block.parent.turn
+            elif engine.exclusive or not engine.one_writer:
+                await engine.take_turn(deadline)
+                self._turn = engine.turn
             try:
                 self._begun = engine.in_worker(block.begin, deadline)
                 await asyncio.shield(self._begun)
                 return AsyncTransaction(engine, block.enter())
             except _Ended:  # what it was to be nested in: it is one of its own
+                self._end_turn()
                 block.parent = engine.sync.block()
             except BaseException:
                 if self._engine.one_writer or self._begun is None:
@@ -2532,9 +2558,9 @@ class _AsyncBlock:
     def _end_turn(self, ended: asyncio.Future[None] | None = None) -> None:
         if ended is not None and not ended.cancelled():
             ended.exception()  # looked at, so that nobody complains of it
-        if self._has_turn:
-            self._has_turn = False
-            self._engine.turn.release()
+        if self._turn is not None:
+            self._turn.release()
+            self._turn = None
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         import asyncio

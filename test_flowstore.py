@@ -8260,6 +8260,49 @@ def test_a_block_that_begins_as_its_parent_ends_is_one_of_its_own(in_loop: Loop)
     in_loop(body)
 
 
+def test_tasks_with_blocks_nested_in_the_same_one_take_turns(in_loop: Loop) -> None:
+    async def body(store: AsyncStore) -> None:
+        async def nested(name: str, fails: bool) -> None:
+            async with store.transaction() as tx:
+                await store.events.append(name, "default", note("a"))
+                await asyncio.sleep(0.005)
+                async with store.transaction():
+                    await store.events.append(name, "default", note("b"))
+                assert await tx.execute("SELECT COUNT(*) FROM flowstore_log WHERE execution_id = ?", (name,)) == [(2,)]
+                if fails:
+                    raise Stop
+
+        async def plain(number: int) -> None:
+            for _ in range(3):
+                await store.events.append(f"plain-{number}", "default", note("c"))
+                assert (await store.events.get_latest_sequence(f"plain-{number}") or 0) > 0
+                await asyncio.sleep(0.002)
+
+        async with store.transaction() as tx:
+            calls = [*(nested(f"nested-{number}", number % 2 == 1) for number in range(6)), *map(plain, range(3))]
+            outcomes = await asyncio.gather(*calls, return_exceptions=True)
+            assert await tx.execute("SELECT COUNT(*) FROM flowstore_log") == [(15,)]
+        assert [type(outcome) for outcome in outcomes[:6]] == [type(None), Stop] * 3
+        assert outcomes[6:] == [None] * 3
+        for number in range(6):
+            assert await texts(store, f"nested-{number}") == ([] if number % 2 else ["a", "b"])
+            assert await texts(store, f"plain-{number % 3}") == ["c"] * 3
+
+    in_loop(body)
+
+
+def test_who_waits_in_a_block_for_what_waits_for_him_is_told(in_loop: Any) -> None:
+    async def body(store: AsyncStore) -> None:
+        with pytest.raises(StorageError, match="nested in this one"):
+            async with store.transaction():
+                outside = contextvars.copy_context()
+                async with store.transaction():
+                    await asyncio.create_task(store.events.append("run", "default", EVENT), context=outside)
+        assert await texts(store, "run") == []
+
+    in_loop(body, busy_timeout=0.1)
+
+
 def test_a_nested_block_cancelled_as_it_begins_spares_the_outer_one(in_loop: Loop) -> None:
     async def body(store: AsyncStore) -> None:
         async with store.transaction():
