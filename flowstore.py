@@ -2874,7 +2874,8 @@ _EXECUTION_INSERT = ("INSERT INTO flowstore_executions (execution_id, tenant_id,
 _EXECUTION_OWNER = _Sql("SELECT tenant_id FROM flowstore_executions WHERE execution_id = ? {tenant}")
 _TENANT_STATUS = "SELECT status FROM flowstore_tenants WHERE id = ?"
 
-_Place: TypeAlias = "tuple[int, int]"  # in the log: a position, and the sequence that an execution has there
+# In the log: a position, the sequence that an execution has there, and what is known of what follows.
+_Place: TypeAlias = "tuple[int, int, frozenset[int]]"
 
 def _event_text(event: object, path: str) -> str:
     if not isinstance(event, dict):
@@ -2999,15 +3000,15 @@ class EventStore(_LogFacet):
         """Generate the events after `after_seq`, reading `chunk` of them at a time: memory stays flat.
 
         Nothing is held between two chunks, so writes go on, and what they append is reached too. Raises InvalidData."""
-        execution, start = _id(execution_id, "execution_id"), (0, _int(after_seq, "after_seq"))
-        most = _int(chunk, "chunk", 1)
+        execution, most = _id(execution_id, "execution_id"), _int(chunk, "chunk", 1)
+        start: _Place = (0, _int(after_seq, "after_seq"), frozenset())
         return self._generate(start, lambda place: self._chunk(execution, place[1], most))
 
     def _generate(self, place: _Place, behind: Callable[[_Place], list[StoredEvent]]) -> Iterator[StoredEvent]:
         """The events behind a place, then those behind the last of them, and so on while there are any."""
         while events := behind(place):
             yield from events
-            place = events[-1].position, events[-1].sequence
+            place = events[-1].position, events[-1].sequence, place[2]
 
     @_read
     def read_all(self, tx: _Tx, after_position: int = 0, limit: int = 1000, *,
@@ -3033,11 +3034,14 @@ class EventStore(_LogFacet):
 
     @_snapshot
     def _tail_place(self, tx: _Tx, after: int | None, execution_id: str | None) -> _Place:
-        """Where a tail begins: a position, and the sequence that one execution had there."""
+        """Where a tail begins: a position, the sequence that one execution had there, and what is to be left out."""
+        known: frozenset[int] = frozenset()
         if after is None:
             after = int(tx.rows("SELECT MAX(position) FROM flowstore_log WHERE position > ?", -1)[0][0] or 0)
+            # On a server, what is there already may still come to those who read by position.
+            known = frozenset(row[0] for row in tx.rows("SELECT position FROM flowstore_log WHERE ? < position", after))
         row = None if execution_id is None else self._row(tx, _LOG_PLACE, execution_id, after)
-        return after, 0 if row is None else int(row[0])
+        return after, 0 if row is None else int(row[0]), known
 
     @_steps
     def _await_news(self, place: _Place, tenant_id: str | None, execution_id: str | None,
@@ -3057,7 +3061,8 @@ class EventStore(_LogFacet):
     def _news(self, tx: _Tx, place: _Place, tenant_id: str | None, execution_id: str | None) -> list[StoredEvent]:
         """The next events behind a place: of one execution by its sequence, of others by position."""
         sql, *behind = (_LOG_FROM, place[0]) if execution_id is None else (_LOG_AFTER, execution_id, place[1])
-        return _STORED.decode_all(_Facet(self._engine, tenant_id)._rows(tx, sql, *behind, 1000))
+        events = _STORED.decode_all(_Facet(self._engine, tenant_id)._rows(tx, sql, *behind, 1000))
+        return [event for event in events if event.position not in place[2]]
 
 # --- the state backend ---
 _SNAPSHOT_LATEST = _select(_SNAPSHOT, "ORDER BY at_sequence DESC LIMIT 1", "execution_id", "at_sequence <= ?")
@@ -4191,7 +4196,7 @@ class AsyncEventStore(_AsyncFacet, EventStore):
         while events := await behind(place):
             for event in events:
                 yield event
-            place = events[-1].position, events[-1].sequence
+            place = events[-1].position, events[-1].sequence, place[2]
 
 class AsyncStateBackend(_AsyncFacet, StateBackend):
     """`StateBackend`, awaited."""

@@ -13570,8 +13570,10 @@ def test_a_reader_of_all_waits_for_what_commits_later_with_a_lower_position(serv
     server.events.append("fast", "default", EVENT)
     assert server.events.count_events("fast") == 1
     assert server.events.read_all() == []
+    tails = [server.events.tail(timeout=0, execution_id=run) for run in (None, "fast", "slow")]
     late.set()
     block.result()
+    assert [[stored.execution_id for stored in tail] for tail in tails] == [["slow"], [], ["slow"]]
     assert [stored.execution_id for stored in server.events.read_all()] == ["slow", "fast"]
 
 
