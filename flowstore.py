@@ -1251,6 +1251,7 @@ class _Engine:
         self.closed = False
         self.commits = 0
         self.watching: set[Callable[[], object]] = set()  # what wakes each of those that wait for a commit
+        self.blocks: dict[object, Callable[[], Any]] = {}  # by thread or task, a reference to the block it has open
         self.checkpoint_at = _WAL_BOUND
         self.breath = 0.0
         self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
@@ -1788,7 +1789,7 @@ class _Engine:
         with self.writer.lock:
             return self._begin(call)
 
-    def begin_beside(self, block: _Block, tx: _Tx) -> None:
+    def begin_beside(self, tx: _Tx) -> None:
         """Begin the transaction of a block that leaves the writer to others: one snapshot."""
         tx.run("BEGIN")
         tx.rows("SELECT value FROM flowstore_meta LIMIT 1")  # the snapshot begins with the first read
@@ -1897,6 +1898,11 @@ class _Engine:
             if block is not None and mine and block.thread in (0, threading.get_ident()):
                 return block
         return None
+
+    def has_block(self, owner: object) -> bool:
+        """Whether a thread or task has a transaction block open."""
+        block = self.blocks.get(owner, bool)()
+        return bool(block and block.is_open)
 
     def forbid_inside(self, what: str) -> None:
         """StorageError inside one's own transaction."""
@@ -2138,6 +2144,7 @@ class _Block:
     def __init__(self, engine: _Engine) -> None:
         self.engine = engine
         self.thread: int | None = None  # that it belongs to; 0: a task, whose statements run in the loop's worker
+        self.owner: object = None
         self.is_open = False
         self.parent: _Block | None = None
         self.nested: list[tuple[weakref.ref[_Block], str]] = []  # of the outermost block: those open in it
@@ -2148,15 +2155,15 @@ class _Block:
         self._ref = weakref.ref(self)
 
     def __enter__(self) -> Transaction:
-        self.adopt(threading.get_ident())
+        self.adopt(thread := threading.get_ident(), thread)
         self.begin()
         return self.enter()
 
-    def adopt(self, thread: int) -> None:
-        """Belong to this thread and context from now on."""
+    def adopt(self, thread: int, owner: object) -> None:
+        """Belong to this thread, this thread or task, and this context from now on."""
         if self.thread is not None:
             raise StorageError("a transaction object opens one block: call store.transaction() again")
-        self.parent, self.thread = self.engine.block(), thread
+        self.parent, self.thread, self.owner = self.engine.block(), thread, owner
 
     def begin(self, deadline: float = 0.0) -> None:
         """Begin a transaction, or a savepoint in the parent's; StoreBusy when others hold the store too long."""
@@ -2168,6 +2175,7 @@ class _Block:
                 self.root.nested.append((self._ref, self.savepoint))
         else:
             self._acquire(deadline)
+            self.engine.blocks[self.owner] = self._ref
         self.is_open = True
 
     def enter(self) -> Transaction:
@@ -2188,7 +2196,7 @@ class _Block:
         self._connection = self.engine._borrow()
         try:
             with self._connection.lock:
-                self.engine.begin_beside(self, self._connection.use())
+                self.engine.begin_beside(self._connection.use())
         except BaseException:
             self._release()
             raise
@@ -2293,6 +2301,7 @@ class _Block:
     def _let_go(self) -> None:
         self.is_open = False
         if self.parent is None:
+            self.engine.blocks.pop(self.owner, None)
             self._release()
         elif (self._ref, self.savepoint) in self.root.nested:
             self.root.nested.remove((self._ref, self.savepoint))
@@ -2522,7 +2531,7 @@ class _AsyncBlock:
         import asyncio
         engine, block = self._engine, self._block
         engine.refuse_foreign()
-        block.adopt(0)
+        block.adopt(0, asyncio.current_task())
         block.turn = asyncio.Lock()
         while True:
             deadline = time.monotonic() + engine.sync.options.busy_timeout
@@ -3640,6 +3649,7 @@ class Hold:
         self.expires: datetime | None = None
         self._pause = max(0.01, lease_seconds / 3)  # seconds between two renewals
         self._state = state
+        self._owner: object = threading.get_ident()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="flowstore-hold", daemon=True)
 
@@ -3650,8 +3660,10 @@ class Hold:
         return self
 
     def _keep(self) -> Any:
-        while not self._ended.wait(self._pause) and self._state._renew_held(self):
-            pass
+        while not self._ended.wait(self._pause):
+            # While the holder has a transaction open, a renewal would wait for its end, or make it lose.
+            if not (self._state._engine.has_block(self._owner) or self._state._renew_held(self)):
+                return
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         self._ended.set()
@@ -4209,6 +4221,8 @@ class AsyncHold(Hold):
     """`async with state.hold(item)`: a lease that is renewed while the block runs."""
 
     async def __aenter__(self) -> AsyncHold:
+        import asyncio
+        self._owner = asyncio.current_task()
         self.expires = await self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
         engine = self._state._engine
         self._task = engine.loop.create_task(self._keep()) if engine.block() is None else None
@@ -4218,7 +4232,7 @@ class AsyncHold(Hold):
         import asyncio
         while True:
             await asyncio.sleep(self._pause)
-            if not await self._state._renew_held(self):
+            if not (self._state._engine.has_block(self._owner) or await self._state._renew_held(self)):
                 return
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
@@ -5854,7 +5868,7 @@ class _PostgresDb:
 
     def begin(self, level: str, late: int = 0) -> None:
         """Begin a transaction, perhaps late: one that writes, at a level of isolation, or one that reads a snapshot."""
-        if level and (block := self.engine.blocks.get(threading.get_ident(), bool)()) and block.is_open:
+        if level and self.engine.has_block(threading.get_ident()):
             raise StorageError("this thread has another task's transaction open and could only wait for itself")
         self.level, self.news, self.late = level, False, late
         if not late:
@@ -5968,7 +5982,6 @@ class _PostgresEngine(_Engine):
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
             SET synchronous_commit = {'on' if options.synchronous == 'FULL' else 'off'};
             SET default_transaction_read_only = {'on' if options.read_only else 'off'}"""
-        self.blocks: dict[int, Callable[[], Any]] = {}  # by thread, a reference to the block it opened last
         super().__init__(re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target), None, options)
 
     def _connect(self) -> Any:
@@ -6032,11 +6045,9 @@ class _PostgresEngine(_Engine):
         except FlowStoreError as error:
             raise StorageError(_IN_DOUBT) from error
 
-    def begin_beside(self, block: _Block, tx: _Tx) -> None:
+    def begin_beside(self, tx: _Tx) -> None:
         """Begin the transaction of a block. One that loses against another is StoreBusy, and run again."""
         tx.db.begin("" if self.options.read_only else "SERIALIZABLE")
-        if block.thread:  # a task's block keeps no thread waiting
-            self.blocks[block.thread] = block._ref
 
     def commit_beside(self, tx: _Tx) -> None:
         """Commit; when the connection is lost in the middle, the server is asked what became of it."""

@@ -7544,6 +7544,42 @@ def test_a_view_of_an_unregistered_tenant_begins_to_work_when_it_is_registered(s
     assert view.claim_work_item("w", []) is None and view.list_tenants() == [store_state.state.get_tenant(key)]
 
 
+class Rounds(threading.Event):
+    """An event that is over after some waits, none of which takes time."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__()
+        self.left = left
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_a_lease_is_not_renewed_while_its_holder_has_a_transaction_open(store_state: Store) -> None:
+    def go_on(hold: flowstore.Hold) -> None:
+        """What the background thread does, a few times at once."""
+        ended, hold._ended = hold._ended, Rounds(3)
+        in_thread(hold._keep)
+        hold._ended = ended
+
+    item = claimed_item(store_state.state)
+    with store_state.state.hold(item, lease_seconds=3600) as hold:
+        expires = hold.expires
+        with store_state.transaction():
+            assert store_state.state.get_work_item(item) is not None
+            go_on(hold)
+            assert hold.expires is expires
+            store_state.events.append("e", "default", EVENT)
+        go_on(hold)
+        assert hold.expires is not expires
+        with store_state.transaction():  # renewed since its snapshot, it would lose on a server
+            assert store_state.state.get_work_item(item) is not None
+            go_on(hold)
+            store_state.state.complete_work_item(item)
+    assert not hold.lost
+
+
 @pytest.mark.parametrize("taken", ["claimed", "reclaimed", None])
 def test_a_lease_that_is_lost_while_it_cannot_be_renewed_is_told(
     store_state: Store, clock: StateClock, taken: str | None
