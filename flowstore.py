@@ -69,7 +69,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from queue import Empty, SimpleQueue
 from types import SimpleNamespace
 from typing import (
     TYPE_CHECKING, Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, dataclass_transform,
@@ -1085,7 +1084,7 @@ class _Connection:
         self.lock = threading.RLock()
         self.tx: _Tx | None = None
         self.wal = -1  # of the writer: a descriptor of the write-ahead log, to see how large it is
-        self.lent = False  # to a call or a block
+        self.lent: bool | None = None  # to a call or a block: whether to one that writes
         self._connect = connect
         self._clock = clock
 
@@ -1228,7 +1227,7 @@ class _Engine:
     Whoever holds a connection's lock may take the mutex, never the other way round."""
 
     one_writer = True
-    most = math.inf  # connections for calls and blocks beside the writer
+    most = math.inf  # connections for calls that read, and for calls and blocks that write
     tick = _TICK
     ddl: ClassVar[Sequence[tuple[str, str]]] = ()  # how the engine words the schema: patterns, and what stands for them
 
@@ -1257,7 +1256,7 @@ class _Engine:
         self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self.writer = self._new_connection()
         self.readers: list[_Connection] = []
-        self.freed: SimpleQueue[None] = SimpleQueue()  # tells one who waits for a connection to look
+        self.lines: tuple[deque[threading.Lock], ...] = (deque(), deque())  # who waits for one: reads, writes
         self._held: list[_Connection] = []
         with _fork_lock:
             _engines.add(self)
@@ -1475,7 +1474,7 @@ class _Engine:
                 return result
 
     def _with_connection(self, action: Callable[[_Tx], R], writes: bool = True) -> R:
-        connection = self._borrow(writes)
+        connection = self._lend(writes) if self.one_writer else self._borrow(writes)
         try:
             with connection.lock:
                 return action(connection.use())
@@ -1484,19 +1483,32 @@ class _Engine:
 
     def _borrow(self, writes: bool = True) -> _Connection:
         """A connection for one call or block, an idle one first; StoreBusy while all that there may be are in use."""
-        deadline = time.monotonic() + self.options.busy_timeout
-        most = self.most if writes else 2 * self.most  # reads go on while writes wait for each other
-        while True:
-            self.refuse_closed()
-            with self.mutex:
-                if most == math.inf or sum(one.lent for one in self.connections) < most:
-                    connection = self.readers.pop() if self.readers else self._new_connection()
-                    connection.lent = True
-                    return connection
-            if (left := deadline - time.monotonic()) <= 0:
-                raise StoreBusy(f"all {most} connections of this store were in use too long")
-            with contextlib.suppress(Empty):
-                self.freed.get(timeout=min(0.1, left))  # of a block that was dropped nobody is told
+        gate, line, deadline = threading.Lock(), self.lines[writes], time.monotonic() + self.options.busy_timeout
+        line.append(gate)  # who came first is served first, and reads apart from writes, which may wait for each other
+        try:
+            while True:
+                self.refuse_closed()
+                gate.acquire(blocking=False)
+                with self.mutex:
+                    if line[0] is gate and sum(one.lent is writes for one in self.connections) < self.most:
+                        return self._lend(writes)
+                if (left := deadline - time.monotonic()) <= 0:
+                    raise StoreBusy(f"all {self.most} connections of this store were in use too long")
+                gate.acquire(timeout=min(0.1, left))  # of a block that was dropped nobody is told
+        finally:
+            line.remove(gate)
+            self._call_next()
+
+    def _lend(self, writes: bool) -> _Connection:
+        with self.mutex:
+            connection = self.readers.pop() if self.readers else self._new_connection()
+            connection.lent = writes
+        return connection
+
+    def _call_next(self) -> None:
+        for line in self.lines:
+            with contextlib.suppress(IndexError, RuntimeError):  # nobody waits, or has been called already
+                line[0].release()
 
     def _give_back(self, connection: _Connection) -> None:
         with connection.lock:
@@ -1506,7 +1518,7 @@ class _Engine:
             except StorageError:  # it is broken
                 connection.close()
         with self.mutex:
-            connection.lent = False
+            connection.lent = None
             # How the file is to be opened may have changed, where it cannot be locked.
             keep = len(self.readers) < _IDLE_READERS and not self.closed and not self.shut
             if keep:
@@ -1514,8 +1526,7 @@ class _Engine:
         if not keep:
             with connection.lock:
                 connection.close()
-        if self.freed.qsize() < _IDLE_READERS:
-            self.freed.put(None)
+        self._call_next()
 
     def with_lead(self, call: _Call, action: Callable[[_Call], bool], *, keep: bool = False) -> None:
         """Lead and run `action` until it returns True, unless another leader does the call; then hand the lead on.
@@ -1894,8 +1905,10 @@ class _Engine:
         """The innermost transaction block that this thread or task has open, if any."""
         for held in _blocks.get():
             block = held()
-            mine = block is not None and block.engine is self and block.is_open
+            mine = block is not None and block.engine is self and block.begun
             if block is not None and mine and block.thread in (0, threading.get_ident()):
+                if not block.is_open:
+                    raise StorageError("the transaction that this one is nested in has ended: nothing of it was stored")
                 return block
         return None
 
@@ -2145,7 +2158,7 @@ class _Block:
         self.engine = engine
         self.thread: int | None = None  # that it belongs to; 0: a task, whose statements run in the loop's worker
         self.owner: object = None
-        self.is_open = False
+        self.begun = False  # and not ended
         self.parent: _Block | None = None
         self.nested: list[tuple[weakref.ref[_Block], str]] = []  # of the outermost block: those open in it
         self.savepoint = ""
@@ -2168,15 +2181,20 @@ class _Block:
     def begin(self, deadline: float = 0.0) -> None:
         """Begin a transaction, or a savepoint in the parent's; StoreBusy when others hold the store too long."""
         if self.parent is not None:
-            self._connection = self.parent._connection
-            with self._connection.lock:
+            with self.parent._connection.lock:
+                tx, self._connection = self.parent.tx(), self.parent._connection
                 self.savepoint = f"flowstore_{new_id()[24:]}"  # a name once used may still stand below
-                self.parent.tx().run(f"SAVEPOINT {self.savepoint}")
+                tx.run(f"SAVEPOINT {self.savepoint}")
                 self.root.nested.append((self._ref, self.savepoint))
         else:
             self._acquire(deadline)
             self.engine.blocks[self.owner] = self._ref
-        self.is_open = True
+        self.begun = True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used: a block ends with the one that it is nested in."""
+        return self.begun and (self.parent is None or self.parent.is_open)
 
     def enter(self) -> Transaction:
         """Make it the block that calls of this context join."""
@@ -2299,7 +2317,7 @@ class _Block:
             self.engine._give_back(connection)
 
     def _let_go(self) -> None:
-        self.is_open = False
+        self.begun = False
         if self.parent is None:
             self.engine.blocks.pop(self.owner, None)
             self._release()
@@ -2334,7 +2352,8 @@ class _AsyncEngine:
         self._listening: asyncio.Future[None] | None = None
         self._closing: asyncio.Future[None] | None = None
         self._sender: asyncio.Task[None] | None = None
-        self._worker = ThreadPoolExecutor(1 if engine.one_writer else _IDLE_READERS, "flowstore-writer")
+        # On a server each block has a thread, and another for its end behind a statement that was given up.
+        self._worker = ThreadPoolExecutor(1 if engine.one_writer else 2 * _IDLE_READERS, "flowstore-writer")
         self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
         self._writers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-beside")  # on a server: writes of no block
         self._others = ThreadPoolExecutor(32, "flowstore-aside")  # for what takes long
@@ -2573,7 +2592,11 @@ class _AsyncBlock:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         import asyncio
+        taken, ended = False, None
         try:
+            with contextlib.suppress(StorageError):  # then its end says so
+                await self._engine.take_nesting(self._block)  # behind what was given up in it
+                taken = True
             ended = self._engine.in_worker(self._block.end, kind is None)
             ended.add_done_callback(self._end_turn)
             await asyncio.shield(ended)
@@ -2581,6 +2604,10 @@ class _AsyncBlock:
             if kind is None:
                 raise  # else what the block raised says more
         finally:
+            if ended is None:
+                self._undo()
+            if taken:
+                self._block.turn.release()
             self._block.leave()
             if self._engine.sync.closed:
                 self._end_turn()
@@ -6116,9 +6143,9 @@ class _PostgresEngine(_Engine):
         for connection in list(self.connections):
             if connection.tx is not None:
                 _keep_for_ever(connection.tx.db)
-            connection.lock, connection.tx, connection.lent = threading.RLock(), None, False
+            connection.lock, connection.tx, connection.lent = threading.RLock(), None, None
         self.mutex, self.watching, self.readers = threading.RLock(), set(), []
-        self.freed = SimpleQueue()
+        self.lines = (deque(), deque())
 
 _SERVERS |= {"postgresql": _PostgresEngine, "postgres": _PostgresEngine}
 

@@ -8296,6 +8296,38 @@ def test_a_block_that_begins_as_its_parent_ends_is_one_of_its_own(in_loop: Loop)
     in_loop(body)
 
 
+def test_a_nested_block_that_outlives_the_outer_one_does_nothing_more(in_loop: Any) -> None:
+    async def body(store: AsyncStore) -> None:
+        begun, ended = asyncio.Event(), asyncio.Event()
+
+        async def child() -> None:
+            async with store.transaction():
+                await store.events.append("child", "default", EVENT)
+                begun.set()
+                await ended.wait()
+                with pytest.raises(StorageError, match="nested in has ended"):
+                    await store.events.append("child", "default", EVENT)
+
+        async def stranger() -> None:
+            async with store.transaction():
+                await store.events.append("stranger", "default", EVENT)
+                ended.set()
+                with pytest.raises(StorageError):
+                    await task
+                await store.events.append("stranger", "default", EVENT)
+
+        with pytest.raises(Stop):
+            async with store.transaction():
+                task = asyncio.create_task(child())
+                await begun.wait()
+                raise Stop
+        await asyncio.create_task(stranger(), context=contextvars.Context())
+        assert await store.events.count_events("stranger") == 2
+        assert not await store.events.execution_exists("child")
+
+    in_loop(body, busy_timeout=0.2)
+
+
 def test_tasks_with_blocks_nested_in_the_same_one_take_turns(in_loop: Loop) -> None:
     async def body(store: AsyncStore) -> None:
         async def nested(name: str, fails: bool) -> None:
@@ -13942,6 +13974,55 @@ def test_a_read_that_fails_in_a_block_is_undone_alone_and_what_ends_the_block_is
         with pytest.raises(StorageError):
             tx.execute("COPY flows FROM STDIN")
     assert server.events.count_events("e1") == 1
+
+
+@pytest.mark.postgres
+def test_readers_and_writers_leave_each_other_connections(postgres: PostgresServer) -> None:
+    with flowstore.open(postgres.target(), busy_timeout=0.2) as store:
+        engine = store._engine
+        for mine in (False, True):
+            held = [engine._borrow(mine) for _ in range(flowstore._CONNECTIONS)]
+            with pytest.raises(StoreBusy):
+                engine._borrow(mine)
+            engine._give_back(engine._borrow(not mine))
+            for connection in held:
+                engine._give_back(connection)
+        assert store.events.append("e1", "default", EVENT) == 1
+
+
+@pytest.mark.postgres
+def test_a_block_that_could_not_begin_in_another_has_no_connection_to_give_back(server: Store) -> None:
+    with server.transaction():
+        nested = server._engine.transaction()
+        nested.adopt(0, None)
+    with pytest.raises(StorageError):
+        nested.begin()
+    nested.parent = None
+    nested._let_go()
+    assert len({*server._engine.readers}) == len(server._engine.readers)
+
+
+@pytest.mark.postgres
+def test_who_holds_a_row_goes_on_however_many_tasks_have_given_up_waiting_for_it(postgres: PostgresServer) -> None:
+    async def body() -> None:
+        async with flowstore.open_async(postgres.target(), busy_timeout=20) as store:
+            flow = await store.flows.insert(Flow())
+            held = asyncio.Event()
+
+            async def wait() -> None:
+                await held.wait()
+                async with asyncio.timeout(0.1), store.transaction():
+                    await store.flows.update_with_revision(flow)
+
+            waiters = [asyncio.create_task(wait()) for _ in range(flowstore._CONNECTIONS - 1)]
+            async with asyncio.timeout(10), store.transaction():
+                await store.flows.update_with_revision(flow)
+                held.set()
+                await asyncio.sleep(0.5)
+                await store.flows.insert(Flow())
+            assert {type(one) for one in await asyncio.gather(*waiters, return_exceptions=True)} == {TimeoutError}
+
+    asyncio.run(body())
 
 
 @pytest.mark.postgres
