@@ -1238,8 +1238,8 @@ class _Engine:
         self.path = None if path is None else os.path.realpath(path)
         self.options = options  # what open() was asked for
         self.in_memory = self.one_writer and path is None
-        # Whether nothing can be made beside the file, not even what it is locked by.
-        self.shut = bool(self.path and options.read_only and not os.access(os.path.dirname(self.path), os.W_OK))
+        # Whether the file may not be locked: that makes files beside it, which its owner has to be able to write.
+        self.shut = bool(self.path and options.read_only and not _writable(self.path))
         # Whether a transaction block shuts the writes of all others out.
         self.exclusive = self.one_writer and (self.in_memory or not options.read_only)
         self.mutex = threading.RLock()
@@ -2057,6 +2057,9 @@ def _file_id(path: str) -> tuple[int, ...]:
         return os.stat(path)[1:3]
     return (0, 0)
 
+def _writable(path: str) -> bool:
+    return os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
+
 def _file_uri(path: str, read_only: bool) -> str:
     """How to open the file: never creating it by the way, and read-only in the way its folder allows."""
     import pathlib
@@ -2065,7 +2068,7 @@ def _file_uri(path: str, read_only: bool) -> str:
     if not read_only:
         return uri + "?mode=rw"
     wal, shm = path + "-wal", path + "-shm"
-    if os.access(os.path.dirname(path), os.W_OK) or (os.path.exists(wal) and os.path.exists(shm)):
+    if _writable(path) or (os.path.exists(wal) and os.path.exists(shm)):
         return uri + "?mode=ro"
     if not os.path.exists(wal) or not os.path.getsize(wal):
         return uri + "?mode=ro&immutable=1"  # at rest, and nobody here could write it
@@ -2907,7 +2910,10 @@ _LOG_PLACE = _Sql("""SELECT sequence FROM flowstore_log WHERE execution_id = ? A
 _LOG_LAST = _Sql("SELECT sequence FROM flowstore_log WHERE execution_id = ? {tenant} ORDER BY sequence DESC LIMIT 1")
 _EXECUTION_INSERT = ("INSERT INTO flowstore_executions (execution_id, tenant_id, created_at) VALUES (?, ?, ?) "
                      "ON CONFLICT DO NOTHING")
-_EXECUTION_OWNER = _Sql("SELECT tenant_id FROM flowstore_executions WHERE execution_id = ? {tenant}")
+# An execution that a prune has left in pieces has no tenant: it is not known any more.
+_EXECUTION_OWNER = _Sql(
+    "SELECT tenant_id FROM flowstore_executions WHERE execution_id = ? AND tenant_id <> '' {tenant}"
+)
 _TENANT_STATUS = "SELECT status FROM flowstore_tenants WHERE id = ?"
 
 # In the log: a position, the sequence that an execution has there, and what is known of what follows.
@@ -3096,9 +3102,13 @@ class EventStore(_LogFacet):
     @_read
     def _news(self, tx: _Tx, place: _Place, tenant_id: str | None, execution_id: str | None) -> list[StoredEvent]:
         """The next events behind a place: of one execution by its sequence, of others by position."""
-        sql, *behind = (_LOG_FROM, place[0]) if execution_id is None else (_LOG_AFTER, execution_id, place[1])
+        position, sequence, known = place
+        at = "SELECT 1 FROM flowstore_log WHERE execution_id = ? AND sequence = ? AND position <= ?"
+        if execution_id is not None and not tx.row(at, execution_id, sequence, position):
+            sequence = 0  # pruned meanwhile, and perhaps begun anew
+        sql, *behind = (_LOG_FROM, position) if execution_id is None else (_LOG_AFTER, execution_id, sequence)
         events = _STORED.decode_all(_Facet(self._engine, tenant_id)._rows(tx, sql, *behind, 1000))
-        return [event for event in events if event.position not in place[2]]
+        return [event for event in events if event.position > position and event.position not in known]
 
 # --- the state backend ---
 _SNAPSHOT_LATEST = _select(_SNAPSHOT, "ORDER BY at_sequence DESC LIMIT 1", "execution_id", "at_sequence <= ?")
@@ -3249,6 +3259,7 @@ class StateBackend(_LogFacet):
         """`EventStore.append` under the execution's tenant. Raises NotFound, SequenceConflict. Source: append_event."""
         execution, text = _id(execution_id, "execution_id"), _event_text(event, "event")
         owner, _, last = _found(self._row(tx, _LOG_HEAD, execution), "execution", execution)
+        _found(owner or None, "execution", execution)
         return self._append_to(tx, execution, owner, last or 0, text, expected_sequence, event_id)
 
     @_read

@@ -1961,6 +1961,25 @@ def test_sqlite_reads_in_a_folder_that_cannot_be_written(crashed: Path, wal: boo
             folder.chmod(0o755)
 
 
+@forking
+def test_sqlite_a_reader_who_may_not_write_the_file_leaves_nothing_that_shuts_its_owner_out() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "app.db"
+        with flowstore.open(path) as store:
+            store.events.append("e1", "default", EVENT)
+        path.chmod(0o444)
+        os.chmod(name, 0o777)
+
+        def read() -> tuple[int, list[str]]:
+            if os.geteuid() == 0:
+                os.setuid(65534)
+            with flowstore.open(path, read_only=True) as store:
+                return store.events.count_events("e1"), os.listdir(name)
+
+        assert in_fork(read) == (1, ["app.db"])
+        assert os.listdir(name) == ["app.db"]
+
+
 READER = """
 flowstore.open(sys.argv[1], read_only=True).close()  # all that it imports, before its rights to do so are gone
 if os.geteuid() == 0:
@@ -8638,6 +8657,39 @@ def test_a_tail_does_not_go_on_inside_a_transaction(store: Store) -> None:
         next(tail)
     store.events.append("e1", "default", EVENT)
     assert [stored.event for stored in store.events.tail(0, timeout=0)] == [EVENT, EVENT]
+
+
+@pytest.mark.parametrize("again", [2, 5])
+def test_a_tail_of_an_execution_goes_on_when_it_was_pruned_and_begun_anew(store: Store, again: int) -> None:
+    create(store, status="completed")
+    store.events.append_batch("e1", "default", [EVENT] * 3)
+    tails = [store.events.tail(after, execution_id="e1", timeout=0) for after in (None, 0)]
+    assert [next(tails[1]).sequence for _ in range(3)] == [1, 2, 3]
+    store.prune(datetime(9000, 1, 1, tzinfo=UTC))
+    assert not store.events.execution_exists("e1")
+    store.events.append_batch("e1", "default", [EVENT] * again)
+    assert [[stored.sequence for stored in tail] for tail in tails] == [[*range(1, again + 1)]] * 2
+
+
+def test_what_a_prune_has_left_in_pieces_is_not_known_any_more(store: Store) -> None:
+    create(store, status="completed")
+    store.events.append_batch("e1", "default", [EVENT] * 600)
+    store._prune_some("executions", 2**52)
+    assert 0 < len(store.events.load_events("e1")) < 600
+    assert not store.events.execution_exists("e1")
+    for call in (
+        lambda: store.state.append_event("e1", EVENT),
+        lambda: store.state.enqueue_work_item(WorkItem(execution_id="e1", queue_type="q")),
+        lambda: store.state.write_snapshot(Snapshot(execution_id="e1", at_sequence=1, state=1)),
+        lambda: store.state.record_effect("k", 1, execution_id="e1"),
+    ):
+        with pytest.raises(NotFound) as caught:
+            call()
+        assert (caught.value.kind, caught.value.id) == ("execution", "e1")
+    with pytest.raises(TenantMismatch):
+        store.events.append("e1", "default", EVENT)
+    store.prune(datetime(9000, 1, 1, tzinfo=UTC))
+    assert store.events.append("e1", "acme", EVENT) == 1
 
 
 def test_an_async_tail_does_not_go_on_inside_a_transaction(in_loop: Loop) -> None:
