@@ -1256,7 +1256,7 @@ class _Engine:
         self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self.writer = self._new_connection()
         self.readers: list[_Connection] = []
-        self.lines: tuple[deque[threading.Lock], ...] = (deque(), deque())  # who waits for one: reads, writes
+        self.lines: tuple[deque[weakref.ref[threading.Lock]], ...] = (deque(), deque())  # for one: of reads, of writes
         self._held: list[_Connection] = []
         with _fork_lock:
             _engines.add(self)
@@ -1484,20 +1484,29 @@ class _Engine:
     def _borrow(self, writes: bool = True) -> _Connection:
         """A connection for one call or block, an idle one first; StoreBusy while all that there may be are in use."""
         gate, line, deadline = threading.Lock(), self.lines[writes], time.monotonic() + self.options.busy_timeout
-        line.append(gate)  # who came first is served first, and reads apart from writes, which may wait for each other
+        place = weakref.ref(gate)  # weakly: if an interrupt strikes so that its end is never run, others are not held up
         try:
+            line.append(place)  # first come, first served; reads apart from writes, which may wait for each other
             while True:
                 self.refuse_closed()
                 gate.acquire(blocking=False)
                 with self.mutex:
-                    if line[0] is gate and sum(one.lent is writes for one in self.connections) < self.most:
+                    if self._first(line) is gate and sum(one.lent is writes for one in self.connections) < self.most:
                         return self._lend(writes)
                 if (left := deadline - time.monotonic()) <= 0:
                     raise StoreBusy(f"all {self.most} connections of this store were in use too long")
                 gate.acquire(timeout=min(0.1, left))  # of a block that was dropped nobody is told
         finally:
-            line.remove(gate)
+            with self.mutex, contextlib.suppress(ValueError):
+                line.remove(place)
             self._call_next()
+
+    @staticmethod
+    def _first(line: deque[weakref.ref[threading.Lock]]) -> threading.Lock | None:
+        """Who waits longest; the caller holds the mutex."""
+        while line and line[0]() is None:
+            line.popleft()
+        return line[0]() if line else None
 
     def _lend(self, writes: bool) -> _Connection:
         with self.mutex:
@@ -1506,9 +1515,11 @@ class _Engine:
         return connection
 
     def _call_next(self) -> None:
-        for line in self.lines:
-            with contextlib.suppress(IndexError, RuntimeError):  # nobody waits, or has been called already
-                line[0].release()
+        with self.mutex:
+            for gate in map(self._first, self.lines):
+                if gate is not None:
+                    with contextlib.suppress(RuntimeError):  # it was called already
+                        gate.release()
 
     def _give_back(self, connection: _Connection) -> None:
         with connection.lock:
