@@ -1484,7 +1484,7 @@ class _Engine:
     def _borrow(self, writes: bool = True) -> _Connection:
         """A connection for one call or block, an idle one first; StoreBusy while all that there may be are in use."""
         gate, line, deadline = threading.Lock(), self.lines[writes], time.monotonic() + self.options.busy_timeout
-        place = weakref.ref(gate)  # weakly: if an interrupt strikes so that its end is never run, others are not held up
+        place = weakref.ref(gate)  # weakly: where an interrupt leaves the end of this unrun, nobody is held up
         try:
             line.append(place)  # first come, first served; reads apart from writes, which may wait for each other
             while True:
