@@ -1537,7 +1537,8 @@ class _Engine:
         if not keep:
             with connection.lock:
                 connection.close()
-        self._call_next()
+        if any(self.lines):
+            self._call_next()
 
     def with_lead(self, call: _Call, action: Callable[[_Call], bool], *, keep: bool = False) -> None:
         """Lead and run `action` until it returns True, unless another leader does the call; then hand the lead on.
@@ -5460,7 +5461,9 @@ def _bench_append(on: _Bench, threads: int, synchronous: str, least: dict[str, f
                 return done
             return sum(await asyncio.gather(*map(task, range(1000)))) / (time.perf_counter() - start)
     def ours() -> float:
-        return sum(_in_threads(threads, one)) if threads else asyncio.run(in_tasks())
+        if threads > 1:
+            return sum(_in_threads(threads, one))
+        return one(0) if threads else asyncio.run(in_tasks())
     return on.compare(ours, *((f"plain {mode}", ratio, on.plain(mode)) for mode, ratio in least.items()))
 
 def _bench_batch(on: _Bench) -> _Verdict:
