@@ -1606,7 +1606,8 @@ class _Engine:
         """BEGIN IMMEDIATE on the writer, whose lock the caller holds; False when another process has the file."""
         try:
             db = (self.writer.tx or self.writer.use()).db
-            db.rollback()  # of a block whose end was never run
+            if db.in_transaction:  # of a block whose end was never run
+                db.rollback()
             db.execute("BEGIN IMMEDIATE")
         except (StoreBusy, sqlite3.Error) as error:
             if isinstance(error, sqlite3.Error) and not isinstance(failure := _failure(error), StoreBusy):
@@ -1635,7 +1636,8 @@ class _Engine:
                     except Exception as error:
                         leader.error, wrote = error, False
             finally:
-                tx.rollback()
+                if tx.db.in_transaction:
+                    tx.rollback()
             for call in self.group:
                 call.wake()
             self.group = []
