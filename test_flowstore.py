@@ -13996,9 +13996,13 @@ def test_reads_go_on_while_writers_wait_for_a_row_that_a_block_changed(server: S
             begun.set()
             assert ended.wait(60)
 
+    def write() -> None:
+        with pytest.raises(RevisionMismatch):
+            server.flows.update_with_revision(flow)
+
     held = Background(hold)
     assert begun.wait(60)
-    writers = [Background(lambda: server.flows.append_event(flow.id, "k", {})) for _ in range(flowstore._CONNECTIONS)]
+    writers = [Background(write) for _ in range(flowstore._CONNECTIONS)]
     until(lambda: [one.lent for one in list(server._engine.connections)].count(True) == flowstore._CONNECTIONS)
     assert server.flows.get(flow.id) == flow
     ended.set()
