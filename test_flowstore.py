@@ -8344,7 +8344,7 @@ def test_a_nested_block_that_outlives_the_outer_one_does_nothing_more(in_loop: A
         assert await store.events.count_events("stranger") == 2
         assert not await store.events.execution_exists("child")
 
-    in_loop(body, busy_timeout=0.2)
+    in_loop(body, busy_timeout=1)
 
 
 def test_tasks_with_blocks_nested_in_the_same_one_take_turns(in_loop: Loop) -> None:
@@ -8387,7 +8387,7 @@ def test_who_waits_in_a_block_for_what_waits_for_him_is_told(in_loop: Any) -> No
                     await asyncio.create_task(store.events.append("run", "default", EVENT), context=outside)
         assert await texts(store, "run") == []
 
-    in_loop(body, busy_timeout=0.1)
+    in_loop(body, busy_timeout=1)
 
 
 def test_a_nested_block_cancelled_as_it_begins_spares_the_outer_one(in_loop: Loop) -> None:
@@ -14034,7 +14034,7 @@ def test_a_read_that_fails_in_a_block_is_undone_alone_and_what_ends_the_block_is
 
 @pytest.mark.postgres
 def test_readers_and_writers_leave_each_other_connections(postgres: PostgresServer) -> None:
-    with flowstore.open(postgres.target(), busy_timeout=0.2) as store:
+    with flowstore.open(postgres.target(), busy_timeout=1) as store:
         engine = store._engine
         for mine in (False, True):
             held = [engine._borrow(mine) for _ in range(flowstore._CONNECTIONS)]
