@@ -2071,6 +2071,13 @@ def _file_id(path: str) -> tuple[int, ...]:
         return os.stat(path)[1:3]
     return (0, 0)
 
+def _written(path: str) -> tuple[int, int]:
+    """How large a file is and when it was written; zeros where it is not, for a log may go at any moment."""
+    with contextlib.suppress(OSError):
+        state = os.stat(path)
+        return state.st_size, state.st_mtime_ns
+    return 0, 0
+
 def _writable(path: str) -> bool:
     return os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
 
@@ -2084,16 +2091,13 @@ def _file_uri(path: str, read_only: bool) -> str:
     wal, shm = path + "-wal", path + "-shm"
     if _writable(path) or (os.path.exists(wal) and os.path.exists(shm)):
         return uri + "?mode=ro"
-    if not os.path.exists(wal) or not os.path.getsize(wal):
+    if not _written(wal)[0]:
         return uri + "?mode=ro&immutable=1"  # at rest, and nobody here could write it
     return uri + "?mode=ro&vfs=unix-none"
 
 def _unlocked(path: str | None) -> list[tuple[int, int]] | None:
     """What tells that a file was written, where it is read without locks; None where it is not."""
-    if path is None or "&" not in _file_uri(path, True):
-        return None
-    states = [os.stat(name) for name in (path, path + "-wal") if os.path.exists(name)]
-    return [(state.st_size, state.st_mtime_ns) for state in states]
+    return [_written(path), _written(path + "-wal")] if path and "&" in _file_uri(path, True) else None
 
 if hasattr(os, "register_at_fork"):
     def _at_fork(step: str) -> None:

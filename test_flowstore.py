@@ -2033,6 +2033,17 @@ def test_sqlite_a_reader_in_a_folder_that_it_cannot_write_follows_whoever_writes
         finished(reader)
 
 
+def test_sqlite_a_log_that_goes_while_a_reader_looks_for_it_is_none(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flowstore.open(path).close()
+    monkeypatch.setattr(os, "access", lambda *asked: False)
+    seen = os.path.exists
+    monkeypatch.setattr(os.path, "exists", lambda name: str(name).endswith("-wal") or seen(name))  # a moment ago
+    with flowstore.open(path, read_only=True) as store:
+        assert store.events.list_executions() == []
+
+
 def test_sqlite_a_file_named_by_a_link_has_its_log_beside_itself(path: Path) -> None:
     (path.parent / "links").mkdir()
     link = path.parent / "links" / "app.db"
