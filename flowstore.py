@@ -63,21 +63,42 @@ import sys
 import threading
 import time
 import weakref
+
 if sys.version_info < (3, 11):  # noqa: UP036 (what is imported next is not there, and would say so less clearly)
-    raise (SystemExit if __name__ == "__main__" else ImportError)("flowstore: Python 3.11 or newer is needed")
+    raise (SystemExit if __name__ == "__main__" else ImportError)(
+        "flowstore: Python 3.11 or newer is needed"
+    )
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from types import SimpleNamespace
 from typing import (
-    TYPE_CHECKING, Any, ClassVar, Concatenate, Generic, ParamSpec, Self, TypeAlias, TypeVar, dataclass_transform,
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Concatenate,
+    Generic,
+    ParamSpec,
+    Self,
+    TypeAlias,
+    TypeVar,
+    dataclass_transform,
     overload,
 )
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import (
+        AsyncIterator,
+        Callable,
+        Coroutine,
+        Generator,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
     from typing import NoReturn, TextIO
     from uuid import UUID
 
@@ -96,12 +117,15 @@ _Steps: TypeAlias = "Generator[Any, Any, R]"  # what @_steps makes a method of
 # Errors: every failure a caller can meet, each with its facts as attributes
 # ============================================================================================================
 
+
 class FlowStoreError(Exception):
     """The root of all errors that this module raises on purpose."""
+
 
 @dataclass_transform(eq_default=False)
 class _Facts(FlowStoreError):
     """An error that is told by its attributes: they are its arguments, in order, and fill its message."""
+
     _says: ClassVar[str]
 
     def __init_subclass__(cls, says: str) -> None:
@@ -113,79 +137,121 @@ class _Facts(FlowStoreError):
     def __str__(self) -> str:
         return self._says.format(**vars(self))
 
+
 class NotFound(_Facts, LookupError, says="{kind} {id!r} is not in the store"):
     """The thing to change, or required to exist, is not there."""
+
     kind: str
     id: str
+
 
 class AlreadyExists(_Facts, says="{kind} {id!r} is already taken"):
     """An id, a name or a unique key is taken."""
+
     kind: str
     id: str
 
-class RevisionMismatch(_Facts, says="revision {expected} is stale, the store has {actual}: "
-                                    "read the flow again, or go on with the flow that the last update returned"):
+
+class RevisionMismatch(
+    _Facts,
+    says="revision {expected} is stale, the store has {actual}: "
+    "read the flow again, or go on with the flow that the last update returned",
+):
     """A flow was changed since it was read. Source: FlowError::RevisionMismatch."""
+
     expected: int
     actual: int
 
-class SequenceConflict(_Facts, says="the log of {execution_id!r} is at {actual}, not at {expected}: "
-                                    "load the events after the one you know, then decide again"):
+
+class SequenceConflict(
+    _Facts,
+    says="the log of {execution_id!r} is at {actual}, not at {expected}: "
+    "load the events after the one you know, then decide again",
+):
     """The log of an execution is not at `expected_sequence`. Source: StateBackendError::SequenceConflict."""
+
     execution_id: str
     expected: int
     actual: int
 
-class LeaseLost(_Facts, says="work item {item_id!r} is not leased under this claim: drop it, another claim decides"):
+
+class LeaseLost(
+    _Facts,
+    says="work item {item_id!r} is not leased under this claim: drop it, another claim decides",
+):
     """The work item is not, or no longer, leased to this worker or fence."""
+
     item_id: str
+
 
 class IllegalTransition(_Facts, says="flow {id!r} cannot go from {from_status} to {to_status}"):
     """A flow's status cannot change in this way."""
+
     id: str
     from_status: str
     to_status: str
 
+
 class AlreadyTerminal(_Facts, says="flow {id!r} is {status}: nothing follows"):
     """The flow has ended: nothing follows its status."""
+
     id: str
     status: str
 
-class CancelPending(_Facts, says="flow {id!r} is {status} and to be cancelled: only cancelled may follow"):
+
+class CancelPending(
+    _Facts, says="flow {id!r} is {status} and to be cancelled: only cancelled may follow"
+):
     """Cancelling was requested: the only status that may follow is cancelled."""
+
     id: str
     status: str
+
 
 class TenantMismatch(_Facts, says="{execution_id!r} is not for tenant {tenant_id!r}"):
     """An execution belongs to another tenant; `tenant_id` is the caller's."""
+
     execution_id: str
     tenant_id: str
 
-class TenantInactive(_Facts, says="tenant {tenant_id!r} is not active: it may read, but change nothing"):
+
+class TenantInactive(
+    _Facts, says="tenant {tenant_id!r} is not active: it may read, but change nothing"
+):
     """A suspended or archived tenant may read, but not change anything."""
+
     tenant_id: str
+
 
 class LimitExceeded(_Facts, says="a limit of tenant {tenant_id!r} is reached"):
     """One of the tenant's limits is reached."""
+
     tenant_id: str
+
 
 class InvalidData(FlowStoreError, ValueError):
     """A value cannot be stored; the message names the argument and the path in it."""
 
+
 class StorageError(FlowStoreError):
     """The database failed; the driver's error is `__cause__`."""
+
 
 class StoreBusy(StorageError):
     """Another process or transaction held the store for longer than `busy_timeout`; nothing was written."""
 
+
 class StoreFull(StorageError):
     """The disk is full; nothing was written, and the store works again once there is room."""
+
 
 class StoreCorrupt(StorageError):
     """The file is damaged, or is no database."""
 
+
 class StoreClosed(StorageError):
     """The store was closed."""
+
 
 class SchemaError(StorageError):
     """The tables in the database are not those this version works on."""
@@ -207,16 +273,21 @@ Json = Any
 AnyId: TypeAlias = "str | UUID"
 AnyItem: TypeAlias = "str | UUID | WorkItem"
 
+
 def _random_bits() -> int:
     """62 bits from the system: unlike a seeded generator, they differ on both sides of a fork."""
     return int.from_bytes(os.urandom(8), "big") >> 2
 
+
 def new_id() -> str:
     """A new time-ordered UUIDv7 as text: new rows land at the right edge of their B-trees."""
     milliseconds, fraction = divmod(time.time_ns() // 1000, 1000)
-    number = milliseconds << 80 | 7 << 76 | (fraction * 4096 // 1000) << 64 | 2 << 62 | _random_bits()
+    number = (
+        milliseconds << 80 | 7 << 76 | (fraction * 4096 // 1000) << 64 | 2 << 62 | _random_bits()
+    )
     text = f"{number:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
 class _Record:
@@ -231,9 +302,14 @@ class _Record:
             value = getattr(self, spec.name)
             if value is None or value == spec.default or value in ("", [], {}):
                 continue
-            text = str(value) if isinstance(value, datetime) else repr(str(value) if isinstance(value, str) else value)
+            text = (
+                str(value)
+                if isinstance(value, datetime)
+                else repr(str(value) if isinstance(value, str) else value)
+            )
             shown.append(f"{spec.name}={text if len(text) <= 48 else text[:45] + '...'}")
         return f"{type(self).__name__}({', '.join(shown)})"
+
 
 def _enum(kind: type[E], value: object, path: str) -> E:
     """The member of `kind` that a value is or spells."""
@@ -242,12 +318,16 @@ def _enum(kind: type[E], value: object, path: str) -> E:
             return kind(value)
     except ValueError:
         pass
-    word = value[:50] if isinstance(value, str) else type(value)  # a type, for numbers may be too long to be shown
+    word = (
+        value[:50] if isinstance(value, str) else type(value)
+    )  # a type, for numbers may be too long to be shown
     raise InvalidData(f"{path}: {word!r} is no {kind.__name__} ({', '.join(kind)})")
+
 
 # --- flows (seed 001) ---
 class FlowStatus(StrEnum):
     """Where a flow stands. Source: FlowStatus."""
+
     CREATED, RUNNING, WAITING = "created", "running", "waiting"
     CANCELLED, FINISHED, FAILED = "cancelled", "finished", "failed"
 
@@ -260,22 +340,40 @@ class FlowStatus(StrEnum):
         """True when a flow in this status may go to `status`; InvalidData for a word that is no status."""
         return _enum(FlowStatus, status, "status") in _FLOW_TRANSITIONS.get(self, ())
 
+
 _FLOW_TRANSITIONS = {
     FlowStatus.CREATED: (FlowStatus.RUNNING, FlowStatus.CANCELLED),
-    FlowStatus.RUNNING: (FlowStatus.WAITING, FlowStatus.FINISHED, FlowStatus.FAILED, FlowStatus.CANCELLED),
+    FlowStatus.RUNNING: (
+        FlowStatus.WAITING,
+        FlowStatus.FINISHED,
+        FlowStatus.FAILED,
+        FlowStatus.CANCELLED,
+    ),
     FlowStatus.WAITING: (FlowStatus.RUNNING, FlowStatus.FAILED, FlowStatus.CANCELLED),
 }
 
+
 class StepRuntime(StrEnum):
     """Who runs a step. Source: StepRuntime."""
+
     MANAGED, MIRRORED = "managed", "mirrored"
+
 
 class FlowStepStatus(StrEnum):
     """Where a step stands. Source: FlowStepStatus."""
-    PENDING, RUNNING, SUCCEEDED, FAILED, CANCELLED = "pending", "running", "succeeded", "failed", "cancelled"
+
+    PENDING, RUNNING, SUCCEEDED, FAILED, CANCELLED = (
+        "pending",
+        "running",
+        "succeeded",
+        "failed",
+        "cancelled",
+    )
+
 
 class Flow(_Record):
     """A revision-checked record that one controller moves forward. Source: Flow."""
+
     id: Id = field(default_factory=new_id)
     controller_id: str = ""
     goal: str = ""
@@ -308,8 +406,10 @@ class Flow(_Record):
         if not _enum(FlowStatus, self.status, "status").is_terminal:
             self.cancel_requested = True
 
+
 class FlowStep(_Record):
     """One piece of a flow's work, found again by its run id. Steps have no revision. Source: FlowStep."""
+
     id: Id = field(default_factory=new_id)
     flow_id: Id
     runtime: StepRuntime = StepRuntime.MANAGED
@@ -321,17 +421,21 @@ class FlowStep(_Record):
     created_at: datetime | None = None
     updated_at: datetime | None = None
 
+
 class FlowEvent(_Record, frozen=True):
     """One line of a flow's audit trail. Source: FlowEvent."""
+
     id: int
     flow_id: Id
     kind: str
     payload: Json
     at: datetime
 
+
 # --- the execution log (seed 003) ---
 class EventType(StrEnum):
     """The event types of the seed's crate; any other text is fine too. Source: ExecutionEventData."""
+
     EXECUTION_STARTED, STEP_STARTED = "execution_started", "step_started"
     STEP_COMPLETED, STEP_FAILED = "step_completed", "step_failed"
     EXECUTION_PAUSED, EXECUTION_RESUMED = "execution_paused", "execution_resumed"
@@ -341,8 +445,10 @@ class EventType(StrEnum):
     TOOL_CALL_COMPLETED, CHECKPOINT_SAVED = "tool_call_completed", "checkpoint_saved"
     GOAL_EVALUATED, CUSTOM = "goal_evaluated", "custom"
 
+
 class StoredEvent(_Record, frozen=True):
     """One event as the log holds it: `sequence` within its execution, `position` within the whole log."""
+
     execution_id: Id
     sequence: int
     tenant_id: Id
@@ -351,35 +457,60 @@ class StoredEvent(_Record, frozen=True):
     id: Id | None
     position: int
 
+
 # --- the state backend (seeds 000 and 004) ---
 class ExecutionStatus(StrEnum):
     """Where an execution stands. Source: jamjet_core::WorkflowStatus."""
+
     PENDING, RUNNING, PAUSED = "pending", "running", "paused"
-    COMPLETED, FAILED, CANCELLED, LIMIT_EXCEEDED = "completed", "failed", "cancelled", "limit_exceeded"
+    COMPLETED, FAILED, CANCELLED, LIMIT_EXCEEDED = (
+        "completed",
+        "failed",
+        "cancelled",
+        "limit_exceeded",
+    )
 
     @property
     def is_terminal(self) -> bool:
         """True when the execution has ended."""
-        return self not in (ExecutionStatus.PENDING, ExecutionStatus.RUNNING, ExecutionStatus.PAUSED)
+        return self not in (
+            ExecutionStatus.PENDING,
+            ExecutionStatus.RUNNING,
+            ExecutionStatus.PAUSED,
+        )
+
 
 class WorkItemStatus(StrEnum):
     """Where a work item stands."""
-    PENDING, CLAIMED, COMPLETED, FAILED, DEAD_LETTERED = "pending", "claimed", "completed", "failed", "dead_lettered"
+
+    PENDING, CLAIMED, COMPLETED, FAILED, DEAD_LETTERED = (
+        "pending",
+        "claimed",
+        "completed",
+        "failed",
+        "dead_lettered",
+    )
+
 
 class TenantStatus(StrEnum):
     """Whether a tenant may change anything. Source: TenantStatus."""
+
     ACTIVE, SUSPENDED, ARCHIVED = "active", "suspended", "archived"
+
 
 class WorkflowDefinition(_Record):
     """A compiled workflow, by id and version. Source: WorkflowDefinition."""
+
     workflow_id: Id
     version: str
     ir: Json
     created_at: datetime | None = None
     tenant_id: Id = DEFAULT_TENANT
 
+
 class WorkflowExecution(_Record):
     """One run of a workflow and its current state. Source: WorkflowExecution."""
+
     execution_id: Id = field(default_factory=new_id)
     workflow_id: Id
     workflow_version: str = "1"
@@ -391,16 +522,20 @@ class WorkflowExecution(_Record):
     completed_at: datetime | None = None
     tenant_id: Id = DEFAULT_TENANT
 
+
 class Snapshot(_Record, frozen=True):
     """An execution's state as of one sequence of its log. Source: Snapshot."""
+
     execution_id: Id
     at_sequence: int
     state: Json
     id: Id = field(default_factory=new_id)
     created_at: datetime | None = None
 
+
 class WorkItem(_Record):
     """One piece of work in a queue; while claimed, `lease_fence` says under which claim. Source: WorkItem."""
+
     execution_id: Id
     node_id: str = ""
     queue_type: Id
@@ -417,8 +552,10 @@ class WorkItem(_Record):
     last_error: str | None = None
     tenant_id: Id = DEFAULT_TENANT
 
+
 class DeadLetter(_Record, frozen=True):
     """A work item that will not be tried again by itself, with its last error."""
+
     execution_id: Id
     node_id: str
     queue_type: Id
@@ -436,13 +573,17 @@ class DeadLetter(_Record, frozen=True):
     tenant_id: Id
     dead_lettered_at: datetime
 
+
 class ReclaimResult(_Record, frozen=True):
     """What became of the items whose lease had expired. Source: ReclaimResult."""
+
     retryable: list[WorkItem] = field(default_factory=list)
     exhausted: list[DeadLetter] = field(default_factory=list)
 
+
 class ApiToken(_Record, frozen=True):
     """What the store knows of a token: never its plaintext. Source: ApiToken."""
+
     id: Id
     name: str
     role: str
@@ -451,15 +592,19 @@ class ApiToken(_Record, frozen=True):
     revoked_at: datetime | None
     tenant_id: Id
 
+
 class TenantLimits(_Record):
     """A tenant's limits, None for none. The store enforces the first two, the others are the caller's."""
+
     max_concurrent_executions: int | None = None
     max_workflows: int | None = None
     max_tokens_per_month: int | None = None
     max_cost_per_month_usd: float | None = None
 
+
 class Tenant(_Record):
     """One tenant. Source: Tenant."""
+
     id: Id
     name: str = ""
     status: TenantStatus = TenantStatus.ACTIVE
@@ -468,30 +613,40 @@ class Tenant(_Record):
     created_at: datetime | None = None
     updated_at: datetime | None = None
 
+
 class ArtifactRef(_Record, frozen=True):
     """Where an artifact is found again: the SHA-256 of its bytes, in hex."""
+
     hash: str
     size: int
     media_type: str | None
 
+
 # --- workflow persistence (seed 002) ---
 class WorkflowStatus(StrEnum):
     """Where a workflow instance stands. Source: wfe_core::WorkflowStatus."""
+
     RUNNABLE, SUSPENDED, COMPLETE, TERMINATED = "Runnable", "Suspended", "Complete", "Terminated"
+
 
 class PointerStatus(StrEnum):
     """Where one step of a workflow instance stands. Source: wfe_core::PointerStatus."""
+
     PENDING, RUNNING, COMPLETE, SKIPPED = "Pending", "Running", "Complete", "Skipped"
     SLEEPING, WAITING_FOR_EVENT = "Sleeping", "WaitingForEvent"
     FAILED, COMPENSATED, CANCELLED = "Failed", "Compensated", "Cancelled"
     PENDING_PREDECESSOR = "PendingPredecessor"
 
+
 class CommandName(StrEnum):
     """What a scheduled command asks for. Source: wfe_core::CommandName."""
+
     PROCESS_WORKFLOW, PROCESS_EVENT = "ProcessWorkflow", "ProcessEvent"
+
 
 class ExecutionPointer(_Record):
     """One step of a workflow instance, as far as it got; `id` is unique within its workflow."""
+
     id: Id = field(default_factory=new_id)
     step_id: int
     active: bool = True
@@ -513,8 +668,10 @@ class ExecutionPointer(_Record):
     scope: list[str] = field(default_factory=list)
     extension_attributes: dict[str, Any] = field(default_factory=dict)
 
+
 class WorkflowInstance(_Record):
     """One run of a workflow definition with its pointers; `next_execution` is epoch milliseconds, None for never."""
+
     id: Id = field(default_factory=new_id)
     name: Key = ""
     workflow_definition_id: Key
@@ -529,8 +686,10 @@ class WorkflowInstance(_Record):
     create_time: datetime | None = None
     complete_time: datetime | None = None
 
+
 class Event(_Record):
     """Something that happened, for subscriptions to pick up. Source: wfe_core::Event."""
+
     id: Id = field(default_factory=new_id)
     event_name: Key
     event_key: Key
@@ -538,8 +697,10 @@ class Event(_Record):
     event_time: datetime | None = None
     is_processed: bool = False
 
+
 class EventSubscription(_Record):
     """A step that waits for an event, with the token of the host that handles it. Source: EventSubscription."""
+
     id: Id = field(default_factory=new_id)
     workflow_id: Id
     step_id: int
@@ -552,14 +713,18 @@ class EventSubscription(_Record):
     external_worker_id: Id | None = None
     external_token_expiry: datetime | None = None
 
+
 class ScheduledCommand(_Record):
     """A command that becomes due at `execute_time`, epoch milliseconds. Source: ScheduledCommand."""
+
     command_name: CommandName
     data: Data
     execute_time: int | datetime
 
+
 class ExecutionError(_Record, frozen=True):
     """One failure of a step, as the log of errors keeps it: a record, no exception. Source: ExecutionError."""
+
     workflow_id: Id
     execution_pointer_id: Id
     message: str
@@ -699,6 +864,7 @@ _NAMES = re.findall(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) (\w+)", _TABLES)
 # From version N to N + 1, each a script of statements; all of them run in the transaction that finds the file old.
 _UPGRADES: dict[int, str] = {}
 
+
 def _statements(script: str) -> list[str]:
     return [statement.strip() for statement in script.split(";") if statement.strip()]
 
@@ -714,13 +880,18 @@ _LAST_TIME = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
 _INT_MAX = 2**63 - 1
 _JSON_DEPTH = 256
 
-_encoder = json.JSONEncoder(check_circular=False, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+_encoder = json.JSONEncoder(
+    check_circular=False, allow_nan=False, ensure_ascii=False, separators=(",", ":")
+)
 _encode_json: Callable[[Any], str] = _encoder.encode
 if make_encoder := getattr(json.encoder, "c_make_encoder", None):
     # What encode() makes anew for each value, made once: half its time. A circle ends as a RecursionError.
-    _chunks = make_encoder(None, _encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, False)
+    _chunks = make_encoder(
+        None, _encoder.default, json.encoder.encode_basestring, None, ":", ",", False, False, False
+    )
     _encode_json = lambda value: "".join(_chunks(value, 0))  # noqa: E731
 _decoder: Any = json.JSONDecoder()
+
 
 def _of_json(text: str) -> Any:
     """The value of a JSON text; past the decoder's search for white space, which what was written here has not."""
@@ -730,12 +901,14 @@ def _of_json(text: str) -> Any:
         end = -1
     return value if end == len(text) else _decoder.decode(text)
 
+
 def _is(kind: type[T] | tuple[type[T], ...], value: object, path: str, needed: str = "") -> T:
     """A value of a type (a bool is no number); InvalidData for another."""
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         needed = needed or f"a {getattr(kind, '__name__', kind)}"
         raise InvalidData(f"{path}: {needed} is needed, not {type(value).__name__}")
     return value
+
 
 def _text(value: object, path: str) -> str:
     """Any text that a database can hold: no NUL, no lone surrogates."""
@@ -750,27 +923,33 @@ def _text(value: object, path: str) -> str:
             raise InvalidData(f"{path}: text cannot hold a lone surrogate") from None
     return value if type(value) is str else str.__str__(value)
 
+
 def _short(value: object, path: str, most: int, least: int = 0) -> str:
     text = _text(value, path)
     if not least <= len(text) <= most:
         raise InvalidData(f"{path}: {least} to {most} characters are needed, not {len(text)}")
     return text
 
+
 def _id(value: object, path: str) -> str:
     if type(value) is str and 0 < len(value) <= 255 and value.isascii() and "\0" not in value:
         return value  # nearly every id, and this is asked on every call
     return str(value) if _is_uuid(value) else _short(value, path, 255, 1)
 
+
 def _ref(value: object, path: str) -> str:
     """What names something elsewhere: any text, or a UUID."""
     return str(value) if _is_uuid(value) else _text(value, path)
+
 
 def _is_uuid(value: object) -> bool:
     uuid = sys.modules.get("uuid")  # not imported, nobody has one
     return uuid is not None and isinstance(value, uuid.UUID)
 
+
 def _key(value: object, path: str) -> str:
     return _short(value, path, 255)
+
 
 def _int(value: object, path: str, least: int = -_INT_MAX - 1, most: int = _INT_MAX) -> int:
     number = _is(int, value, path, "a whole number")
@@ -778,15 +957,19 @@ def _int(value: object, path: str, least: int = -_INT_MAX - 1, most: int = _INT_
         raise InvalidData(f"{path}: a number from {least} to {most} is needed")
     return int(number)
 
+
 def _bool(value: object, path: str) -> int:
     return int(_is(bool, value, path, "True or False"))
+
 
 def _count(value: object, path: str) -> int:
     """A limit, an offset, a number to keep: below 0 counts as 0."""
     return max(0, _int(value, path))
 
+
 def _limit(value: object) -> int:
     return _INT_MAX if value is None else _count(value, "limit")
+
 
 def _seconds(value: object, path: str) -> float:
     """A finite span in seconds; below 0 counts as 0."""
@@ -794,6 +977,7 @@ def _seconds(value: object, path: str) -> float:
     if not -sys.float_info.max <= number <= sys.float_info.max:
         raise InvalidData(f"{path}: a finite number of seconds is needed")
     return max(0.0, float(number))
+
 
 def _time(value: object, path: str) -> int:
     time = _is(datetime, value, path, "an aware datetime")
@@ -804,8 +988,10 @@ def _time(value: object, path: str) -> int:
         raise InvalidData(f"{path}: the time lies outside the years 1 to 9999 in UTC")
     return microseconds
 
+
 def _datetime(microseconds: int) -> datetime:
     return _EPOCH + timedelta(microseconds=microseconds)
+
 
 def _after(now: int, seconds: float, path: str) -> int:
     """The time `seconds` after `now`, both in microseconds."""
@@ -813,9 +999,11 @@ def _after(now: int, seconds: float, path: str) -> int:
         raise InvalidData(f"{path}: the time would lie beyond the year 9999")
     return now + round(seconds * 1e6)
 
+
 def _milliseconds(value: object, path: str) -> int:
     """The seed's millisecond fields: a whole number, or an aware datetime."""
     return _time(value, path) // 1000 if isinstance(value, datetime) else _int(value, path)
+
 
 def _json(value: object, path: str) -> str:
     """The text of a JSON value; InvalidData names the place in it that is none."""
@@ -827,9 +1015,12 @@ def _json(value: object, path: str) -> str:
         _refuse_json(value, path)
         raise InvalidData(f"{path}: {error}") from None
     # Deeper than that is only possible with more brackets than that, a longer number in a longer text.
-    if text.count("[") + text.count("{") > _JSON_DEPTH or (len(text) > 4300 and sys.get_int_max_str_digits() != 4300):
+    if text.count("[") + text.count("{") > _JSON_DEPTH or (
+        len(text) > 4300 and sys.get_int_max_str_digits() != 4300
+    ):
         _refuse_json(value, path)
     return text
+
 
 def _refuse_json(value: object, path: str) -> None:
     """Raise InvalidData where a value is no JSON, with the reason."""
@@ -842,11 +1033,15 @@ def _refuse_json(value: object, path: str) -> None:
         elif isinstance(value, dict):
             for key in value:
                 if key is not None and not isinstance(key, (str, int, float)):
-                    raise InvalidData(f"{path}: a key of type {type(key).__name__} is not JSON") from None
+                    raise InvalidData(
+                        f"{path}: a key of type {type(key).__name__} is not JSON"
+                    ) from None
                 _refuse_json(key, f"{path}, a key of it")
             waiting += [(member, f"{path}.{key}", depth + 1) for key, member in value.items()]
         elif isinstance(value, (list, tuple)):
-            waiting += [(member, f"{path}[{index}]", depth + 1) for index, member in enumerate(value)]
+            waiting += [
+                (member, f"{path}[{index}]", depth + 1) for index, member in enumerate(value)
+            ]
         elif value is not None and not isinstance(value, (str, int, float)):
             reason = f"{type(value).__name__} is not JSON"
         elif isinstance(value, str) and value != value.encode(errors="ignore").decode():
@@ -858,15 +1053,19 @@ def _refuse_json(value: object, path: str) -> None:
         if reason:
             raise InvalidData(f"{path}: {reason}") from None
 
+
 def _object(value: object, path: str) -> str:
     return _json(_is(dict, value, path, "a JSON object"), path)
+
 
 def _listed(value: object, path: str, needed: str = "a list") -> Sequence[Any]:
     return _is((list, tuple), value, path, needed)
 
+
 def _texts(value: object, path: str) -> str:
     members = enumerate(_listed(value, path, "a list of text"))
     return _encode_json([_text(member, f"{path}[{index}]") for index, member in members])
+
 
 def _limits(value: object, path: str) -> str:
     """A tenant's limits as JSON: numbers that are not negative, or None."""
@@ -880,41 +1079,66 @@ def _limits(value: object, path: str) -> str:
             _int(limit, f"{path}.{name}", 0)
     return _json(limits, path)
 
+
 def _function(value: object, path: str) -> None:
     if not callable(value):
         raise InvalidData(f"{path}: a function is needed, not {type(value).__name__}")
+
 
 def _optional(check: Callable[[Any, str], R], value: object, path: str) -> R | None:
     """A value as `check` makes it, None for None."""
     return None if value is None else check(value, path)
 
+
 # How each type that a record's fields are annotated with goes into a column, and comes out of it.
 _Codec: TypeAlias = "tuple[Callable[[Any, str], Any], Callable[[Any], Any] | None]"
 _CODECS: dict[str, _Codec] = {
-    "Id": (_id, None), "Ref": (_ref, None), "Key": (_key, None),
+    "Id": (_id, None),
+    "Ref": (_ref, None),
+    "Key": (_key, None),
     "Data": (lambda value, path: _short(value, path, 512), None),
-    "str": (_text, None), "int": (_int, None), "bool": (_bool, bool),
-    "datetime": (_time, _datetime), "int | datetime": (_milliseconds, None),
-    "Json": (_json, _of_json), "list[str]": (_texts, _of_json), "dict[str, Any]": (_object, _of_json),
+    "str": (_text, None),
+    "int": (_int, None),
+    "bool": (_bool, bool),
+    "datetime": (_time, _datetime),
+    "int | datetime": (_milliseconds, None),
+    "Json": (_json, _of_json),
+    "list[str]": (_texts, _of_json),
+    "dict[str, Any]": (_object, _of_json),
     "TenantLimits": (_limits, lambda text: TenantLimits(**_of_json(text))),
 }
+
 
 def _codec(annotation: str) -> _Codec:
     kind: Any = globals().get(annotation)  # an enum, where _CODECS has nothing
     return _CODECS.get(annotation) or ((lambda value, path: str(_enum(kind, value, path))), kind)
 
+
 # Columns that no update changes.
 _KEPT = ("id", "flow_id", "created_at", "create_time")
+
 
 class _Mapper(Generic[T]):
     """What turns one type of record into rows of its table and back: its fields' annotations decide how.
 
     `kind` is what errors call it, `key` its id's column, `more` names columns that the record does not show."""
 
-    def __init__(self, record: type[T], table: str, kind: str = "", *, key: str = "id", more: tuple[str, ...] = (),
-                 **named: str) -> None:
+    def __init__(
+        self,
+        record: type[T],
+        table: str,
+        kind: str = "",
+        *,
+        key: str = "id",
+        more: tuple[str, ...] = (),
+        **named: str,
+    ) -> None:
         self.record, self.table, self.kind, self.key = record, table, kind, key
-        declared = next(" ".join(text.split()) for text in _statements(_TABLES) if f"CREATE TABLE {table} " in text)
+        declared = next(
+            " ".join(text.split())
+            for text in _statements(_TABLES)
+            if f"CREATE TABLE {table} " in text
+        )
         self.codecs: dict[str, Callable[[Any, str], Any]] = {}
         self._encoders: list[tuple[str, str, Callable[[Any, str], Any], bool, bool]] = []
         self._decoders: list[tuple[int, Callable[[Any], Any]]] = []
@@ -927,23 +1151,31 @@ class _Mapper(Generic[T]):
                 self._decoders.append((len(self.codecs), decode))
             # A time that the record may leave out, but not the table, is the clock's.
             clocked = annotation == "datetime | None" and f" {column} INTEGER NOT NULL" in declared
-            self._encoders.append((spec.name, column, encode, annotation.endswith(" | None"), clocked))
+            self._encoders.append(
+                (spec.name, column, encode, annotation.endswith(" | None"), clocked)
+            )
             self.codecs[column] = encode
         self.fields = [encoder[0] for encoder in self._encoders]
         self.names = [*self.codecs]
         self.columns, self.written = ", ".join(self.names), [*self.names, *more]
         changed = [name for name in self.written if name not in _KEPT]
         # INSERT of what is `written`, in that order; where a unique key is taken, of nothing.
-        self.insert = (f"INSERT INTO {table} ({', '.join(self.written)}) "
-                       f"VALUES ({', '.join('?' * len(self.written))}) ON CONFLICT DO NOTHING")
+        self.insert = (
+            f"INSERT INTO {table} ({', '.join(self.written)}) "
+            f"VALUES ({', '.join('?' * len(self.written))}) ON CONFLICT DO NOTHING"
+        )
         # UPDATE by id of all that may change, and what picks its values out of those by column.
         self.update = f"UPDATE {table} SET {' = ?, '.join(changed)} = ? WHERE {key} = ?"
         self.changes = operator.itemgetter(*changed, key)
 
     def upsert(self, unique: str) -> str:
         """INSERT of what is `written`, in place of the row with the same `unique` columns."""
-        changed = ", ".join(f"{name} = excluded.{name}" for name in self.written if name not in unique.split(", "))
-        return self.insert.replace("CONFLICT DO NOTHING", f"CONFLICT ({unique}) DO UPDATE SET {changed}")
+        changed = ", ".join(
+            f"{name} = excluded.{name}" for name in self.written if name not in unique.split(", ")
+        )
+        return self.insert.replace(
+            "CONFLICT DO NOTHING", f"CONFLICT ({unique}) DO UPDATE SET {changed}"
+        )
 
     def select(self, rest: str) -> str:
         """SELECT of all columns from what `rest` says."""
@@ -969,9 +1201,13 @@ class _Mapper(Generic[T]):
                 if (value := values[index]) is not None:
                     values[index] = decode(value)
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise StoreCorrupt(f"a stored {self.record.__name__} cannot be read: {error}") from error
+            raise StoreCorrupt(
+                f"a stored {self.record.__name__} cannot be read: {error}"
+            ) from error
         record = object.__new__(self.record)
-        record.__dict__.update(zip(self.fields, values, strict=True))  # past __init__: half the time of loading a log
+        record.__dict__.update(
+            zip(self.fields, values, strict=True)
+        )  # past __init__: half the time of loading a log
         return record
 
     def maybe(self, row: Iterable[Any] | None) -> T | None:
@@ -981,6 +1217,7 @@ class _Mapper(Generic[T]):
     def decode_all(self, rows: Iterable[tuple[Any, ...]]) -> list[T]:
         """The records of many rows."""
         return [self.decode(row) for row in rows]
+
 
 _FLOW = _Mapper(Flow, "flows", "flow")
 _STEP = _Mapper(FlowStep, "flow_steps", "flow step")
@@ -1011,26 +1248,38 @@ _GROUP_MOST = 1000  # operations in one commit: enough to hide the fsync, few en
 _TICK = 0.02  # how often a waiter looks for what other processes wrote
 _IDLE_READERS = 8
 
+
 def _failure(error: Exception) -> FlowStoreError:
     """The error that callers see for one of the driver."""
     if isinstance(error, (OverflowError, UnicodeError)):
         return InvalidData(f"the value cannot be stored: {error}")
     code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return StoreBusy("the store is held by another transaction: try again, or open it with a longer busy_timeout")
+        return StoreBusy(
+            "the store is held by another transaction: try again, or open it with a longer busy_timeout"
+        )
     if code == sqlite3.SQLITE_FULL:
         return StoreFull("the disk is full, nothing was written: make room and try again")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "decode to UTF-8" in str(error):  # that has no code
-        return StoreCorrupt(f"the file is damaged or not an SQLite database ({error!s:.60}): restore it from a backup")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "decode to UTF-8" in str(
+        error
+    ):  # that has no code
+        return StoreCorrupt(
+            f"the file is damaged or not an SQLite database ({error!s:.60}): restore it from a backup"
+        )
     if code == sqlite3.SQLITE_TOOBIG or isinstance(error, sqlite3.DataError):
         return InvalidData(f"the value is too large to be stored: {error}")
-    return StorageError(f"the database {'cannot be written' if code == sqlite3.SQLITE_READONLY else 'failed'}: {error}")
+    return StorageError(
+        f"the database {'cannot be written' if code == sqlite3.SQLITE_READONLY else 'failed'}: {error}"
+    )
+
 
 # What sqlite3 raises for a statement; values that it cannot bind raise the last three.
 _DRIVER_ERRORS = (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError, TypeError)
 
+
 class _Tx:
     """One connection as operations see it: rows in, rows out, the driver's errors as ours."""
+
     __slots__ = ("_clock", "db")
 
     def __init__(self, db: Any, clock: Callable[[], datetime] | None) -> None:
@@ -1073,9 +1322,11 @@ class _Tx:
         """The store's time in microseconds."""
         return time.time_ns() // 1000 if self._clock is None else _time(self._clock(), "clock()")
 
+
 def _add_tenant(tx: _Tx, tenant_id: str) -> None:
     """Register a tenant of which only the id is known."""
     tx.run(_TENANT.insert, *_TENANT.encode(Tenant(id=tenant_id), now=tx.now()).values())
+
 
 class _Connection:
     """One SQLite connection under a lock of its own; opened at its first use, and again after a fork."""
@@ -1110,7 +1361,10 @@ class _Connection:
         if tx is not None:
             tx.db.close()
 
-    __del__ = close  # of a store that was dropped without close(): a descriptor does not close itself
+    __del__ = (
+        close  # of a store that was dropped without close(): a descriptor does not close itself
+    )
+
 
 class _Method(Generic[F, P, R]):
     """A facet's method as the facet writes it, seen from outside as one that its store runs (awaited on an async one).
@@ -1133,7 +1387,9 @@ class _Method(Generic[F, P, R]):
         self.name = function.__name__
         self.__doc__ = function.__doc__
         signature = inspect.signature(function)
-        returned = re.sub(r"^_Steps\[(.*)\]$", r"\1", str(signature.return_annotation))  # what the driver makes of it
+        returned = re.sub(
+            r"^_Steps\[(.*)\]$", r"\1", str(signature.return_annotation)
+        )  # what the driver makes of it
         signature = signature.replace(return_annotation=returned)
         own, *rest = [one for name, one in signature.parameters.items() if name != "tx"]
         self._bound_signature = signature.replace(parameters=rest)
@@ -1148,7 +1404,9 @@ class _Method(Generic[F, P, R]):
     @overload
     def __get__(self, facet: None, owner: Any) -> Callable[..., Any]: ...
     @overload
-    def __get__(self, facet: _AsyncFacet, owner: Any = None) -> Callable[P, Coroutine[Any, Any, R]]: ...
+    def __get__(
+        self, facet: _AsyncFacet, owner: Any = None
+    ) -> Callable[P, Coroutine[Any, Any, R]]: ...
     @overload
     def __get__(self, facet: F, owner: Any = None) -> Callable[P, R]: ...
     def __get__(self, facet: Any, owner: Any = None) -> Callable[..., Any]:
@@ -1174,21 +1432,30 @@ class _Method(Generic[F, P, R]):
             facet._admit(tx, self.writes)
         return self.function(facet, tx, *args, **kwargs)
 
+
 def _operation(kind: str) -> Callable[[Callable[Concatenate[F, _Tx, P], R]], _Method[F, P, R]]:
     return lambda function: _Method(function, kind)
 
+
 _write = _operation("write")  # changes something: one atomic, durable transaction
 _write_row = _operation("row")  # one that a conditional statement or the lock on a row protects
-_write_one = _operation("one")  # one whose first statement does it all, or changes nothing: claim, renew, settle
+_write_one = _operation(
+    "one"
+)  # one whose first statement does it all, or changes nothing: claim, renew, settle
 _read = _operation("read")  # one reading statement
-_snapshot = _operation("snapshot")  # several reading statements, all of them on one state of the database
+_snapshot = _operation(
+    "snapshot"
+)  # several reading statements, all of them on one state of the database
+
 
 def _steps(function: Callable[Concatenate[F, P], Generator[Any, Any, R]]) -> _Method[F, P, R]:
     """A method of several transactions, written as a generator of its steps."""
     return _Method(function, "steps")
 
+
 class _Call:
     """One caller that wants the writer: with an operation, with a batch of them, or for itself alone."""
+
     gate: threading.Lock | None = None
     deadline = 0.0
     batch: Sequence[_Call] = ()  # what an event loop sends as one
@@ -1201,7 +1468,9 @@ class _Call:
     held_up = False  # as leader: another process has the file
     abandoned = False  # its thread has gone on, or the block that held the transaction is gone
 
-    def __init__(self, operation: Any = None, facet: Any = None, args: Any = (), kwargs: Any = None) -> None:
+    def __init__(
+        self, operation: Any = None, facet: Any = None, args: Any = (), kwargs: Any = None
+    ) -> None:
         self.operation: _Method[Any, Any, Any] | None = operation
         self.facet = facet
         self.args = args
@@ -1214,9 +1483,13 @@ class _Call:
             with contextlib.suppress(RuntimeError):
                 self.gate.release()
 
+
 # The innermost open transaction block of this thread or task, one per engine. Tasks inherit it from the task that
 # starts them; it is held weakly, so that a block whose end was never run can be noticed and rolled back.
-_blocks: contextvars.ContextVar[tuple[weakref.ref[_Block], ...]] = contextvars.ContextVar("flowstore", default=())
+_blocks: contextvars.ContextVar[tuple[weakref.ref[_Block], ...]] = contextvars.ContextVar(
+    "flowstore", default=()
+)
+
 
 class _Engine:
     """One SQLite database: a writer that callers share by group commit, and a stack of readers.
@@ -1229,7 +1502,9 @@ class _Engine:
     one_writer = True
     most = math.inf  # connections for calls that read, and for calls and blocks that write
     tick = _TICK
-    ddl: ClassVar[Sequence[tuple[str, str]]] = ()  # how the engine words the schema: patterns, and what stands for them
+    ddl: ClassVar[
+        Sequence[tuple[str, str]]
+    ] = ()  # how the engine words the schema: patterns, and what stands for them
 
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
         self.sync = self
@@ -1249,14 +1524,21 @@ class _Engine:
         self.outcome: list[object] = []  # not empty: the group's COMMIT has succeeded
         self.closed = False
         self.commits = 0
-        self.watching: set[Callable[[], object]] = set()  # what wakes each of those that wait for a commit
-        self.blocks: dict[object, Callable[[], Any]] = {}  # by thread or task, a reference to the block it has open
+        self.watching: set[Callable[[], object]] = (
+            set()
+        )  # what wakes each of those that wait for a commit
+        self.blocks: dict[
+            object, Callable[[], Any]
+        ] = {}  # by thread or task, a reference to the block it has open
         self.checkpoint_at = _WAL_BOUND
         self.breath = 0.0
         self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
         self.writer = self._new_connection()
         self.readers: list[_Connection] = []
-        self.lines: tuple[deque[weakref.ref[threading.Lock]], ...] = (deque(), deque())  # for one: of reads, of writes
+        self.lines: tuple[deque[weakref.ref[threading.Lock]], ...] = (
+            deque(),
+            deque(),
+        )  # for one: of reads, of writes
         self._held: list[_Connection] = []
         with _fork_lock:
             _engines.add(self)
@@ -1277,16 +1559,26 @@ class _Engine:
     def _connect(self) -> sqlite3.Connection:
         self.refuse_closed()
         if self.path is None:
-            db = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False, cached_statements=256)
+            db = sqlite3.connect(
+                ":memory:", isolation_level=None, check_same_thread=False, cached_statements=256
+            )
             db.execute("PRAGMA foreign_keys = ON")
             return db
         uri = _file_uri(self.path, self.options.read_only)
         # timeout=0: waiting for other processes is done by _pause, in steps far shorter than SQLite's 100 ms.
-        db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False,
-                             cached_statements=256)
+        db = sqlite3.connect(
+            uri,
+            uri=True,
+            timeout=0,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
+        )
         try:
             if "unix-none" in uri:
-                db.execute("PRAGMA locking_mode = EXCLUSIVE")  # no -shm can be made here: keep the index in memory
+                db.execute(
+                    "PRAGMA locking_mode = EXCLUSIVE"
+                )  # no -shm can be made here: keep the index in memory
             for pragma in (
                 "foreign_keys = ON",
                 f"synchronous = {self.options.synchronous}",
@@ -1309,16 +1601,20 @@ class _Engine:
         if self.closed:
             raise StoreClosed("the store is closed: open it again")
         if _left_behind and self.path is not None and _file_id(self.path) in _left_behind:
-            raise StorageError("this process was forked while a transaction was open on the file, which is the "
-                               "parent's: fork outside transactions, or start a new process")
+            raise StorageError(
+                "this process was forked while a transaction was open on the file, which is the "
+                "parent's: fork outside transactions, or start a new process"
+            )
 
     def _pause(self, deadline: float) -> None:
         """Sleep a little while another process holds the file; StoreBusy once that has lasted too long."""
         self.refuse_closed()
         left = deadline - time.monotonic()
         if left <= 0:
-            raise StoreBusy("another process or transaction held the store for more than "
-                            f"{self.options.busy_timeout:g} s (busy_timeout); nothing was written")
+            raise StoreBusy(
+                "another process or transaction held the store for more than "
+                f"{self.options.busy_timeout:g} s (busy_timeout); nothing was written"
+            )
         time.sleep(min(left, random.uniform(0.0001, 0.001)))
 
     def _patiently(self, action: Callable[[], R]) -> R:
@@ -1346,15 +1642,21 @@ class _Engine:
     def _prepare_file(self) -> None:
         with self.writer.lock:
             tx = self.writer.use()
-            if self._version(tx) == _SCHEMA_VERSION and (self.options.read_only or self._in_wal_mode(tx)):
+            if self._version(tx) == _SCHEMA_VERSION and (
+                self.options.read_only or self._in_wal_mode(tx)
+            ):
                 return
             if self.options.read_only:
-                raise SchemaError("the tables are of an older version: open the store once without read_only")
+                raise SchemaError(
+                    "the tables are of an older version: open the store once without read_only"
+                )
             if not tx.rows("SELECT name FROM sqlite_master LIMIT 1"):
                 tx.run("PRAGMA auto_vacuum = INCREMENTAL")  # only possible before the first table
             if not self._in_wal_mode(tx):
-                raise StorageError(f"{self.path}: this file system cannot hold a database in WAL mode: "
-                                   "choose a local disk")
+                raise StorageError(
+                    f"{self.path}: this file system cannot hold a database in WAL mode: "
+                    "choose a local disk"
+                )
             tx.run("BEGIN IMMEDIATE")
             try:
                 self._build(tx, self._version(tx))
@@ -1374,8 +1676,10 @@ class _Engine:
         names = self._names(tx)
         if "flowstore_meta" not in names:
             if clash := sorted(names.intersection(_NAMES)):
-                raise SchemaError(f"{self.target}: the table or index {clash[0]!r} there is not flowstore's: "
-                                  "use another file")
+                raise SchemaError(
+                    f"{self.target}: the table or index {clash[0]!r} there is not flowstore's: "
+                    "use another file"
+                )
             if self.options.read_only:
                 raise StorageError(f"{self.target}: there is no store in it")
             return None
@@ -1386,12 +1690,18 @@ class _Engine:
         except (StoreBusy, StoreCorrupt):
             raise
         except (StorageError, ValueError) as error:
-            raise SchemaError(f"{self.target}: the table 'flowstore_meta' there is not flowstore's") from error
+            raise SchemaError(
+                f"{self.target}: the table 'flowstore_meta' there is not flowstore's"
+            ) from error
         if version > _SCHEMA_VERSION:
-            raise SchemaError(f"{self.target}: the tables are of version {version}, this flowstore knows "
-                              f"{_SCHEMA_VERSION}: upgrade flowstore")
+            raise SchemaError(
+                f"{self.target}: the tables are of version {version}, this flowstore knows "
+                f"{_SCHEMA_VERSION}: upgrade flowstore"
+            )
         if version < 1 or (version == _SCHEMA_VERSION and not names.issuperset(_TABLE_NAMES)):
-            raise SchemaError(f"{self.target}: some of flowstore's tables are missing: restore it from a backup")
+            raise SchemaError(
+                f"{self.target}: some of flowstore's tables are missing: restore it from a backup"
+            )
         return version
 
     def _names(self, tx: _Tx) -> set[str]:
@@ -1400,13 +1710,19 @@ class _Engine:
 
     def _build(self, tx: _Tx, version: int | None) -> None:
         """Make the tables, or upgrade those of an older version."""
-        script = _TABLES if version is None else ";".join(_UPGRADES[old] for old in range(version, _SCHEMA_VERSION))
+        script = (
+            _TABLES
+            if version is None
+            else ";".join(_UPGRADES[old] for old in range(version, _SCHEMA_VERSION))
+        )
         for pattern, meaning in self.ddl:
             script = re.sub(pattern, meaning, script)
         for statement in _statements(script):
             tx.run(statement)
         if version is None:
-            tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", str(_SCHEMA_VERSION))
+            tx.run(
+                "INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", str(_SCHEMA_VERSION)
+            )
             _add_tenant(tx, DEFAULT_TENANT)
         tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'schema'", str(_SCHEMA_VERSION))
 
@@ -1418,9 +1734,14 @@ class _Engine:
         if operation.writes:
             self.refuse_read_only()
         if not self.in_memory and not (operation.writes and self.one_writer):
-            read = functools.partial(self._with_connection, lambda tx: self._run_beside(
-                tx, operation, facet, args, kwargs), operation.writes)
-            return self._patiently(functools.partial(self._undisturbed, read) if self.shut else read)
+            read = functools.partial(
+                self._with_connection,
+                lambda tx: self._run_beside(tx, operation, facet, args, kwargs),
+                operation.writes,
+            )
+            return self._patiently(
+                functools.partial(self._undisturbed, read) if self.shut else read
+            )
         call = _Call(operation, facet, args, kwargs)
         self.with_lead(call, self._try)
         if call.error is not None:
@@ -1454,7 +1775,9 @@ class _Engine:
         if self.options.read_only:
             raise StorageError("the store was opened read-only: nothing can be changed through it")
 
-    def _run_beside(self, tx: _Tx, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+    def _run_beside(
+        self, tx: _Tx, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
+    ) -> Any:
         """Run an operation on a connection of its own; what it leaves open is rolled back with that."""
         if operation.snapshot:
             tx.run("BEGIN")
@@ -1483,18 +1806,31 @@ class _Engine:
 
     def _borrow(self, writes: bool = True) -> _Connection:
         """A connection for one call or block, an idle one first; StoreBusy while all that there may be are in use."""
-        gate, line, deadline = threading.Lock(), self.lines[writes], time.monotonic() + self.options.busy_timeout
-        place = weakref.ref(gate)  # weakly: where an interrupt leaves the end of this unrun, nobody is held up
+        gate, line, deadline = (
+            threading.Lock(),
+            self.lines[writes],
+            time.monotonic() + self.options.busy_timeout,
+        )
+        place = weakref.ref(
+            gate
+        )  # weakly: where an interrupt leaves the end of this unrun, nobody is held up
         try:
-            line.append(place)  # first come, first served; reads apart from writes, which may wait for each other
+            line.append(
+                place
+            )  # first come, first served; reads apart from writes, which may wait for each other
             while True:
                 self.refuse_closed()
                 gate.acquire(blocking=False)
                 with self.mutex:
-                    if self._first(line) is gate and sum(one.lent is writes for one in self.connections) < self.most:
+                    if (
+                        self._first(line) is gate
+                        and sum(one.lent is writes for one in self.connections) < self.most
+                    ):
                         return self._lend(writes)
                 if (left := deadline - time.monotonic()) <= 0:
-                    raise StoreBusy(f"all {self.most} connections of this store were in use too long")
+                    raise StoreBusy(
+                        f"all {self.most} connections of this store were in use too long"
+                    )
                 gate.acquire(timeout=min(0.1, left))  # of a block that was dropped nobody is told
         finally:
             with self.mutex, contextlib.suppress(ValueError):
@@ -1540,7 +1876,9 @@ class _Engine:
         if any(self.lines):
             self._call_next()
 
-    def with_lead(self, call: _Call, action: Callable[[_Call], bool], *, keep: bool = False) -> None:
+    def with_lead(
+        self, call: _Call, action: Callable[[_Call], bool], *, keep: bool = False
+    ) -> None:
         """Lead and run `action` until it returns True, unless another leader does the call; then hand the lead on.
 
         Safe against two interrupts in a row, at any point."""
@@ -1578,17 +1916,35 @@ class _Engine:
         call.gate = threading.Lock()
         call.gate.acquire()
         with self.mutex:
-            if self.lead is not None and not self.lead.abandoned and self.lead.thread == call.thread:
-                raise StorageError("this thread already holds the store (another task's open transaction, or code that "
-                                   "runs inside an operation) and could only wait for itself")
+            if (
+                self.lead is not None
+                and not self.lead.abandoned
+                and self.lead.thread == call.thread
+            ):
+                raise StorageError(
+                    "this thread already holds the store (another task's open transaction, or code that "
+                    "runs inside an operation) and could only wait for itself"
+                )
             self.queue.append(call)
         while True:
             with self.mutex:
                 if call.done:
                     return False
-                leads, late = self.lead is call or self._lead_is_free(), time.monotonic() >= call.deadline
-                if late and not leads and self.lead and self.lead.operation and not self.lead.held_up:
-                    call.deadline, late = time.monotonic() + 0.01, False  # a commit under way: nobody holds the store
+                leads, late = (
+                    self.lead is call or self._lead_is_free(),
+                    time.monotonic() >= call.deadline,
+                )
+                if (
+                    late
+                    and not leads
+                    and self.lead
+                    and self.lead.operation
+                    and not self.lead.held_up
+                ):
+                    call.deadline, late = (
+                        time.monotonic() + 0.01,
+                        False,
+                    )  # a commit under way: nobody holds the store
                 if not call.taken and (leads or late or self.closed):
                     self.queue.remove(call)
                     self.refuse_closed()
@@ -1597,7 +1953,9 @@ class _Engine:
                         return True
                     self._pause(call.deadline)  # raises StoreBusy
             # A call that was taken is being run: its outcome comes, however late.
-            call.gate.acquire(timeout=-1 if call.taken else max(0.0, call.deadline - time.monotonic()))
+            call.gate.acquire(
+                timeout=-1 if call.taken else max(0.0, call.deadline - time.monotonic())
+            )
 
     def _lead_is_free(self) -> bool:
         return self.lead is None or self.lead.abandoned
@@ -1610,7 +1968,9 @@ class _Engine:
                 db.rollback()
             db.execute("BEGIN IMMEDIATE")
         except (StoreBusy, sqlite3.Error) as error:
-            if isinstance(error, sqlite3.Error) and not isinstance(failure := _failure(error), StoreBusy):
+            if isinstance(error, sqlite3.Error) and not isinstance(
+                failure := _failure(error), StoreBusy
+            ):
                 raise failure from error
             call.held_up = True
             return False
@@ -1664,8 +2024,14 @@ class _Engine:
 
     def _take(self) -> None:
         with self.mutex:
-            while self.queue and (self.queue[0].operation or self.queue[0].batch) and len(self.group) < _GROUP_MOST:
-                self.queue[0].taken = True  # in this order: struck between two steps, none of them is nowhere
+            while (
+                self.queue
+                and (self.queue[0].operation or self.queue[0].batch)
+                and len(self.group) < _GROUP_MOST
+            ):
+                self.queue[
+                    0
+                ].taken = True  # in this order: struck between two steps, none of them is nowhere
                 self.group.append(self.queue[0])
                 self.queue.popleft()
 
@@ -1706,7 +2072,9 @@ class _Engine:
                 failure = _failure(error)
                 if not isinstance(failure, StoreBusy):
                     raise failure from error
-                self._pause(deadline)  # never in WAL mode; a file that someone took out of it may have readers
+                self._pause(
+                    deadline
+                )  # never in WAL mode; a file that someone took out of it may have readers
 
     def _committed(self, tx: _Tx) -> None:
         """After a commit: tell those who wait for something to happen, and mind the WAL."""
@@ -1716,7 +2084,9 @@ class _Engine:
         if self.path is None:
             return
         try:
-            if (writer := self.writer).wal < 0:  # kept open: a seek to its end costs a tenth of a stat
+            if (
+                writer := self.writer
+            ).wal < 0:  # kept open: a seek to its end costs a tenth of a stat
                 writer.wal = os.open(f"{self.path}-wal", os.O_RDONLY | getattr(os, "O_BINARY", 0))
             size = os.lseek(writer.wal, 0, os.SEEK_END)
         except OSError:
@@ -1728,7 +2098,9 @@ class _Engine:
 
     def _wake_watchers(self) -> None:
         for wake in list(self.watching):
-            with contextlib.suppress(RuntimeError):  # it was woken already, or its event loop has ended
+            with contextlib.suppress(
+                RuntimeError
+            ):  # it was woken already, or its event loop has ended
                 wake()
 
     def wait(self, seen: int, seconds: float) -> Any:
@@ -1769,7 +2141,9 @@ class _Engine:
         if self.lead is call:
             self._repair_lead(call)
         with self.mutex:
-            call.abandoned = self.lead is not call  # in another's group it is, perhaps, but nobody waits for it
+            call.abandoned = (
+                self.lead is not call
+            )  # in another's group it is, perhaps, but nobody waits for it
             if call in self.queue:
                 self.queue.remove(call)
         self._pass_on(call)
@@ -1804,7 +2178,9 @@ class _Engine:
             # Restarted, the file shrinks at the next commit; until then its size says nothing.
             self.checkpoint_at = size + 1 if held is not None and not held[0] else size + _WAL_BOUND
         except StorageError:
-            self.checkpoint_at = size + _WAL_BOUND  # what was committed is committed: the next one tries again
+            self.checkpoint_at = (
+                size + _WAL_BOUND
+            )  # what was committed is committed: the next one tries again
         finally:
             tx.run("PRAGMA busy_timeout = 0")
 
@@ -1817,7 +2193,9 @@ class _Engine:
     def begin_beside(self, tx: _Tx) -> None:
         """Begin the transaction of a block that leaves the writer to others: one snapshot."""
         tx.run("BEGIN")
-        tx.rows("SELECT value FROM flowstore_meta LIMIT 1")  # the snapshot begins with the first read
+        tx.rows(
+            "SELECT value FROM flowstore_meta LIMIT 1"
+        )  # the snapshot begins with the first read
 
     def commit_beside(self, tx: _Tx) -> None:
         """Commit the transaction that `begin_beside` began."""
@@ -1876,9 +2254,15 @@ class _Engine:
     def backup(self, path: str) -> None:
         """Copy one state of the database to `path`; the copy gets its name when it is complete and on disk."""
         folder = os.path.dirname(path)
-        for name in (path, path + "-wal", path + "-journal"):  # a log that a crash left would become the copy's
+        for name in (
+            path,
+            path + "-wal",
+            path + "-journal",
+        ):  # a log that a crash left would become the copy's
             if os.path.lexists(name):
-                raise StorageError(f"{name}: there is something already: choose a path that is free")
+                raise StorageError(
+                    f"{name}: there is something already: choose a path that is free"
+                )
         if not os.path.isdir(folder):
             raise StorageError(f"{path}: the folder does not exist: make it first")
         partial = f"{path}.{new_id()}.partial"
@@ -1922,7 +2306,9 @@ class _Engine:
             mine = block is not None and block.engine is self and block.begun
             if block is not None and mine and block.thread in (0, threading.get_ident()):
                 if not block.is_open:
-                    raise StorageError("the transaction that this one is nested in has ended: nothing of it was stored")
+                    raise StorageError(
+                        "the transaction that this one is nested in has ended: nothing of it was stored"
+                    )
                 return block
         return None
 
@@ -1996,11 +2382,13 @@ class _Engine:
         self.queue.clear()
         self.group = []
 
+
 _engines: weakref.WeakSet[_Engine] = weakref.WeakSet()
 _forking: list[_Engine] = []
 _fork_lock = threading.RLock()
 _left_behind: set[tuple[int, ...]] = set()
 _kept: list[object] = []
+
 
 def _keep_for_ever(db: sqlite3.Connection) -> None:
     """A reference that outlives the interpreter's own cleaning up."""
@@ -2009,6 +2397,7 @@ def _keep_for_ever(db: sqlite3.Connection) -> None:
         import ctypes
 
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
+
 
 def _copy_database(tx: _Tx, path: str) -> None:
     """Copy what one snapshot sees, in steps (each can be interrupted), so that no write makes it begin anew."""
@@ -2024,12 +2413,14 @@ def _copy_database(tx: _Tx, path: str) -> None:
     except sqlite3.Error as error:
         raise _failure(error) from error
 
+
 def _sync(path: str, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
 
 def _vacuum_step(tx: _Tx) -> bool:
     """Return some free pages to the file system; True while there are more."""
@@ -2038,10 +2429,13 @@ def _vacuum_step(tx: _Tx) -> bool:
         return False
     before = tx.rows("PRAGMA freelist_count")[0][0]
     try:
-        tx.db.executescript("PRAGMA incremental_vacuum(1000)")  # execute() would stop after the first page
+        tx.db.executescript(
+            "PRAGMA incremental_vacuum(1000)"
+        )  # execute() would stop after the first page
     except sqlite3.Error as error:
         raise _failure(error) from error
     return bool(0 < tx.rows("PRAGMA freelist_count")[0][0] < before)
+
 
 def _truncate_wal(tx: _Tx) -> None:
     tx.run("PRAGMA busy_timeout = 1000")
@@ -2052,6 +2446,7 @@ def _truncate_wal(tx: _Tx) -> None:
     if held is not None and held[0]:
         raise StoreBusy("a reader holds the write-ahead log: it could not be emptied")
 
+
 def _close_all(connections: Iterable[_Connection]) -> None:
     for connection in list(connections):
         if connection.lock.acquire(timeout=1):
@@ -2059,17 +2454,20 @@ def _close_all(connections: Iterable[_Connection]) -> None:
                 connection.close()
             connection.lock.release()
 
+
 def _copy(error: Exception) -> Exception:
     """The same error for another thread: a traceback belongs to one."""
     copy = type(error)(*error.args)
     copy.__cause__ = error.__cause__
     return copy
 
+
 def _file_id(path: str) -> tuple[int, ...]:
     """Inode and device."""
     with contextlib.suppress(OSError):
         return os.stat(path)[1:3]
     return (0, 0)
+
 
 def _written(path: str) -> tuple[int, int]:
     """How large a file is and when it was written; zeros where it is not, for a log may go at any moment."""
@@ -2078,8 +2476,10 @@ def _written(path: str) -> tuple[int, int]:
         return state.st_size, state.st_mtime_ns
     return 0, 0
 
+
 def _writable(path: str) -> bool:
     return os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
+
 
 def _file_uri(path: str, read_only: bool) -> str:
     """How to open the file: never creating it by the way, and read-only in the way its folder allows."""
@@ -2095,11 +2495,16 @@ def _file_uri(path: str, read_only: bool) -> str:
         return uri + "?mode=ro&immutable=1"  # at rest, and nobody here could write it
     return uri + "?mode=ro&vfs=unix-none"
 
+
 def _unlocked(path: str | None) -> list[tuple[int, int]] | None:
     """What tells that a file was written, where it is read without locks; None where it is not."""
-    return [_written(path), _written(path + "-wal")] if path and "&" in _file_uri(path, True) else None
+    return (
+        [_written(path), _written(path + "-wal")] if path and "&" in _file_uri(path, True) else None
+    )
+
 
 if hasattr(os, "register_at_fork"):
+
     def _at_fork(step: str) -> None:
         """Do a step for every engine, whatever interrupts it: nothing that is left out could be made good."""
         global _fork_lock  # noqa: PLW0603 (a lock that another thread held is of no use in the child)
@@ -2128,15 +2533,20 @@ if hasattr(os, "register_at_fork"):
 
 _REFUSED_SQL = re.compile(
     r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|"
-    r"VACUUM|PRAGMA|SET(?!\s+(?:LOCAL|CONSTRAINTS)\b)|RESET|DISCARD)\b", re.IGNORECASE | re.DOTALL)
+    r"VACUUM|PRAGMA|SET(?!\s+(?:LOCAL|CONSTRAINTS)\b)|RESET|DISCARD)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
 
 def _mapped(parameters: Any) -> Any:
     return dict(parameters) if hasattr(parameters, "keys") else parameters
+
 
 def _every(rows: Iterable[Any]) -> list[Any]:
     if not hasattr(rows, "__iter__"):
         raise InvalidData(f"rows: rows of values are needed, not {type(rows).__name__}")
     return list(rows)
+
 
 class Transaction:
     """An open transaction, for the user's own SQL in the same database. Source: SqliteBackend::pool."""
@@ -2145,7 +2555,9 @@ class Transaction:
         # Weakly: a block whose end was lost must not be kept open by the variable it was given to.
         self._block = weakref.ref(block)
 
-    def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+    def execute(
+        self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
+    ) -> list[tuple[Any, ...]]:
         """Run one statement of the user's own and return its rows.
 
         Raises StorageError for the driver's error, for statements that would end the transaction or reach outside
@@ -2166,8 +2578,10 @@ class Transaction:
             raise StorageError("the transaction belongs to the thread or task that opened it")
         return innermost
 
+
 class _Ended(StorageError):
     """A transaction has ended while a call of another task was on its way into it."""
+
 
 class _Block:
     """`with store.transaction()`: everything that the thread or task does in it, or nothing.
@@ -2177,11 +2591,15 @@ class _Block:
 
     def __init__(self, engine: _Engine) -> None:
         self.engine = engine
-        self.thread: int | None = None  # that it belongs to; 0: a task, whose statements run in the loop's worker
+        self.thread: int | None = (
+            None  # that it belongs to; 0: a task, whose statements run in the loop's worker
+        )
         self.owner: object = None
         self.begun = False  # and not ended
         self.parent: _Block | None = None
-        self.nested: list[tuple[weakref.ref[_Block], str]] = []  # of the outermost block: those open in it
+        self.nested: list[
+            tuple[weakref.ref[_Block], str]
+        ] = []  # of the outermost block: those open in it
         self.savepoint = ""
         self.turn: Any = None  # of a task's block: the lock that a statement in it holds, or a block nested in it
         self._call: _Call | None = None
@@ -2196,7 +2614,9 @@ class _Block:
     def adopt(self, thread: int, owner: object) -> None:
         """Belong to this thread, this thread or task, and this context from now on."""
         if self.thread is not None:
-            raise StorageError("a transaction object opens one block: call store.transaction() again")
+            raise StorageError(
+                "a transaction object opens one block: call store.transaction() again"
+            )
         self.parent, self.thread, self.owner = self.engine.block(), thread, owner
 
     def begin(self, deadline: float = 0.0) -> None:
@@ -2204,7 +2624,9 @@ class _Block:
         if self.parent is not None:
             with self.parent._connection.lock:
                 tx, self._connection = self.parent.tx(), self.parent._connection
-                self.savepoint = f"flowstore_{new_id()[24:]}"  # a name once used may still stand below
+                self.savepoint = (
+                    f"flowstore_{new_id()[24:]}"  # a name once used may still stand below
+                )
                 tx.run(f"SAVEPOINT {self.savepoint}")
                 self.root.nested.append((self._ref, self.savepoint))
         else:
@@ -2252,14 +2674,18 @@ class _Block:
             raise _Ended("the transaction has ended: use tx inside its with block only")
         tx = self._connection.use()
         if not tx.db.in_transaction:
-            raise StorageError("the database ended this transaction, nothing of it was stored: run the block again")
+            raise StorageError(
+                "the database ended this transaction, nothing of it was stored: run the block again"
+            )
         nested = self.root.nested
         while nested and nested[-1][0]() is None:  # its end was never run
             with contextlib.suppress(StorageError):  # or almost: then its savepoint is gone already
                 tx.run(f"ROLLBACK TO {nested[-1][1]}")
             nested.pop()
         if (nested[-1][0]() if nested else self.root) is not self:
-            raise StorageError("another task has a transaction nested in this one: let it end first")
+            raise StorageError(
+                "another task has a transaction nested in this one: let it end first"
+            )
         return tx
 
     def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
@@ -2268,7 +2694,9 @@ class _Block:
             tx = self.tx()
             if operation.writes:
                 self.engine.refuse_read_only()
-            elif self.engine.one_writer:  # a server ends the transaction for an error of a read, too
+            elif (
+                self.engine.one_writer
+            ):  # a server ends the transaction for an error of a read, too
                 return operation.run(facet, tx, args, kwargs)
             return self._in_savepoint(tx, lambda: operation.run(facet, tx, args, kwargs))
 
@@ -2277,7 +2705,9 @@ class _Block:
         if not isinstance(sql, str):
             raise InvalidData(f"sql: text is needed, not {type(sql).__name__}")
         if refused := _REFUSED_SQL.match(sql):
-            raise StorageError(f"{refused[1].upper()} is not for a statement inside transaction(): the block does that")
+            raise StorageError(
+                f"{refused[1].upper()} is not for a statement inside transaction(): the block does that"
+            )
         with self._connection.lock:
             tx = self.tx()
             execute = tx.db.executemany if many else tx.db.execute
@@ -2293,14 +2723,18 @@ class _Block:
         try:
             result = action()
         except BaseException:
-            if tx.db.in_transaction:  # not after an error with which SQLite has rolled back everything
+            if (
+                tx.db.in_transaction
+            ):  # not after an error with which SQLite has rolled back everything
                 tx.run("ROLLBACK TO flowstore_call")
                 tx.run("RELEASE flowstore_call")
             raise
         tx.run("RELEASE flowstore_call")
         return result
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
         try:
             self.end(commit=kind is None)
         except StorageError:
@@ -2353,6 +2787,7 @@ class _Block:
                 if waiting is not None:
                     waiting.wake()
 
+
 # --- the same engine for the tasks of an event loop ---
 class _AsyncEngine:
     """An engine whose calls are awaited: the writes of all tasks go to one worker thread, all that there are at once.
@@ -2363,6 +2798,7 @@ class _AsyncEngine:
     def __init__(self, engine: _Engine) -> None:
         import asyncio
         from concurrent.futures import ThreadPoolExecutor
+
         self.sync = engine
         self.loop = asyncio.get_running_loop()
         self.turn = asyncio.Lock() if engine.one_writer else asyncio.Semaphore(int(engine.most))
@@ -2374,9 +2810,13 @@ class _AsyncEngine:
         self._closing: asyncio.Future[None] | None = None
         self._sender: asyncio.Task[None] | None = None
         # On a server each block has a thread, and another for its end behind a statement that was given up.
-        self._worker = ThreadPoolExecutor(1 if engine.one_writer else 2 * _IDLE_READERS, "flowstore-writer")
+        self._worker = ThreadPoolExecutor(
+            1 if engine.one_writer else 2 * _IDLE_READERS, "flowstore-writer"
+        )
         self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
-        self._writers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-beside")  # on a server: writes of no block
+        self._writers = ThreadPoolExecutor(
+            _IDLE_READERS, "flowstore-beside"
+        )  # on a server: writes of no block
         self._others = ThreadPoolExecutor(32, "flowstore-aside")  # for what takes long
 
     def __getattr__(self, name: str) -> Any:
@@ -2385,7 +2825,9 @@ class _AsyncEngine:
     def refuse_foreign(self) -> None:
         """StorageError in another loop, StoreClosed after close()."""
         if self._running_loop() is not self.loop:
-            raise StorageError("the store belongs to the event loop that opened it: open another one in this loop")
+            raise StorageError(
+                "the store belongs to the event loop that opened it: open another one in this loop"
+            )
         self.sync.refuse_closed()
 
     def in_worker(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
@@ -2398,7 +2840,9 @@ class _AsyncEngine:
         self.refuse_foreign()
         return self.loop.run_in_executor(self._others, function, *args)
 
-    async def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+    async def run(
+        self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
+    ) -> Any:
         """Run an operation: in the task's open transaction, or in one of its own."""
         while _blocks.get() and (block := self.sync.block()) is not None:
             with contextlib.suppress(_Ended):
@@ -2406,7 +2850,9 @@ class _AsyncEngine:
         if not self.sync.in_memory and not (operation.writes and self.sync.one_writer):
             self.refuse_foreign()
             pool = self._writers if operation.writes else self._readers
-            return await self.loop.run_in_executor(pool, self.sync.run, operation, facet, args, kwargs)
+            return await self.loop.run_in_executor(
+                pool, self.sync.run, operation, facet, args, kwargs
+            )
         return await self.send(operation, facet, args, kwargs)
 
     async def in_block(self, block: _Block, function: Callable[..., R], *args: Any) -> R:
@@ -2420,13 +2866,18 @@ class _AsyncEngine:
     async def take_nesting(self, block: _Block) -> None:
         """Wait until no task has a transaction nested in a block, or a statement on its way; StorageError when late."""
         import asyncio
+
         try:
             async with asyncio.timeout(self.sync.options.busy_timeout):
                 await block.turn.acquire()
         except TimeoutError:
-            raise StorageError("another task has a transaction nested in this one: let it end first") from None
+            raise StorageError(
+                "another task has a transaction nested in this one: let it end first"
+            ) from None
 
-    def send(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> asyncio.Future[Any]:
+    def send(
+        self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
+    ) -> asyncio.Future[Any]:
         """Have an operation run in a batch, behind those that were sent before."""
         self.refuse_foreign()
         if operation.writes:
@@ -2449,12 +2900,16 @@ class _AsyncEngine:
 
     async def _send_all(self) -> None:
         import asyncio
+
         while self._waiting:
             try:
                 await self.take_turn(self._waiting[0].deadline)
             except StorageError as error:  # the time of some of them is up, or the store was closed
                 now = math.inf if self.sync.closed else time.monotonic()
-                late, self._waiting = self._waiting, [call for call in self._waiting if call.deadline > now]
+                late, self._waiting = (
+                    self._waiting,
+                    [call for call in self._waiting if call.deadline > now],
+                )
                 self._answer([call for call in late if call.deadline <= now], error)
                 continue
             try:
@@ -2488,6 +2943,7 @@ class _AsyncEngine:
     async def take_turn(self, deadline: float) -> None:
         """Wait until no batch and no other task's transaction is under way; StoreBusy at the deadline."""
         import asyncio
+
         while True:
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())) as patience:
@@ -2500,7 +2956,9 @@ class _AsyncEngine:
             except TimeoutError:
                 if self.sync.closed or not self._batching:
                     self.sync._pause(0.0)  # raises StoreBusy
-                deadline = time.monotonic() + 0.01  # a commit under way: nobody is holding the store
+                deadline = (
+                    time.monotonic() + 0.01
+                )  # a commit under way: nobody is holding the store
 
     async def drive(self, steps: Generator[Any, Any, R]) -> R:
         """Walk through the steps of a method, awaiting those that can be awaited."""
@@ -2519,10 +2977,14 @@ class _AsyncEngine:
     async def wait(self, seen: int, seconds: float) -> None:
         """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
         import asyncio
+
         news = asyncio.Event()
         if not self.sync.one_writer and (self._listening is None or self._listening.done()):
             self._listening = self.aside(self.sync.wait, seen, seconds)  # for all of them
-        with self.sync.watch(lambda: self.loop.call_soon_threadsafe(news.set)), contextlib.suppress(TimeoutError):
+        with (
+            self.sync.watch(lambda: self.loop.call_soon_threadsafe(news.set)),
+            contextlib.suppress(TimeoutError),
+        ):
             if self.sync.commits == seen:
                 async with asyncio.timeout(self.sync.patience(seconds)):
                     await news.wait()
@@ -2530,6 +2992,7 @@ class _AsyncEngine:
     async def close(self) -> None:
         """Close every connection; calls under way finish, those that wait get StoreClosed."""
         import asyncio
+
         if self._closing is None:
             self._closing = self.aside(self.sync.close)
             self._closing.add_done_callback(self._closed)
@@ -2541,6 +3004,7 @@ class _AsyncEngine:
         for patience in self._patient:  # who waits for the turn learns of it now
             patience.reschedule(0.0)
 
+
 class AsyncTransaction:
     """An open transaction of an async store, for the user's own SQL in the same database."""
 
@@ -2548,15 +3012,22 @@ class AsyncTransaction:
         self._engine = engine
         self._transaction = transaction
 
-    async def execute(self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
+    async def execute(
+        self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
+    ) -> list[tuple[Any, ...]]:
         """Run one statement of the user's own and return its rows; errors as `Transaction.execute` has them."""
         block = self._transaction.open()
         return await self._engine.in_block(block, block.execute, sql, parameters)
 
-    async def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
+    async def executemany(
+        self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]
+    ) -> None:
         """Run one statement for each of the rows; errors as with `execute`."""
         block = self._transaction.open()
-        await self._engine.in_block(block, functools.partial(block.execute, many=True), sql, _every(rows))
+        await self._engine.in_block(
+            block, functools.partial(block.execute, many=True), sql, _every(rows)
+        )
+
 
 class _AsyncBlock:
     """`async with store.transaction()`: everything that the task and those started inside it do in it, or nothing."""
@@ -2569,6 +3040,7 @@ class _AsyncBlock:
 
     async def __aenter__(self) -> AsyncTransaction:
         import asyncio
+
         engine, block = self._engine, self._block
         engine.refuse_foreign()
         block.adopt(0, asyncio.current_task())
@@ -2611,8 +3083,11 @@ class _AsyncBlock:
             self._turn.release()
             self._turn = None
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
         import asyncio
+
         taken, ended = False, None
         try:
             with contextlib.suppress(StorageError):  # then its end says so
@@ -2638,13 +3113,17 @@ class _AsyncBlock:
 # Facets: the operations, grouped as the seeds group them
 # ============================================================================================================
 
-_TENANT_TABLES = re.compile("flowstore_(executions|log|runs|snapshots|work_items|definitions|effects|artifacts|tokens)")
+_TENANT_TABLES = re.compile(
+    "flowstore_(executions|log|runs|snapshots|work_items|definitions|effects|artifacts|tokens)"
+)
+
 
 class _Sql:
     """A statement on a table that has tenants, in two texts: for all of them, and for one.
 
     `{tenant}` marks where the condition goes. A statement without the mark is refused when the module is imported,
     unless it inserts, so no statement can forget the tenant. (Not `? IS NULL OR tenant_id = ?`: no index serves it.)"""
+
     __slots__ = ("all", "one", "places")
 
     def __init__(self, text: str) -> None:
@@ -2658,6 +3137,7 @@ class _Sql:
         # Where the tenant goes among the parameters: behind those of the text before each mark.
         marks = re.finditer("{tenant}", text)
         self.places = [text[: mark.start()].replace("{tenant}", "?").count("?") for mark in marks]
+
 
 class _Facet:
     """What every facet has: the engine that runs its operations and, for a tenant's view, the tenant."""
@@ -2684,8 +3164,15 @@ class _Facet:
         values = [mapper.codecs[name](value, name) for name, value in where.items()]
         return mapper.decode_all(self._rows(tx, _select(mapper, rest, *where), *values, *params))
 
-    def _page(self, tx: _Tx, mapper: _Mapper[T], order: str, limit: int | None = None, offset: int = 0,
-              **where: Any) -> list[T]:
+    def _page(
+        self,
+        tx: _Tx,
+        mapper: _Mapper[T],
+        order: str,
+        limit: int | None = None,
+        offset: int = 0,
+        **where: Any,
+    ) -> list[T]:
         page = _limit(limit), _count(offset, "offset")
         return self._find(tx, mapper, f"ORDER BY {order} LIMIT ? OFFSET ?", *page, **where)
 
@@ -2723,7 +3210,9 @@ class _Facet:
         table, key, ended, parts, in_pieces = _PRUNED[kind]
         ended, room = which or ended, _INT_MAX if which else _PRUNED_AT_ONCE
         gone = rows = 0
-        most = _PRUNED_AT_ONCE // (1 + len(parts)) or 1  # a part costs a statement, even where there is nothing of it
+        most = (
+            _PRUNED_AT_ONCE // (1 + len(parts)) or 1
+        )  # a part costs a statement, even where there is nothing of it
         sql = f"SELECT {key} FROM {table} WHERE {ended} LIMIT {most}"
         for (id,) in tx.rows(sql, *[before] * ended.count("?")):
             for part in parts:
@@ -2736,17 +3225,22 @@ class _Facet:
                 break
         return gone, rows
 
+
 @functools.cache
 def _select(mapper: _Mapper[Any], rest: str, *conditions: str) -> _Sql:
     """SELECT of the records for which the conditions hold; a column's name alone: that has a value."""
     where = "".join(f" AND {each if ' ' in each else f'{each} = ?'}" for each in conditions)
     return _Sql(mapper.select(f"{mapper.table} WHERE true{where} {{tenant}} {rest}"))
 
+
 @functools.cache
 def _update(mapper: _Mapper[Any], changes: str, condition: str = "", returning: str = "") -> _Sql:
     """UPDATE by id, where a condition holds too; it returns the id of what it changed, if not more."""
-    return _Sql(f"UPDATE {mapper.table} SET {changes} WHERE {mapper.key} = ? {condition} {{tenant}} "
-                f"RETURNING {returning or mapper.key}")
+    return _Sql(
+        f"UPDATE {mapper.table} SET {changes} WHERE {mapper.key} = ? {condition} {{tenant}} "
+        f"RETURNING {returning or mapper.key}"
+    )
+
 
 def _store(tx: _Tx, mapper: _Mapper[T], values: dict[str, Any]) -> T:
     """Insert a row, and return it as a record; AlreadyExists for a taken id."""
@@ -2754,9 +3248,11 @@ def _store(tx: _Tx, mapper: _Mapper[T], values: dict[str, Any]) -> T:
         raise AlreadyExists(mapper.kind, values[mapper.key])
     return mapper.decode(map(values.__getitem__, mapper.names))
 
+
 def _add(tx: _Tx, mapper: _Mapper[T], record: T, path: str = "", **more: Any) -> T:
     """Store a new record, with `more` set in its row, and return it as stored; AlreadyExists for a taken id."""
     return _store(tx, mapper, mapper.encode(record, path, tx.now()) | more)
+
 
 def _found(thing: T | None, kind: str, id: str) -> T:
     """What was looked for; NotFound when it is not there."""
@@ -2764,13 +3260,18 @@ def _found(thing: T | None, kind: str, id: str) -> T:
         raise NotFound(kind, id)
     return thing
 
+
 # --- what has ended, and goes ---
 _PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
 
+
 def _some(table: str, owner: str, key: str = "id", order: str = "") -> str:
     """A statement that drops some rows of one owner: its id, and how many at most."""
-    return (f"DELETE FROM {table} WHERE {key} IN "
-            f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)")
+    return (
+        f"DELETE FROM {table} WHERE {key} IN "
+        f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)"
+    )
+
 
 # What a prune drops, by kind: the table, its key, which of its rows have ended, what goes before each of them, and what
 # is done to one that is left in pieces, lest someone goes on with the whole that he knows. What may belong to others
@@ -2781,35 +3282,62 @@ _PRUNED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
     "errors": ("execution_errors", "id", "error_time < ?", (), ""),
     "subscriptions": ("event_subscriptions", "id", "terminated_at < ?", (), ""),
     "events": ("events", "id", "is_processed = 1 AND event_time < ?", (), ""),
-    "tokens": ("flowstore_tokens", "id", "created_at <= ? AND (revoked_at < ? OR expires_at < ?)", (), ""),
+    "tokens": (
+        "flowstore_tokens",
+        "id",
+        "created_at <= ? AND (revoked_at < ? OR expires_at < ?)",
+        (),
+        "",
+    ),
     "workflows": (
-        "workflows", "id", "status IN ('Complete', 'Terminated') AND COALESCE(complete_time, create_time) < ?",
-        (_some("execution_errors", "workflow_id"), _some("event_subscriptions", "workflow_id"),
-         _some("execution_pointers", "workflow_id", "(workflow_id, id)")),
-        "UPDATE workflows SET stamp = stamp - 1 WHERE id = ?"),
+        "workflows",
+        "id",
+        "status IN ('Complete', 'Terminated') AND COALESCE(complete_time, create_time) < ?",
+        (
+            _some("execution_errors", "workflow_id"),
+            _some("event_subscriptions", "workflow_id"),
+            _some("execution_pointers", "workflow_id", "(workflow_id, id)"),
+        ),
+        "UPDATE workflows SET stamp = stamp - 1 WHERE id = ?",
+    ),
     "flows": (
-        "flows", "id", "status IN ('cancelled', 'finished', 'failed') AND updated_at < ?",
+        "flows",
+        "id",
+        "status IN ('cancelled', 'finished', 'failed') AND updated_at < ?",
         (_some("flow_events", "flow_id"), _some("flow_steps", "flow_id")),
-        "UPDATE flows SET revision = revision + 1 WHERE id = ?"),
+        "UPDATE flows SET revision = revision + 1 WHERE id = ?",
+    ),
     "executions": (
-        "flowstore_executions", "execution_id", """tenant_id = '' UNION ALL SELECT execution_id FROM flowstore_runs
+        "flowstore_executions",
+        "execution_id",
+        """tenant_id = '' UNION ALL SELECT execution_id FROM flowstore_runs
             WHERE status IN ('completed', 'failed', 'cancelled', 'limit_exceeded') AND updated_at < ?""",
-        ("DELETE FROM flowstore_runs WHERE execution_id = ?", _some("flowstore_work_items", "execution_id"),
-         _some("flowstore_effects", "execution_id", "(tenant_id, key)"), _some("flowstore_snapshots", "execution_id"),
-         """UPDATE flowstore_log SET execution_id = '', sequence = position, tenant_id = '', event = '{}',
+        (
+            "DELETE FROM flowstore_runs WHERE execution_id = ?",
+            _some("flowstore_work_items", "execution_id"),
+            _some("flowstore_effects", "execution_id", "(tenant_id, key)"),
+            _some("flowstore_snapshots", "execution_id"),
+            """UPDATE flowstore_log SET execution_id = '', sequence = position, tenant_id = '', event = '{}',
             event_id = NULL WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
-         "DELETE FROM flowstore_log WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)",
-         _some("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC")),
-        "UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?"),
+            "DELETE FROM flowstore_log WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)",
+            _some("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC"),
+        ),
+        "UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?",
+    ),
 }
 
 # --- flows ---
 _FLOW_REVISION = "SELECT revision FROM flows WHERE id = ?"
 _FLOW_UPDATE = f"{_FLOW.update} AND revision = ? RETURNING {_FLOW.columns}"
-_FLOW_EVENT_INSERT = ("INSERT INTO flow_events (flow_id, kind, payload, at) SELECT id, ?, ?, ? FROM flows WHERE id = ? "
-                      f"RETURNING {_FLOW_EVENT.columns}")
-_STEP_UPDATE = (f"{_STEP.update} AND NOT EXISTS (SELECT 1 FROM flow_steps other WHERE other.flow_id = "
-                f"flow_steps.flow_id AND other.run_id = ? AND other.id <> flow_steps.id) RETURNING {_STEP.columns}")
+_FLOW_EVENT_INSERT = (
+    "INSERT INTO flow_events (flow_id, kind, payload, at) SELECT id, ?, ?, ? FROM flows WHERE id = ? "
+    f"RETURNING {_FLOW_EVENT.columns}"
+)
+_STEP_UPDATE = (
+    f"{_STEP.update} AND NOT EXISTS (SELECT 1 FROM flow_steps other WHERE other.flow_id = "
+    f"flow_steps.flow_id AND other.run_id = ? AND other.id <> flow_steps.id) RETURNING {_STEP.columns}"
+)
+
 
 class FlowStore(_Facet):
     """Revision-checked flows with their steps and their audit trail. Source: FlowStore."""
@@ -2825,14 +3353,23 @@ class FlowStore(_Facet):
         return self._get(tx, _FLOW, id=id)
 
     @_read
-    def list_by_owner(self, tx: _Tx, owner_session_key: str, *, limit: int | None = None,
-                      offset: int = 0) -> list[Flow]:
+    def list_by_owner(
+        self, tx: _Tx, owner_session_key: str, *, limit: int | None = None, offset: int = 0
+    ) -> list[Flow]:
         """The owner's flows, newest `created_at` first. Source: FlowStore.list_by_owner."""
-        return self._page(tx, _FLOW, "created_at DESC, id DESC", limit, offset, owner_session_key=owner_session_key)
+        return self._page(
+            tx,
+            _FLOW,
+            "created_at DESC, id DESC",
+            limit,
+            offset,
+            owner_session_key=owner_session_key,
+        )
 
     @_read
-    def list_by_status(self, tx: _Tx, status: FlowStatus | str, *, limit: int | None = None,
-                       offset: int = 0) -> list[Flow]:
+    def list_by_status(
+        self, tx: _Tx, status: FlowStatus | str, *, limit: int | None = None, offset: int = 0
+    ) -> list[Flow]:
         """The flows in a status, oldest `updated_at` first. Source: FlowStore.list_by_status."""
         return self._page(tx, _FLOW, "updated_at, id", limit, offset, status=status)
 
@@ -2847,13 +3384,17 @@ class FlowStore(_Facet):
         values |= {"revision": _int(revision + 1, "revision"), "updated_at": tx.now()}
         row = tx.row(_FLOW_UPDATE, *_FLOW.changes(values), revision)
         if row is None:
-            raise RevisionMismatch(revision, _found(tx.row(_FLOW_REVISION, values["id"]), "flow", values["id"])[0])
+            raise RevisionMismatch(
+                revision, _found(tx.row(_FLOW_REVISION, values["id"]), "flow", values["id"])[0]
+            )
         return _FLOW.decode(row)
 
     @_write
     def append_event(self, tx: _Tx, flow_id: AnyId, kind: str, payload: Json) -> FlowEvent:
         """Add a line to the flow's audit trail. Raises NotFound. Source: FlowStore.append_event."""
-        return self._append(tx, _id(flow_id, "flow_id"), _text(kind, "kind"), _json(payload, "payload"))
+        return self._append(
+            tx, _id(flow_id, "flow_id"), _text(kind, "kind"), _json(payload, "payload")
+        )
 
     def _append(self, tx: _Tx, flow_id: str, kind: str, payload: str) -> FlowEvent:
         row = tx.row(_FLOW_EVENT_INSERT, kind, payload, tx.now(), flow_id)
@@ -2865,7 +3406,9 @@ class FlowStore(_Facet):
         return self._page(tx, _FLOW_EVENT, "id DESC", limit, flow_id=flow_id)
 
     @_write
-    def update_and_append(self, tx: _Tx, flow: Flow, event_kind: str, event_payload: Json) -> tuple[Flow, FlowEvent]:
+    def update_and_append(
+        self, tx: _Tx, flow: Flow, event_kind: str, event_payload: Json
+    ) -> tuple[Flow, FlowEvent]:
         """`update_with_revision` and `append_event`, both or neither. Source: FlowStore.update_and_append."""
         kind, payload = _text(event_kind, "event_kind"), _json(event_payload, "event_payload")
         stored = self._update(tx, flow)
@@ -2874,7 +3417,10 @@ class FlowStore(_Facet):
     @_write
     def insert_step(self, tx: _Tx, step: FlowStep) -> FlowStep:
         """Store a new step. Raises NotFound (flow), AlreadyExists (id, or run id in the flow). Source: insert_step."""
-        flow_id, run_id = _id(_is(FlowStep, step, "step").flow_id, "flow_id"), _id(step.run_id, "run_id")
+        flow_id, run_id = (
+            _id(_is(FlowStep, step, "step").flow_id, "flow_id"),
+            _id(step.run_id, "run_id"),
+        )
         _found(tx.row(_FLOW_REVISION, flow_id), "flow", flow_id)
         if self._get(tx, _STEP, flow_id=flow_id, run_id=run_id):
             raise AlreadyExists("flow step", run_id)
@@ -2909,25 +3455,37 @@ class FlowStore(_Facet):
     def prune_terminal_flows(self, retain_days: int) -> _Steps[int]:
         """Drop ended flows not updated for `retain_days` days, in small transactions; how many. Source: FlowStore."""
         age = _count(retain_days, "retain_days") * 86_400_000_000
-        gone: int = yield self._prune_all("flows", max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age))
+        gone: int = yield self._prune_all(
+            "flows", max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age)
+        )
         return gone
+
 
 # --- the execution log ---
 _LOG_HEAD = _Sql("""SELECT tenant_id, (SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id),
     (SELECT l.sequence FROM flowstore_log l WHERE l.execution_id = e.execution_id ORDER BY l.sequence DESC LIMIT 1)
     FROM flowstore_executions e WHERE execution_id = ? {tenant}""")
-_LOG_INSERT = ("INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp, event_id) "
-               "VALUES (?, ?, ?, ?, ?, ?)")
+_LOG_INSERT = (
+    "INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp, event_id) "
+    "VALUES (?, ?, ?, ?, ?, ?)"
+)
 _LOG_BY_EVENT_ID = "SELECT sequence FROM flowstore_log WHERE execution_id = ? AND event_id = ?"
 _LOG_AFTER = _select(_STORED, "ORDER BY sequence LIMIT ?", "execution_id", "sequence > ?")
 # The row that stands for a pruned end of the log (its position must not be given again) has no execution.
-_LOG_FROM = _Sql(_STORED.select(
-    "flowstore_log WHERE position > ? AND execution_id <> '' {tenant} ORDER BY position LIMIT ?"))
+_LOG_FROM = _Sql(
+    _STORED.select(
+        "flowstore_log WHERE position > ? AND execution_id <> '' {tenant} ORDER BY position LIMIT ?"
+    )
+)
 _LOG_PLACE = _Sql("""SELECT sequence FROM flowstore_log WHERE execution_id = ? AND position <= ? {tenant}
     ORDER BY sequence DESC LIMIT 1""")
-_LOG_LAST = _Sql("SELECT sequence FROM flowstore_log WHERE execution_id = ? {tenant} ORDER BY sequence DESC LIMIT 1")
-_EXECUTION_INSERT = ("INSERT INTO flowstore_executions (execution_id, tenant_id, created_at) VALUES (?, ?, ?) "
-                     "ON CONFLICT DO NOTHING")
+_LOG_LAST = _Sql(
+    "SELECT sequence FROM flowstore_log WHERE execution_id = ? {tenant} ORDER BY sequence DESC LIMIT 1"
+)
+_EXECUTION_INSERT = (
+    "INSERT INTO flowstore_executions (execution_id, tenant_id, created_at) VALUES (?, ?, ?) "
+    "ON CONFLICT DO NOTHING"
+)
 # An execution that a prune has left in pieces has no tenant: it is not known any more.
 _EXECUTION_OWNER = _Sql(
     "SELECT tenant_id FROM flowstore_executions WHERE execution_id = ? AND tenant_id <> '' {tenant}"
@@ -2937,6 +3495,7 @@ _TENANT_STATUS = "SELECT status FROM flowstore_tenants WHERE id = ?"
 # In the log: a position, the sequence that an execution has there, and what is known of what follows.
 _Place: TypeAlias = "tuple[int, int, frozenset[int]]"
 
+
 def _event_text(event: object, path: str) -> str:
     if not isinstance(event, dict):
         raise InvalidData(f"{path}: an event is a JSON object, not {type(event).__name__}")
@@ -2945,11 +3504,20 @@ def _event_text(event: object, path: str) -> str:
         raise InvalidData(f"{path}.type: an event needs a non-empty text as its 'type'")
     return _json(event, path)
 
+
 class _LogFacet(_Facet):
     """What the two views of the execution log share."""
 
-    def _append_to(self, tx: _Tx, execution_id: str, tenant_id: str, last: int, event: str, expected: object,
-                   event_id: object) -> int:
+    def _append_to(
+        self,
+        tx: _Tx,
+        execution_id: str,
+        tenant_id: str,
+        last: int,
+        event: str,
+        expected: object,
+        event_id: object,
+    ) -> int:
         """Append one event behind `last`, once per event id."""
         key = None if event_id is None else _id(event_id, "event_id")
         if key is not None and (known := tx.row(_LOG_BY_EVENT_ID, execution_id, key)):
@@ -2959,7 +3527,9 @@ class _LogFacet(_Facet):
         tx.run(_LOG_INSERT, execution_id, last + 1, tenant_id, event, tx.now(), key)
         return last + 1
 
-    def _events_after(self, tx: _Tx, execution_id: object, after: object, limit: int = _INT_MAX) -> list[StoredEvent]:
+    def _events_after(
+        self, tx: _Tx, execution_id: object, after: object, limit: int = _INT_MAX
+    ) -> list[StoredEvent]:
         execution, sequence = _id(execution_id, "execution_id"), _int(after, "after_seq")
         return _STORED.decode_all(self._rows(tx, _LOG_AFTER, execution, sequence, limit))
 
@@ -2971,12 +3541,21 @@ class _LogFacet(_Facet):
     def _chunk(self, tx: _Tx, execution_id: AnyId, after: int, limit: int) -> list[StoredEvent]:
         return self._events_after(tx, execution_id, after, limit)
 
+
 class EventStore(_LogFacet):
     """The append-only log of executions. Source: EventStore."""
 
     @_write
-    def append(self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId, event: Mapping[str, Json], *,
-               expected_sequence: int | None = None, event_id: AnyId | None = None) -> int:
+    def append(
+        self,
+        tx: _Tx,
+        execution_id: AnyId,
+        tenant_id: AnyId,
+        event: Mapping[str, Json],
+        *,
+        expected_sequence: int | None = None,
+        event_id: AnyId | None = None,
+    ) -> int:
         """Append one event, durable when this returns; its sequence in the execution: 1, 2, 3, ... without gaps.
 
         The first append makes the execution known for that tenant, and registers a new one. An `event_id` that is in
@@ -2984,23 +3563,40 @@ class EventStore(_LogFacet):
         (the log is not at `expected_sequence`; 0: no events yet), InvalidData. Source: EventStore.append."""
         execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
         last = self._open_log(tx, execution, tenant)
-        return self._append_to(tx, execution, tenant, last, _event_text(event, "event"), expected_sequence, event_id)
+        return self._append_to(
+            tx, execution, tenant, last, _event_text(event, "event"), expected_sequence, event_id
+        )
 
     @_write
-    def append_batch(self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId, events: Iterable[Mapping[str, Json]], *,
-                     expected_sequence: int | None = None) -> int:
+    def append_batch(
+        self,
+        tx: _Tx,
+        execution_id: AnyId,
+        tenant_id: AnyId,
+        events: Iterable[Mapping[str, Json]],
+        *,
+        expected_sequence: int | None = None,
+    ) -> int:
         """Append all of the events with consecutive sequences, or none; the first one's sequence.
 
         Raises as `append` does, and InvalidData for an empty batch. Source: EventStore.append_batch."""
         execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
-        last, listed = self._open_log(tx, execution, tenant), _listed(events, "events", "a list of events")
+        last, listed = (
+            self._open_log(tx, execution, tenant),
+            _listed(events, "events", "a list of events"),
+        )
         texts = [_event_text(event, f"events[{index}]") for index, event in enumerate(listed)]
         if not texts:
             raise InvalidData("events: a batch needs at least one event")
-        if expected_sequence is not None and last != _int(expected_sequence, "expected_sequence", 0):
+        if expected_sequence is not None and last != _int(
+            expected_sequence, "expected_sequence", 0
+        ):
             raise SequenceConflict(execution, expected_sequence, last)
         now = tx.now()
-        rows = [(execution, last + 1 + index, tenant, text, now, None) for index, text in enumerate(texts)]
+        rows = [
+            (execution, last + 1 + index, tenant, text, now, None)
+            for index, text in enumerate(texts)
+        ]
         tx.run_many(_LOG_INSERT, rows)
         return last + 1
 
@@ -3038,12 +3634,17 @@ class EventStore(_LogFacet):
         return self._last_sequence(tx, execution_id)
 
     @_read
-    def list_executions(self, tx: _Tx, tenant_id: AnyId = DEFAULT_TENANT, limit: int = 100,
-                        offset: int = 0) -> list[str]:
+    def list_executions(
+        self, tx: _Tx, tenant_id: AnyId = DEFAULT_TENANT, limit: int = 100, offset: int = 0
+    ) -> list[str]:
         """The ids of the tenant's known executions, newest first. Source: EventStore.list_executions."""
-        rows = tx.rows("SELECT execution_id FROM flowstore_executions WHERE tenant_id = ? "
-                       "ORDER BY created_at DESC, execution_id DESC LIMIT ? OFFSET ?",
-                       _id(tenant_id, "tenant_id"), _limit(limit), _count(offset, "offset"))
+        rows = tx.rows(
+            "SELECT execution_id FROM flowstore_executions WHERE tenant_id = ? "
+            "ORDER BY created_at DESC, execution_id DESC LIMIT ? OFFSET ?",
+            _id(tenant_id, "tenant_id"),
+            _limit(limit),
+            _count(offset, "offset"),
+        )
         return [execution_id for (execution_id,) in rows]
 
     @_read
@@ -3056,7 +3657,9 @@ class EventStore(_LogFacet):
         """How many events the execution has; sequences have no gaps, so the last one says. Source: count_events."""
         return self._last_sequence(tx, execution_id) or 0
 
-    def iter_events(self, execution_id: AnyId, after_seq: int = 0, *, chunk: int = 1000) -> Iterator[StoredEvent]:
+    def iter_events(
+        self, execution_id: AnyId, after_seq: int = 0, *, chunk: int = 1000
+    ) -> Iterator[StoredEvent]:
         """Generate the events after `after_seq`, reading `chunk` of them at a time: memory stays flat.
 
         Nothing is held between two chunks, so writes go on, and what they append is reached too. Raises InvalidData."""
@@ -3064,15 +3667,18 @@ class EventStore(_LogFacet):
         start: _Place = (0, _int(after_seq, "after_seq"), frozenset())
         return self._generate(start, lambda place: self._chunk(execution, place[1], most))
 
-    def _generate(self, place: _Place, behind: Callable[[_Place], list[StoredEvent]]) -> Iterator[StoredEvent]:
+    def _generate(
+        self, place: _Place, behind: Callable[[_Place], list[StoredEvent]]
+    ) -> Iterator[StoredEvent]:
         """The events behind a place, then those behind the last of them, and so on while there are any."""
         while events := behind(place):
             yield from events
             place = events[-1].position, events[-1].sequence, place[2]
 
     @_read
-    def read_all(self, tx: _Tx, after_position: int = 0, limit: int = 1000, *,
-                 tenant_id: AnyId | None = None) -> list[StoredEvent]:
+    def read_all(
+        self, tx: _Tx, after_position: int = 0, limit: int = 1000, *, tenant_id: AnyId | None = None
+    ) -> list[StoredEvent]:
         """The whole log, or a tenant's part of it, by position: for projections that remember how far they are.
 
         An event that commits later never has a lower position than one already read."""
@@ -3080,14 +3686,23 @@ class EventStore(_LogFacet):
         facet = _Facet(self._engine, _optional(_id, tenant_id, "tenant_id"))
         return _STORED.decode_all(facet._rows(tx, _LOG_FROM, after, most))
 
-    def tail(self, after_position: int | None = None, *, timeout: float | None = None, tenant_id: AnyId | None = None,
-             execution_id: AnyId | None = None) -> Iterator[StoredEvent]:
+    def tail(
+        self,
+        after_position: int | None = None,
+        *,
+        timeout: float | None = None,
+        tenant_id: AnyId | None = None,
+        execution_id: AnyId | None = None,
+    ) -> Iterator[StoredEvent]:
         """Generate the events behind a position as they come, from any process, each once and in order.
 
         None starts behind the last event there is now. Ends after `timeout` seconds without an event (None: never).
         Raises InvalidData, and StorageError inside one's own transaction."""
         self._engine.forbid_inside("tail()")
-        tenant, run = _optional(_id, tenant_id, "tenant_id"), _optional(_id, execution_id, "execution_id")
+        tenant, run = (
+            _optional(_id, tenant_id, "tenant_id"),
+            _optional(_id, execution_id, "execution_id"),
+        )
         idle = math.inf if timeout is None else _seconds(timeout, "timeout")
         place = self._tail_place(_optional(_int, after_position, "after_position"), run)
         return self._generate(place, lambda place: self._await_news(place, tenant, run, idle))
@@ -3097,17 +3712,25 @@ class EventStore(_LogFacet):
         """Where a tail begins: a position, the sequence that one execution had there, and what is to be left out."""
         known: frozenset[int] = frozenset()
         if after is None:
-            after = int(tx.rows("SELECT MAX(position) FROM flowstore_log WHERE position > ?", -1)[0][0] or 0)
+            after = int(
+                tx.rows("SELECT MAX(position) FROM flowstore_log WHERE position > ?", -1)[0][0] or 0
+            )
             # On a server, what is there already may still come to those who read by position.
-            known = frozenset(row[0] for row in tx.rows("SELECT position FROM flowstore_log WHERE ? < position", after))
+            known = frozenset(
+                row[0]
+                for row in tx.rows("SELECT position FROM flowstore_log WHERE ? < position", after)
+            )
         row = None if execution_id is None else self._row(tx, _LOG_PLACE, execution_id, after)
         return after, 0 if row is None else int(row[0]), known
 
     @_steps
-    def _await_news(self, place: _Place, tenant_id: str | None, execution_id: str | None,
-                    idle: float) -> _Steps[list[StoredEvent]]:
+    def _await_news(
+        self, place: _Place, tenant_id: str | None, execution_id: str | None, idle: float
+    ) -> _Steps[list[StoredEvent]]:
         """The next events behind a place, waited for up to `idle` seconds; none after that."""
-        self._engine.forbid_inside("tail()")  # where it goes on, too: what is not committed is no event yet
+        self._engine.forbid_inside(
+            "tail()"
+        )  # where it goes on, too: what is not committed is no event yet
         deadline = time.monotonic() + idle
         while True:
             seen = self._engine.commits
@@ -3118,58 +3741,106 @@ class EventStore(_LogFacet):
             yield self._engine.wait(seen, left)
 
     @_read
-    def _news(self, tx: _Tx, place: _Place, tenant_id: str | None, execution_id: str | None) -> list[StoredEvent]:
+    def _news(
+        self, tx: _Tx, place: _Place, tenant_id: str | None, execution_id: str | None
+    ) -> list[StoredEvent]:
         """The next events behind a place: of one execution by its sequence, of others by position."""
         position, sequence, known = place
         at = "SELECT 1 FROM flowstore_log WHERE execution_id = ? AND sequence = ? AND position <= ?"
         if execution_id is not None and not tx.row(at, execution_id, sequence, position):
             sequence = 0  # pruned meanwhile, and perhaps begun anew
-        sql, *behind = (_LOG_FROM, position) if execution_id is None else (_LOG_AFTER, execution_id, sequence)
+        sql, *behind = (
+            (_LOG_FROM, position) if execution_id is None else (_LOG_AFTER, execution_id, sequence)
+        )
         events = _STORED.decode_all(_Facet(self._engine, tenant_id)._rows(tx, sql, *behind, 1000))
-        return [event for event in events if event.position > position and event.position not in known]
+        return [
+            event for event in events if event.position > position and event.position not in known
+        ]
+
 
 # --- the state backend ---
-_SNAPSHOT_LATEST = _select(_SNAPSHOT, "ORDER BY at_sequence DESC LIMIT 1", "execution_id", "at_sequence <= ?")
+_SNAPSHOT_LATEST = _select(
+    _SNAPSHOT, "ORDER BY at_sequence DESC LIMIT 1", "execution_id", "at_sequence <= ?"
+)
 # An id is taken whoever took it: this one asks without regard to tenants.
 _SNAPSHOT_PLACE = "SELECT execution_id, at_sequence FROM flowstore_snapshots WHERE id = ?"
 _SNAPSHOT_WRITE = _SNAPSHOT.upsert("execution_id, at_sequence")
 _SNAPSHOT_PRUNE = _Sql("""DELETE FROM flowstore_snapshots WHERE execution_id = ? {tenant} AND at_sequence <= (
     SELECT at_sequence FROM flowstore_snapshots WHERE execution_id = ? {tenant}
     ORDER BY at_sequence DESC LIMIT 1 OFFSET ?) RETURNING id""")
-_RENEW = _update(_ITEM, "lease_expires_at = ?", """AND status = 'claimed'
-                 AND lease_fence = COALESCE(?, lease_fence) AND worker_id = COALESCE(?, worker_id)""")
-_SETTLE = _update(_ITEM, "status = ?, lease_expires_at = NULL, last_error = COALESCE(?, last_error)",
-                  """AND status <> 'dead_lettered' AND status = COALESCE(?, status)
-                  AND lease_fence = COALESCE(?, lease_fence)""", _ITEM.columns)
-_UNLEASED = "attempt = ?, worker_id = NULL, lease_expires_at = NULL, last_error = COALESCE(?, last_error)"
-_RETRY = _update(_ITEM, f"status = 'pending', available_at = ?, {_UNLEASED}", returning=_ITEM.columns)
-_BURY = _update(_DEAD, f"status = 'dead_lettered', dead_lettered_at = ?, {_UNLEASED}", returning=_DEAD.columns)
-_EXPIRED = _select(_ITEM, "ORDER BY lease_expires_at, id LIMIT ?",
-                   "queue_type", "status = 'claimed'", "lease_expires_at <= ?")
+_RENEW = _update(
+    _ITEM,
+    "lease_expires_at = ?",
+    """AND status = 'claimed'
+                 AND lease_fence = COALESCE(?, lease_fence) AND worker_id = COALESCE(?, worker_id)""",
+)
+_SETTLE = _update(
+    _ITEM,
+    "status = ?, lease_expires_at = NULL, last_error = COALESCE(?, last_error)",
+    """AND status <> 'dead_lettered' AND status = COALESCE(?, status)
+                  AND lease_fence = COALESCE(?, lease_fence)""",
+    _ITEM.columns,
+)
+_UNLEASED = (
+    "attempt = ?, worker_id = NULL, lease_expires_at = NULL, last_error = COALESCE(?, last_error)"
+)
+_RETRY = _update(
+    _ITEM, f"status = 'pending', available_at = ?, {_UNLEASED}", returning=_ITEM.columns
+)
+_BURY = _update(
+    _DEAD, f"status = 'dead_lettered', dead_lettered_at = ?, {_UNLEASED}", returning=_DEAD.columns
+)
+_EXPIRED = _select(
+    _ITEM,
+    "ORDER BY lease_expires_at, id LIMIT ?",
+    "queue_type",
+    "status = 'claimed'",
+    "lease_expires_at <= ?",
+)
 _NEXT_LEASED_QUEUE = _Sql("""SELECT queue_type FROM flowstore_work_items WHERE status = 'claimed' AND queue_type > ?
     {tenant} ORDER BY queue_type LIMIT 1""")
-_DEAD_LETTERS = _select(_DEAD, "ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?", "status = 'dead_lettered'")
-_DEFINITION_DROP = _Sql("DELETE FROM flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}").one
+_DEAD_LETTERS = _select(
+    _DEAD, "ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?", "status = 'dead_lettered'"
+)
+_DEFINITION_DROP = _Sql(
+    "DELETE FROM flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}"
+).one
 # Counts for a tenant's limits, made only where it has one.
 _DEFINITIONS_KEPT = _Sql("SELECT COUNT(*) FROM flowstore_definitions WHERE true {tenant}").one
-_RUNS_OPEN = _Sql("SELECT COUNT(*) FROM flowstore_runs WHERE status IN ('pending', 'running', 'paused') {tenant}").one
-_EFFECT_INSERT = ("INSERT INTO flowstore_effects (tenant_id, key, result, execution_id) VALUES (?, ?, ?, ?) "
-                  "ON CONFLICT DO NOTHING")
+_RUNS_OPEN = _Sql(
+    "SELECT COUNT(*) FROM flowstore_runs WHERE status IN ('pending', 'running', 'paused') {tenant}"
+).one
+_EFFECT_INSERT = (
+    "INSERT INTO flowstore_effects (tenant_id, key, result, execution_id) VALUES (?, ?, ?, ?) "
+    "ON CONFLICT DO NOTHING"
+)
 _EFFECT_GET = _Sql("SELECT result FROM flowstore_effects WHERE key = ? {tenant}").one
 _ARTIFACT_REF = _select(_ARTIFACT, "", "hash").one
 _ARTIFACT_GET = _Sql("SELECT data FROM flowstore_artifacts WHERE hash = ? {tenant}").one
-_TOKEN_VALID = _select(_TOKEN, "", "hash", "revoked_at IS NULL", "COALESCE(expires_at > ?, true)",
-                       "EXISTS (SELECT 1 FROM flowstore_tenants t WHERE t.id = tenant_id AND t.status = 'active')")
+_TOKEN_VALID = _select(
+    _TOKEN,
+    "",
+    "hash",
+    "revoked_at IS NULL",
+    "COALESCE(expires_at > ?, true)",
+    "EXISTS (SELECT 1 FROM flowstore_tenants t WHERE t.id = tenant_id AND t.status = 'active')",
+)
 _TENANT_UPDATE = f"{_TENANT.update} RETURNING {_TENANT.columns}"
 _RECLAIMED_PER_CLAIM = 16
 _LEASE_EXPIRED = "the lease expired"
+
 
 def _first_sql(queues: int, status: str, time: str) -> str:
     """The id of the item in these queues, of a status, whose time came first: a seek for each queue."""
     seek = f"""SELECT id FROM flowstore_work_items WHERE status = '{status}' AND queue_type = %s AND {time} <= ?
         {{tenant}} ORDER BY {time}, id LIMIT 1"""
-    return seek % "?" if queues == 1 else f"""SELECT i.id FROM (VALUES {', '.join(['(?)'] * queues)}) q
-        JOIN flowstore_work_items i ON i.id = ({seek % 'q.column1'}) ORDER BY i.{time}, i.id LIMIT 1"""
+    return (
+        seek % "?"
+        if queues == 1
+        else f"""SELECT i.id FROM (VALUES {", ".join(["(?)"] * queues)}) q
+        JOIN flowstore_work_items i ON i.id = ({seek % "q.column1"}) ORDER BY i.{time}, i.id LIMIT 1"""
+    )
+
 
 @functools.cache
 def _queue_sql(queues: int) -> tuple[_Sql, _Sql]:
@@ -3180,9 +3851,11 @@ def _queue_sql(queues: int) -> tuple[_Sql, _Sql]:
         lease_fence = lease_fence + 1 WHERE id = ({available}) AND status = 'pending' AND {none_expired} {{tenant}}
         RETURNING {_ITEM.columns}"""), _Sql(f"SELECT ({available}), NOT {none_expired}")
 
+
 def _given(**options: Any) -> dict[str, Any]:
     """Those options that are not left out."""
     return {name: value for name, value in options.items() if value is not None}
+
 
 def _claimed(item: object, fence: object = None) -> tuple[str, int | None]:
     """The id of what is given as an item, and the fence to check: the one given, else the claimed item's own."""
@@ -3190,6 +3863,7 @@ def _claimed(item: object, fence: object = None) -> tuple[str, int | None]:
         fence = item.lease_fence
     id = _id(item.id if isinstance(item, (WorkItem, DeadLetter)) else item, "item_id")
     return id, _optional(_int, fence, "lease_fence")
+
 
 class StateBackend(_LogFacet):
     """Executions, queue, tenants and theirs; `for_tenant` alone isolates. Source: StateBackend, SqliteBackend."""
@@ -3202,7 +3876,10 @@ class StateBackend(_LogFacet):
     def _admit(self, tx: _Tx, writes: bool) -> None:
         """Refuse an operation that the tenant of this view may not do."""
         tenant = str(self._tenant)
-        if _found(tx.row(_TENANT_STATUS, tenant), "tenant", tenant)[0] != TenantStatus.ACTIVE and writes:
+        if (
+            _found(tx.row(_TENANT_STATUS, tenant), "tenant", tenant)[0] != TenantStatus.ACTIVE
+            and writes
+        ):
             raise TenantInactive(tenant)
 
     def _obey(self, tx: _Tx, tenant: str, limit: str, count: str, added: bool) -> None:
@@ -3213,7 +3890,9 @@ class StateBackend(_LogFacet):
 
     def _owner(self, tx: _Tx, execution_id: str) -> str:
         """The tenant of a known execution; NotFound for others."""
-        return str(_found(self._row(tx, _EXECUTION_OWNER, execution_id), "execution", execution_id)[0])
+        return str(
+            _found(self._row(tx, _EXECUTION_OWNER, execution_id), "execution", execution_id)[0]
+        )
 
     # --- executions ---
     @_write
@@ -3227,7 +3906,9 @@ class StateBackend(_LogFacet):
         tx.run(_EXECUTION_INSERT, id, tenant, tx.now())
         if tx.row(_EXECUTION_OWNER.all, id) != (tenant,):
             raise AlreadyExists("execution", id)
-        self._obey(tx, tenant, "max_concurrent_executions", _RUNS_OPEN, not stored.status.is_terminal)
+        self._obey(
+            tx, tenant, "max_concurrent_executions", _RUNS_OPEN, not stored.status.is_terminal
+        )
         return stored
 
     @_read
@@ -3236,10 +3917,17 @@ class StateBackend(_LogFacet):
         return self._get(tx, _RUN, execution_id=_id(id, "id"))
 
     @_read
-    def list_executions(self, tx: _Tx, status: ExecutionStatus | str | None = None, limit: int = 100,
-                        offset: int = 0) -> list[WorkflowExecution]:
+    def list_executions(
+        self,
+        tx: _Tx,
+        status: ExecutionStatus | str | None = None,
+        limit: int = 100,
+        offset: int = 0,
+    ) -> list[WorkflowExecution]:
         """Executions with a record, newest `updated_at` first. Source: StateBackend.list_executions."""
-        return self._page(tx, _RUN, "updated_at DESC, execution_id DESC", limit, offset, **_given(status=status))
+        return self._page(
+            tx, _RUN, "updated_at DESC, execution_id DESC", limit, offset, **_given(status=status)
+        )
 
     @_write
     def update_execution_status(self, tx: _Tx, id: AnyId, status: ExecutionStatus | str) -> None:
@@ -3251,7 +3939,9 @@ class StateBackend(_LogFacet):
     @_write
     def update_execution_current_state(self, tx: _Tx, id: AnyId, state: Json) -> None:
         """Replace the whole state, without a merge; sets `updated_at`. Raises NotFound. Source: StateBackend."""
-        self._change(tx, _RUN, "current_state = ?, updated_at = ?", id, _json(state, "state"), tx.now())
+        self._change(
+            tx, _RUN, "current_state = ?, updated_at = ?", id, _json(state, "state"), tx.now()
+        )
 
     @_write
     def patch_append_array(self, tx: _Tx, id: AnyId, key: str, value: Json) -> None:
@@ -3262,7 +3952,9 @@ class StateBackend(_LogFacet):
         _json(value, "value")
         state = self._need(tx, _RUN, execution_id=execution_id).current_state
         if not isinstance(state, dict):
-            raise InvalidData(f"current_state: an array can only be kept in an object, not in {type(state).__name__}")
+            raise InvalidData(
+                f"current_state: an array can only be kept in an object, not in {type(state).__name__}"
+            )
         array = state.setdefault(member, [])
         if not isinstance(array, list):
             raise InvalidData(f"current_state.{member}: cannot append to {type(array).__name__}")
@@ -3272,8 +3964,15 @@ class StateBackend(_LogFacet):
 
     # --- the log ---
     @_write
-    def append_event(self, tx: _Tx, execution_id: AnyId, event: Mapping[str, Json], *,
-                     expected_sequence: int | None = None, event_id: AnyId | None = None) -> int:
+    def append_event(
+        self,
+        tx: _Tx,
+        execution_id: AnyId,
+        event: Mapping[str, Json],
+        *,
+        expected_sequence: int | None = None,
+        event_id: AnyId | None = None,
+    ) -> int:
         """`EventStore.append` under the execution's tenant. Raises NotFound, SequenceConflict. Source: append_event."""
         execution, text = _id(execution_id, "execution_id"), _event_text(event, "event")
         owner, _, last = _found(self._row(tx, _LOG_HEAD, execution), "execution", execution)
@@ -3286,7 +3985,9 @@ class StateBackend(_LogFacet):
         return self._events_after(tx, execution_id, 0)
 
     @_read
-    def get_events_since(self, tx: _Tx, execution_id: AnyId, since_sequence: int) -> list[StoredEvent]:
+    def get_events_since(
+        self, tx: _Tx, execution_id: AnyId, since_sequence: int
+    ) -> list[StoredEvent]:
         """The events with a sequence above `since_sequence`. Source: StateBackend.get_events_since."""
         return self._events_after(tx, execution_id, _int(since_sequence, "since_sequence"))
 
@@ -3312,7 +4013,9 @@ class StateBackend(_LogFacet):
     @_read
     def latest_snapshot(self, tx: _Tx, execution_id: AnyId) -> Snapshot | None:
         """The snapshot with the highest `at_sequence`, or None. Source: StateBackend.latest_snapshot."""
-        return _SNAPSHOT.maybe(self._row(tx, _SNAPSHOT_LATEST, _id(execution_id, "execution_id"), _INT_MAX))
+        return _SNAPSHOT.maybe(
+            self._row(tx, _SNAPSHOT_LATEST, _id(execution_id, "execution_id"), _INT_MAX)
+        )
 
     @_write
     def prune_snapshots(self, tx: _Tx, execution_id: AnyId, keep: int = 1) -> int:
@@ -3321,8 +4024,9 @@ class StateBackend(_LogFacet):
         return len(self._rows(tx, _SNAPSHOT_PRUNE, execution, execution, _count(keep, "keep")))
 
     @_steps
-    def replay(self, execution_id: AnyId, reducer: Callable[[Any, StoredEvent], Any],
-               initial: Json = None) -> _Steps[tuple[Any, int]]:
+    def replay(
+        self, execution_id: AnyId, reducer: Callable[[Any, StoredEvent], Any], initial: Json = None
+    ) -> _Steps[tuple[Any, int]]:
         """Fold `reducer(state, event)`, outside transactions, over the events after the latest snapshot, beginning with
         its state, or with `initial` when there is none; the state and its sequence."""
         _function(reducer, "reducer")
@@ -3353,8 +4057,14 @@ class StateBackend(_LogFacet):
             _int(values[name], name, 0, 2**31 - 1)
         if item.available_at is None:
             values["available_at"] = values["created_at"]
-        values |= {"lease_fence": 0, "status": "pending", "tenant_id": self._owner(tx, values["execution_id"]),
-                   "lease_expires_at": None, "worker_id": None, "last_error": None}
+        values |= {
+            "lease_fence": 0,
+            "status": "pending",
+            "tenant_id": self._owner(tx, values["execution_id"]),
+            "lease_expires_at": None,
+            "worker_id": None,
+            "last_error": None,
+        }
         return _store(tx, _ITEM, values).id
 
     @_read
@@ -3363,15 +4073,29 @@ class StateBackend(_LogFacet):
         return self._get(tx, _ITEM, id=_claimed(item_id)[0])
 
     @_read
-    def list_work_items(self, tx: _Tx, *, status: WorkItemStatus | str | None = None, queue_type: AnyId | None = None,
-                        execution_id: AnyId | None = None, limit: int = 100, offset: int = 0) -> list[WorkItem]:
+    def list_work_items(
+        self,
+        tx: _Tx,
+        *,
+        status: WorkItemStatus | str | None = None,
+        queue_type: AnyId | None = None,
+        execution_id: AnyId | None = None,
+        limit: int = 100,
+        offset: int = 0,
+    ) -> list[WorkItem]:
         """Items, oldest `available_at` first, filtered by what is given."""
         filters = _given(status=status, queue_type=queue_type, execution_id=execution_id)
         return self._page(tx, _ITEM, "available_at, id", limit, offset, **filters)
 
     @_steps
-    def claim_work_item(self, worker_id: AnyId, queue_types: Sequence[AnyId], *, lease_seconds: float | None = None,
-                        wait: float = 0.0) -> _Steps[WorkItem | None]:
+    def claim_work_item(
+        self,
+        worker_id: AnyId,
+        queue_types: Sequence[AnyId],
+        *,
+        lease_seconds: float | None = None,
+        wait: float = 0.0,
+    ) -> _Steps[WorkItem | None]:
         """Lease the item of these queues that has been available longest, to this worker alone; None without one.
 
         The item carries a new `lease_fence`, greater than any before. First, expired leases of these queues (some of
@@ -3379,12 +4103,19 @@ class StateBackend(_LogFacet):
         Raises InvalidData. Source: StateBackend.claim_work_item."""
         worker = _id(worker_id, "worker_id")
         given = _is((list, tuple, set, frozenset), queue_types, "queue_types", "a list of queues")
-        queues = [*dict.fromkeys(_id(queue, f"queue_types[{index}]") for index, queue in enumerate(given))]
+        queues = [
+            *dict.fromkeys(_id(queue, f"queue_types[{index}]") for index, queue in enumerate(given))
+        ]
         lease = self._lease(lease_seconds)
         deadline = time.monotonic() + min(_seconds(wait, "wait"), threading.TIMEOUT_MAX)
         seen = self._engine.commits
         item: WorkItem | None = yield self._claim(worker, queues, lease)
-        while item is None and queues and (left := deadline - time.monotonic()) > 0 and self._engine.block() is None:
+        while (
+            item is None
+            and queues
+            and (left := deadline - time.monotonic()) > 0
+            and self._engine.block() is None
+        ):
             yield self._engine.wait(seen, left)
             seen = self._engine.commits
             if (yield self._claimable(queues)):
@@ -3406,7 +4137,10 @@ class StateBackend(_LogFacet):
 
     def _look(self, tx: _Tx, queues: list[str], now: int) -> tuple[Any, ...]:
         """The id of the item of these queues that has been available longest, and whether a lease has expired."""
-        return self._row(tx, _queue_sql(len(queues))[1], *queues, now, *queues, now) or (None, False)
+        return self._row(tx, _queue_sql(len(queues))[1], *queues, now, *queues, now) or (
+            None,
+            False,
+        )
 
     @_read
     def _claimable(self, tx: _Tx, queues: list[str]) -> bool:
@@ -3426,8 +4160,9 @@ class StateBackend(_LogFacet):
                 return _seconds(backoff(attempt), "backoff")
         return float(2 ** min(attempt, 6))
 
-    def _try_again(self, tx: _Tx, item: WorkItem, now: int, error: str | None,
-                   delay: float | None = None) -> WorkItem | DeadLetter:
+    def _try_again(
+        self, tx: _Tx, item: WorkItem, now: int, error: str | None, delay: float | None = None
+    ) -> WorkItem | DeadLetter:
         """Count an attempt: pending again after the delay, or a dead letter when that was the last."""
         attempt = min(item.attempt + 1, 2**31 - 1)
         if attempt >= item.max_attempts:
@@ -3435,14 +4170,23 @@ class StateBackend(_LogFacet):
         seconds = min(self._backoff(attempt) if delay is None else delay, (_LAST_TIME - now) / 1e6)
         if error == _LEASE_EXPIRED and item.last_error:
             error = None  # it says less than the error of an earlier attempt
-        return _ITEM.decode(self._row(tx, _RETRY, now + round(seconds * 1e6), attempt, error, item.id) or ())
+        return _ITEM.decode(
+            self._row(tx, _RETRY, now + round(seconds * 1e6), attempt, error, item.id) or ()
+        )
 
     def _bury(self, tx: _Tx, item_id: str, attempt: int, now: int, error: str | None) -> DeadLetter:
         return _DEAD.decode(self._row(tx, _BURY, now, attempt, error, item_id) or ())
 
     @_write_one
-    def renew_lease(self, tx: _Tx, item_id: AnyItem, worker_id: AnyId | None = None, *,
-                    lease_fence: int | None = None, lease_seconds: float | None = None) -> datetime:
+    def renew_lease(
+        self,
+        tx: _Tx,
+        item_id: AnyItem,
+        worker_id: AnyId | None = None,
+        *,
+        lease_fence: int | None = None,
+        lease_seconds: float | None = None,
+    ) -> datetime:
         """Lease the item anew from now on; the new expiry.
 
         Raises LeaseLost when it is not leased to this worker or under this fence, NotFound. Source: renew_lease."""
@@ -3477,12 +4221,16 @@ class StateBackend(_LogFacet):
             refused, now = isinstance(error, (LeaseLost, NotFound)), self._engine.now()
         expired = hold.expires is None or now >= hold.expires
         if not refused and not expired:
-            return True  # busy, full, a suspended tenant: the lease may still last until the next try
+            return (
+                True  # busy, full, a suspended tenant: the lease may still last until the next try
+            )
         with contextlib.suppress(StorageError):
             item = yield self.get_work_item(hold.item)
             if item is None or item.lease_fence != hold.item.lease_fence:
                 hold.lost = True
-            elif item.status is WorkItemStatus.CLAIMED:  # until it is taken back, an expired lease still holds
+            elif (
+                item.status is WorkItemStatus.CLAIMED
+            ):  # until it is taken back, an expired lease still holds
                 hold.lost = refused
             elif item.status not in (WorkItemStatus.COMPLETED, WorkItemStatus.FAILED):
                 hold.lost = expired  # before that, only the block itself can have put the item back
@@ -3490,7 +4238,9 @@ class StateBackend(_LogFacet):
         return not refused
 
     @_write_one
-    def complete_work_item(self, tx: _Tx, item_id: AnyItem, *, lease_fence: int | None = None) -> WorkItem:
+    def complete_work_item(
+        self, tx: _Tx, item_id: AnyItem, *, lease_fence: int | None = None
+    ) -> WorkItem:
         """The work is done: settle the item under its fence, and return it.
 
         With a fence (or the claimed item itself): LeaseLost, and nothing changed, unless claimed under that fence.
@@ -3498,17 +4248,27 @@ class StateBackend(_LogFacet):
         return self._settle(tx, WorkItemStatus.COMPLETED, item_id, lease_fence)
 
     @_write_one
-    def fail_work_item(self, tx: _Tx, item_id: AnyItem, error: str, *, lease_fence: int | None = None) -> WorkItem:
+    def fail_work_item(
+        self, tx: _Tx, item_id: AnyItem, error: str, *, lease_fence: int | None = None
+    ) -> WorkItem:
         """The work failed for good: settle the item, `error` as its `last_error`. Source: StateBackend.fail_work_item.
 
         It stays failed until someone calls `retry_work_item`. Rules and errors are those of `complete_work_item`."""
         return self._settle(tx, WorkItemStatus.FAILED, item_id, lease_fence, _text(error, "error"))
 
-    def _settle(self, tx: _Tx, status: WorkItemStatus, item_id: AnyItem, lease_fence: object,
-                error: str | None = None) -> WorkItem:
+    def _settle(
+        self,
+        tx: _Tx,
+        status: WorkItemStatus,
+        item_id: AnyItem,
+        lease_fence: object,
+        error: str | None = None,
+    ) -> WorkItem:
         id, fence = _claimed(item_id, lease_fence)
         needed = None if fence is None else "claimed"
-        return _ITEM.decode(self._held(tx, id, self._row(tx, _SETTLE, status.value, error, id, needed, fence)))
+        return _ITEM.decode(
+            self._held(tx, id, self._row(tx, _SETTLE, status.value, error, id, needed, fence))
+        )
 
     def _item_in(self, tx: _Tx, item_id: AnyItem, lease_fence: object, *statuses: str) -> WorkItem:
         """The item, which is to be in one of these statuses, and under the fence: LeaseLost, NotFound."""
@@ -3519,13 +4279,24 @@ class StateBackend(_LogFacet):
         return item
 
     @_write_row
-    def retry_work_item(self, tx: _Tx, item_id: AnyItem, error: str | None = None, *, delay: float | None = None,
-                        lease_fence: int | None = None) -> WorkItem | DeadLetter:
+    def retry_work_item(
+        self,
+        tx: _Tx,
+        item_id: AnyItem,
+        error: str | None = None,
+        *,
+        delay: float | None = None,
+        lease_fence: int | None = None,
+    ) -> WorkItem | DeadLetter:
         """The attempt failed: pending again after `delay` seconds (None: the store's backoff), or a dead letter.
 
         Counts an attempt; the last one of `max_attempts` makes the dead letter. Raises LeaseLost unless the item is
         claimed or failed (under the fence, if one is given), NotFound."""
-        text, seconds, now = _optional(_text, error, "error"), _optional(_seconds, delay, "delay"), tx.now()
+        text, seconds, now = (
+            _optional(_text, error, "error"),
+            _optional(_seconds, delay, "delay"),
+            tx.now(),
+        )
         _after(now, seconds or 0, "delay")
         item = self._item_in(tx, item_id, lease_fence, "claimed", "failed")
         return self._try_again(tx, item, now, text, seconds)
@@ -3540,8 +4311,10 @@ class StateBackend(_LogFacet):
         while (following := self._row(tx, _NEXT_LEASED_QUEUE, queue)) is not None:
             queue = following[0]
             ended += self._take_back(tx, queue, now, _INT_MAX)
-        return ReclaimResult(retryable=[item for item in ended if isinstance(item, WorkItem)],
-                             exhausted=[item for item in ended if isinstance(item, DeadLetter)])
+        return ReclaimResult(
+            retryable=[item for item in ended if isinstance(item, WorkItem)],
+            exhausted=[item for item in ended if isinstance(item, DeadLetter)],
+        )
 
     @_write
     def move_to_dead_letter(self, tx: _Tx, item_id: AnyItem, last_error: str) -> DeadLetter:
@@ -3555,7 +4328,9 @@ class StateBackend(_LogFacet):
     @_read
     def list_dead_letters(self, tx: _Tx, limit: int = 100, offset: int = 0) -> list[DeadLetter]:
         """Dead letters, newest first."""
-        return _DEAD.decode_all(self._rows(tx, _DEAD_LETTERS, _limit(limit), _count(offset, "offset")))
+        return _DEAD.decode_all(
+            self._rows(tx, _DEAD_LETTERS, _limit(limit), _count(offset, "offset"))
+        )
 
     @_write
     def requeue_dead_letter(self, tx: _Tx, item_id: AnyItem | DeadLetter) -> WorkItem:
@@ -3564,20 +4339,38 @@ class StateBackend(_LogFacet):
         return _ITEM.decode(self._row(tx, _RETRY, tx.now(), 0, None, item.id) or ())
 
     @_write
-    def commit_turn(self, tx: _Tx, item_id: AnyItem, lease_fence: int | None, event: Mapping[str, Json], *,
-                    failed: bool = False, snapshot_state: Json = ..., effect_key: AnyId | None = None,
-                    effect: Json = None, expected_sequence: int | None = None, event_id: AnyId | None = None) -> int:
+    def commit_turn(
+        self,
+        tx: _Tx,
+        item_id: AnyItem,
+        lease_fence: int | None,
+        event: Mapping[str, Json],
+        *,
+        failed: bool = False,
+        snapshot_state: Json = ...,
+        effect_key: AnyId | None = None,
+        effect: Json = None,
+        expected_sequence: int | None = None,
+        event_id: AnyId | None = None,
+    ) -> int:
         """Settle the item under its fence, append the event, keep snapshot and effect where given, all or nothing.
 
         Returns the event's sequence; a known `event_id` has its own. Raises LeaseLost, NotFound, SequenceConflict."""
-        fence, text = _int(_claimed(item_id, lease_fence)[1], "lease_fence"), _event_text(event, "event")
+        fence, text = (
+            _int(_claimed(item_id, lease_fence)[1], "lease_fence"),
+            _event_text(event, "event"),
+        )
         key, result = _optional(_id, effect_key, "effect_key"), _json(effect, "effect")
         if effect is not None and key is None:
             raise InvalidData("effect: it is found again by its effect_key: give one")
         state = None if snapshot_state is ... else _json(snapshot_state, "snapshot_state")
         status = WorkItemStatus.FAILED if _bool(failed, "failed") else WorkItemStatus.COMPLETED
         item = self._settle(tx, status, item_id, fence)
-        execution, tenant, last = item.execution_id, item.tenant_id, self._last_sequence(tx, item.execution_id) or 0
+        execution, tenant, last = (
+            item.execution_id,
+            item.tenant_id,
+            self._last_sequence(tx, item.execution_id) or 0,
+        )
         sequence = self._append_to(tx, execution, tenant, last, text, expected_sequence, event_id)
         if state is not None:
             tx.run(_SNAPSHOT_WRITE, execution, sequence, state, new_id(), tx.now(), tenant)
@@ -3599,12 +4392,20 @@ class StateBackend(_LogFacet):
     @_read
     def get_workflow(self, tx: _Tx, workflow_id: AnyId, version: str) -> WorkflowDefinition | None:
         """The definition, or None. Source: StateBackend.get_workflow."""
-        return self._get(tx, _DEFINITION, workflow_id=workflow_id, version=version, tenant_id=self._home)
+        return self._get(
+            tx, _DEFINITION, workflow_id=workflow_id, version=version, tenant_id=self._home
+        )
 
     @_write
-    def record_effect(self, tx: _Tx, key: AnyId, result: Json, *, execution_id: AnyId | None = None) -> Json:
+    def record_effect(
+        self, tx: _Tx, key: AnyId, result: Json, *, execution_id: AnyId | None = None
+    ) -> Json:
         """Keep a result if there is none under the key yet; the one that is kept. Raises NotFound (execution)."""
-        name, text, execution = _id(key, "key"), _json(result, "result"), _optional(_id, execution_id, "execution_id")
+        name, text, execution = (
+            _id(key, "key"),
+            _json(result, "result"),
+            _optional(_id, execution_id, "execution_id"),
+        )
         if execution is not None:
             self._owner(tx, execution)
         tx.run(_EFFECT_INSERT, self._home, name, text, execution)
@@ -3620,7 +4421,9 @@ class StateBackend(_LogFacet):
     def put_artifact(self, tx: _Tx, data: bytes, media_type: str | None = None) -> ArtifactRef:
         """Keep bytes under their SHA-256: once, however often they come, with the media type that came first."""
         digest = hashlib.sha256(_is(bytes, data, "data")).hexdigest()
-        values = _ARTIFACT.encode(ArtifactRef(hash=digest, size=len(data), media_type=media_type)).values()
+        values = _ARTIFACT.encode(
+            ArtifactRef(hash=digest, size=len(data), media_type=media_type)
+        ).values()
         tx.run(_ARTIFACT.insert, *values, self._home, data)
         return _ARTIFACT.decode(tx.rows(_ARTIFACT_REF, digest, self._home)[0])
 
@@ -3632,12 +4435,20 @@ class StateBackend(_LogFacet):
 
     # --- tokens and tenants ---
     @_write
-    def create_token(self, tx: _Tx, name: str, role: str, *,
-                     expires_at: datetime | None = None) -> tuple[str, ApiToken]:
+    def create_token(
+        self, tx: _Tx, name: str, role: str, *, expires_at: datetime | None = None
+    ) -> tuple[str, ApiToken]:
         """A new token: its plaintext, which is not stored (its SHA-256 is), and its record. Source: create_token."""
         token = f"fs_{os.urandom(32).hex()}"
-        info = ApiToken(id=new_id(), name=name, role=role, created_at=_datetime(tx.now()), expires_at=expires_at,
-                        revoked_at=None, tenant_id=self._home)
+        info = ApiToken(
+            id=new_id(),
+            name=name,
+            role=role,
+            created_at=_datetime(tx.now()),
+            expires_at=expires_at,
+            revoked_at=None,
+            tenant_id=self._home,
+        )
         return token, _add(tx, _TOKEN, info, hash=hashlib.sha256(token.encode()).hexdigest())
 
     @_read
@@ -3649,7 +4460,9 @@ class StateBackend(_LogFacet):
     @_write
     def revoke_token(self, tx: _Tx, token_id: AnyId) -> None:
         """Make a token invalid; again has no effect. Raises NotFound."""
-        self._change(tx, _TOKEN, "revoked_at = COALESCE(revoked_at, ?)", _id(token_id, "token_id"), tx.now())
+        self._change(
+            tx, _TOKEN, "revoked_at = COALESCE(revoked_at, ?)", _id(token_id, "token_id"), tx.now()
+        )
 
     @_read
     def list_tokens(self, tx: _Tx) -> list[ApiToken]:
@@ -3678,7 +4491,9 @@ class StateBackend(_LogFacet):
         """Write a tenant's record. Raises NotFound, in a view TenantMismatch. Source: StateBackend.update_tenant."""
         values = _TENANT.encode(tenant) | {"updated_at": tx.now()}
         self._administer(values["id"])
-        return _TENANT.decode(_found(tx.row(_TENANT_UPDATE, *_TENANT.changes(values)), "tenant", values["id"]))
+        return _TENANT.decode(
+            _found(tx.row(_TENANT_UPDATE, *_TENANT.changes(values)), "tenant", values["id"])
+        )
 
     @_snapshot
     def timeline(self, tx: _Tx, execution_id: AnyId) -> View:
@@ -3694,6 +4509,7 @@ class StateBackend(_LogFacet):
     def _administer(self, tenant_id: AnyId) -> None:
         if self._tenant is not None:
             raise TenantMismatch(str(tenant_id), self._tenant)
+
 
 class Hold:
     """`with state.hold(item)`: a lease that is renewed while the block runs."""
@@ -3711,7 +4527,9 @@ class Hold:
 
     def __enter__(self) -> Hold:
         self.expires = self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
-        if self._state._engine.block() is None:  # inside a transaction nobody else could renew before it ends
+        if (
+            self._state._engine.block() is None
+        ):  # inside a transaction nobody else could renew before it ends
             self._thread.start()
         return self
 
@@ -3721,7 +4539,9 @@ class Hold:
             if not (self._state._engine.has_block(self._owner) or self._state._renew_held(self)):
                 return
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join()
@@ -3730,24 +4550,35 @@ class Hold:
         if self.lost and kind is None:
             raise LeaseLost(self.item.id)
 
+
 # --- workflow persistence ---
 _INSTANCES = _INSTANCE.select("workflows WHERE id IN ({}) ORDER BY id")
 _INSTANCE_BY_NAME = "SELECT id FROM workflows WHERE name = ?"
 _COUNTER_NEXT = """INSERT INTO flowstore_counters (definition_id, value) VALUES (?, 1)
     ON CONFLICT (definition_id) DO UPDATE SET value = flowstore_counters.value + 1 RETURNING value"""
-_POINTERS = f"""SELECT {', '.join(_POINTER.written)} FROM execution_pointers WHERE workflow_id IN ({{}})
+_POINTERS = f"""SELECT {", ".join(_POINTER.written)} FROM execution_pointers WHERE workflow_id IN ({{}})
     ORDER BY workflow_id, place, id"""
 _POINTER_WRITE = _POINTER.upsert("workflow_id, id")
 _UNHELD = "(external_token IS NULL OR external_token_expiry <= ?)"
-_HOLD_SUBSCRIPTION = _update(_SUBSCRIPTION, "external_token = ?, external_worker_id = ?, external_token_expiry = ?",
-                             f"AND terminated_at IS NULL AND {_UNHELD}")
-_LET_GO = _update(_SUBSCRIPTION, "external_token = NULL, external_worker_id = NULL, external_token_expiry = NULL",
-                  "AND external_token = ?")
+_HOLD_SUBSCRIPTION = _update(
+    _SUBSCRIPTION,
+    "external_token = ?, external_worker_id = ?, external_token_expiry = ?",
+    f"AND terminated_at IS NULL AND {_UNHELD}",
+)
+_LET_GO = _update(
+    _SUBSCRIPTION,
+    "external_token = NULL, external_worker_id = NULL, external_token_expiry = NULL",
+    "AND external_token = ?",
+)
 _TO_EVENT = ("event_name", "event_key", "subscribe_as_of <= ?", "terminated_at IS NULL")
 _SUBSCRIPTIONS = _select(_SUBSCRIPTION, "ORDER BY subscribe_as_of, id", *_TO_EVENT)
-_SUBSCRIPTION_OPEN = _select(_SUBSCRIPTION, "ORDER BY subscribe_as_of, id LIMIT 1", *_TO_EVENT, _UNHELD)
+_SUBSCRIPTION_OPEN = _select(
+    _SUBSCRIPTION, "ORDER BY subscribe_as_of, id LIMIT 1", *_TO_EVENT, _UNHELD
+)
 # A lease that has expired holds nothing: scheduling takes it away, so that its handler's late return finds it gone.
-_FREE_COMMAND = "(scheduled_commands.lease_token IS NULL OR scheduled_commands.lease_expires_at <= ?)"
+_FREE_COMMAND = (
+    "(scheduled_commands.lease_token IS NULL OR scheduled_commands.lease_expires_at <= ?)"
+)
 _SCHEDULE = f"""INSERT INTO scheduled_commands (command_name, data, execute_time) VALUES (?, ?, ?)
     ON CONFLICT (command_name, data) DO UPDATE SET
     execute_time = CASE WHEN {_FREE_COMMAND} AND excluded.execute_time < scheduled_commands.execute_time
@@ -3772,26 +4603,41 @@ _COMPARED = ("sleep_until", "start_time", "end_time", "status", "status.__class_
 _compared = operator.attrgetter(*_COMPARED)
 _marshalled = operator.attrgetter(*(name for name in _POINTER.fields if name not in _COMPARED))
 
+
 def _fingerprints(pointers: Sequence[Any]) -> dict[Any, Any]:
     """By id, what changes when a pointer does; fewer than there are pointers when that cannot be told."""
     try:
         compared = [*map(_compared, pointers)]
-        if {type(time.tzinfo) for fields in compared for time in fields[:3] if time is not None} - {type(UTC)}:
+        if {type(time.tzinfo) for fields in compared for time in fields[:3] if time is not None} - {
+            type(UTC)
+        }:
             return {}  # == does not tell the two times apart that a clock shows when summer ends
         # Version 2: later ones write references, and so how often an object is used.
         plain = map(marshal.dumps, map(_marshalled, pointers), itertools.repeat(2))
-        return dict(zip(map(operator.attrgetter("id"), pointers), zip(compared, plain, strict=True), strict=True))
+        return dict(
+            zip(
+                map(operator.attrgetter("id"), pointers),
+                zip(compared, plain, strict=True),
+                strict=True,
+            )
+        )
     except (AttributeError, TypeError, ValueError):
         return {}
+
 
 def _pointer_row(pointers: Sequence[Any], index: int) -> tuple[Any, ...]:
     return tuple(_POINTER.encode(pointers[index], f"execution_pointers[{index}]").values())
 
+
 def _as_of(tx: _Tx, value: datetime | None, path: str = "as_of") -> int:
     return tx.now() if value is None else _time(value, path)
 
-def _event_until(tx: _Tx, event_name: object, event_key: object, as_of: datetime | None) -> tuple[str, str, int]:
+
+def _event_until(
+    tx: _Tx, event_name: object, event_key: object, as_of: datetime | None
+) -> tuple[str, str, int]:
     return _key(event_name, "event_name"), _key(event_key, "event_key"), _as_of(tx, as_of)
+
 
 class PersistenceProvider(_Facet):
     """Workflow instances, events, subscriptions, commands and errors. Source: PersistenceProvider."""
@@ -3814,7 +4660,9 @@ class PersistenceProvider(_Facet):
         values = _INSTANCE.encode(instance, now=tx.now()) | {"stamp": _random_bits()}
         automatic, definition = not values["name"], values["workflow_definition_id"]
         while automatic and (not values["name"] or tx.row(_INSTANCE_BY_NAME, values["name"])):
-            values["name"] = _key(f"{definition}-{tx.rows(_COUNTER_NEXT, definition)[0][0]}", "the automatic name")
+            values["name"] = _key(
+                f"{definition}-{tx.rows(_COUNTER_NEXT, definition)[0][0]}", "the automatic name"
+            )
         if not tx.run(_INSTANCE.insert, *values.values()):
             id_is_taken = tx.row("SELECT id FROM workflows WHERE id = ?", values["id"])
             raise AlreadyExists("workflow", values["id" if id_is_taken else "name"])
@@ -3829,15 +4677,18 @@ class PersistenceProvider(_Facet):
         self._persist(tx, instance)
 
     @_write
-    def persist_workflow_with_subscriptions(self, tx: _Tx, instance: WorkflowInstance,
-                                            subscriptions: Sequence[EventSubscription]) -> None:
+    def persist_workflow_with_subscriptions(
+        self, tx: _Tx, instance: WorkflowInstance, subscriptions: Sequence[EventSubscription]
+    ) -> None:
         """`persist_workflow`, and new subscriptions: all or none. Raises AlreadyExists. Source: WorkflowRepository."""
         self._persist(tx, instance)
         for index, subscription in enumerate(_listed(subscriptions, "subscriptions")):
             _add(tx, _SUBSCRIPTION, subscription, f"subscriptions[{index}]")
 
     def _persist(self, tx: _Tx, instance: WorkflowInstance) -> None:
-        values = _INSTANCE.encode(_is(WorkflowInstance, instance, "instance")) | {"stamp": _random_bits()}
+        values = _INSTANCE.encode(_is(WorkflowInstance, instance, "instance")) | {
+            "stamp": _random_bits()
+        }
         stored = tx.row("SELECT name, stamp FROM workflows WHERE id = ?", values["id"])
         name, stamp = _found(stored, "workflow", values["id"])
         values["name"] = values["name"] or name
@@ -3846,15 +4697,28 @@ class PersistenceProvider(_Facet):
         tx.run(_INSTANCE.update, *_INSTANCE.changes(values))
         self._write_pointers(tx, values, instance.execution_pointers, stamp)
 
-    def _write_pointers(self, tx: _Tx, values: dict[str, Any], given: object, stored_stamp: int | None) -> None:
+    def _write_pointers(
+        self, tx: _Tx, values: dict[str, Any], given: object, stored_stamp: int | None
+    ) -> None:
         """Write the pointers that differ from the stored ones, which are read unless the stamp is our own."""
         id, pointers = values["id"], _listed(given, "execution_pointers")
-        prints, (known_stamp, known, places) = _fingerprints(pointers), self._known.pop(id, (-1, {}, []))
-        if known_stamp == stored_stamp and len(prints) == len(pointers) and [*known] == [*prints][: len(known)]:
+        prints, (known_stamp, known, places) = (
+            _fingerprints(pointers),
+            self._known.pop(id, (-1, {}, [])),
+        )
+        if (
+            known_stamp == stored_stamp
+            and len(prints) == len(pointers)
+            and [*known] == [*prints][: len(known)]
+        ):
             end = max(places, default=-1) + 1
             places = [*places, *range(end, end + len(prints) - len(known))]
             pairs = enumerate(itertools.zip_longest(prints.values(), known.values()))
-            rows = [(*_pointer_row(pointers, at), id, places[at]) for at, (now, before) in pairs if now != before]
+            rows = [
+                (*_pointer_row(pointers, at), id, places[at])
+                for at, (now, before) in pairs
+                if now != before
+            ]
         else:
             rows, places = self._compare(tx, id, pointers)
         tx.run_many(_POINTER_WRITE, rows)
@@ -3863,7 +4727,9 @@ class PersistenceProvider(_Facet):
         if len(prints) == len(pointers):
             self._known[id] = values["stamp"], prints, places
 
-    def _compare(self, tx: _Tx, id: str, pointers: Sequence[Any]) -> tuple[list[tuple[Any, ...]], list[int]]:
+    def _compare(
+        self, tx: _Tx, id: str, pointers: Sequence[Any]
+    ) -> tuple[list[tuple[Any, ...]], list[int]]:
         """The rows that differ, and all places, kept while they only ever increase; pointers that are gone go."""
         stored = {row[0]: row for row in tx.rows(_POINTERS.format("?"), id)}
         places: dict[str, int] = {}
@@ -3871,12 +4737,17 @@ class PersistenceProvider(_Facet):
         for index in range(len(pointers)):
             key, *_ = row = _pointer_row(pointers, index)
             if key in places:
-                raise InvalidData(f"execution_pointers[{index}].id: {key!r} is another pointer's too")
+                raise InvalidData(
+                    f"execution_pointers[{index}].id: {key!r} is another pointer's too"
+                )
             before = stored.pop(key, (-1,))
             places[key] = last = max(before[-1], last + 1)
             if before != (*row, id, last):
                 rows.append((*row, id, last))
-        tx.run_many("DELETE FROM execution_pointers WHERE workflow_id = ? AND id = ?", [(id, gone) for gone in stored])
+        tx.run_many(
+            "DELETE FROM execution_pointers WHERE workflow_id = ? AND id = ?",
+            [(id, gone) for gone in stored],
+        )
         return rows, [*places.values()]
 
     @_read
@@ -3888,19 +4759,27 @@ class PersistenceProvider(_Facet):
     @_snapshot
     def get_workflow_instance(self, tx: _Tx, id: AnyId) -> WorkflowInstance:
         """One instance, its pointers in their order. Raises NotFound. Source: get_workflow_instance."""
-        return _found(next(iter(self._instances(tx, [key := _id(id, "id")])), None), "workflow", key)
+        return _found(
+            next(iter(self._instances(tx, [key := _id(id, "id")])), None), "workflow", key
+        )
 
     @_snapshot
     def get_workflow_instance_by_name(self, tx: _Tx, name: str) -> WorkflowInstance:
         """One instance by its name. Raises NotFound. Source: get_workflow_instance_by_name."""
-        found = self._instances(tx, [id for (id,) in tx.rows(_INSTANCE_BY_NAME, _key(name, "name"))])
+        found = self._instances(
+            tx, [id for (id,) in tx.rows(_INSTANCE_BY_NAME, _key(name, "name"))]
+        )
         return _found(next(iter(found), None), "workflow", name)
 
     @_snapshot
     def get_workflow_instances(self, tx: _Tx, ids: Sequence[AnyId]) -> list[WorkflowInstance]:
         """Instances in the order asked, unknown ids skipped: two queries per 10,000. Source: get_workflow_instances."""
         asked = [_id(id, f"ids[{index}]") for index, id in enumerate(_listed(ids, "ids"))]
-        return [one for at in range(0, len(asked), 10_000) for one in self._instances(tx, asked[at : at + 10_000])]
+        return [
+            one
+            for at in range(0, len(asked), 10_000)
+            for one in self._instances(tx, asked[at : at + 10_000])
+        ]
 
     def _instances(self, tx: _Tx, ids: list[str]) -> list[WorkflowInstance]:
         marks = ", ".join("?" * len(ids)) or "NULL"
@@ -3951,21 +4830,25 @@ class PersistenceProvider(_Facet):
         self._change(tx, _SUBSCRIPTION, "terminated_at = COALESCE(terminated_at, ?)", id, tx.now())
 
     @_read
-    def get_subscriptions(self, tx: _Tx, event_name: str, event_key: str,
-                          as_of: datetime | None = None) -> list[EventSubscription]:
+    def get_subscriptions(
+        self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
+    ) -> list[EventSubscription]:
         """Those to an event, begun by a time (None: now), not terminated, oldest first. Source: get_subscriptions."""
         until = _event_until(tx, event_name, event_key, as_of)
         return _SUBSCRIPTION.decode_all(self._rows(tx, _SUBSCRIPTIONS, *until))
 
     @_read
-    def get_first_open_subscription(self, tx: _Tx, event_name: str, event_key: str,
-                                    as_of: datetime | None = None) -> EventSubscription | None:
+    def get_first_open_subscription(
+        self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
+    ) -> EventSubscription | None:
         """The oldest of them with no token, or an expired one, or None. Source: get_first_open_subscription."""
         until = _event_until(tx, event_name, event_key, as_of)
         return _SUBSCRIPTION.maybe(self._row(tx, _SUBSCRIPTION_OPEN, *until, tx.now()))
 
     @_write_row
-    def set_subscription_token(self, tx: _Tx, id: AnyId, token: str, worker_id: AnyId, expiry: datetime) -> bool:
+    def set_subscription_token(
+        self, tx: _Tx, id: AnyId, token: str, worker_id: AnyId, expiry: datetime
+    ) -> bool:
         """Take a subscription until `expiry`: True for one of any number of callers. Source: set_subscription_token.
 
         False while a token that has not expired is set, even one's own. Raises NotFound if missing or terminated."""
@@ -3973,13 +4856,17 @@ class PersistenceProvider(_Facet):
         held = _text(token, "token"), _id(worker_id, "worker_id"), until
         if self._row(tx, _HOLD_SUBSCRIPTION, *held, key, tx.now()):
             return True
-        alive = tx.row("SELECT id FROM event_subscriptions WHERE id = ? AND terminated_at IS NULL", key)
+        alive = tx.row(
+            "SELECT id FROM event_subscriptions WHERE id = ? AND terminated_at IS NULL", key
+        )
         return not _found(alive, "subscription", key)
 
     @_write_row
     def clear_subscription_token(self, tx: _Tx, id: AnyId, token: str) -> None:
         """Give a subscription back. Raises NotFound unless this is its token. Source: clear_subscription_token."""
-        _found(self._row(tx, _LET_GO, key := _id(id, "id"), _text(token, "token")), "subscription", key)
+        _found(
+            self._row(tx, _LET_GO, key := _id(id, "id"), _text(token, "token")), "subscription", key
+        )
 
     @_write
     def create_event(self, tx: _Tx, event: Event) -> str:
@@ -3998,7 +4885,9 @@ class PersistenceProvider(_Facet):
         return [id for (id,) in tx.rows(sql, _as_of(tx, as_at, "as_at"))]
 
     @_read
-    def get_events(self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None) -> list[str]:
+    def get_events(
+        self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
+    ) -> list[str]:
         """The ids of events of a name and key up to `as_of` (None: now), oldest first. Source: get_events."""
         until = _event_until(tx, event_name, event_key, as_of)
         sql = "SELECT id FROM events WHERE event_name = ? AND event_key = ? AND event_time <= ? ORDER BY event_time, id"
@@ -4026,8 +4915,13 @@ class PersistenceProvider(_Facet):
         tx.run(_SCHEDULE, *values.values(), now, now, now)
 
     @_steps
-    def process_commands(self, as_of: datetime | None, handler: Callable[[ScheduledCommand], Any], *,
-                         lease_seconds: float | None = None) -> _Steps[int]:
+    def process_commands(
+        self,
+        as_of: datetime | None,
+        handler: Callable[[ScheduledCommand], Any],
+        *,
+        lease_seconds: float | None = None,
+    ) -> _Steps[int]:
         """Handle each command due by `as_of` (None: now), soonest first, at most once; how many handlers returned.
 
         Each is leased to one caller just before `handler(command)`, outside any transaction, and removed when that
@@ -4039,7 +4933,9 @@ class PersistenceProvider(_Facet):
         due = _time(self._engine.now() if as_of is None else as_of, "as_of") // 1000
         lease, token, handled = self._lease(lease_seconds), new_id(), 0
         found: Any = (-_INT_MAX - 1, "", "")
-        seen: set[tuple[str, str]] = set()  # what is scheduled again while it is handled waits for a later call
+        seen: set[tuple[str, str]] = (
+            set()
+        )  # what is scheduled again while it is handled waits for a later call
         errors: list[Exception] = []
         try:
             while (found := (yield self._lease_next(due, found, seen, token, lease))) is not None:
@@ -4064,8 +4960,15 @@ class PersistenceProvider(_Facet):
         return handled
 
     @_write
-    def _lease_next(self, tx: _Tx, due: int, place: tuple[int, str, str], seen: set[tuple[str, str]], token: str,
-                    lease: float) -> tuple[int, str, str] | None:
+    def _lease_next(
+        self,
+        tx: _Tx,
+        due: int,
+        place: tuple[int, str, str],
+        seen: set[tuple[str, str]],
+        token: str,
+        lease: float,
+    ) -> tuple[int, str, str] | None:
         """Lease the first due command behind `place` that is free; its time, name and data."""
         now, found = tx.now(), place
         while (row := tx.row(_DUE, due, now, *found)) is not None:
@@ -4094,7 +4997,9 @@ class PersistenceProvider(_Facet):
             _add(tx, _ERROR, error, f"errors[{index}]")
 
     @_read
-    def list_errors(self, tx: _Tx, workflow_id: AnyId, limit: int = 100, offset: int = 0) -> list[ExecutionError]:
+    def list_errors(
+        self, tx: _Tx, workflow_id: AnyId, limit: int = 100, offset: int = 0
+    ) -> list[ExecutionError]:
         """The errors of a workflow, newest first."""
         return self._page(tx, _ERROR, "id DESC", limit, offset, workflow_id=workflow_id)
 
@@ -4107,6 +5012,7 @@ class PersistenceProvider(_Facet):
 # ============================================================================================================
 # Store: what open() returns
 # ============================================================================================================
+
 
 class _StoreBase(_Facet):
     """What both kinds of store have."""
@@ -4163,7 +5069,9 @@ class _StoreBase(_Facet):
         yield self._engine.aside(self._engine.sync.compact)
 
     @_steps
-    def prune(self, older_than: timedelta | datetime, *, dry_run: bool = False) -> _Steps[dict[str, int]]:
+    def prune(
+        self, older_than: timedelta | datetime, *, dry_run: bool = False
+    ) -> _Steps[dict[str, int]]:
         """Drop what ended before a time, or longer ago than a span, with all that is its own; how many, by kind.
 
         That is terminal executions and flows, completed and terminated workflows, processed events, terminated
@@ -4187,7 +5095,10 @@ class _StoreBase(_Facet):
     @_snapshot
     def _prunable(self, tx: _Tx, before: int) -> dict[str, int]:
         count = "SELECT COUNT(*) FROM (SELECT {1} FROM {0} WHERE {2}) ended".format
-        return {kind: tx.rows(count(*how), *[before] * how[2].count("?"))[0][0] for kind, how in _PRUNED.items()}
+        return {
+            kind: tx.rows(count(*how), *[before] * how[2].count("?"))[0][0]
+            for kind, how in _PRUNED.items()
+        }
 
     @_snapshot
     def stats(self, tx: _Tx) -> dict[str, Any]:
@@ -4198,9 +5109,16 @@ class _StoreBase(_Facet):
             queues.setdefault(queue, {})[status] = count
         by_status = "SELECT status, COUNT(*) FROM {} GROUP BY status".format
         return {
-            "tables": {name: tx.rows(f"SELECT COUNT(*) FROM {name}")[0][0] for name in sorted(_TABLE_NAMES)},
-            "flows": dict(tx.rows(by_status("flows"))), "executions": dict(tx.rows(by_status("flowstore_runs"))),
-            "workflows": dict(tx.rows(by_status("workflows"))), "queues": queues, **self._engine.sizes(tx)}
+            "tables": {
+                name: tx.rows(f"SELECT COUNT(*) FROM {name}")[0][0] for name in sorted(_TABLE_NAMES)
+            },
+            "flows": dict(tx.rows(by_status("flows"))),
+            "executions": dict(tx.rows(by_status("flowstore_runs"))),
+            "workflows": dict(tx.rows(by_status("workflows"))),
+            "queues": queues,
+            **self._engine.sizes(tx),
+        }
+
 
 class Store(_StoreBase):
     """A durable memory for workflows in one database: four facets, and what concerns all of it.
@@ -4233,26 +5151,41 @@ class Store(_StoreBase):
         block: _Block = self._engine.transaction()
         return block
 
+
 # --- the same facets, awaited ---
 class _AsyncFacet(_Facet):
     """A facet whose methods are awaited."""
 
+
 class AsyncFlowStore(_AsyncFacet, FlowStore):
     """`FlowStore`, awaited."""
+
 
 class AsyncEventStore(_AsyncFacet, EventStore):
     """`EventStore`, awaited; its generators are for `async for`."""
 
-    def iter_events(self, execution_id: AnyId, after_seq: int = 0, *,  # type: ignore[override]
-                    chunk: int = 1000) -> AsyncIterator[StoredEvent]:
+    def iter_events(  # type: ignore[override]
+        self,
+        execution_id: AnyId,
+        after_seq: int = 0,
+        *,
+        chunk: int = 1000,
+    ) -> AsyncIterator[StoredEvent]:
         """`EventStore.iter_events` for `async for`."""
         return super().iter_events(execution_id, after_seq, chunk=chunk)  # type: ignore[return-value]
 
-    def tail(self, after_position: int | None = None, *, timeout: float | None = None,  # type: ignore[override]
-             tenant_id: AnyId | None = None, execution_id: AnyId | None = None) -> AsyncIterator[StoredEvent]:
+    def tail(  # type: ignore[override]
+        self,
+        after_position: int | None = None,
+        *,
+        timeout: float | None = None,
+        tenant_id: AnyId | None = None,
+        execution_id: AnyId | None = None,
+    ) -> AsyncIterator[StoredEvent]:
         """`EventStore.tail` for `async for`."""
         return super().tail(  # type: ignore[return-value]
-            after_position, timeout=timeout, tenant_id=tenant_id, execution_id=execution_id)
+            after_position, timeout=timeout, tenant_id=tenant_id, execution_id=execution_id
+        )
 
     def _tail_place(self, after: int | None, execution_id: str | None) -> Any:
         # It begins now, not when the loop comes to it: in memory, behind the writes that were sent before.
@@ -4266,6 +5199,7 @@ class AsyncEventStore(_AsyncFacet, EventStore):
                 yield event
             place = events[-1].position, events[-1].sequence, place[2]
 
+
 class AsyncStateBackend(_AsyncFacet, StateBackend):
     """`StateBackend`, awaited."""
 
@@ -4273,11 +5207,13 @@ class AsyncStateBackend(_AsyncFacet, StateBackend):
         """`StateBackend.hold` for `async with`."""
         return AsyncHold(self, _is(WorkItem, item, "item"), self._lease(lease_seconds))
 
+
 class AsyncHold(Hold):
     """`async with state.hold(item)`: a lease that is renewed while the block runs."""
 
     async def __aenter__(self) -> AsyncHold:
         import asyncio
+
         self._owner = asyncio.current_task()
         self.expires = await self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
         engine = self._state._engine
@@ -4286,13 +5222,19 @@ class AsyncHold(Hold):
 
     async def _keep(self) -> None:
         import asyncio
+
         while True:
             await asyncio.sleep(self._pause)
-            if not (self._state._engine.has_block(self._owner) or await self._state._renew_held(self)):
+            if not (
+                self._state._engine.has_block(self._owner) or await self._state._renew_held(self)
+            ):
                 return
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
         import asyncio
+
         if self._task is not None:
             held = self._task.cancel()
             await asyncio.wait([self._task])
@@ -4301,8 +5243,10 @@ class AsyncHold(Hold):
         if self.lost and kind is None:
             raise LeaseLost(self.item.id)
 
+
 class AsyncPersistenceProvider(_AsyncFacet, PersistenceProvider):
     """`PersistenceProvider`, awaited."""
+
 
 class AsyncStore(_AsyncFacet, _StoreBase):
     """`Store` for the tasks of one event loop: the same facets and promises, awaited."""
@@ -4330,23 +5274,35 @@ class AsyncStore(_AsyncFacet, _StoreBase):
         Other tasks' writes wait for its end, their reads go on; otherwise as `Store.transaction`."""
         return _AsyncBlock(self._engine)
 
+
 def _problems(tx: _Tx) -> list[str]:
     """What is wrong with a database: SQLite's own findings, then ours."""
     try:
         found = [row[0] for row in tx.rows("PRAGMA integrity_check") if row[0] != "ok"]
-        found += [f"{table}: row {row} refers to a row of {parent} that is not there"
-                  for table, row, parent, _ in tx.rows("PRAGMA foreign_key_check")]
-        found += [f"the log of execution {execution!r} has a gap" for (execution,) in tx.rows(
-            "SELECT execution_id FROM flowstore_log WHERE execution_id <> '' GROUP BY execution_id "
-            "HAVING COUNT(*) <> MAX(sequence) OR MIN(sequence) <> 1 ORDER BY execution_id")]
-        found += [f"the log has events of execution {execution!r}, which is not known" for (execution,) in tx.rows(
-            "SELECT DISTINCT execution_id FROM flowstore_log l WHERE execution_id <> '' AND NOT EXISTS "
-            "(SELECT 1 FROM flowstore_executions e WHERE e.execution_id = l.execution_id) ORDER BY execution_id")]
+        found += [
+            f"{table}: row {row} refers to a row of {parent} that is not there"
+            for table, row, parent, _ in tx.rows("PRAGMA foreign_key_check")
+        ]
+        found += [
+            f"the log of execution {execution!r} has a gap"
+            for (execution,) in tx.rows(
+                "SELECT execution_id FROM flowstore_log WHERE execution_id <> '' GROUP BY execution_id "
+                "HAVING COUNT(*) <> MAX(sequence) OR MIN(sequence) <> 1 ORDER BY execution_id"
+            )
+        ]
+        found += [
+            f"the log has events of execution {execution!r}, which is not known"
+            for (execution,) in tx.rows(
+                "SELECT DISTINCT execution_id FROM flowstore_log l WHERE execution_id <> '' AND NOT EXISTS "
+                "(SELECT 1 FROM flowstore_executions e WHERE e.execution_id = l.execution_id) ORDER BY execution_id"
+            )
+        ]
         return found
     except (StoreBusy, StoreClosed):
         raise
     except StorageError as error:
         return [str(error)]
+
 
 def _path(path: object, argument: str) -> str:
     """An absolute path: what is opened again later must not depend on the working directory."""
@@ -4357,7 +5313,11 @@ def _path(path: object, argument: str) -> str:
         raise InvalidData(f"{argument}: the path is empty")
     return os.path.abspath(text)
 
-_SERVERS: dict[str, Callable[[str, SimpleNamespace], _Engine]] = {}  # by the scheme of its URLs, the engine of a server
+
+_SERVERS: dict[
+    str, Callable[[str, SimpleNamespace], _Engine]
+] = {}  # by the scheme of its URLs, the engine of a server
+
 
 def _parse_target(target: object) -> tuple[str, str | None]:
     """What to call a target, and the absolute path of its file (None: in memory; "": on a server)."""
@@ -4370,17 +5330,29 @@ def _parse_target(target: object) -> tuple[str, str | None]:
 
         name = target[7:].removeprefix("//")
         if "?" in name:
-            raise InvalidData("target: a ?query is not understood here: pass options to open() by name")
+            raise InvalidData(
+                "target: a ?query is not understood here: pass options to open() by name"
+            )
         name = urllib.parse.unquote(name, errors="surrogateescape")
     elif scheme and scheme[1].lower() in _SERVERS:
         return target, ""
     elif scheme and scheme[2]:
-        raise StorageError(f"target: the scheme {scheme[1]!r} is not known: give a path, sqlite:///path or :memory:")
+        raise StorageError(
+            f"target: the scheme {scheme[1]!r} is not known: give a path, sqlite:///path or :memory:"
+        )
     return target, None if name == ":memory:" else _path(name, "target")
 
-def open(target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_timeout: float = 30.0,
-         lease_seconds: float = 30.0, backoff: Callable[[int], float] | None = None,
-         clock: Callable[[], datetime] | None = None, read_only: bool = False) -> Store:
+
+def open(
+    target: str | os.PathLike[str],
+    *,
+    synchronous: str = "FULL",
+    busy_timeout: float = 30.0,
+    lease_seconds: float = 30.0,
+    backoff: Callable[[int], float] | None = None,
+    clock: Callable[[], datetime] | None = None,
+    read_only: bool = False,
+) -> Store:
     """Open a store, creating it with all its tables where there is none.
 
     `target`: a path, `"sqlite:///absolute"`, `"sqlite://relative"` or `":memory:"`. `synchronous`: FULL (what is
@@ -4396,12 +5368,18 @@ def open(target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_time
     _optional(_function, backoff, "backoff")
     _optional(_function, clock, "clock")
     options = SimpleNamespace(
-        synchronous=mode, busy_timeout=min(_seconds(busy_timeout, "busy_timeout"), threading.TIMEOUT_MAX / 2),
-        lease_seconds=_seconds(lease_seconds, "lease_seconds"), backoff=backoff, clock=clock,
-        read_only=_is(bool, read_only, "read_only", "True or False"))
+        synchronous=mode,
+        busy_timeout=min(_seconds(busy_timeout, "busy_timeout"), threading.TIMEOUT_MAX / 2),
+        lease_seconds=_seconds(lease_seconds, "lease_seconds"),
+        backoff=backoff,
+        clock=clock,
+        read_only=_is(bool, read_only, "read_only", "True or False"),
+    )
     _after(0, options.lease_seconds, "lease_seconds")
     if sqlite3.sqlite_version_info < (3, 35):
-        raise StorageError(f"SQLite 3.35 or newer is needed, this Python has {sqlite3.sqlite_version}")
+        raise StorageError(
+            f"SQLite 3.35 or newer is needed, this Python has {sqlite3.sqlite_version}"
+        )
     name, path = _parse_target(target)
     if path == "":
         return Store(_SERVERS[name.split(":")[0].lower()](name, options))
@@ -4409,7 +5387,9 @@ def open(target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_time
         if os.path.isdir(path):
             raise StorageError(f"{path}: this is a folder: name a file in it")
         if not os.path.isdir(os.path.dirname(path)):
-            raise StorageError(f"{path}: the folder {os.path.dirname(path)} does not exist: make it first")
+            raise StorageError(
+                f"{path}: the folder {os.path.dirname(path)} does not exist: make it first"
+            )
         if read_only and not os.path.exists(path):
             raise StorageError(f"{path}: there is no such file")
     try:
@@ -4417,6 +5397,7 @@ def open(target: str | os.PathLike[str], *, synchronous: str = "FULL", busy_time
     except StoreCorrupt as error:
         error.args = (f"{name}: {error}",)  # SQLite does not say which file it is
         raise
+
 
 class _Opening:
     """What `open_async` returns: the store when awaited, and a context manager that closes it."""
@@ -4429,11 +5410,13 @@ class _Opening:
 
     async def __aenter__(self) -> AsyncStore:
         import asyncio
+
         self._store = AsyncStore(_AsyncEngine((await asyncio.to_thread(self._opening))._engine))
         return self._store
 
     async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
         await self._store.close()
+
 
 def _awaited(open: Callable[P, Store]) -> Callable[P, _Opening]:
     """`open` for the tasks of the running event loop."""
@@ -4447,10 +5430,17 @@ def _awaited(open: Callable[P, Store]) -> Callable[P, _Opening]:
     open_async.__signature__ = awaited  # type: ignore[attr-defined]
     return open_async
 
+
 open_async = _awaited(open)
 
-__all__ = [name for name, value in globals().items() if not name.startswith("_") and name != "open"
-           and inspect.isroutine(value) | inspect.isclass(value) and value.__module__ == __name__]
+__all__ = [
+    name
+    for name, value in globals().items()
+    if not name.startswith("_")
+    and name != "open"
+    and inspect.isroutine(value) | inspect.isclass(value)
+    and value.__module__ == __name__
+]
 __all__ += ["DEFAULT_TENANT"]
 
 
@@ -4466,59 +5456,113 @@ _COUNTED, _DEAD_COUNTED, _QUEUES, _LISTED, _DETAILED, _CUT = 200_000, 2000, 100,
 _KINDS: dict[str, tuple[type[_Facet], _Mapper[Any], type[StrEnum], str]] = {
     "executions": (_LogFacet, _RUN, ExecutionStatus, "updated_at"),
     "flows": (FlowStore, _FLOW, FlowStatus, "updated_at"),
-    "workflows": (PersistenceProvider, _INSTANCE, WorkflowStatus, "COALESCE(complete_time, create_time)"),
+    "workflows": (
+        PersistenceProvider,
+        _INSTANCE,
+        WorkflowStatus,
+        "COALESCE(complete_time, create_time)",
+    ),
     "work items": (StateBackend, _DEAD, WorkItemStatus, "dead_lettered_at"),
 }
 _STATUSES = dict.fromkeys(str(word) for _, _, statuses, _ in _KINDS.values() for word in statuses)
 # By kind: its records; then its tables, each with its records, which of them those are, and in what order.
 _DETAILS: dict[str, tuple[_Mapper[Any], dict[str, tuple[_Mapper[Any], str, str]]]] = {
-    "execution": (_RUN, {
-        "events": (_STORED, "execution_id = ?", "sequence DESC"),
-        "work items": (_DEAD, "execution_id = ?", "available_at DESC, id DESC")}),
-    "flow": (_FLOW, {
-        "events": (_FLOW_EVENT, "flow_id = ?", "id DESC"),
-        "steps": (_STEP, "flow_id = ?", "created_at DESC, id DESC")}),
-    "workflow": (_INSTANCE, {
-        "pointers": (_POINTER, "workflow_id = ?", "place DESC, id DESC"),
-        "subscriptions": (_SUBSCRIPTION, "workflow_id = ? AND terminated_at IS NULL", "workflow_id"),
-        "errors": (_ERROR, "workflow_id = ?", "id DESC")}),
+    "execution": (
+        _RUN,
+        {
+            "events": (_STORED, "execution_id = ?", "sequence DESC"),
+            "work items": (_DEAD, "execution_id = ?", "available_at DESC, id DESC"),
+        },
+    ),
+    "flow": (
+        _FLOW,
+        {
+            "events": (_FLOW_EVENT, "flow_id = ?", "id DESC"),
+            "steps": (_STEP, "flow_id = ?", "created_at DESC, id DESC"),
+        },
+    ),
+    "workflow": (
+        _INSTANCE,
+        {
+            "pointers": (_POINTER, "workflow_id = ?", "place DESC, id DESC"),
+            "subscriptions": (
+                _SUBSCRIPTION,
+                "workflow_id = ? AND terminated_at IS NULL",
+                "workflow_id",
+            ),
+            "errors": (_ERROR, "workflow_id = ?", "id DESC"),
+        },
+    ),
 }
-_MEANINGS = {word: meaning for meaning, words in {  # to the eye, in colours and bars; what is not named here waits
-    "running": "running started resumed claimed runnable", "done": "completed succeeded finished complete",
-    "failed": "failed dead_lettered limit_exceeded terminated", "lost": "lost cancelled skipped compensated",
-}.items() for word in words.split()}
+_MEANINGS = {
+    word: meaning
+    for meaning, words in {  # to the eye, in colours and bars; what is not named here waits
+        "running": "running started resumed claimed runnable",
+        "done": "completed succeeded finished complete",
+        "failed": "failed dead_lettered limit_exceeded terminated",
+        "lost": "lost cancelled skipped compensated",
+    }.items()
+    for word in words.split()
+}
 _STEP_EVENT = re.compile(f"(.+)_({'|'.join(_MEANINGS)}|discovered|scheduled|paused)")
-_STEP_KEYS = ("step", "step_id", "node_id", "node", "call_id", "tool_call_id", "tool", "tool_name", "name", "task")
+_STEP_KEYS = (
+    "step",
+    "step_id",
+    "node_id",
+    "node",
+    "call_id",
+    "tool_call_id",
+    "tool",
+    "tool_name",
+    "name",
+    "task",
+)
+
 
 def _meaning(status: object) -> str:
     return _MEANINGS.get(str(status).lower(), "waiting")
 
-def _seen(facet: _Facet, tx: _Tx, mapper: _Mapper[Any], where: str, *params: Any, by: str = "") -> list[dict[str, Any]]:
+
+def _seen(
+    facet: _Facet, tx: _Tx, mapper: _Mapper[Any], where: str, *params: Any, by: str = ""
+) -> list[dict[str, Any]]:
     """Records as dicts, of the facet's tenant alone; of long texts and JSON the beginning, as text."""
-    long = {name for name, encode in mapper.codecs.items() if encode in (_text, _json, _texts, _object)}
+    long = {
+        name for name, encode in mapper.codecs.items() if encode in (_text, _json, _texts, _object)
+    }
     columns = (f"SUBSTR({name}, 1, {_CUT + 1})" if name in long else name for name in mapper.names)
     sql = _Sql(f"SELECT {', '.join(columns)} FROM {mapper.table} WHERE {where} {{tenant}} {by}")
     decoders = {mapper.fields[index]: decode for index, decode in mapper._decoders}
+
     def seen(name: str, value: Any) -> Any:
         if name in long and value is not None and len(value) > _CUT:
             return f"{value[:_CUT]}... (cut)"
         return decoders[name](value) if name in decoders and value is not None else value
-    return [{name: seen(name, value) for name, value in zip(mapper.fields, row, strict=True)}
-            for row in facet._rows(tx, sql, *params)]
+
+    return [
+        {name: seen(name, value) for name, value in zip(mapper.fields, row, strict=True)}
+        for row in facet._rows(tx, sql, *params)
+    ]
+
 
 def _one(facet: _Facet, tx: _Tx, mapper: _Mapper[Any], id: str) -> dict[str, Any] | None:
     return next(iter(_seen(facet, tx, mapper, f"{mapper.key} = ?", id)), None)
 
+
 def _counted(facet: _Facet, tx: _Tx, table: str, where: str, *params: Any) -> int | str:
     """How many rows of the facet's tenant there are, at 80 ns each; beyond the bound, that there are more."""
-    sql = _Sql(f"SELECT COUNT(*) FROM (SELECT 1 FROM {table} WHERE {where} {{tenant}} LIMIT {_COUNTED + 1}) counted")
+    sql = _Sql(
+        f"SELECT COUNT(*) FROM (SELECT 1 FROM {table} WHERE {where} {{tenant}} LIMIT {_COUNTED + 1}) counted"
+    )
     count = int(facet._rows(tx, sql, *params)[0][0])
     return count if count <= _COUNTED else f"{_COUNTED:,}+"
+
 
 def _since(row: dict[str, Any]) -> Any:
     """Since when a record is as it is."""
     times = ("dead_lettered_at", "updated_at", "complete_time", "create_time")
     return next(row[time] for time in times if row.get(time))
+
 
 @_snapshot
 def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, Any]:
@@ -4526,62 +5570,125 @@ def _overview(facet: _Facet, tx: _Tx, status: str | None = None) -> dict[str, An
     if status and status not in _STATUSES:
         raise InvalidData(f"status: {status[:50]!r} is no status of anything in a store")
     now, counts, tables = tx.now(), dict[str, Any](), dict[str, list[dict[str, Any]]]()
-    facts = {"store": facet.target, **facet._engine.sizes(tx)} if isinstance(facet, _StoreBase) else dict[str, Any]()
+    facts = (
+        {"store": facet.target, **facet._engine.sizes(tx)}
+        if isinstance(facet, _StoreBase)
+        else dict[str, Any]()
+    )
     facts |= {"tenant_id": facet._tenant, "read_at": _datetime(now)}
     if isinstance(facet, (_StoreBase, StateBackend)):
         tables["queues"] = _queues(facet, tx, now)
     for name, (owner, mapper, statuses, when) in _KINDS.items():
         if isinstance(facet, (_StoreBase, owner)):
-            listed = [word for word in (["dead_lettered"] if mapper is _DEAD else statuses) if status in (None, word)]
+            listed = [
+                word
+                for word in (["dead_lettered"] if mapper is _DEAD else statuses)
+                if status in (None, word)
+            ]
             # A tenant's items that are done have no index; those that wait, are leased or dead have.
             skip = ("completed", "failed") if facet._tenant is not None and mapper is _DEAD else ()
-            counts[name] = {str(word): count for word in statuses if word not in skip and (
-                count := _counted(facet, tx, mapper.table, f"status = '{word}'"))}
+            counts[name] = {
+                str(word): count
+                for word in statuses
+                if word not in skip
+                and (count := _counted(facet, tx, mapper.table, f"status = '{word}'"))
+            }
             by = f"ORDER BY {when} DESC, {mapper.key} DESC LIMIT {_LISTED}"
-            newest = [row for word in listed for row in _seen(facet, tx, mapper, f"status = '{word}'", by=by)]
-            tables["dead letters" if mapper is _DEAD else name] = sorted(newest, key=_since, reverse=True)[:_LISTED]
+            newest = [
+                row
+                for word in listed
+                for row in _seen(facet, tx, mapper, f"status = '{word}'", by=by)
+            ]
+            tables["dead letters" if mapper is _DEAD else name] = sorted(
+                newest, key=_since, reverse=True
+            )[:_LISTED]
     if isinstance(facet, (_StoreBase, _LogFacet)):
-        log = facet._rows(tx, _Sql("""SELECT execution_id, timestamp, position FROM flowstore_log
-            WHERE execution_id <> '' {tenant} ORDER BY position DESC LIMIT 1000"""))
+        log = facet._rows(
+            tx,
+            _Sql("""SELECT execution_id, timestamp, position FROM flowstore_log
+            WHERE execution_id <> '' {tenant} ORDER BY position DESC LIMIT 1000"""),
+        )
         if log:
             seconds = (log[0][1] - log[-1][1]) / 1e6
             rate = f"{(len(log) - 1) / seconds:,.1f} events/s" if seconds > 0 else "at one time"
-            facts |= {"last_position": log[0][2], "throughput": f"{rate}, the last {_many(len(log), 'events')}"}
+            facts |= {
+                "last_position": log[0][2],
+                "throughput": f"{rate}, the last {_many(len(log), 'events')}",
+            }
         # What was appended to last comes first; of some executions only the log knows.
         known = {row["execution_id"]: row for row in tables["executions"]}
         ids = dict.fromkeys([*([] if status else [row[0] for row in log]), *known])
-        tables["executions"] = [(known.get(id) or _one(facet, tx, _RUN, id) or {"execution_id": id})
-                                | {"events": (facet._row(tx, _LOG_LAST, id) or (0,))[0]}
-                                for id in itertools.islice(ids, _LISTED)]
+        tables["executions"] = [
+            (known.get(id) or _one(facet, tx, _RUN, id) or {"execution_id": id})
+            | {"events": (facet._row(tx, _LOG_LAST, id) or (0,))[0]}
+            for id in itertools.islice(ids, _LISTED)
+        ]
     if isinstance(facet, (_StoreBase, PersistenceProvider)):
         facts |= {
-            "open_subscriptions": _counted(facet, tx, "event_subscriptions", "terminated_at IS NULL"),
+            "open_subscriptions": _counted(
+                facet, tx, "event_subscriptions", "terminated_at IS NULL"
+            ),
             "unprocessed_events": _counted(facet, tx, "events", "is_processed = 0"),
-            "due_commands": _counted(facet, tx, "scheduled_commands", "execute_time <= ?", now // 1000),
-            "later_commands": _counted(facet, tx, "scheduled_commands", "execute_time > ?", now // 1000)}
-    return {"kind": "overview", "id": facet._tenant, "status": status, "facts": facts, "counts": counts,
-            "tables": {name: {"rows": rows, "total": len(rows) if name == "queues" or len(rows) < _LISTED else
-                              f"{_LISTED}+"} for name, rows in tables.items()}}
+            "due_commands": _counted(
+                facet, tx, "scheduled_commands", "execute_time <= ?", now // 1000
+            ),
+            "later_commands": _counted(
+                facet, tx, "scheduled_commands", "execute_time > ?", now // 1000
+            ),
+        }
+    return {
+        "kind": "overview",
+        "id": facet._tenant,
+        "status": status,
+        "facts": facts,
+        "counts": counts,
+        "tables": {
+            name: {
+                "rows": rows,
+                "total": len(rows) if name == "queues" or len(rows) < _LISTED else f"{_LISTED}+",
+            }
+            for name, rows in tables.items()
+        },
+    }
+
 
 def _queues(facet: _Facet, tx: _Tx, now: int) -> list[dict[str, Any]]:
     """What each queue has that is not done: the indexes of what waits and is leased begin with the queue."""
     items = "SELECT {} FROM flowstore_work_items WHERE status = '{}' {{tenant}} {}".format
-    dead = [row[0] for row in facet._rows(tx, _Sql(items("queue_type", "dead_lettered", f"LIMIT {_DEAD_COUNTED}")))]
-    first = _Sql(items("available_at", "pending", "AND queue_type = ? ORDER BY available_at, id LIMIT 1"))
+    dead = [
+        row[0]
+        for row in facet._rows(
+            tx, _Sql(items("queue_type", "dead_lettered", f"LIMIT {_DEAD_COUNTED}"))
+        )
+    ]
+    first = _Sql(
+        items("available_at", "pending", "AND queue_type = ? ORDER BY available_at, id LIMIT 1")
+    )
     names, rows = set(dead), list[dict[str, Any]]()
     for status in ("pending", "claimed"):
-        following, name = _Sql(items("queue_type", status, "AND queue_type > ? ORDER BY queue_type LIMIT 1")), ""
+        following, name = (
+            _Sql(items("queue_type", status, "AND queue_type > ? ORDER BY queue_type LIMIT 1")),
+            "",
+        )
         while len(names) < _QUEUES and (row := facet._row(tx, following, name)):
             names.add(name := row[0])
     for name in sorted(names):
         oldest = facet._row(tx, first, name)
-        rows.append({
-            "queue": name,
-            "waiting": _counted(facet, tx, _ITEM.table, "status = 'pending' AND queue_type = ?", name),
-            "leased": _counted(facet, tx, _ITEM.table, "status = 'claimed' AND queue_type = ?", name),
-            "dead": f"{dead.count(name)}+" if len(dead) == _DEAD_COUNTED else dead.count(name),
-            "oldest_seconds": max(0, now - oldest[0]) / 1e6 if oldest else None})
+        rows.append(
+            {
+                "queue": name,
+                "waiting": _counted(
+                    facet, tx, _ITEM.table, "status = 'pending' AND queue_type = ?", name
+                ),
+                "leased": _counted(
+                    facet, tx, _ITEM.table, "status = 'claimed' AND queue_type = ?", name
+                ),
+                "dead": f"{dead.count(name)}+" if len(dead) == _DEAD_COUNTED else dead.count(name),
+                "oldest_seconds": max(0, now - oldest[0]) / 1e6 if oldest else None,
+            }
+        )
     return rows
+
 
 @_snapshot
 def _details(facet: _Facet, tx: _Tx, id: str) -> list[dict[str, Any]]:
@@ -4592,85 +5699,146 @@ def _details(facet: _Facet, tx: _Tx, id: str) -> list[dict[str, Any]]:
         found += filter(None, [_detail(facet, tx, "execution", item["execution_id"])])
     return found or _found(None, " or ".join(kinds), id)
 
+
 def _detail(facet: _Facet, tx: _Tx, kind: str, id: str) -> dict[str, Any] | None:
     mapper, its_tables = _DETAILS[kind]
-    owner = facet._row(tx, _EXECUTION_OWNER, id) if kind == "execution" else None  # of some only the log knows
+    owner = (
+        facet._row(tx, _EXECUTION_OWNER, id) if kind == "execution" else None
+    )  # of some only the log knows
     if not (facts := _one(facet, tx, mapper, id) or ({"tenant_id": owner[0]} if owner else None)):
         return None
     now, status, tables = _datetime(tx.now()), facts.pop("status", None), dict[str, Any]()
     bars: list[dict[str, Any]] = []
     for name, (mapper, where, order) in its_tables.items():
         rows = _seen(facet, tx, mapper, where, id, by=f"ORDER BY {order} LIMIT {_DETAILED}")[::-1]
-        total = rows[-1]["sequence"] if rows and mapper is _STORED else _counted(facet, tx, mapper.table, where, id)
+        total = (
+            rows[-1]["sequence"]
+            if rows and mapper is _STORED
+            else _counted(facet, tx, mapper.table, where, id)
+        )
         tables[name] = {"total": total, "rows": rows}
-        bars += _event_bars(rows) if mapper is _STORED else [_row_bar(row) for row in rows if "status" in row]
+        bars += (
+            _event_bars(rows)
+            if mapper is _STORED
+            else [_row_bar(row) for row in rows if "status" in row]
+        )
         if rows and mapper is _STORED and _meaning(status) not in ("waiting", "running"):
-            now = rows[-1]["timestamp"]  # what has not ended goes on up to now, or to the last event when all has
+            now = rows[-1][
+                "timestamp"
+            ]  # what has not ended goes on up to now, or to the last event when all has
     for part in (part for bar in bars for part in bar["parts"]):
         part["to"] = part["to"] or max(part["from"], now)
-    return {"kind": kind, "id": id, "status": status, "facts": facts, "steps": bars, "tables": tables}
+    return {
+        "kind": kind,
+        "id": id,
+        "status": status,
+        "facts": facts,
+        "steps": bars,
+        "tables": tables,
+    }
+
 
 def _stretch(what: str, start: Any, end: Any = None) -> dict[str, Any]:
     return {"what": what, "from": start, "to": end}
 
+
 def _row_bar(row: dict[str, Any]) -> dict[str, Any]:
     """A step that is a row: of a flow, of a workflow, of a queue."""
-    name, end = (next((row[key] for key in keys if row.get(key)), None) for keys in (
-        ("task", "step_name", "node_id", "run_id", "queue_type", "step_id"),
-        ("end_time", "updated_at", "dead_lettered_at", "available_at")))
+    name, end = (
+        next((row[key] for key in keys if row.get(key)), None)
+        for keys in (
+            ("task", "step_name", "node_id", "run_id", "queue_type", "step_id"),
+            ("end_time", "updated_at", "dead_lettered_at", "available_at"),
+        )
+    )
     start, ready = row.get("start_time") or row.get("created_at"), row.get("available_at")
     what = _meaning(row["status"])
     parts = []
-    if ready and what != "waiting":  # when an item was claimed is not kept, only since when it could be
+    if (
+        ready and what != "waiting"
+    ):  # when an item was claimed is not kept, only since when it could be
         parts, start = [_stretch("waiting", min(start, ready), ready)], ready
     if start:
-        parts.append(_stretch(what, start, None if what in ("waiting", "running") else end or start))
-    return {"name": str(name or "step"), "status": row["status"], "parts": parts,
-            "attempts": row.get("attempt", row.get("retry_count", 0)) + 1}
+        parts.append(
+            _stretch(what, start, None if what in ("waiting", "running") else end or start)
+        )
+    return {
+        "name": str(name or "step"),
+        "status": row["status"],
+        "parts": parts,
+        "attempts": row.get("attempt", row.get("retry_count", 0)) + 1,
+    }
+
 
 def _event_bars(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Steps as the log tells them, by events called step_started, tool_call_failed and the like."""
     bars: dict[str, dict[str, Any]] = {}
-    for event, at in ((one["event"], one["timestamp"]) for one in events if isinstance(one["event"], dict)):
+    for event, at in (
+        (one["event"], one["timestamp"]) for one in events if isinstance(one["event"], dict)
+    ):
         if not (match := _STEP_EVENT.fullmatch(event["type"])):
             continue
-        kind, what, own = match[1], _meaning(match[2]), [str(event[key]) for key in _STEP_KEYS if key in event][:1]
-        name, going = " ".join([kind] * (kind != "step" or not own) + own), what in ("waiting", "running")
+        kind, what, own = (
+            match[1],
+            _meaning(match[2]),
+            [str(event[key]) for key in _STEP_KEYS if key in event][:1],
+        )
+        name, going = (
+            " ".join([kind] * (kind != "step" or not own) + own),
+            what in ("waiting", "running"),
+        )
         bar = bars.setdefault(name, {"name": name, "status": "", "parts": [], "attempts": 0})
         parts = bar["parts"]
         if parts and parts[-1]["to"] is None:
             parts[-1]["to"] = at
-            if parts[-1]["what"] == "running" and what != "waiting":  # started again: its worker was lost
+            if (
+                parts[-1]["what"] == "running" and what != "waiting"
+            ):  # started again: its worker was lost
                 parts[-1]["what"] = "lost" if going else what
         elif parts and going:
             parts.append(_stretch("waiting", parts[-1]["to"], at))  # between two attempts
         elif not going:
-            parts.append(_stretch(what, at, at))  # its start was not told, or lies before what is shown
+            parts.append(
+                _stretch(what, at, at)
+            )  # its start was not told, or lies before what is shown
         parts += [_stretch(what, at)] * going
         bar |= {"status": match[2], "attempts": bar["attempts"] + (match[2] == "started")}
     return list(bars.values())
 
+
 # --- what both drawings say ---
 # Of rows, what is shown, in this order, where any of them has it; JSON has it all.
-_COLUMNS = re.findall(r"\w+", """
+_COLUMNS = re.findall(
+    r"\w+",
+    """
     queue waiting oldest_seconds leased dead sequence timestamp at error_time execution_id id kind step_id
     step_name run_id node_id queue_type task name goal current_step status last_error message attempt
     retry_count workflow_id events worker_id event_name event_key event payload result outcome lease_expires_at
-    dead_lettered_at sleep_until tenant_id updated_at complete_time""")
+    dead_lettered_at sleep_until tenant_id updated_at complete_time""",
+)
 _LETTERS = {"event": "|", "waiting": ".", "running": "=", "done": "#", "failed": "x", "lost": "~"}
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
+
 def _label(name: str) -> str:
     return re.sub("_(bytes|seconds|id)$", "", name).replace("_", " ")
+
 
 def _many(count: int, things: str) -> str:
     """How many there are of what ends in a plural's s."""
     return f"{count:,} {things.removesuffix('s' * (count == 1))}"
 
+
 def _plain(text: str) -> str:
     """Text whose characters that steer a terminal or turn the direction of what follows are spelt out."""
-    return text if text.isprintable() else "".join(
-        char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(
+            char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text
+        )
+    )
+
 
 def _said(name: str, value: Any) -> str:
     """A value in one line for people; its name tells the unit."""
@@ -4679,13 +5847,32 @@ def _said(name: str, value: Any) -> str:
             return str(timedelta(seconds=round(value))) if value >= 60 else f"{value:.3g} s"
         return f"{value / 1e6:,.2f} MB" if name.endswith("_bytes") else f"{value:,}"
     if name == "event" and isinstance(value, dict):
-        name, value = "", " ".join([str(value["type"]), *(
-            f"{key}={json.dumps(member, ensure_ascii=False)}" for key, member in value.items() if key != "type")])
-    text = f"{value:%Y-%m-%d %H:%M:%S}" if isinstance(value, datetime) else value if isinstance(value, str) else (
-        json.dumps(value, ensure_ascii=False, default=str))
+        name, value = (
+            "",
+            " ".join(
+                [
+                    str(value["type"]),
+                    *(
+                        f"{key}={json.dumps(member, ensure_ascii=False)}"
+                        for key, member in value.items()
+                        if key != "type"
+                    ),
+                ]
+            ),
+        )
+    text = (
+        f"{value:%Y-%m-%d %H:%M:%S}"
+        if isinstance(value, datetime)
+        else value
+        if isinstance(value, str)
+        else (json.dumps(value, ensure_ascii=False, default=str))
+    )
     return "-" if value in _EMPTY else _plain(text[: 2 * _CUT]).replace("\n", "\\n")
 
-def _grids(view: dict[str, Any], most: int) -> Iterator[tuple[str, list[str], list[dict[str, Any]]]]:
+
+def _grids(
+    view: dict[str, Any], most: int
+) -> Iterator[tuple[str, list[str], list[dict[str, Any]]]]:
     """Each table that is not empty: its title, which says what is left out, its columns and its last rows."""
     for name, table in view["tables"].items():
         rows = table["rows"][-most:]
@@ -4693,47 +5880,87 @@ def _grids(view: dict[str, Any], most: int) -> Iterator[tuple[str, list[str], li
         title = f"{name} ({'the last ' if left else ''}{len(rows)}{left})"
         told = [*_EMPTY, view["id"], view["facts"].get("tenant_id")]
         if rows:
-            yield title, [name for name in _COLUMNS if any(row.get(name) not in told for row in rows)], rows
+            yield (
+                title,
+                [name for name in _COLUMNS if any(row.get(name) not in told for row in rows)],
+                rows,
+            )
 
-def _axis(view: dict[str, Any]) -> tuple[str, list[tuple[str, str, list[tuple[str, float, float]]]]]:
+
+def _axis(
+    view: dict[str, Any],
+) -> tuple[str, list[tuple[str, str, list[tuple[str, float, float]]]]]:
     """The events and steps on one axis of time: a title, and of each its parts as shares of the axis."""
-    at = [row.get("timestamp") or row.get("at") for row in view["tables"].get("events", {"rows": []})["rows"]]
-    events = {"name": "events", "status": "", "parts": [_stretch("event", one, one) for one in at], "attempts": 0}
-    bars: list[dict[str, Any]] = [bar for bar in [events, *view.get("steps", [])] if bar["parts"] and "steps" in view]
+    at = [
+        row.get("timestamp") or row.get("at")
+        for row in view["tables"].get("events", {"rows": []})["rows"]
+    ]
+    events = {
+        "name": "events",
+        "status": "",
+        "parts": [_stretch("event", one, one) for one in at],
+        "attempts": 0,
+    }
+    bars: list[dict[str, Any]] = [
+        bar for bar in [events, *view.get("steps", [])] if bar["parts"] and "steps" in view
+    ]
     times = sorted(part[end] for bar in bars for part in bar["parts"] for end in ("from", "to"))
     if not times:
         return "", []
     start, span = times[0], max(times[-1] - times[0], _MICROSECOND)
     seconds = _said("_seconds", (times[-1] - start).total_seconds())
     title = f"{_said('', start)} to {_said('', times[-1])} ({seconds})"
-    return title, [(bar["name"], bar["status"] + f", {bar['attempts']} attempts" * (bar["attempts"] > 1), [
-        (part["what"], (part["from"] - start) / span, (part["to"] - part["from"]) / span) for part in bar["parts"]])
-        for bar in bars]
+    return title, [
+        (
+            bar["name"],
+            bar["status"] + f", {bar['attempts']} attempts" * (bar["attempts"] > 1),
+            [
+                (part["what"], (part["from"] - start) / span, (part["to"] - part["from"]) / span)
+                for part in bar["parts"]
+            ],
+        )
+        for bar in bars
+    ]
+
 
 # --- drawn as text ---
 _COLOURS = {"waiting": 33, "running": 36, "done": 32, "failed": 31, "lost": 35}
 
+
 def _fit(text: str, width: int, right: bool = False) -> str:
     """Text in exactly so many columns of a terminal, where some characters take two and some none."""
     from unicodedata import combining, east_asian_width
-    ends = [0, *itertools.accumulate(0 if combining(char) else 1 + (east_asian_width(char) in "FW") for char in text)]
+
+    ends = [
+        0,
+        *itertools.accumulate(
+            0 if combining(char) else 1 + (east_asian_width(char) in "FW") for char in text
+        ),
+    ]
     if ends[-1] > width:
         most = next(index for index, end in enumerate(ends) if end > width - 3) - 1
         text, ends = text[:most] + "...", [ends[most] + 3]
     room = " " * (width - ends[-1])
     return room + text if right else text + room
 
+
 def _drawn(view: dict[str, Any], colour: bool = False) -> str:
     """A view in lines of at most 80 columns."""
+
     def paint(status: object, text: str) -> str:
         return f"\33[{_COLOURS[_meaning(status)]}m{text}\33[0m" if colour and status else text
+
     head = f"{view['kind']} {_said('', view['id'])}" if view["id"] else view["kind"]
     lines = [paint(view["status"], f"{_fit(head, 60).rstrip()} {view['status'] or ''}".rstrip())]
     told = view["facts"] | {
         name: ", ".join(f"{_said('', count)} {word}" for word, count in words.items())
-        for name, words in view.get("counts", {}).items()}
-    lines += [_fit(f"  {_label(name):20} {_said(name, value)}", 80).rstrip() for name, value in told.items()
-              if value not in (*_EMPTY, view["id"])]
+        for name, words in view.get("counts", {}).items()
+    }
+    lines += [
+        _fit(f"  {_label(name):20} {_said(name, value)}", 80).rstrip()
+        for name, value in told.items()
+        if value not in (*_EMPTY, view["id"])
+    ]
     title, bars = _axis(view)
     lines += ["", title] * bool(bars)
     for name, status, parts in bars:
@@ -4744,12 +5971,16 @@ def _drawn(view: dict[str, Any], colour: bool = False) -> str:
             drawn[first:last] = _LETTERS[what] * (last - first)
         end = paint(status, _fit(status, 22).rstrip())
         lines.append(f"  {_fit(_said('', name), 18)} {''.join(drawn)} {end}".rstrip())
-    lines += [f"  {', '.join(f'{letter} {what}' for what, letter in _LETTERS.items())}"] * bool(bars)
+    lines += [f"  {', '.join(f'{letter} {what}' for what, letter in _LETTERS.items())}"] * bool(
+        bars
+    )
     for title, columns, rows in _grids(view, _LISTED):
         cells = [{name: _said(name, row.get(name)) for name in columns} for row in rows]
         cells.insert(0, {name: _label(name) for name in columns})
         widths, room = dict[str, int](), 80
-        for name in columns:  # what comes first is an id, to be copied; what comes last has all that is left
+        for name in (
+            columns
+        ):  # what comes first is an id, to be copied; what comes last has all that is left
             widest = max(len(cell[name]) for cell in cells)
             width = min(widest, room - 2, 80 if name == columns[-1] else 24 if widths else 36)
             if width >= min(widest, 19):
@@ -4763,8 +5994,10 @@ def _drawn(view: dict[str, Any], colour: bool = False) -> str:
             lines.append(line.rstrip())
     return "\n".join(lines)
 
+
 # --- drawn as HTML ---
-_CSS = """.flowstore{color-scheme:light dark;--soft:light-dark(#566073,#a3adbd);--line:light-dark(#dde1e8,#323a48);
+_CSS = (
+    """.flowstore{color-scheme:light dark;--soft:light-dark(#566073,#a3adbd);--line:light-dark(#dde1e8,#323a48);
 --card:light-dark(#fff,#1a1f29);--waiting:light-dark(#7a5200,#e5b567);--running:light-dark(#1a56b0,#8ab6ff);
 --done:light-dark(#17663a,#73cf9a);--failed:light-dark(#b0261c,#ff968c);--lost:light-dark(#6b3fa0,#c9a6f5);
 --event:var(--soft);margin:0;padding:1rem;background:light-dark(#f4f5f8,#12161d);color:light-dark(#1c2330,#e4e8ef);
@@ -4785,76 +6018,143 @@ pre{margin:.2rem 0 0;white-space:pre-wrap;font-size:.85rem}form{display:flex;fle
 label{display:grid;gap:.15rem;flex:0 1 13rem}input,select,button{font:400 1rem system-ui;color:inherit;height:2.3rem;
 background:var(--card);border:1px solid var(--soft);padding:.35rem .6rem;border-radius:7px;width:100%}
 button{width:auto}:focus-visible{outline:3px solid var(--running)}
-""" + "".join(f".chip.{what},rect.{what}{{color:var(--{what});fill:var(--{what})}}" for what in _LETTERS) + "}"
+"""
+    + "".join(
+        f".chip.{what},rect.{what}{{color:var(--{what});fill:var(--{what})}}" for what in _LETTERS
+    )
+    + "}"
+)
 
 _HASH = binascii.b2a_base64(hashlib.sha256(_CSS.encode()).digest(), newline=False).decode()
 _POLICY = f"default-src 'none'; style-src 'sha256-{_HASH}'; img-src data:; form-action 'self'; base-uri 'none'"
 
+
 class _Html(str):
     """Markup: all other text is escaped where it enters an element, and there is no other way into a page."""
+
     __slots__ = ()
+
 
 def _tag(element: str, /, *children: object, **attributes: object) -> _Html:
     """An element; of an attribute named like a word of Python the last underscore goes, one that is None goes whole."""
     from html import escape
-    its = "".join(f' {name.rstrip("_").replace("_", "-")}="{escape(_plain(str(value)))}"'
-                  for name, value in attributes.items() if value is not None)
-    inside = "".join(child if isinstance(child, _Html) else escape(_plain(str(child))) for child in children)
-    return _Html(f"<{element}{its}>" + f"{inside}</{element}>" * (element not in ("input", "meta", "link")))
+
+    its = "".join(
+        f' {name.rstrip("_").replace("_", "-")}="{escape(_plain(str(value)))}"'
+        for name, value in attributes.items()
+        if value is not None
+    )
+    inside = "".join(
+        child if isinstance(child, _Html) else escape(_plain(str(child))) for child in children
+    )
+    return _Html(
+        f"<{element}{its}>" + f"{inside}</{element}>" * (element not in ("input", "meta", "link"))
+    )
+
 
 def _quoted(id: object) -> str:
     from urllib.parse import quote
+
     return quote(str(id), safe="", errors="replace")
+
 
 def _html(view: dict[str, Any], address: str = "") -> _Html:
     """A view as a section; `address` is what stands before an id in a link to it."""
+
     def chip(status: object, text: str) -> _Html:
         return _tag("span", text, class_=f"chip {_meaning(status)}")
+
     def fact(name: str, *said: object) -> _Html:
         return _tag("div", _tag("dt", _label(name)), _tag("dd", *said or ["none"]))
+
     def table(caption: str, *rows: _Html, **attributes: object) -> _Html:
-        return _tag("div", _tag("table", _tag("caption", caption), *rows), class_="card", **attributes)
+        return _tag(
+            "div", _tag("table", _tag("caption", caption), *rows), class_="card", **attributes
+        )
+
     def stretch(what: str, left: float, share: float) -> _Html:
         y, height = (7, 6) if what == "waiting" else (3, 14)
         x, width = f"{left * 99:.2f}%", f"{max(share * 99, 0.4):.2f}%"
         return _tag("rect", class_=what, x=x, width=width, rx=2, y=y, height=height)
+
     def cell(name: str, row: dict[str, Any], linked: str) -> _Html:
         value, text = row.get(name), _said(name, row.get(name))
-        kind = "n" if isinstance(value, (int, float)) else "at" if isinstance(value, datetime) else name
-        link = _tag("a", text, href=address + _quoted(value)) if address and name == linked else None
-        return _tag("td", link or (chip(value, text) if name == "status" and value else text), class_=kind)
-    facts = [fact(name, _tag("pre", json.dumps(value, ensure_ascii=False, default=str, indent=2))
-                  if isinstance(value, (dict, list)) else _said(name, value))
-             for name, value in view["facts"].items() if value not in (*_EMPTY, view["id"])]
-    facts += [fact(name, *(chip(word, f"{_said('', count)} {word}") for word, count in words.items()))
-              for name, words in view.get("counts", {}).items()]
+        kind = (
+            "n"
+            if isinstance(value, (int, float))
+            else "at"
+            if isinstance(value, datetime)
+            else name
+        )
+        link = (
+            _tag("a", text, href=address + _quoted(value)) if address and name == linked else None
+        )
+        return _tag(
+            "td", link or (chip(value, text) if name == "status" and value else text), class_=kind
+        )
+
+    facts = [
+        fact(
+            name,
+            _tag("pre", json.dumps(value, ensure_ascii=False, default=str, indent=2))
+            if isinstance(value, (dict, list))
+            else _said(name, value),
+        )
+        for name, value in view["facts"].items()
+        if value not in (*_EMPTY, view["id"])
+    ]
+    facts += [
+        fact(name, *(chip(word, f"{_said('', count)} {word}") for word, count in words.items()))
+        for name, words in view.get("counts", {}).items()
+    ]
     status = [chip(view["status"], view["status"])] if view["status"] else []
-    parts = [_tag("h2", f"{view['kind']} {view['id'] or ''} ", *status), _tag("dl", *facts, class_="card")]
+    parts = [
+        _tag("h2", f"{view['kind']} {view['id'] or ''} ", *status),
+        _tag("dl", *facts, class_="card"),
+    ]
     title, bars = _axis(view)
     lines = list[_Html]()
     for name, said, drawn in bars:
         label = f"{name}: {', '.join(what for what, *_ in drawn[:20])}"
         svg = _tag("svg", *(stretch(*part) for part in drawn), role="img", aria_label=label)
         ended = chip(said.split(",")[0], said) if said else ""
-        lines.append(_tag("tr", _tag("th", _said("", name), scope="row"), _tag("td", svg), _tag("td", ended)))
+        lines.append(
+            _tag("tr", _tag("th", _said("", name), scope="row"), _tag("td", svg), _tag("td", ended))
+        )
     parts += [table(f"Steps, {title}", *lines)] * bool(lines)
     for caption, columns, rows in _grids(view, _DETAILED):
         linked = "" if "steps" in view else "execution_id" if "execution_id" in columns else "id"
-        head = (_tag("th", _label(name), scope="col", class_="n" * isinstance(rows[0].get(name), (int, float)))
-                for name in columns)
+        head = (
+            _tag(
+                "th",
+                _label(name),
+                scope="col",
+                class_="n" * isinstance(rows[0].get(name), (int, float)),
+            )
+            for name in columns
+        )
         body = (_tag("tr", *(cell(name, row, linked) for name in columns)) for row in rows)
-        parts.append(table(caption, _tag("tr", *head), *body, tabindex=0, role="region", aria_label=caption))
+        parts.append(
+            table(caption, _tag("tr", *head), *body, tabindex=0, role="region", aria_label=caption)
+        )
     return _tag("section", *parts, id=_quoted(view["id"] or "overview"))
+
 
 def _page(target: str, *content: _Html, form: object = "", home: str | None = None) -> bytes:
     """A page that needs nothing but itself."""
-    head = _tag("head", _tag("meta", charset="utf-8"), _tag("title", f"flowstore {target}"), _tag("style", _Html(_CSS)),
-                _tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-                _tag("link", rel="icon", href="data:,"),
-                _tag("meta", name="viewport", content="width=device-width, initial-scale=1"))
+    head = _tag(
+        "head",
+        _tag("meta", charset="utf-8"),
+        _tag("title", f"flowstore {target}"),
+        _tag("style", _Html(_CSS)),
+        _tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        _tag("link", rel="icon", href="data:,"),
+        _tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+    )
     header = _tag("header", _tag("h1", _tag("a", "flowstore", href=home), f" {target}"), form)
     body = _tag("body", header, _tag("main", *content), class_="flowstore")
     return f"<!DOCTYPE html>{_tag('html', head, body, lang='en')}".encode(errors="backslashreplace")
+
 
 # --- in notebooks ---
 class View(dict[str, Any]):
@@ -4865,10 +6165,16 @@ class View(dict[str, Any]):
 
     __repr__ = __str__
 
+
 def _views(facet: Any, id: str | None = None, status: str | None = None) -> list[dict[str, Any]]:
     """The overview, or the details of an id. By the engine's own run(), for an async store's facets too."""
     run = facet._engine.run
-    return run(_details, facet, (id,), {}) if id is not None else [run(_overview, facet, (status,), {})]
+    return (
+        run(_details, facet, (id,), {})
+        if id is not None
+        else [run(_overview, facet, (status,), {})]
+    )
+
 
 def _repr_html_(self: Any) -> str | None:
     """HTML for a notebook; where there is nothing to show at once, None, and the notebook shows the `repr`."""
@@ -4876,13 +6182,26 @@ def _repr_html_(self: Any) -> str | None:
         engine = getattr(self, "_engine", None)
         if engine and engine.in_memory and engine.lead is not None and engine.block() is None:
             return None  # in memory, another's transaction would have to be waited for
-        view = self if isinstance(self, View) else _views(self)[0] if engine else {
-            "kind": type(self).__name__, "id": None, "status": None, "facts": vars(self), "tables": {}}
+        view = (
+            self
+            if isinstance(self, View)
+            else _views(self)[0]
+            if engine
+            else {
+                "kind": type(self).__name__,
+                "id": None,
+                "status": None,
+                "facts": vars(self),
+                "tables": {},
+            }
+        )
         return _tag("style", _Html(_CSS)) + _tag("div", _html(view), class_="flowstore")
     return None
 
+
 for _shown in (_Record, _Facet, View):
     _shown._repr_html_ = _repr_html_  # type: ignore[union-attr]
+
 
 # --- the commands: show, tail, report, serve ---
 def _show(args: Any) -> None:
@@ -4895,22 +6214,35 @@ def _show(args: Any) -> None:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print("\n\n".join(_drawn(view, colour) for view in views))
 
+
 def _tail(args: Any) -> None:
     """Print events as they come, until Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store:
-        for one in store.events.tail(args.after, tenant_id=args.tenant, execution_id=args.execution):
+        for one in store.events.tail(
+            args.after, tenant_id=args.tenant, execution_id=args.execution
+        ):
             line = f"{one.timestamp:%H:%M:%S} {_said('', one.execution_id)} {one.sequence} {_said('event', one.event)}"
             short = _fit(line, 80).rstrip() if sys.stdout.isatty() else line
-            print(json.dumps(vars(one), default=datetime.isoformat) if args.json else short, flush=True)
+            print(
+                json.dumps(vars(one), default=datetime.isoformat) if args.json else short,
+                flush=True,
+            )
+
 
 def _report(args: Any) -> None:
     """Write one page: the overview with all that it lists, or all about one id."""
     with open(args.store, read_only=True) as store:
         own = _parse_target(args.store)[1]
         if args.output and own and _file_id(args.output) == _file_id(own):
-            raise SystemExit(_complain(f"-o: {args.output} is the store itself: name another file", 2))
+            raise SystemExit(
+                _complain(f"-o: {args.output} is the store itself: name another file", 2)
+            )
         views, target = _views(store, args.id), store.target
-        rows = [row for table in views[0]["tables"].values() for row in table["rows"]] if args.id is None else []
+        rows = (
+            [row for table in views[0]["tables"].values() for row in table["rows"]]
+            if args.id is None
+            else []
+        )
         for id in dict.fromkeys(row.get("execution_id") or row.get("id") for row in rows):
             with contextlib.suppress(NotFound):
                 views += _views(store, id) if id else []
@@ -4922,56 +6254,106 @@ def _report(args: Any) -> None:
             with io.FileIO(args.output, "w") as file:
                 file.write(page)
         except OSError as error:
-            raise StorageError(f"-o: {args.output} cannot be written ({error.strerror}): name another file") from error
+            raise StorageError(
+                f"-o: {args.output} cannot be written ({error.strerror}): name another file"
+            ) from error
+
 
 def _serve(args: Any) -> None:
     """Serve the same pages to the browsers of this machine, until Ctrl-C."""
     from socketserver import ThreadingMixIn
     from urllib.parse import parse_qs
     from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
     quiet: Any = lambda *args: None  # noqa: E731 (a page looked at is no news, nor is a browser that went away)
     handler: Any = type("Handler", (WSGIRequestHandler,), {"timeout": 20, "log_message": quiet})
-    threads: Any = type("Server", (ThreadingMixIn, WSGIServer), {"daemon_threads": True, "handle_error": quiet})
+    threads: Any = type(
+        "Server", (ThreadingMixIn, WSGIServer), {"daemon_threads": True, "handle_error": quiet}
+    )
+
     def answer(request: dict[str, Any], start: Callable[..., object]) -> list[bytes]:
         code, asked, content = "200 OK", dict[str, str](), list[_Html]()
         try:
-            if request.get("HTTP_HOST", "").lower() not in names:  # a page elsewhere that had its name point here
-                code, content = "421 Misdirected Request", [_tag("h2", "this page is at 127.0.0.1 alone")]
+            if (
+                request.get("HTTP_HOST", "").lower() not in names
+            ):  # a page elsewhere that had its name point here
+                code, content = (
+                    "421 Misdirected Request",
+                    [_tag("h2", "this page is at 127.0.0.1 alone")],
+                )
             elif request["REQUEST_METHOD"] not in ("GET", "HEAD"):
-                code, content = "405 Method Not Allowed", [_tag("h2", "nothing can be changed here")]
+                code, content = (
+                    "405 Method Not Allowed",
+                    [_tag("h2", "nothing can be changed here")],
+                )
             elif request["PATH_INFO"] != "/":
                 code, content = "404 Not Found", [_tag("h2", "there is no such page")]
             else:
                 query = parse_qs(request["QUERY_STRING"], max_num_fields=9)
                 asked = {name: values[0] for name, values in query.items()}
                 facet = store.state.for_tenant(asked["tenant"]) if "tenant" in asked else store
-                content = [_html(view, "/?id=") for view in _views(facet, asked.get("id"), asked.get("status"))]
+                content = [
+                    _html(view, "/?id=")
+                    for view in _views(facet, asked.get("id"), asked.get("status"))
+                ]
         except (FlowStoreError, ValueError) as error:
-            other = "400 Bad Request" if isinstance(error, ValueError) else "503 Service Unavailable"
-            code, content = "404 Not Found" if isinstance(error, NotFound) else other, [_tag("h2", error)]
-        options = [_tag("option", word or "any", value=word, selected="" if asked.get("status") == word else None)
-                   for word in ("", *_STATUSES)]
-        fields = [_tag("label", name, _tag("input", name=name, value=asked.get(name, ""))) for name in ("id", "tenant")]
+            other = (
+                "400 Bad Request" if isinstance(error, ValueError) else "503 Service Unavailable"
+            )
+            code, content = (
+                "404 Not Found" if isinstance(error, NotFound) else other,
+                [_tag("h2", error)],
+            )
+        options = [
+            _tag(
+                "option",
+                word or "any",
+                value=word,
+                selected="" if asked.get("status") == word else None,
+            )
+            for word in ("", *_STATUSES)
+        ]
+        fields = [
+            _tag("label", name, _tag("input", name=name, value=asked.get(name, "")))
+            for name in ("id", "tenant")
+        ]
         fields.append(_tag("label", "status", _tag("select", *options, name="status")))
         form = _tag("form", *fields, _tag("button", "Search"), role="search")
         page = _page(store.target, *content, home="/", form=form)
-        start(code, [
-            ("Content-Type", "text/html; charset=utf-8"), ("Content-Length", str(len(page))), ("Allow", "GET, HEAD"),
-            ("Content-Security-Policy", f"{_POLICY}; frame-ancestors 'none'"), ("Cache-Control", "no-store"),
-            ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer")])
+        start(
+            code,
+            [
+                ("Content-Type", "text/html; charset=utf-8"),
+                ("Content-Length", str(len(page))),
+                ("Allow", "GET, HEAD"),
+                ("Content-Security-Policy", f"{_POLICY}; frame-ancestors 'none'"),
+                ("Cache-Control", "no-store"),
+                ("X-Content-Type-Options", "nosniff"),
+                ("Referrer-Policy", "no-referrer"),
+            ],
+        )
         return [page] * (request["REQUEST_METHOD"] != "HEAD")
+
     if not 0 <= args.port < 65536:
         raise SystemExit(_complain(f"--port: 0 to 65535 is needed, not {args.port}", 2))
     with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store:
         try:
             server = threads(("127.0.0.1", args.port), handler)
         except OSError as error:
-            said = f"--port: {args.port} cannot be had ({error.strerror}): name another, or 0 for any"
+            said = (
+                f"--port: {args.port} cannot be had ({error.strerror}): name another, or 0 for any"
+            )
             raise StorageError(said) from error
         with server:
             server.set_app(answer)
-            names = {f"{name}:{server.server_port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")}
-            print(f"http://127.0.0.1:{server.server_port}/ shows {store.target}; Ctrl-C ends it", flush=True)
+            names = {
+                f"{name}:{server.server_port}".removesuffix(":80")
+                for name in ("127.0.0.1", "localhost", "[::1]")
+            }
+            print(
+                f"http://127.0.0.1:{server.server_port}/ shows {store.target}; Ctrl-C ends it",
+                flush=True,
+            )
             server.serve_forever()
 
 
@@ -4979,20 +6361,28 @@ def _serve(args: Any) -> None:
 # Command line: selftest, demo, bench, check, backup, prune, compact, copy
 # ============================================================================================================
 
+
 # What only commands need is imported in them: who imports this module for its store does not pay for it.
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0 for good, 1 for a problem found, 2 for wrong usage, 130 for Ctrl-C."""
     import argparse
+
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise SystemExit(_complain(f"{message} (see {self.prog} --help)", 2))
+
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as a daemon's are
             setattr(sys, name, io.TextIOWrapper(io.FileIO(os.devnull, "w")))
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may hold what a terminal's encoding does not
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # names of files may hold what a terminal's encoding does not
     called = f"python -m {__spec__.name}" if __spec__ else f"python {sys.argv[0]}"
-    parser = Parser(prog=called if __name__ == "__main__" else "flowstore", description="Durable memory for workflows.")
+    parser = Parser(
+        prog=called if __name__ == "__main__" else "flowstore",
+        description="Durable memory for workflows.",
+    )
     parser.add_argument("--version", action="version", version=f"flowstore {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (function, about, its_arguments) in _COMMANDS.items():
@@ -5012,35 +6402,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except BrokenPipeError:  # the reader has gone, as `| head` does; leave nothing for the exit to flush
+    except (
+        BrokenPipeError
+    ):  # the reader has gone, as `| head` does; leave nothing for the exit to flush
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (FlowStoreError, OSError, sqlite3.Error) as error:
         return _complain(error, 1)
+
 
 def _complain(problem: object, status: int) -> int:
     """Say what is wrong in one line on standard error; returns the status."""
     print("flowstore:", " ".join(str(problem).split()) or type(problem).__name__, file=sys.stderr)
     return status
 
+
 def _shared(target: str, argument: str) -> str:
     """The path of a store that several processes are to open ("" on a server); one in memory is wrong usage."""
     if (path := _parse_target(target)[1]) is None:
-        raise SystemExit(_complain(f"{argument}: a file is needed, other processes cannot see a store in memory", 2))
+        raise SystemExit(
+            _complain(
+                f"{argument}: a file is needed, other processes cannot see a store in memory", 2
+            )
+        )
     return path
+
 
 def _spawn(name: str, *arguments: str) -> Any:
     """A process of our own, which Ctrl-C in the terminal does not reach: this same file, wherever it lies."""
     from subprocess import PIPE, Popen
+
     # -P, for the folder of a vendored copy may hold modules that hide the standard library's.
     command = [sys.executable, "-P", os.path.abspath(__file__), name, *arguments]
     return Popen(command, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True)
 
+
 def _in_threads(count: int, function: Callable[[int], T]) -> list[T]:
     """What the function returns in each of so many threads."""
     from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(function, range(count)))
+
 
 def _bar(stream: TextIO, done: int = 0, total: int = 0, text: str = "") -> bool:
     """On a terminal, draw a progress bar over the last one, or with no total take it away; False elsewhere."""
@@ -5048,13 +6451,17 @@ def _bar(stream: TextIO, done: int = 0, total: int = 0, text: str = "") -> bool:
     print(f"\r{line:79.79}\r" if stream.isatty() else "", end="", file=stream, flush=True)
     return stream.isatty()
 
+
 # --- selftest: does this copy work on this machine? ---
 def _expect(found: object, wanted: object) -> None:
     """Fail unless they are equal; an assert would be gone under `python -O`."""
     if found != wanted:
         raise AssertionError(f"found {found!r:.300}, not {wanted!r:.300}")
 
-def _expect_error(error: type[Exception], call: Callable[..., object], *arguments: Any, **options: Any) -> None:
+
+def _expect_error(
+    error: type[Exception], call: Callable[..., object], *arguments: Any, **options: Any
+) -> None:
     """Fail unless the call raises the error, its message in one line."""
     try:
         call(*arguments, **options)
@@ -5062,17 +6469,26 @@ def _expect_error(error: type[Exception], call: Callable[..., object], *argument
         return _expect(str(caught).count("\n"), 0)
     raise AssertionError(f"no {error.__name__} was raised")
 
+
 def _selftest_writer(target: str, run: str) -> int:
     """Append for ever, and print each sequence once it is stored: the process that the selftest kills."""
     with open(target) as store:
         while True:
-            print(store.events.append(run, "default", {"type": "custom", "text": "child"}), flush=True)
+            print(
+                store.events.append(run, "default", {"type": "custom", "text": "child"}), flush=True
+            )
+
 
 class _Selftest:
     """A store to try the promises on, a file beside it for those that set the clock, and which were kept so far."""
 
     def __init__(self, store: Store, target: str, folder: str) -> None:
-        self.store, self.target, self.folder, self.path = store, target, folder, os.path.join(folder, "other.db")
+        self.store, self.target, self.folder, self.path = (
+            store,
+            target,
+            folder,
+            os.path.join(folder, "other.db"),
+        )
         self.now, self.kept, self.note = datetime.now(UTC), list[bool](), ""
 
     @contextlib.contextmanager
@@ -5081,8 +6497,12 @@ class _Selftest:
         kept, self.note = True, ""
         try:
             self.append(run := new_id(), "begin")
-            ended = WorkflowExecution(execution_id=run, workflow_id="selftest", status=ExecutionStatus.COMPLETED)
-            self.store.state.create_execution(ended)  # so that a prune of the user's store takes it away
+            ended = WorkflowExecution(
+                execution_id=run, workflow_id="selftest", status=ExecutionStatus.COMPLETED
+            )
+            self.store.state.create_execution(
+                ended
+            )  # so that a prune of the user's store takes it away
             yield run
         except Exception as error:  # the other promises are still worth a try
             kept, self.note = False, f" ({type(error).__name__} {' '.join(str(error).split())})"
@@ -5091,7 +6511,9 @@ class _Selftest:
 
     def append(self, run: str, text: str, to: Store | None = None, **options: Any) -> int:
         """Append an event with a text."""
-        return (to or self.store).events.append(run, "default", {"type": "custom", "text": text}, **options)
+        return (to or self.store).events.append(
+            run, "default", {"type": "custom", "text": text}, **options
+        )
 
     def expect_log(self, run: str, *texts: str) -> None:
         """The log has to hold, without a gap and in any order, events of these texts behind its first."""
@@ -5103,9 +6525,11 @@ class _Selftest:
         """The file beside it, or a target, under the clock that the promises set."""
         return open(target or self.path, backoff=lambda attempt: 0, clock=lambda: self.now)
 
+
 def _selftest(args: Any) -> int:
     """Try every promise, a line each, and say how many passed and failed."""
     import tempfile
+
     with tempfile.TemporaryDirectory(prefix="flowstore-", ignore_cleanup_errors=True) as folder:
         target = args.target or os.path.join(folder, "selftest.db")
         _shared(target, "--target")
@@ -5116,45 +6540,70 @@ def _selftest(args: Any) -> int:
     print(f"{sum(test.kept)} passed, {test.kept.count(False)} failed")
     return 0 if all(test.kept) else 1
 
+
 def _selftest_log(test: _Selftest) -> None:
     with test.promise("sqlite: its version and threading mode will do"):
         test.note = f" ({sqlite3.sqlite_version}, level {sqlite3.threadsafety}, Python {sys.version.split()[0]})"
         _expect((sqlite3.sqlite_version_info >= (3, 35), sqlite3.threadsafety > 0), (True, True))
-    with test.promise("file: WAL works on this file system, and a commit waits until the disk has it") as run:
+    with test.promise(
+        "file: WAL works on this file system, and a commit waits until the disk has it"
+    ) as run:
         if _parse_target(test.target)[1]:
             with test.store.transaction() as tx:
-                modes = tx.execute("SELECT journal_mode, synchronous FROM pragma_journal_mode, pragma_synchronous")
+                modes = tx.execute(
+                    "SELECT journal_mode, synchronous FROM pragma_journal_mode, pragma_synchronous"
+                )
             _expect(tuple(modes[0]), ("wal", 2))
         test.note = f" (synchronous FULL, {_ms(lambda: [test.append(run, 'e') for _ in range(10)]) / 10:.2f} ms each)"
-    with test.promise("threads: 8 of them do each item once, and append to one log without gap or loss") as run:
+    with test.promise(
+        "threads: 8 of them do each item once, and append to one log without gap or loss"
+    ) as run:
         state: Any = test.store.state
-        items = [state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run)) for _ in range(40)]
+        items = [
+            state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run)) for _ in range(40)
+        ]
+
         def work(_: int) -> None:
             for _ in range(5):
                 item = state.complete_work_item(state.claim_work_item("worker", [run]))
                 test.append(run, item.id)
+
         _in_threads(8, work)
         test.expect_log(run, *items)
-    with test.promise("log: expected_sequence refuses what comes too late, event_id what comes twice") as run:
-        _expect([test.append(run, "once", event_id="id-" + run, expected_sequence=1) for _ in range(3)], [2, 2, 2])
+    with test.promise(
+        "log: expected_sequence refuses what comes too late, event_id what comes twice"
+    ) as run:
+        _expect(
+            [test.append(run, "once", event_id="id-" + run, expected_sequence=1) for _ in range(3)],
+            [2, 2, 2],
+        )
         _expect_error(SequenceConflict, test.append, run, "late", expected_sequence=1)
         test.expect_log(run, "once")
-    with test.promise("transaction: all or nothing, over log, queue and your own tables; a nested one alone") as run:
+    with test.promise(
+        "transaction: all or nothing, over log, queue and your own tables; a nested one alone"
+    ) as run:
         with test.store.transaction() as tx:
             test.append(run, "outer")
             with contextlib.suppress(KeyError), test.store.transaction():
                 tx.execute(f'CREATE TABLE "selftest-{run}" (total INTEGER)')
-                raise KeyError(test.store.state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run)))
+                raise KeyError(
+                    test.store.state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run))
+                )
             _expect_error(StorageError, tx.execute, f'SELECT total FROM "selftest-{run}"')
         with contextlib.suppress(KeyError), test.store.transaction():
             raise KeyError(test.append(run, "undone"))
         _expect(test.store.state.list_work_items(queue_type=run), [])
         test.expect_log(run, "outer")
 
+
 def _selftest_facets(test: _Selftest) -> None:
     state: Any = test.store.state
-    with (test.promise("lease: an expired one is taken over, its fence refused; the last ends as a dead letter") as run,
-          test.other(test.target) as other):
+    with (
+        test.promise(
+            "lease: an expired one is taken over, its fence refused; the last ends as a dead letter"
+        ) as run,
+        test.other(test.target) as other,
+    ):
         other.state.enqueue_work_item(WorkItem(execution_id=run, queue_type=run))
         held = list[Any]()
         for attempt in range(3):
@@ -5165,29 +6614,57 @@ def _selftest_facets(test: _Selftest) -> None:
             test.now += timedelta(days=1)
         _expect(other.state.claim_work_item("worker", [run]), None)
         _expect(state.list_dead_letters(limit=1)[0].id, held[0].id)
-        state.complete_work_item(state.requeue_dead_letter(held[0].id).id)  # the user's store shall not keep it
+        state.complete_work_item(
+            state.requeue_dead_letter(held[0].id).id
+        )  # the user's store shall not keep it
     with test.promise("snapshot: replay goes on from the latest one") as run:
         _expect([test.append(run, text) for text in "bc"], [2, 3])
         state.write_snapshot(Snapshot(execution_id=run, at_sequence=2, state="AB"))
         _expect(state.replay(run, lambda so_far, stored: so_far + stored.event["text"]), ("ABc", 3))
-    with test.promise("flow: a stale revision is refused, and its event with it"), test.other() as other:
+    with (
+        test.promise("flow: a stale revision is refused, and its event with it"),
+        test.other() as other,
+    ):
         flow = other.flows.insert(Flow())
         other.flows.update_and_append(flow, "begun", {})
         _expect_error(RevisionMismatch, other.flows.update_and_append, flow, "late", {})
         _expect([entry.kind for entry in other.flows.list_events(flow.id)], ["begun"])
-    with test.promise("tenant: a view shows nothing of another's, and a token tells its tenant"), test.other() as other:
+    with (
+        test.promise("tenant: a view shows nothing of another's, and a token tells its tenant"),
+        test.other() as other,
+    ):
         test.append("run", "begin", other)
         other.state.create_tenant(Tenant(id="acme"))
         acme: Any = other.state.for_tenant("acme")
         _expect(acme.get_events("run"), [])
         _expect(acme.validate_token(acme.create_token("ci", "worker")[0]).tenant_id, "acme")
-    with test.promise("workflow: one of 8 hosts gets a subscription; a command is handled once"), test.other() as other:
+    with (
+        test.promise("workflow: one of 8 hosts gets a subscription; a command is handled once"),
+        test.other() as other,
+    ):
         host, until = other.workflows, test.now + timedelta(days=1)
-        key = host.create_event_subscription(EventSubscription(
-            workflow_id="run", step_id=0, execution_pointer_id="pointer", event_name="event", event_key="key"))
-        _expect(sum(_in_threads(8, lambda number: host.set_subscription_token(key, str(number), "host", until))), 1)
-        host.schedule_command(ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=key, execute_time=0))
+        key = host.create_event_subscription(
+            EventSubscription(
+                workflow_id="run",
+                step_id=0,
+                execution_pointer_id="pointer",
+                event_name="event",
+                event_key="key",
+            )
+        )
+        _expect(
+            sum(
+                _in_threads(
+                    8, lambda number: host.set_subscription_token(key, str(number), "host", until)
+                )
+            ),
+            1,
+        )
+        host.schedule_command(
+            ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=key, execute_time=0)
+        )
         _expect([host.process_commands(None, lambda command: None) for _ in range(2)], [1, 0])
+
 
 def _selftest_processes(test: _Selftest) -> None:
     with test.promise("crash: what a process was told is stored survives its kill") as run:
@@ -5200,7 +6677,10 @@ def _selftest_processes(test: _Selftest) -> None:
         test.note = f" (killed after {len(told_of)} appends)"
         test.expect_log(run, *["child"] * (stored - 1))
     if hasattr(os, "fork"):
-        with test.promise("fork: both sides go on, and nothing is lost") as run, open(test.target) as other:
+        with (
+            test.promise("fork: both sides go on, and nothing is lost") as run,
+            open(test.target) as other,
+        ):
             test.append(run, "before", other)
             if (pid := os.fork()) == 0:
                 try:
@@ -5210,7 +6690,9 @@ def _selftest_processes(test: _Selftest) -> None:
             test.append(run, "parent", other)
             _expect(os.waitpid(pid, 0)[1], 0)
             test.expect_log(run, "before", "child", "parent")
-    with test.promise("file: opened again, or as a backup made while in use, it is sound and holds the same"):
+    with test.promise(
+        "file: opened again, or as a backup made while in use, it is sound and holds the same"
+    ):
         with open(test.path) as other:
             other.backup(copy := os.path.join(test.folder, "copy.db"))
             written = other.events.load_events("run")
@@ -5218,60 +6700,96 @@ def _selftest_processes(test: _Selftest) -> None:
             with open(again, read_only=True) as other:
                 _expect((other.check(), other.events.load_events("run")), ([], written))
     with test.promise("errors: bad input is refused in one line, and nothing is written") as run:
-        for bad in ({"type": "custom", "x": [float("nan")]}, {"type": "custom", "x": object()}, {"type": ""}):
+        for bad in (
+            {"type": "custom", "x": [float("nan")]},
+            {"type": "custom", "x": object()},
+            {"type": ""},
+        ):
             _expect_error(InvalidData, test.store.events.append, run, "default", bad)
         _expect_error(StorageError, open, test.folder)
         test.expect_log(run)
+
 
 # --- demo: a durable pipeline over real files, one of whose workers is killed ---
 def _demo(args: Any) -> int:
     """Enqueue the files, have them done, and prove from the store that each was done exactly once."""
     import shlex
+
     if args.limit < 1:
         return _complain(f"--limit: 1 or more is needed, not {args.limit}", 2)
     if not os.path.isdir(args.folder):
-        return _complain(f"{args.folder}: {'not a' if os.path.exists(args.folder) else 'there is no such'} folder", 2)
+        return _complain(
+            f"{args.folder}: {'not a' if os.path.exists(args.folder) else 'there is no such'} folder",
+            2,
+        )
     folder, path, new = os.path.realpath(args.folder), _shared(args.store, "--store"), 0
     names = ["", *itertools.islice(_demo_files(folder, path), args.limit)]
     # The same ids for the same files in every run; that of the folder itself names the queue.
-    queue, *keys = (hashlib.sha256(os.fsencode(os.path.join(folder, name))).hexdigest()[:32] for name in names)
+    queue, *keys = (
+        hashlib.sha256(os.fsencode(os.path.join(folder, name))).hexdigest()[:32] for name in names
+    )
     if not keys:
         return _complain(f"no files in {folder}, so there is nothing to do: name another FOLDER", 0)
     with open(args.store) as store:
         with store.transaction():
             for key, name in zip(keys, names[1:], strict=True):
-                run = WorkflowExecution(execution_id=key, workflow_id="flowstore-demo", initial_input=name)
-                item = WorkItem(id=key, execution_id=key, queue_type=queue, payload=name, max_attempts=5)
-                with contextlib.suppress(AlreadyExists):  # an earlier run made them: what it did is done
+                run = WorkflowExecution(
+                    execution_id=key, workflow_id="flowstore-demo", initial_input=name
+                )
+                item = WorkItem(
+                    id=key, execution_id=key, queue_type=queue, payload=name, max_attempts=5
+                )
+                with contextlib.suppress(
+                    AlreadyExists
+                ):  # an earlier run made them: what it did is done
                     store.state.create_execution(run)
                     store.state.enqueue_work_item(item)
                     new += 1
-        print(f"{_many(len(keys), 'files')} of {folder}, {len(keys) - new} known from an earlier run", flush=True)
+        print(
+            f"{_many(len(keys), 'files')} of {folder}, {len(keys) - new} known from an earlier run",
+            flush=True,
+        )
         _demo_run(store, args.store, folder, queue)
         proven = _demo_table(store, keys)
     place = shlex.quote(store.target)
-    print("The store stays; files done in it are not read again, even when they have changed: to start anew, delete "
-          f"{place} or name another --store.\nTo look at it:", *(f"  {args.program} {command}" for command in (
-              f"show {place}", f"report {place} -o report.html", f"serve {place}")), sep="\n")
+    print(
+        "The store stays; files done in it are not read again, even when they have changed: to start anew, delete "
+        f"{place} or name another --store.\nTo look at it:",
+        *(
+            f"  {args.program} {command}"
+            for command in (f"show {place}", f"report {place} -o report.html", f"serve {place}")
+        ),
+        sep="\n",
+    )
     return 0 if proven else 1
+
 
 def _demo_files(folder: str, store: str) -> Iterator[str]:
     """The files under the folder, by name; a link to nowhere, too, is for the workers to meet."""
     # Who opens and closes the store's files beside SQLite drops the locks on them, whatever link it came by.
-    own = {_file_id(store + ending) for ending in ("", "-wal", "-shm", "-journal") if os.path.exists(store + ending)}
+    own = {
+        _file_id(store + ending)
+        for ending in ("", "-wal", "-shm", "-journal")
+        if os.path.exists(store + ending)
+    }
     for base, folders, names in os.walk(folder, onerror=lambda error: _complain(error, 1)):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for path in (os.path.join(base, name) for name in sorted(names) if not name.startswith(".")):
+        for path in (
+            os.path.join(base, name) for name in sorted(names) if not name.startswith(".")
+        ):
             if path.encode(errors="ignore") != os.fsencode(path):
                 _complain(f"{path}: left out, for its name is not UTF-8", 1)
             elif not os.path.exists(path) or (os.path.isfile(path) and _file_id(path) not in own):
                 yield os.path.relpath(path, folder)
 
+
 def _demo_run(store: Store, target: str, folder: str, queue: str) -> None:
     """Start the workers, kill the first while it holds a lease, and wait until the others have done all."""
+
     def left() -> int:
         counts = store.stats()["queues"].get(queue, {})
         return int(counts.get("pending", 0) + counts.get("claimed", 0))
+
     start, done, total = functools.partial(_spawn, "demo-worker", target, folder, queue), 0, left()
     if total == 0:
         return
@@ -5285,7 +6803,10 @@ def _demo_run(store: Store, target: str, folder: str, queue: str) -> None:
         workers[0].kill()
         for item in held:
             name = _said("", item.payload)
-            print(f"killed {item.worker_id}, seen holding {name} under fence {item.lease_fence}", flush=True)
+            print(
+                f"killed {item.worker_id}, seen holding {name} under fence {item.lease_fence}",
+                flush=True,
+            )
         workers += [start("0"), start("0")]
         while done < total:
             time.sleep(0.1)
@@ -5305,30 +6826,47 @@ def _demo_run(store: Store, target: str, folder: str, queue: str) -> None:
         now = f"last under fence {fence.lease_fence}; fence {item.lease_fence} is refused now"
         print(f"taken over: {_said('', item.payload)}, {now}")
 
+
 def _demo_worker(target: str, folder: str, queue: str, pause: str) -> int:
     """Claim files and do them, until killed: the demo does so, and if it dies itself, standard input closes."""
     threading.Thread(target=lambda: os._exit(len(os.read(0, 1))), daemon=True).start()
-    with open(target, lease_seconds=2, backoff=lambda attempt: 0.05) as store:  # short: somebody is watching
+    with open(
+        target, lease_seconds=2, backoff=lambda attempt: 0.05
+    ) as store:  # short: somebody is watching
         while True:
             # Taken over meanwhile, or on a server another worker was first: nothing of ours was written.
             with contextlib.suppress(LeaseLost, StoreBusy):
                 with store.transaction():  # so that the log tells of every lease that there was
                     if item := store.state.claim_work_item(f"worker-{os.getpid()}", [queue]):
-                        event = {"type": "step_started", "worker": item.worker_id, "fence": item.lease_fence}
+                        event = {
+                            "type": "step_started",
+                            "worker": item.worker_id,
+                            "fence": item.lease_fence,
+                        }
                         store.events.append(item.execution_id, item.tenant_id, event)
                 time.sleep(float(pause) if item else 0.05)
                 if item:
                     _demo_do(store, item, os.path.join(folder, item.payload))
 
+
 def _demo_do(store: Store, item: WorkItem, path: str) -> None:
     """Count and hash a file; its event and the end of its lease are one transaction, both or neither."""
     size, lines, words, digest, in_word = 0, 0, 0, hashlib.sha256(), False
-    event: dict[str, Any] = {"type": "step_completed", "worker": item.worker_id, "fence": item.lease_fence}
+    event: dict[str, Any] = {
+        "type": "step_completed",
+        "worker": item.worker_id,
+        "fence": item.lease_fence,
+    }
     try:
-        with store.state.hold(item), io.FileIO(path) as file:  # held, for a large file may outlast the lease
+        with (
+            store.state.hold(item),
+            io.FileIO(path) as file,
+        ):  # held, for a large file may outlast the lease
             while chunk := file.read(1 << 20):
                 size, lines = size + len(chunk), lines + chunk.count(b"\n")
-                words += len(chunk.split()) - (in_word and not chunk[:1].isspace())  # a word in two chunks
+                words += len(chunk.split()) - (
+                    in_word and not chunk[:1].isspace()
+                )  # a word in two chunks
                 in_word = not chunk[-1:].isspace()
                 digest.update(chunk)
         event |= {"bytes": size, "lines": lines, "words": words, "sha256": digest.hexdigest()}
@@ -5342,6 +6880,7 @@ def _demo_do(store: Store, item: WorkItem, path: str) -> None:
         elif isinstance(store.state.retry_work_item(item, event["error"]), DeadLetter):
             store.state.update_execution_status(item.execution_id, ExecutionStatus.FAILED)
 
+
 def _demo_table(store: Store, keys: list[str]) -> bool:
     """Print what the store tells of each file; True when it proves that each was done exactly once."""
     line = "{:40} {:>11} {:>8} {:>8}  {:12} {:>6}  {}".format
@@ -5350,26 +6889,41 @@ def _demo_table(store: Store, keys: list[str]) -> bool:
         stored = store.events.load_events(item.execution_id)
         fences = [one.event["fence"] for one in stored if one.event["type"] == "step_started"]
         # A lease without an end: its worker was killed. One that ended in a failure was followed by a retry.
-        lost = sorted({*fences}.difference(one.event["fence"] for one in stored if one.event["type"] != "step_started"))
+        lost = sorted(
+            {*fences}.difference(
+                one.event["fence"] for one in stored if one.event["type"] != "step_started"
+            )
+        )
         done = [one.event for one in stored if one.event["type"] == "step_completed"]
         notes = [f"taken over from fence {', '.join(map(str, lost))}"] * bool(lost)
         if bad := item.status == "dead_lettered":
             notes.append(f"dead letter after {item.attempt} tries: {item.last_error}")
         well = item.status == "completed" and [event["fence"] for event in done] == fences[-1:]
         found.append((well, bad, bool(lost), stored[-1].sequence > len(stored), len(stored)))
-        facts = [str(done[0][name])[:12] if done else "-" for name in ("bytes", "lines", "words", "sha256")]
+        facts = [
+            str(done[0][name])[:12] if done else "-"
+            for name in ("bytes", "lines", "words", "sha256")
+        ]
         row = line(_said("", item.payload)[-40:], *facts, len(stored), "; ".join(notes)).rstrip()
         (noted if notes else quiet).append(row)
     shown = [*noted, *quiet][:25]
     once, dead, taken, gaps, events = map(sum, zip(*found, strict=True))
-    print(line("file", "bytes", "lines", "words", "sha256", "events", "").rstrip(), *shown, sep="\n")
-    print(f"{_many(len(keys), 'files')} ({len(shown)} shown): {once} done exactly once, {_many(dead, 'dead letters')}, "
-          f"{len(keys) - once - dead} lost; {taken} taken over; {_many(events, 'events')}, gaps in "
-          f"{_many(gaps, 'executions')}")
+    print(
+        line("file", "bytes", "lines", "words", "sha256", "events", "").rstrip(), *shown, sep="\n"
+    )
+    print(
+        f"{_many(len(keys), 'files')} ({len(shown)} shown): {once} done exactly once, {_many(dead, 'dead letters')}, "
+        f"{len(keys) - once - dead} lost; {taken} taken over; {_many(events, 'events')}, gaps in "
+        f"{_many(gaps, 'executions')}"
+    )
     return once == len(keys) and not gaps
 
+
 # --- bench: what the design promises, measured against plain sqlite3 in the same run ---
-_Verdict: TypeAlias = tuple[bool, str, list[float]]  # of a row: whether it holds, in words, and what was measured
+_Verdict: TypeAlias = tuple[
+    bool, str, list[float]
+]  # of a row: whether it holds, in words, and what was measured
+
 
 def _ms(operation: Callable[[], object]) -> float:
     """How many milliseconds it takes."""
@@ -5377,11 +6931,14 @@ def _ms(operation: Callable[[], object]) -> float:
     operation()
     return (time.perf_counter() - start) * 1000
 
+
 def _under(most: float, unit: str, values: Iterable[float]) -> _Verdict:
     """The median has to be under a limit."""
     from statistics import median
+
     value = median(values)
     return value < most, f"{value:.1f} {unit} (under {most})", [value]
+
 
 class _Bench:
     """What the rows share: for how long and how deep to measure, stores, other processes, the plain loop."""
@@ -5389,7 +6946,12 @@ class _Bench:
     def __init__(self, quick: bool, url: str = "") -> None:
         self.rounds, self.seconds, self.depth = (3, 0.1, 100_000) if quick else (11, 0.5, 1_000_000)
         self.url = url  # of the server to measure, if that is to be one
-        self.event = {"type": "step_completed", "node": "charge", "worker": "worker-1", "result": "x" * 180}
+        self.event = {
+            "type": "step_completed",
+            "node": "charge",
+            "worker": "worker-1",
+            "result": "x" * 180,
+        }
         self.folder, self.row = "", contextlib.ExitStack()  # of the row that is being measured
 
     def store(self, synchronous: str = "FULL") -> Store:
@@ -5404,8 +6966,11 @@ class _Bench:
         import signal
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
+
         ignored = (signal.SIGINT, signal.SIG_IGN)
-        return self.row.enter_context(ProcessPoolExecutor(count, get_context("spawn"), signal.signal, ignored))
+        return self.row.enter_context(
+            ProcessPoolExecutor(count, get_context("spawn"), signal.signal, ignored)
+        )
 
     def rate(self, operation: Callable[[], object]) -> float:
         """How often a second it can be done."""
@@ -5417,126 +6982,217 @@ class _Bench:
 
     def plain(self, synchronous: str, rows: int = 1) -> Callable[[], float]:
         """The plain loop: the same row into the same table, so many a transaction, and nothing else."""
-        db = self.row.enter_context(contextlib.closing(sqlite3.connect(self.store().target, isolation_level=None)))
+        db = self.row.enter_context(
+            contextlib.closing(sqlite3.connect(self.store().target, isolation_level=None))
+        )
         numbers, text = itertools.count(2), json.dumps(self.event)
-        db.executescript(f"PRAGMA synchronous = {synchronous}; PRAGMA fullfsync = ON")  # the latter as a store does
+        db.executescript(
+            f"PRAGMA synchronous = {synchronous}; PRAGMA fullfsync = ON"
+        )  # the latter as a store does
         sql = """INSERT INTO flowstore_log (execution_id, tenant_id, event, timestamp, sequence)
             VALUES ('run', 'default', ?, ?, ?)"""
+
         def insert() -> None:
             values = [(text, time.time_ns() // 1000, next(numbers)) for _ in range(rows)]
             db.execute("BEGIN IMMEDIATE")
             db.executemany(sql, values) if rows > 1 else db.execute(sql, values[0])
             db.execute("COMMIT")
+
         return lambda: self.rate(insert)
 
     def copies(self, store: Store, table: str, original: str, count: int, **changed: str) -> None:
         """Copies of one row, numbered n, some columns changed: by SQL, for a million calls would take minutes."""
         for start in range(1, count + 1, 50_000):
             with store.transaction() as tx:
-                names = [name for (name,) in tx.execute(f"SELECT name FROM pragma_table_info('{table}')")]
-                tx.execute(f"""INSERT INTO {table} ({', '.join(names)})
+                names = [
+                    name for (name,) in tx.execute(f"SELECT name FROM pragma_table_info('{table}')")
+                ]
+                tx.execute(
+                    f"""INSERT INTO {table} ({", ".join(names)})
                     WITH RECURSIVE numbers (n) AS (SELECT ? UNION ALL SELECT n + 1 FROM numbers WHERE n < ?)
-                    SELECT {', '.join(changed.get(name, name) for name in names)}
-                    FROM numbers CROSS JOIN {table} WHERE {original}""", (start, min(start + 49_999, count)))
+                    SELECT {", ".join(changed.get(name, name) for name in names)}
+                    FROM numbers CROSS JOIN {table} WHERE {original}""",
+                    (start, min(start + 49_999, count)),
+                )
 
-    def compare(self, ours: Callable[[], float], *others: tuple[str, float, Callable[[], float]]) -> _Verdict:
+    def compare(
+        self, ours: Callable[[], float], *others: tuple[str, float, Callable[[], float]]
+    ) -> _Verdict:
         """Our rate against others' (what, how many times its rate, itself): one median of the ratios has to hold."""
         from statistics import median
+
         sides = [ours, *(other for _, _, other in others)]
-        rounds = [{side: side() for side in (sides if turn % 2 else sides[::-1])}  # nobody is always first
-                  for turn in range(self.rounds + 1)][1:]  # the first only warms up
-        rate, ratios, told, holds = median(each[ours] for each in rounds), list[float](), list[str](), False
+        rounds = [
+            {
+                side: side() for side in (sides if turn % 2 else sides[::-1])
+            }  # nobody is always first
+            for turn in range(self.rounds + 1)
+        ][1:]  # the first only warms up
+        rate, ratios, told, holds = (
+            median(each[ours] for each in rounds),
+            list[float](),
+            list[str](),
+            False,
+        )
         for what, least, other in others:
             ratios.append(ratio := median(each[ours] / each[other] for each in rounds))
             told.append(f"{ratio:.2f} x {what} (at least {least})")
             holds = holds or ratio >= least
         return holds, f"{', or '.join(told)}; {rate:,.0f}/s", [*ratios, rate]
 
+
 def _bench_append(on: _Bench, threads: int, synchronous: str, least: dict[str, float]) -> _Verdict:
     import asyncio
+
     store = on.store(synchronous)
+
     def one(thread: int) -> float:
         return on.rate(lambda: store.events.append(f"run-{thread}", "default", on.event))
+
     async def in_tasks() -> float:
         async with open_async(store.target) as awaited:
             start = time.perf_counter()
+
             async def task(number: int) -> int:
                 done = 0
                 while not done or time.perf_counter() < start + on.seconds:
                     done += bool(await awaited.events.append(f"run-{number}", "default", on.event))
                 return done
-            return sum(await asyncio.gather(*map(task, range(1000)))) / (time.perf_counter() - start)
+
+            return sum(await asyncio.gather(*map(task, range(1000)))) / (
+                time.perf_counter() - start
+            )
+
     def ours() -> float:
         if threads > 1:
             return sum(_in_threads(threads, one))
         return one(0) if threads else asyncio.run(in_tasks())
-    return on.compare(ours, *((f"plain {mode}", ratio, on.plain(mode)) for mode, ratio in least.items()))
+
+    return on.compare(
+        ours, *((f"plain {mode}", ratio, on.plain(mode)) for mode, ratio in least.items())
+    )
+
 
 def _bench_batch(on: _Bench) -> _Verdict:
     store, batch = on.store(), [on.event] * 1000
-    return on.compare(lambda: on.rate(lambda: store.events.append_batch("run", "default", batch)),
-                      ("executemany", 0.5, on.plain("FULL", 1000)))
+    return on.compare(
+        lambda: on.rate(lambda: store.events.append_batch("run", "default", batch)),
+        ("executemany", 0.5, on.plain("FULL", 1000)),
+    )
+
 
 def _bench_load(on: _Bench) -> _Verdict:
     store = on.store()
     store.events.append_batch("run", "default", [on.event] * 9_999)
     db = on.row.enter_context(contextlib.closing(sqlite3.connect(store.target)))
     sql = "SELECT * FROM flowstore_log WHERE execution_id = 'run' ORDER BY sequence"
+
     def plain() -> float:
         return on.rate(lambda: [json.loads(row[4]) for row in db.execute(sql).fetchall()])
-    return on.compare(lambda: on.rate(lambda: store.events.load_events("run")), ("fetchall + json.loads", 0.5, plain))
+
+    return on.compare(
+        lambda: on.rate(lambda: store.events.load_events("run")),
+        ("fetchall + json.loads", 0.5, plain),
+    )
+
 
 def _bench_claims(on: _Bench, queues: str, changed: dict[str, str], tenant: str = "") -> _Verdict:
-    few, many = on.store("NORMAL"), on.store("NORMAL")  # waiting for the disk would hide what a claim costs
+    few, many = (
+        on.store("NORMAL"),
+        on.store("NORMAL"),
+    )  # waiting for the disk would hide what a claim costs
+
     def fill(store: Store, queue: str, count: int, **changed: str) -> None:
         item = store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type=queue))
-        new = {"id": "id || printf('-%07d', n)", "available_at": "available_at - 3600000000 + n"} | changed
+        new = {
+            "id": "id || printf('-%07d', n)",
+            "available_at": "available_at - 3600000000 + n",
+        } | changed
         on.copies(store, "flowstore_work_items", f"id = '{item}'", count, **new)
+
     def claim(store: Store, queues: str) -> float:
         state: Any = store.state.for_tenant(tenant) if tenant else store.state
-        passed = _ms(lambda: [state.complete_work_item(state.claim_work_item("worker", [*queues])) for _ in range(200)])
+        passed = _ms(
+            lambda: [
+                state.complete_work_item(state.claim_work_item("worker", [*queues]))
+                for _ in range(200)
+            ]
+        )
         fill(store, "a", 200)  # outside the time
         return 200_000 / passed
+
     fill(few, "a", 1_000)
     fill(many, "a", on.depth, **changed)
     for queue in queues:
         fill(many, queue, 10_000)
-    return on.compare(lambda: claim(many, queues), ("that with 1,000 pending", 0.8, lambda: claim(few, "a")))
+    return on.compare(
+        lambda: claim(many, queues), ("that with 1,000 pending", 0.8, lambda: claim(few, "a"))
+    )
+
 
 def _bench_persist(on: _Bench) -> _Verdict:
-    host, pointers = on.store("NORMAL").workflows, [ExecutionPointer(step_id=n, outcome=on.event) for n in range(1000)]
+    host, pointers = (
+        on.store("NORMAL").workflows,
+        [ExecutionPointer(step_id=n, outcome=on.event) for n in range(1000)],
+    )
     instance = WorkflowInstance(workflow_definition_id="bench", execution_pointers=pointers)
     instance.id = host.create_new_workflow(instance)
+
     def persist(*steps: list[ExecutionPointer]) -> None:
         pointers[500].retry_count += 1
         for instance.execution_pointers in steps:
             host.persist_workflow(instance)
-    return on.compare(lambda: on.rate(lambda: persist(pointers)),
-                      ("deleting and rewriting all", 10.0, lambda: on.rate(lambda: persist([], pointers))))
+
+    return on.compare(
+        lambda: on.rate(lambda: persist(pointers)),
+        ("deleting and rewriting all", 10.0, lambda: on.rate(lambda: persist([], pointers))),
+    )
+
 
 def _bench_processes(on: _Bench) -> _Verdict:
     store, pool, longest = on.store(), on.processes(), list[float]()
+
     def ours() -> float:
-        waits = list(itertools.chain(*pool.map(_bench_writer, [store.target] * 4, [on.seconds] * 4)))
+        waits = list(
+            itertools.chain(*pool.map(_bench_writer, [store.target] * 4, [on.seconds] * 4))
+        )
         longest.append(max(waits))
         return len(waits) / on.seconds
+
     holds, said, measured = on.compare(ours, ("plain FULL", 1.0, on.plain("FULL")))
-    return holds, f"{said}, no error, longest call {max(longest):,.0f} ms", [*measured, max(longest)]
+    return (
+        holds,
+        f"{said}, no error, longest call {max(longest):,.0f} ms",
+        [*measured, max(longest)],
+    )
+
 
 def _bench_writer(target: str, seconds: float) -> list[float]:
     """Append with 4 threads: how many milliseconds each call took."""
     with open(target) as store:
+
         def write(_: int) -> list[float]:
             run, waits, end = new_id(), list[float](), time.monotonic() + seconds
             while time.monotonic() < end:
-                waits.append(_ms(lambda: store.events.append(run, "default", {"type": "custom", "text": "x" * 225})))
+                waits.append(
+                    _ms(
+                        lambda: store.events.append(
+                            run, "default", {"type": "custom", "text": "x" * 225}
+                        )
+                    )
+                )
             return waits
+
         return list(itertools.chain(*_in_threads(4, write)))
+
 
 def _bench_iterate(on: _Bench) -> _Verdict:
     store = on.store("OFF")
-    on.copies(store, "flowstore_log", "position = 1", on.depth - 1, position="1 + n", sequence="1 + n")
+    on.copies(
+        store, "flowstore_log", "position = 1", on.depth - 1, position="1 + n", sequence="1 + n"
+    )
     return _under(50, "MB", [on.processes().submit(_bench_reader, store.target).result()])
+
 
 def _bench_reader(target: str) -> float:
     """Read all events: by how many MB that raises the most memory that the process ever had."""
@@ -5544,15 +7200,20 @@ def _bench_reader(target: str) -> float:
         before = _peak(store.events.load_events("run-0"))
         return _peak(deque(store.events.iter_events("run"), maxlen=0)) - before
 
+
 def _peak(_: object) -> float:
     with contextlib.suppress(OSError), io.FileIO("/proc/self/status") as status:
         return int(status.readall().partition(b"VmHWM:")[2].split()[0]) / 1024
     import resource  # not on Linux, where its figure begins with that of the parent
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+
 
 def _bench_prune(on: _Bench) -> _Verdict:
     store, waits = on.store(), list[float]()
-    store.flows.insert(Flow(id="flow", status=FlowStatus.FINISHED, updated_at=datetime(2000, 1, 1, tzinfo=UTC)))
+    store.flows.insert(
+        Flow(id="flow", status=FlowStatus.FINISHED, updated_at=datetime(2000, 1, 1, tzinfo=UTC))
+    )
     store.flows.append_event("flow", "ended", {})
     on.copies(store, "flows", "id = 'flow'", on.depth // 10, id="'flow-' || n")
     on.copies(store, "flow_events", "id = 1", on.depth // 10, id="1 + n", flow_id="'flow-' || n")
@@ -5562,14 +7223,20 @@ def _bench_prune(on: _Bench) -> _Verdict:
         waits.append(_ms(lambda: store.events.append("run", "default", on.event)))
     return _under(50, "ms at the 99th percentile", [sorted(waits)[len(waits) * 99 // 100]])
 
+
 def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
     store, pool, queue = on.store(), on.processes(), new_id()
+
     def wait(seconds: float) -> list[Any]:
         return [pool.submit(_bench_waiter, on.target, each, seconds) for each in ("", queue)]
+
     for started in wait(0):  # what is measured begins when the processes have
         started.result()
     if idle:
-        return _under(2, "% of a core", [max(waiting.result()[1] for waiting in wait(4 * on.seconds + 1))])
+        return _under(
+            2, "% of a core", [max(waiting.result()[1] for waiting in wait(4 * on.seconds + 1))]
+        )
+
     def wake() -> float:
         both = wait(5)
         time.sleep(random.uniform(0.2, 0.3))  # out of step with the times at which they look
@@ -5578,7 +7245,9 @@ def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
             store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type=queue))
             store.events.append("run", "default", on.event)
         return float(max(waiting.result()[0] for waiting in both) - start) * 1000
+
     return _under(50, "ms", [wake() for _ in range(2 * on.rounds)])
+
 
 def _bench_waiter(target: str, queue: str, seconds: float) -> tuple[float, float]:
     """Wait for an item of a queue, or without one for an event: when it came, and how many % of a core that took."""
@@ -5590,8 +7259,10 @@ def _bench_waiter(target: str, queue: str, seconds: float) -> tuple[float, float
             next(store.events.tail(timeout=seconds), None)
         return time.time(), (time.process_time() - used) / (time.monotonic() - begun) * 100
 
+
 def _bench_workers(on: _Bench) -> _Verdict:
     store, pool, count = on.store(), on.processes(8), on.depth // 250
+
     def rate(workers: int) -> float:
         queue = new_id()
         with store.transaction():
@@ -5599,9 +7270,13 @@ def _bench_workers(on: _Bench) -> _Verdict:
                 store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type=queue))
         store.compact()  # else the server may clean up after earlier rounds meanwhile
         start = time.time() + 0.5  # by then each has connected
-        ended: list[float] = [*pool.map(_bench_worker, [on.target] * workers, [queue] * workers, [start] * workers)]
+        ended: list[float] = [
+            *pool.map(_bench_worker, [on.target] * workers, [queue] * workers, [start] * workers)
+        ]
         return count / (max(ended) - start)
+
     return on.compare(lambda: rate(8), ("that of 1 process", 2.0, lambda: rate(1)))
+
 
 def _bench_worker(target: str, queue: str, start: float) -> float:
     """From a time on, claim and complete the items of a queue: when there were none left."""
@@ -5611,39 +7286,73 @@ def _bench_worker(target: str, queue: str, start: float) -> float:
             store.state.complete_work_item(item)
         return time.time()
 
+
 def _bench_look(on: _Bench) -> _Verdict:
     store = on.store("OFF")
     item = store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="queue"))
-    on.copies(store, "flowstore_log", "position = 1", on.depth - 1, position="1 + n", sequence="1 + n")
-    on.copies(store, "flowstore_work_items", f"id = '{item}'", on.depth // 5, id="id || n",
-              status="CASE n % 2 WHEN 0 THEN 'pending' ELSE 'completed' END")
+    on.copies(
+        store, "flowstore_log", "position = 1", on.depth - 1, position="1 + n", sequence="1 + n"
+    )
+    on.copies(
+        store,
+        "flowstore_work_items",
+        f"id = '{item}'",
+        on.depth // 5,
+        id="id || n",
+        status="CASE n % 2 WHEN 0 THEN 'pending' ELSE 'completed' END",
+    )
+
     def look(id: str | None) -> None:
         views = _views(store, id)
         _page(store.target, *map(_html, views))
         "".join(map(_drawn, views))
-    return _under(200, "ms", [max(_ms(lambda: look(None)), _ms(lambda: look("run"))) for _ in range(on.rounds)])
+
+    return _under(
+        200,
+        "ms",
+        [max(_ms(lambda: look(None)), _ms(lambda: look("run"))) for _ in range(on.rounds)],
+    )
+
 
 def _bench_import(on: _Bench) -> _Verdict:
     from subprocess import check_output
+
     folder, name = os.path.split(os.path.abspath(__file__))
-    code = (f"import sys, time; sys.path.insert(0, {folder!r}); start = time.perf_counter(); "
-            f"import {name.removesuffix('.py')}; print(time.perf_counter() - start)")
+    code = (
+        f"import sys, time; sys.path.insert(0, {folder!r}); start = time.perf_counter(); "
+        f"import {name.removesuffix('.py')}; print(time.perf_counter() - start)"
+    )
     command = [sys.executable, "-I", "-X", f"pycache_prefix={on.folder}", "-c", code]
     times = [float(check_output(command)) * 1000 for _ in range(on.rounds + 1)]
     return _under(60, "ms", times[1:])  # the first has compiled it
+
 
 # The table of the design: the name of each row, its function, and what that is given. {} is how many there are.
 _ROWS: dict[str, tuple[Any, ...]] = {
     "durable append, 1 thread, FULL": (_bench_append, 1, "FULL", {"FULL": 0.85}),
     "append, 1 thread, NORMAL": (_bench_append, 1, "NORMAL", {"NORMAL": 0.7}),
     "durable append, 64 threads, FULL": (_bench_append, 64, "FULL", {"FULL": 4.0, "NORMAL": 0.4}),
-    "durable append, asyncio, 1,000 tasks, FULL": (_bench_append, 0, "FULL", {"FULL": 10.0, "NORMAL": 1.0}),
+    "durable append, asyncio, 1,000 tasks, FULL": (
+        _bench_append,
+        0,
+        "FULL",
+        {"FULL": 10.0, "NORMAL": 1.0},
+    ),
     "append_batch of 1,000": (_bench_batch,),
     "load 10,000 events": (_bench_load,),
     "claim + complete, {} pending": (_bench_claims, "a", {}),
     "claim + complete, {} pending, asking for three queues": (_bench_claims, "abc", {}),
-    "claim + complete, {} delayed": (_bench_claims, "a", {"available_at": "available_at + 86400000000 + n"}),
-    "claim + complete, {} of another tenant": (_bench_claims, "a", {"tenant_id": "'other'"}, "default"),
+    "claim + complete, {} delayed": (
+        _bench_claims,
+        "a",
+        {"available_at": "available_at + 86400000000 + n"},
+    ),
+    "claim + complete, {} of another tenant": (
+        _bench_claims,
+        "a",
+        {"tenant_id": "'other'"},
+        "default",
+    ),
     "persist_workflow, 1,000 pointers, one changed": (_bench_persist,),
     "4 processes x 4 threads, FULL": (_bench_processes,),
     "iter_events over {} events": (_bench_iterate,),
@@ -5654,25 +7363,32 @@ _ROWS: dict[str, tuple[Any, ...]] = {
     "import flowstore": (_bench_import,),
 }
 _SERVER_ROWS: dict[str, tuple[Any, ...]] = {"claim + complete, 8 processes": (_bench_workers,)} | {
-    title: row for title, row in _ROWS.items() if row[0] is _bench_wait}
+    title: row for title, row in _ROWS.items() if row[0] is _bench_wait
+}
+
 
 def _bench(args: Any) -> int:
     """Measure each row of the table, and print whether it holds; status 1 when one does not."""
     import platform
     import tempfile
+
     path = _shared(args.target, "--target") if args.target else None
     beside = os.path.dirname(path) if path else tempfile.gettempdir()
     on, rows = _Bench(args.quick, args.target if path == "" else ""), list[dict[str, Any]]()
     table = _SERVER_ROWS if on.url else _ROWS
     say = functools.partial(print, file=io.StringIO() if args.json else None, flush=True)
-    machine = (f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
-               f"{'a server' if on.url else f'SQLite {sqlite3.sqlite_version}, {_file_system(beside)}'}"
-               f"{f'; quick, {on.depth:,} for 1,000,000' * args.quick}")
+    machine = (
+        f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, "
+        f"{'a server' if on.url else f'SQLite {sqlite3.sqlite_version}, {_file_system(beside)}'}"
+        f"{f'; quick, {on.depth:,} for 1,000,000' * args.quick}"
+    )
     say(machine)
     for number, (title, (function, *given)) in enumerate(table.items()):
         _bar(sys.stderr, number, len(table), name := title.format(f"{on.depth:,}"))
         with contextlib.ExitStack() as on.row:
-            folder = tempfile.TemporaryDirectory(prefix="flowstore-", dir=beside, ignore_cleanup_errors=True)
+            folder = tempfile.TemporaryDirectory(
+                prefix="flowstore-", dir=beside, ignore_cleanup_errors=True
+            )
             on.folder = on.row.enter_context(folder)
             holds, said, measured = function(on, *given)
         _bar(sys.stderr)
@@ -5683,21 +7399,33 @@ def _bench(args: Any) -> int:
     print(json.dumps(result) if args.json else f"{len(rows) - missed} hold, {missed} missed")
     return 1 if missed else 0
 
+
 def _file_system(folder: str) -> str:
     """What kind of file system a folder is on, as far as Linux tells."""
     with contextlib.suppress(OSError), io.FileIO("/proc/mounts") as mounts:
         found = [os.fsdecode(line).split()[1:3] for line in mounts]
-        return max((at, kind) for at, kind in found if os.path.commonpath([os.path.realpath(folder), at]) == at)[1]
+        return max(
+            (at, kind)
+            for at, kind in found
+            if os.path.commonpath([os.path.realpath(folder), at]) == at
+        )[1]
     return "an unknown file system"
+
 
 # --- check, backup, compact, prune ---
 def _check(args: Any) -> int:
     """Print the problems of a store; status 1 when there are any."""
     with open(args.store, read_only=True) as store:
         problems = store.check()
-    lines = [*problems, f"{store.target}: {_many(len(problems), 'problems') if problems else 'sound'}"]
-    print(json.dumps({"store": store.target, "problems": problems}) if args.json else "\n".join(lines))
+    lines = [
+        *problems,
+        f"{store.target}: {_many(len(problems), 'problems') if problems else 'sound'}",
+    ]
+    print(
+        json.dumps({"store": store.target, "problems": problems}) if args.json else "\n".join(lines)
+    )
     return 1 if problems else 0
+
 
 def _backup(args: Any) -> None:
     """Write a consistent copy of a store."""
@@ -5707,11 +7435,15 @@ def _backup(args: Any) -> None:
         store.backup(args.path)
     print(f"{args.path}: {os.path.getsize(args.path):,} bytes")
 
+
 def _existing(target: str) -> Store:
     """Open a store to change it: a mistyped name must not make a new one."""
-    with contextlib.suppress(SchemaError):  # an older schema is fine: opening it to write upgrades it
+    with contextlib.suppress(
+        SchemaError
+    ):  # an older schema is fine: opening it to write upgrades it
         open(target, read_only=True).close()
     return open(target)
+
 
 def _compact(args: Any) -> None:
     """Shrink a store's file, and say to what."""
@@ -5719,12 +7451,19 @@ def _compact(args: Any) -> None:
         store.compact()
         print(f"{store.target}: {store.stats()['file_bytes']:,} bytes")
 
+
 def _prune(args: Any) -> None:
     """Drop what has ended, with a bar on a terminal, and say how much that was."""
     age = re.fullmatch(r"([0-9]{1,6})([smhdw])", args.older_than)
     if age is None:
-        raise SystemExit(_complain("--older-than: up to six digits and one of s, m, h, d, w are needed, as in 30d", 2))
-    older_than = timedelta(seconds=int(age[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}[age[2]])
+        raise SystemExit(
+            _complain(
+                "--older-than: up to six digits and one of s, m, h, d, w are needed, as in 30d", 2
+            )
+        )
+    older_than = timedelta(
+        seconds=int(age[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}[age[2]]
+    )
     with _existing(args.store) as store:
         counts = store.prune(older_than, dry_run=True)
         steps, done, dropped = inspect.unwrap(Store.prune)(store, older_than), 0, None
@@ -5737,42 +7476,69 @@ def _prune(args: Any) -> None:
         finally:
             _bar(sys.stderr)
     text = ", ".join(_many(count, kind) for kind, count in counts.items() if count) or "nothing"
-    print(json.dumps({"store": store.target, "dry_run": args.dry_run, "pruned": counts}) if args.json else
-          f"{store.target}: {'would drop' if args.dry_run else 'dropped'} {text}")
+    print(
+        json.dumps({"store": store.target, "dry_run": args.dry_run, "pruned": counts})
+        if args.json
+        else f"{store.target}: {'would drop' if args.dry_run else 'dropped'} {text}"
+    )
+
 
 # --- copy: a store moves into a new one, perhaps of another engine ---
 _COPIED = {  # by table, its columns and those of its key; referred ones first
-    name: (re.findall(r"(\w+) (?:TEXT|INTEGER|BLOB)", columns),
-           (re.findall(r"PRIMARY KEY \(([^)]+)\)", columns) or re.findall(r"(\w+) \w+ PRIMARY KEY", columns))[0])
-    for name, columns in re.findall(r"CREATE TABLE (\w+) (.*)", " ".join(_TABLES.split()).replace("; ", ";\n"))
+    name: (
+        re.findall(r"(\w+) (?:TEXT|INTEGER|BLOB)", columns),
+        (
+            re.findall(r"PRIMARY KEY \(([^)]+)\)", columns)
+            or re.findall(r"(\w+) \w+ PRIMARY KEY", columns)
+        )[0],
+    )
+    for name, columns in re.findall(
+        r"CREATE TABLE (\w+) (.*)", " ".join(_TABLES.split()).replace("; ", ";\n")
+    )
     if name != "flowstore_meta"
 }
-_Rows: TypeAlias = "Callable[..., list[tuple[Any, ...]]]"  # what runs a statement with its parameters
+_Rows: TypeAlias = (
+    "Callable[..., list[tuple[Any, ...]]]"  # what runs a statement with its parameters
+)
 
-def _table_rows(rows: _Rows, table: str, after: tuple[Any, ...] | None = None) -> Iterator[list[tuple[Any, ...]]]:
+
+def _table_rows(
+    rows: _Rows, table: str, after: tuple[Any, ...] | None = None
+) -> Iterator[list[tuple[Any, ...]]]:
     """The rows of a table behind a key, in the order of its key, some hundred at a time."""
     columns, key = _COPIED[table]
     places = [columns.index(name) for name in key.split(", ")]
     marks = ", ".join("?" * len(places))
     while True:
         behind = f"WHERE ({key}) > ({marks})" if after is not None else ""
-        found = rows(f"SELECT {', '.join(columns)} FROM {table} {behind} ORDER BY {key} LIMIT 500", *(after or ()))
+        found = rows(
+            f"SELECT {', '.join(columns)} FROM {table} {behind} ORDER BY {key} LIMIT 500",
+            *(after or ()),
+        )
         if not found:
             return
         yield found
         after = tuple(found[-1][place] for place in places)
 
+
 def _copy_tables(rows: _Rows, target: Store, tell: Callable[[int], Any] = bool) -> None:
     """Copy what `rows` reads into a new store, or go on with a copy that was broken off."""
     with target.transaction() as tx:
         if not tx.execute("SELECT 1 FROM flowstore_meta WHERE key = 'copying'"):
-            if sum(target.stats()["tables"].values()) > len(tx.execute("SELECT 1 FROM flowstore_meta")) + 1:
-                raise StorageError(f"{target.target}: there is a store already: copy into a new one")
+            if (
+                sum(target.stats()["tables"].values())
+                > len(tx.execute("SELECT 1 FROM flowstore_meta")) + 1
+            ):
+                raise StorageError(
+                    f"{target.target}: there is a store already: copy into a new one"
+                )
             tx.execute("DELETE FROM flowstore_tenants")
             tx.execute("INSERT INTO flowstore_meta (key, value) VALUES ('copying', '')")
     done = 0
     for table, (columns, key) in _COPIED.items():
-        insert = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+        insert = (
+            f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+        )
         order = ", ".join(f"{name} DESC" for name in key.split(", "))
         with target.transaction() as tx:
             last = tx.execute(f"SELECT {key} FROM {table} ORDER BY {order} LIMIT 1")
@@ -5784,6 +7550,7 @@ def _copy_tables(rows: _Rows, target: Store, tell: Callable[[int], Any] = bool) 
     with target.transaction() as tx:
         tx.execute("DELETE FROM flowstore_meta WHERE key = 'copying'")
 
+
 def _copy_store(args: Any) -> int:
     """Copy a store into a new one, of either engine, and compare them; status 1 when they differ."""
     with open(args.source, read_only=True) as source, source.transaction() as read:  # one snapshot
@@ -5794,44 +7561,147 @@ def _copy_store(args: Any) -> int:
         _bar(sys.stdout)
         with open(args.target) as target, target.transaction() as copy:
             other = lambda sql, *values: copy.execute(sql, values)  # noqa: E731
-            differ = [table for table in _COPIED if any(
-                one != two for one, two in itertools.zip_longest(_table_rows(rows, table), _table_rows(other, table)))]
-    print(f"{target.target}: {total:,} rows,", f"other than the source in {', '.join(differ)}" if differ else "equal")
+            differ = [
+                table
+                for table in _COPIED
+                if any(
+                    one != two
+                    for one, two in itertools.zip_longest(
+                        _table_rows(rows, table), _table_rows(other, table)
+                    )
+                )
+            ]
+    print(
+        f"{target.target}: {total:,} rows,",
+        f"other than the source in {', '.join(differ)}" if differ else "equal",
+    )
     return 1 if differ else 0
 
+
 # Each command: the function, which may return an exit status, what it is about, and its arguments as argparse has them.
-_STORE: dict[str, dict[str, Any]] = {"store": {"metavar": "STORE", "help": "a database file or URL"}}
-_ID: dict[str, dict[str, Any]] = {"id": {"nargs": "?", "metavar": "ID", "help": "of an execution, flow or workflow"}}
-_JSON_OUT: dict[str, dict[str, Any]] = {"--json": {"action": "store_true", "help": "print JSON, for programs"}}
-_COMMANDS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any]]]] = {
-    "selftest": (_selftest, "check in a few seconds that this copy works on this machine", {
-        "--target": {"metavar": "STORE", "help": "try this store (default: a temporary file)"}}),
-    "demo": (_demo, "count the words of a folder's files with several processes, one of which is killed on the way", {
-        "folder": {"nargs": "?", "default": ".", "metavar": "FOLDER", "help": "default: ., without hidden files"},
-        "--limit": {"type": int, "default": 200, "metavar": "N", "help": "at most so many files (default: 200)"},
-        "--store": {"default": "flowstore-demo.db", "metavar": "FILE", "help": "default: flowstore-demo.db"}}),
-    "bench": (_bench, "measure what the design promises against plain sqlite3", _JSON_OUT | {
-        "--target": {"metavar": "FILE", "help": "beside this file, or this server's (default: a temporary folder)"},
-        "--quick": {"action": "store_true", "help": "under 30 s, with 100,000 items for 1,000,000"}}),
-    "show": (_show, "print what is in a store, or all about one id", _STORE | _ID | _JSON_OUT),
-    "tail": (_tail, "print events as they come; Ctrl-C ends it", _STORE | _JSON_OUT | {
-        "--execution": {"metavar": "ID"}, "--tenant": {"metavar": "ID"},
-        "--after": {"type": int, "metavar": "POSITION", "help": "default: the last that there is"}}),
-    "report": (_report, "write one HTML page of what is in a store", _STORE | _ID | {
-        "-o": {"dest": "output", "metavar": "FILE", "help": "default: standard output"}}),
-    "serve": (_serve, "show the same pages live in a browser on this machine", _STORE | {
-        "--port": {"type": int, "default": 8137, "help": "default: 8137; 0: any that is free"}}),
-    "check": (_check, "read the whole store and list what is wrong with it", _STORE | _JSON_OUT),
-    "backup": (_backup, "copy a store, also one in use, into a new file", _STORE | {"path": {"metavar": "FILE"}}),
-    "prune": (_prune, "drop what has ended long enough ago", _STORE | _JSON_OUT | {
-        "--older-than": {"required": True, "metavar": "AGE", "help": "as 90s, 45m, 12h, 30d or 8w"},
-        "--dry-run": {"action": "store_true", "help": "only count"}}),
-    "copy": (_copy_store, "copy a store into a new one, from SQLite to PostgreSQL or back", {
-        "source": {"metavar": "SOURCE", "help": "a database file or URL"},
-        "target": {"metavar": "TARGET", "help": "a new one, or one into which this copy was broken off"}}),
-    "compact": (_compact, "give space that a store no longer needs back to the file system", _STORE),
+_STORE: dict[str, dict[str, Any]] = {
+    "store": {"metavar": "STORE", "help": "a database file or URL"}
 }
-_HELPERS: dict[str, Callable[..., int]] = {"demo-worker": _demo_worker, "selftest-writer": _selftest_writer}
+_ID: dict[str, dict[str, Any]] = {
+    "id": {"nargs": "?", "metavar": "ID", "help": "of an execution, flow or workflow"}
+}
+_JSON_OUT: dict[str, dict[str, Any]] = {
+    "--json": {"action": "store_true", "help": "print JSON, for programs"}
+}
+_COMMANDS: dict[str, tuple[Callable[[Any], int | None], str, dict[str, dict[str, Any]]]] = {
+    "selftest": (
+        _selftest,
+        "check in a few seconds that this copy works on this machine",
+        {"--target": {"metavar": "STORE", "help": "try this store (default: a temporary file)"}},
+    ),
+    "demo": (
+        _demo,
+        "count the words of a folder's files with several processes, one of which is killed on the way",
+        {
+            "folder": {
+                "nargs": "?",
+                "default": ".",
+                "metavar": "FOLDER",
+                "help": "default: ., without hidden files",
+            },
+            "--limit": {
+                "type": int,
+                "default": 200,
+                "metavar": "N",
+                "help": "at most so many files (default: 200)",
+            },
+            "--store": {
+                "default": "flowstore-demo.db",
+                "metavar": "FILE",
+                "help": "default: flowstore-demo.db",
+            },
+        },
+    ),
+    "bench": (
+        _bench,
+        "measure what the design promises against plain sqlite3",
+        _JSON_OUT
+        | {
+            "--target": {
+                "metavar": "FILE",
+                "help": "beside this file, or this server's (default: a temporary folder)",
+            },
+            "--quick": {
+                "action": "store_true",
+                "help": "under 30 s, with 100,000 items for 1,000,000",
+            },
+        },
+    ),
+    "show": (_show, "print what is in a store, or all about one id", _STORE | _ID | _JSON_OUT),
+    "tail": (
+        _tail,
+        "print events as they come; Ctrl-C ends it",
+        _STORE
+        | _JSON_OUT
+        | {
+            "--execution": {"metavar": "ID"},
+            "--tenant": {"metavar": "ID"},
+            "--after": {
+                "type": int,
+                "metavar": "POSITION",
+                "help": "default: the last that there is",
+            },
+        },
+    ),
+    "report": (
+        _report,
+        "write one HTML page of what is in a store",
+        _STORE
+        | _ID
+        | {"-o": {"dest": "output", "metavar": "FILE", "help": "default: standard output"}},
+    ),
+    "serve": (
+        _serve,
+        "show the same pages live in a browser on this machine",
+        _STORE
+        | {"--port": {"type": int, "default": 8137, "help": "default: 8137; 0: any that is free"}},
+    ),
+    "check": (_check, "read the whole store and list what is wrong with it", _STORE | _JSON_OUT),
+    "backup": (
+        _backup,
+        "copy a store, also one in use, into a new file",
+        _STORE | {"path": {"metavar": "FILE"}},
+    ),
+    "prune": (
+        _prune,
+        "drop what has ended long enough ago",
+        _STORE
+        | _JSON_OUT
+        | {
+            "--older-than": {
+                "required": True,
+                "metavar": "AGE",
+                "help": "as 90s, 45m, 12h, 30d or 8w",
+            },
+            "--dry-run": {"action": "store_true", "help": "only count"},
+        },
+    ),
+    "copy": (
+        _copy_store,
+        "copy a store into a new one, from SQLite to PostgreSQL or back",
+        {
+            "source": {"metavar": "SOURCE", "help": "a database file or URL"},
+            "target": {
+                "metavar": "TARGET",
+                "help": "a new one, or one into which this copy was broken off",
+            },
+        },
+    ),
+    "compact": (
+        _compact,
+        "give space that a store no longer needs back to the file system",
+        _STORE,
+    ),
+}
+_HELPERS: dict[str, Callable[..., int]] = {
+    "demo-worker": _demo_worker,
+    "selftest-writer": _selftest_writer,
+}
 
 # ============================================================================================================
 # PostgreSQL: a server in place of the file; without this chapter all the others work as before
@@ -5848,19 +7718,26 @@ _NUMBER = """BIGINT PRIMARY KEY DEFAULT ((pg_current_xact_id()::text::bigint + 0
 _NUMBERED = (("flow_events", "id"), ("execution_errors", "id"), ("flowstore_log", "position"))
 _BASE = "COALESCE((SELECT value::bigint FROM flowstore_meta WHERE key = 'base'), 0)"
 _FIRST = f"({{}}::text::bigint + {_BASE} << 20)".format
-_SETTLED = (f"position > ? AND (position < {_FIRST('pg_snapshot_xmin(pg_current_snapshot())')} "
-            f"OR position >= {_FIRST('pg_current_xact_id_if_assigned()')})")
+_SETTLED = (
+    f"position > ? AND (position < {_FIRST('pg_snapshot_xmin(pg_current_snapshot())')} "
+    f"OR position >= {_FIRST('pg_current_xact_id_if_assigned()')})"
+)
 _IN_POSTGRES = (  # how the schema's words read there; an index entry of 2,700 bytes holds two ids
-    (r"INTEGER PRIMARY KEY( AUTOINCREMENT)?", _NUMBER), (r"\bINTEGER\b", "BIGINT"), (r"\bBLOB\b", "BYTEA"),
-    (r"\bTEXT\b", 'TEXT COLLATE "C"'), (r" WITHOUT ROWID", ""),
+    (r"INTEGER PRIMARY KEY( AUTOINCREMENT)?", _NUMBER),
+    (r"\bINTEGER\b", "BIGINT"),
+    (r"\bBLOB\b", "BYTEA"),
+    (r"\bTEXT\b", 'TEXT COLLATE "C"'),
+    (r" WITHOUT ROWID", ""),
     # A claim walks over the dead entries of those before it: let them be cleaned up every 1 % of the rows.
     (r"(dead_lettered_at \w+\))", r"\1 WITH (autovacuum_vacuum_scale_factor = 0.01)"),
     (r"\(status, (tenant_id, [^)]*)\)\s+WHERE status = '([a-z])", r"(\1) WHERE '' || status = '\2"),
     (r"\(status, ([^)]*)\)\s+WHERE status = '([a-z])", r"(\1) WHERE status || '' = '\2"),
     (r"(\((?:tenant_id, )?)queue_type(, [^)]*\) WHERE)", r"\1(queue_type || '')\2"),
     (r"(event_name, event_key, \w+|tenant_id, \(queue_type \|\| ''\), \w+), id\)", r"\1)"),
-    (r", PRIMARY KEY (\(tenant_id, workflow_id), version\)\)",
-     r"); CREATE UNIQUE INDEX flowstore_definitions_key ON flowstore_definitions \1, md5(version))"),
+    (
+        r", PRIMARY KEY (\(tenant_id, workflow_id), version\)\)",
+        r"); CREATE UNIQUE INDEX flowstore_definitions_key ON flowstore_definitions \1, md5(version))",
+    ),
 )
 _PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named one
     r"""([eE]'(?:[^'\\]|\\.|'')*'|'[^']*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\2\$|::)|\?|:([A-Za-z_]\w*)""",
@@ -5870,7 +7747,10 @@ _IN_DOUBT = "the server was lost during COMMIT: look whether this was stored"
 _FATE = """SELECT pg_xact_status(?::xid8), GREATEST(pg_postmaster_start_time(), stats_reset) < ?::timestamptz
     FROM pg_stat_bgwriter"""  # after a crash, which resets the statistics, a server may use a number again
 _CLAIM = "flowstore_work_items SET status = 'claimed'"
-_NEWS = re.compile("INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'")
+_NEWS = re.compile(
+    "INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'"
+)
+
 
 @functools.lru_cache(2000)
 def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[str, ...], bool]:
@@ -5885,10 +7765,18 @@ def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[
         return f"${len(names)}"
 
     if level and _CLAIM in sql:  # what another one is claiming is skipped
-        sql = sql.replace("BY available_at, id LIMIT 1", "BY available_at, id LIMIT 1 FOR UPDATE SKIP LOCKED")
-    if level and sql.startswith("SELECT") and "AND status = 'claimed' AND lease_expires_at <= ?" in sql:
+        sql = sql.replace(
+            "BY available_at, id LIMIT 1", "BY available_at, id LIMIT 1 FOR UPDATE SKIP LOCKED"
+        )
+    if (
+        level
+        and sql.startswith("SELECT")
+        and "AND status = 'claimed' AND lease_expires_at <= ?" in sql
+    ):
         sql += " FOR UPDATE SKIP LOCKED"
-    elif level == "READ COMMITTED" and re.match(r"SELECT .* FROM flowstore_work_items WHERE true AND id = \?", sql):
+    elif level == "READ COMMITTED" and re.match(
+        r"SELECT .* FROM flowstore_work_items WHERE true AND id = \?", sql
+    ):
         sql += " FOR UPDATE"
     # The planner trusts statistics that are late, so it is left one index: for an item that is known not that of all in
     # its status, for the head of a queue not that of all that ever were in it, nor that of other tenants' too.
@@ -5899,10 +7787,13 @@ def _in_postgres(sql: str, level: str, named: bool = False) -> tuple[str, tuple[
     sql = sql.replace("flowstore_log WHERE position > ?", f"flowstore_log WHERE {_SETTLED}")
     return _PLACEHOLDERS.sub(number, sql), tuple(names), _NEWS.search(sql) is not None
 
+
 class _PostgresDb:
     """A psycopg connection with what the rest of this module uses of sqlite3's; its errors are ours."""
 
-    level = number = ""  # of the transaction, when it writes: its isolation, and its number in the server
+    level = number = (
+        ""  # of the transaction, when it writes: its isolation, and its number in the server
+    )
     news = False  # it wrote something that others may be waiting for
     late = 0  # how many statements it still is to the one with which the transaction begins
 
@@ -5910,10 +7801,18 @@ class _PostgresDb:
         self.engine, psycopg = engine, engine.psycopg
         try:
             self.db = psycopg.connect(
-                engine.url, autocommit=True, cursor_factory=psycopg.RawCursor, client_encoding="UTF8")
+                engine.url,
+                autocommit=True,
+                cursor_factory=psycopg.RawCursor,
+                client_encoding="UTF8",
+            )
         except psycopg.Error as error:
             says = " ".join(str(error).split())
-            kind = StoreBusy if re.search("starting up|shutting down|recovery|too many|slots", says) else StorageError
+            kind = (
+                StoreBusy
+                if re.search("starting up|shutting down|recovery|too many|slots", says)
+                else StorageError
+            )
             raise kind(f"{engine.target}: the server cannot be used: {says}") from error
         self.cursor = self.db.cursor()
         self.close = self.db.close
@@ -5927,7 +7826,9 @@ class _PostgresDb:
     def begin(self, level: str, late: int = 0) -> None:
         """Begin a transaction, perhaps late: one that writes, at a level of isolation, or one that reads a snapshot."""
         if level and self.engine.has_block(threading.get_ident()):
-            raise StorageError("this thread has another task's transaction open and could only wait for itself")
+            raise StorageError(
+                "this thread has another task's transaction open and could only wait for itself"
+            )
         self.level, self.news, self.late = level, False, late
         if not late:
             rest = f"{level}; SELECT pg_current_xact_id()" if level else "REPEATABLE READ READ ONLY"
@@ -5943,7 +7844,9 @@ class _PostgresDb:
                 self.begin(self.level)
         result = self._execute(sql, self.level, parameters)
         if self.level and _CLAIM in sql and not result.rowcount:
-            return self._execute(sql, "", parameters)  # what another claim skips may become free: wait for its end
+            return self._execute(
+                sql, "", parameters
+            )  # what another claim skips may become free: wait for its end
         return result
 
     def executemany(self, sql: str, rows: Iterable[Any]) -> Any:
@@ -5965,7 +7868,9 @@ class _PostgresDb:
         text, names, news = _in_postgres(sql, level, named := isinstance(parameters, dict))
         values = [parameters[name] for name in names] if named else parameters
         if "\0" in sql or len(values) != len(names):
-            raise StorageError(f"the statement has {len(names)} placeholders for {len(values)} values, or holds NUL")
+            raise StorageError(
+                f"the statement has {len(names)} placeholders for {len(values)} values, or holds NUL"
+            )
         self.news = self.news or news
         return text, values
 
@@ -5979,9 +7884,15 @@ class _PostgresDb:
     def commit(self) -> None:
         """Commit; those who wait hear of it, by a transaction of its own: NOTIFY would make commits queue up."""
         if not self.late:  # else its one statement was a transaction of its own
-            if self.db.info.transaction_status.name != "INTRANS":  # COMMIT would roll back, and not tell
-                raise StorageError("the database ended this transaction, nothing of it was stored: run it again")
-            self._call(self._do, f'COMMIT; NOTIFY "{self.engine.schema}"' if self.news else "COMMIT")
+            if (
+                self.db.info.transaction_status.name != "INTRANS"
+            ):  # COMMIT would roll back, and not tell
+                raise StorageError(
+                    "the database ended this transaction, nothing of it was stored: run it again"
+                )
+            self._call(
+                self._do, f'COMMIT; NOTIFY "{self.engine.schema}"' if self.news else "COMMIT"
+            )
 
     def rollback(self) -> None:
         """Roll back what is open, if anything."""
@@ -5999,7 +7910,9 @@ class _PostgresDb:
             while isinstance(struck, Exception) and struck is not before:
                 struck = struck.__context__
             try:
-                if struck is not None and struck is not before:  # an interrupt, perhaps under what psycopg made of it
+                if (
+                    struck is not None and struck is not before
+                ):  # an interrupt, perhaps under what psycopg made of it
                     self.db.close()  # it may be out of step with the server
                     raise struck
             finally:
@@ -6010,15 +7923,25 @@ class _PostgresDb:
             says = " ".join(str(told.message_primary or error).split())
             # A row of ours that is there against what was seen, or no longer: another transaction was first.
             ours = told.schema_name == self.engine.schema and told.table_name in _TABLE_NAMES
-            if self.db.closed or code in ("40001", "40P01", "55P03") or (ours and code in ("23503", "23505")):
+            if (
+                self.db.closed
+                or code in ("40001", "40P01", "55P03")
+                or (ours and code in ("23503", "23505"))
+            ):
                 with contextlib.suppress(self.engine.psycopg.Error):
                     self.db.rollback()
-                raise StoreBusy(f"another transaction was first, nothing was written: run it again ({says})") from error
-            kind = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}.get(code, StorageError)
+                raise StoreBusy(
+                    f"another transaction was first, nothing was written: run it again ({says})"
+                ) from error
+            kind = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}.get(
+                code, StorageError
+            )
             raise kind(f"the database failed: {says}") from error
+
 
 class _PostgresEngine(_Engine):
     """A database on a PostgreSQL server: each call has a connection and a transaction of its own."""
+
     one_writer = False
     most = _CONNECTIONS
     tick = 0.1
@@ -6026,20 +7949,25 @@ class _PostgresEngine(_Engine):
 
     def __init__(self, target: str, options: SimpleNamespace) -> None:
         import importlib
+
         try:
             self.psycopg: Any = importlib.import_module("psycopg")
         except ImportError as error:
-            raise StorageError("a server's URL needs psycopg: pip install 'flowstore[postgres]'") from error
+            raise StorageError(
+                "a server's URL needs psycopg: pip install 'flowstore[postgres]'"
+            ) from error
         given = re.search("(?<=[?&])schema=([^&]*)&?", target)
         self.schema = given[1] if given else "flowstore"
         self.url = target.replace(given[0], "") if given else target
         if not re.fullmatch("[a-z_][a-z0-9_]{0,62}", self.schema):
-            raise InvalidData(f"target: a schema's name is made of a-z, 0-9 and _, not {self.schema!r}")
+            raise InvalidData(
+                f"target: a schema's name is made of a-z, 0-9 and _, not {self.schema!r}"
+            )
         self.settings = f"""SET search_path = "{self.schema}", public; SET jit = off; SET enable_seqscan = off;
             SET plan_cache_mode = force_generic_plan;
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
-            SET synchronous_commit = {'on' if options.synchronous == 'FULL' else 'off'};
-            SET default_transaction_read_only = {'on' if options.read_only else 'off'}"""
+            SET synchronous_commit = {"on" if options.synchronous == "FULL" else "off"};
+            SET default_transaction_read_only = {"on" if options.read_only else "off"}"""
         super().__init__(re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target), None, options)
 
     def _connect(self) -> Any:
@@ -6055,7 +7983,9 @@ class _PostgresEngine(_Engine):
         if self._version(tx) == _SCHEMA_VERSION and not self._numbers_behind(tx):
             return
         if self.options.read_only:
-            raise SchemaError("the tables are of an older version, or restored: open the store once without read_only")
+            raise SchemaError(
+                "the tables are of an older version, or restored: open the store once without read_only"
+            )
         tx.run("BEGIN ISOLATION LEVEL READ COMMITTED")
         tx.rows("SELECT pg_advisory_xact_lock(hashtext(?))", self.schema)
         version = self._version(tx)
@@ -6076,15 +8006,28 @@ class _PostgresEngine(_Engine):
 
     def _numbers_behind(self, tx: _Tx) -> int:
         """The base with which new numbers lie above all that are stored; 0 while they do."""
-        top = max(tx.rows(f"SELECT COALESCE(MAX({column}), 0) >> 20 FROM {table}")[0][0] for table, column in _NUMBERED)
-        base, following = tx.rows(f"SELECT {_BASE}, pg_snapshot_xmax(pg_current_snapshot())::text::bigint")[0]
+        top = max(
+            tx.rows(f"SELECT COALESCE(MAX({column}), 0) >> 20 FROM {table}")[0][0]
+            for table, column in _NUMBERED
+        )
+        base, following = tx.rows(
+            f"SELECT {_BASE}, pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
+        )[0]
         return int(top - following + 1) if top >= base + following else 0
 
     # --- running operations ---
-    def _run_beside(self, tx: _Tx, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+    def _run_beside(
+        self, tx: _Tx, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
+    ) -> Any:
         def once() -> Any:
             if operation.writes or operation.snapshot:
-                level = "READ COMMITTED" if operation.row else "SERIALIZABLE" if operation.writes else ""
+                level = (
+                    "READ COMMITTED"
+                    if operation.row
+                    else "SERIALIZABLE"
+                    if operation.writes
+                    else ""
+                )
                 tx.db.begin(level, late)
             result = operation.run(facet, tx, args, kwargs)
             if operation.writes:
@@ -6119,7 +8062,9 @@ class _PostgresEngine(_Engine):
         deadline = time.monotonic() + self.options.busy_timeout
         while time.monotonic() < deadline and not self.closed:
             with contextlib.suppress(StorageError):  # the server is starting again
-                status, sure = self.on_its_own(lambda tx: tx.rows(_FATE, lost.number, lost.since)[0])
+                status, sure = self.on_its_own(
+                    lambda tx: tx.rows(_FATE, lost.number, lost.since)[0]
+                )
                 if status == "committed" and not sure:
                     break
                 if status != "in progress":
@@ -6138,7 +8083,9 @@ class _PostgresEngine(_Engine):
             if not listening:  # what was committed until now may not have been seen
                 db.execute(f'LISTEN "{self.schema}"')
             elif not self.closed and self.commits == seen:
-                for _ in db.db.notifies(timeout=max(0.0, deadline - time.monotonic()), stop_after=1):
+                for _ in db.db.notifies(
+                    timeout=max(0.0, deadline - time.monotonic()), stop_after=1
+                ):
                     self.commits += 1
         except (StorageError, self.psycopg.Error):
             self.writer.close()
@@ -6177,6 +8124,7 @@ class _PostgresEngine(_Engine):
             connection.lock, connection.tx, connection.lent = threading.RLock(), None, None
         self.mutex, self.watching, self.readers = threading.RLock(), set(), []
         self.lines = (deque(), deque())
+
 
 _SERVERS |= {"postgresql": _PostgresEngine, "postgres": _PostgresEngine}
 

@@ -58,7 +58,14 @@ from urllib.parse import quote
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
 import flowstore
 from flowstore import (
@@ -127,7 +134,8 @@ EVENT = {"type": "custom"}
 MAX_INT = 2**63 - 1
 
 a_few = settings(
-    max_examples=30, deadline=None,
+    max_examples=30,
+    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -160,7 +168,11 @@ def clock() -> Clock:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """What asks for a store runs on every engine; what is about SQLite itself (`sqlite`) on SQLite's two."""
-    engines = [name for name in ENGINES if name != "postgres" or not metafunc.definition.get_closest_marker("sqlite")]
+    engines = [
+        name
+        for name in ENGINES
+        if name != "postgres" or not metafunc.definition.get_closest_marker("sqlite")
+    ]
     given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     for fixture in ("make_store", "target", "make_store_state", "store_flow", "in_loop"):
         if fixture in metafunc.fixturenames and fixture not in re.findall(r"\w+", str(given)):
@@ -176,16 +188,40 @@ class PostgresServer:
         if self.programs is None:
             pytest.skip("initdb, of PostgreSQL, is missing: apt-get install postgresql")
         pytest.importorskip("psycopg")
-        self.folder, self.user = folder, "postgres" if os.getuid() == 0 else None  # it refuses to run as root
+        self.folder, self.user = (
+            folder,
+            "postgres" if os.getuid() == 0 else None,
+        )  # it refuses to run as root
         if self.user:
             shutil.chown(folder, self.user)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.run("initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "postgres", "-E", "UTF8", "--locale=C.UTF-8", "-N")
-        own = ("listen_addresses=127.0.0.1", f"port={self.port}", f"unix_socket_directories={folder}", *settings)
-        (folder / "data" / "postgresql.auto.conf").write_text("".join(f"{one.replace('=', ' = ', 1)}\n".replace(
-            "= ", "= '", 1).replace("\n", "'\n") for one in own))
+        self.run(
+            "initdb",
+            "-D",
+            f"{folder}/data",
+            "-A",
+            "trust",
+            "-U",
+            "postgres",
+            "-E",
+            "UTF8",
+            "--locale=C.UTF-8",
+            "-N",
+        )
+        own = (
+            "listen_addresses=127.0.0.1",
+            f"port={self.port}",
+            f"unix_socket_directories={folder}",
+            *settings,
+        )
+        (folder / "data" / "postgresql.auto.conf").write_text(
+            "".join(
+                f"{one.replace('=', ' = ', 1)}\n".replace("= ", "= '", 1).replace("\n", "'\n")
+                for one in own
+            )
+        )
         self.schemas = itertools.count()
         self.start()
 
@@ -211,7 +247,13 @@ def postgres() -> Iterator[PostgresServer]:
     """The server that all tests share: one that need not survive a crash of the machine."""
     with tempfile.TemporaryDirectory(prefix="flowstore-pg-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o755)
-        server = PostgresServer(Path(folder), "fsync=off", "full_page_writes=off", "autovacuum=off", "max_connections=200")
+        server = PostgresServer(
+            Path(folder),
+            "fsync=off",
+            "full_page_writes=off",
+            "autovacuum=off",
+            "max_connections=200",
+        )
         try:
             yield server
         finally:
@@ -261,7 +303,9 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def file_store(path: Path, clock: Clock) -> Iterator[Store]:
-    with flowstore.open(path, clock=clock, backoff=float, lease_seconds=10, busy_timeout=60) as opened:
+    with flowstore.open(
+        path, clock=clock, backoff=float, lease_seconds=10, busy_timeout=60
+    ) as opened:
         yield opened
 
 
@@ -352,9 +396,19 @@ def script(source: str, *arguments: object, pass_fds: Sequence[int] = ()) -> sub
     """A Python process that runs `source` with `flowstore` at hand."""
     folder = str(Path(flowstore.__file__ or "").parent)
     environment = os.environ | {"PYTHONPATH": folder}
-    command = [sys.executable, "-c", "import os, signal, sys, flowstore\n" + source, *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-c",
+        "import os, signal, sys, flowstore\n" + source,
+        *map(str, arguments),
+    ]
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=pass_fds
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        pass_fds=pass_fds,
     )
 
 
@@ -405,13 +459,15 @@ def look(store: Store, item_id: str) -> WorkItem:
 def contents(store: Store) -> dict[str, Any]:
     """Everything that the core can show of a store, to see that a refused call changed nothing."""
     return {
-        "tables": store.stats()["tables"], "log": store.events.read_all(limit=10_000),
+        "tables": store.stats()["tables"],
+        "log": store.events.read_all(limit=10_000),
         "executions": store.state.list_executions(limit=10_000),
         "known": store.events.list_executions(limit=10_000),
         "items": store.state.list_work_items(limit=10_000),
         "dead": store.state.list_dead_letters(limit=10_000),
         "snapshots": [
-            store.state.latest_snapshot(known) for known in store.events.list_executions(limit=10_000)
+            store.state.latest_snapshot(known)
+            for known in store.events.list_executions(limit=10_000)
         ],
     }
 
@@ -451,18 +507,40 @@ ExecutionError workflow_id execution_pointer_id message error_time
 FACTS: dict[str, dict[str, Any]] = {
     "FlowEvent": {"id": 1, "flow_id": "f", "kind": "k", "payload": {}, "at": START},
     "StoredEvent": {
-        "execution_id": "e", "sequence": 1, "tenant_id": "default", "event": EVENT, "timestamp": START,
-        "id": None, "position": 1,
+        "execution_id": "e",
+        "sequence": 1,
+        "tenant_id": "default",
+        "event": EVENT,
+        "timestamp": START,
+        "id": None,
+        "position": 1,
     },
     "ApiToken": {
-        "id": "t", "name": "n", "role": "r", "created_at": START, "expires_at": None, "revoked_at": None,
+        "id": "t",
+        "name": "n",
+        "role": "r",
+        "created_at": START,
+        "expires_at": None,
+        "revoked_at": None,
         "tenant_id": "default",
     },
     "DeadLetter": {
-        "execution_id": "e", "node_id": "", "queue_type": "q", "payload": {}, "attempt": 3, "max_attempts": 3,
-        "id": "i", "created_at": START, "available_at": START, "lease_expires_at": None, "worker_id": None,
-        "lease_fence": 3, "status": WorkItemStatus.DEAD_LETTERED, "last_error": "boom",
-        "tenant_id": "default", "dead_lettered_at": START,
+        "execution_id": "e",
+        "node_id": "",
+        "queue_type": "q",
+        "payload": {},
+        "attempt": 3,
+        "max_attempts": 3,
+        "id": "i",
+        "created_at": START,
+        "available_at": START,
+        "lease_expires_at": None,
+        "worker_id": None,
+        "lease_fence": 3,
+        "status": WorkItemStatus.DEAD_LETTERED,
+        "last_error": "boom",
+        "tenant_id": "default",
+        "dead_lettered_at": START,
     },
     "ArtifactRef": {"hash": "0" * 64, "size": 1, "media_type": None},
     "ReclaimResult": {"retryable": [], "exhausted": []},
@@ -482,7 +560,11 @@ _required: dict[str, dict[str, Any]] = {
     "ExecutionPointer": {"step_id": 0},
     "Event": {"event_name": "n", "event_key": "k"},
     "EventSubscription": {
-        "workflow_id": "w", "step_id": 0, "execution_pointer_id": "p", "event_name": "n", "event_key": "k",
+        "workflow_id": "w",
+        "step_id": 0,
+        "execution_pointer_id": "p",
+        "event_name": "n",
+        "event_key": "k",
     },
     "ScheduledCommand": {"command_name": "ProcessWorkflow", "data": "w", "execute_time": 0},
     "ExecutionError": {"workflow_id": "w", "execution_pointer_id": "p", "message": "m"},
@@ -491,17 +573,31 @@ for _name, _fields in _required.items():
     RECORDS[_name][1].update(_fields)
 FROZEN = {*FACTS, "Snapshot", "ExecutionError"}
 OWN_IDS = [
-    "Flow", "FlowStep", "Snapshot", "WorkItem", "WorkflowInstance", "ExecutionPointer", "Event",
+    "Flow",
+    "FlowStep",
+    "Snapshot",
+    "WorkItem",
+    "WorkflowInstance",
+    "ExecutionPointer",
+    "Event",
     "EventSubscription",
 ]
 TENANT = {"tenant_id": "default"}
 UNSET = {"created_at": None, "updated_at": None}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "Flow": UNSET
-    | dict.fromkeys(["controller_id", "goal", "owner_session_key", "requester_origin", "current_step"], "")
+    | dict.fromkeys(
+        ["controller_id", "goal", "owner_session_key", "requester_origin", "current_step"], ""
+    )
     | {"state": {}, "wait": None, "status": "created", "cancel_requested": False, "revision": 0},
     "FlowStep": UNSET
-    | {"runtime": "managed", "child_session_key": None, "task": "", "status": "pending", "result": None},
+    | {
+        "runtime": "managed",
+        "child_session_key": None,
+        "task": "",
+        "status": "pending",
+        "result": None,
+    },
     "WorkflowDefinition": TENANT | {"created_at": None},
     "WorkflowExecution": TENANT
     | dict.fromkeys(["started_at", "updated_at", "completed_at"])
@@ -509,13 +605,28 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Snapshot": {"created_at": None},
     "WorkItem": TENANT
     | dict.fromkeys(["created_at", "available_at", "lease_expires_at", "worker_id", "last_error"])
-    | {"node_id": "", "payload": {}, "attempt": 0, "max_attempts": 3, "lease_fence": 0, "status": "pending"},
-    "Tenant": UNSET | {"status": "active"}, "TenantLimits": dict.fromkeys(RECORDS["TenantLimits"][0]),
+    | {
+        "node_id": "",
+        "payload": {},
+        "attempt": 0,
+        "max_attempts": 3,
+        "lease_fence": 0,
+        "status": "pending",
+    },
+    "Tenant": UNSET | {"status": "active"},
+    "TenantLimits": dict.fromkeys(RECORDS["TenantLimits"][0]),
     "WorkflowInstance": dict.fromkeys(["create_time", "complete_time"])
-    | {"status": "Runnable", "next_execution": 0, "version": 1, "data": {}, "execution_pointers": []},
+    | {
+        "status": "Runnable",
+        "next_execution": 0,
+        "version": 1,
+        "data": {},
+        "execution_pointers": [],
+    },
     "ExecutionPointer": dict.fromkeys(["sleep_until", "start_time", "end_time"])
     | {"active": True, "status": "Pending"},
-    "Event": {"event_time": None}, "EventSubscription": {"subscribe_as_of": None},
+    "Event": {"event_time": None},
+    "EventSubscription": {"subscribe_as_of": None},
     "ExecutionError": {"error_time": None},
 }
 
@@ -548,7 +659,9 @@ def test_a_required_field_cannot_be_left_out(name: str, missing: str) -> None:
         getattr(flowstore, name)(**fields)
 
 
-@pytest.mark.parametrize(("name", "field"), [(n, f) for n, fields in DEFAULTS.items() for f in fields])
+@pytest.mark.parametrize(
+    ("name", "field"), [(n, f) for n, fields in DEFAULTS.items() for f in fields]
+)
 def test_a_field_left_out_has_its_default(name: str, field: str) -> None:
     assert getattr(record(name), field) == DEFAULTS[name][field]
 
@@ -565,7 +678,11 @@ def test_a_records_own_id_is_a_new_one_by_default(name: str, field: str) -> None
 @every_record
 def test_records_are_equal_by_value(name: str) -> None:
     given = (
-        {"id": "same"} if name in OWN_IDS else {"execution_id": "same"} if name == "WorkflowExecution" else {}
+        {"id": "same"}
+        if name in OWN_IDS
+        else {"execution_id": "same"}
+        if name == "WorkflowExecution"
+        else {}
     )
     some = next(iter(dataclasses.fields(record(name)))).name
     assert record(name, **given) == record(name, **given)
@@ -577,7 +694,9 @@ def test_records_are_equal_by_value(name: str) -> None:
 @pytest.mark.parametrize(
     "copied",
     [
-        copy.copy, copy.deepcopy, dataclasses.replace,
+        copy.copy,
+        copy.deepcopy,
+        dataclasses.replace,
         *map(pickled, range(6)),
     ],
 )
@@ -613,7 +732,9 @@ def test_the_repr_of_a_record_is_one_short_line(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "field"),
     [
-        ("Flow", "state"), ("WorkflowExecution", "current_state"), ("WorkItem", "payload"),
+        ("Flow", "state"),
+        ("WorkflowExecution", "current_state"),
+        ("WorkItem", "payload"),
         ("WorkflowInstance", "data"),
     ],
 )
@@ -622,16 +743,19 @@ def test_records_do_not_share_their_defaults(name: str, field: str) -> None:
 
 
 ENUMS = {
-    "FlowStatus": "created running waiting cancelled finished failed", "StepRuntime": "managed mirrored",
+    "FlowStatus": "created running waiting cancelled finished failed",
+    "StepRuntime": "managed mirrored",
     "FlowStepStatus": "pending running succeeded failed cancelled",
     "EventType": """execution_started step_started step_completed step_failed execution_paused
         execution_resumed execution_completed execution_failed execution_cancelled artifact_stored
         step_discovered tool_call_started tool_call_completed checkpoint_saved goal_evaluated custom""",
     "ExecutionStatus": "pending running paused completed failed cancelled limit_exceeded",
     "WorkItemStatus": "pending claimed completed failed dead_lettered",
-    "TenantStatus": "active suspended archived", "WorkflowStatus": "Runnable Suspended Complete Terminated",
+    "TenantStatus": "active suspended archived",
+    "WorkflowStatus": "Runnable Suspended Complete Terminated",
     "PointerStatus": "Pending Running Complete Skipped Sleeping WaitingForEvent Failed Compensated Cancelled "
-    "PendingPredecessor", "CommandName": "ProcessWorkflow ProcessEvent",
+    "PendingPredecessor",
+    "CommandName": "ProcessWorkflow ProcessEvent",
 }
 
 
@@ -646,7 +770,10 @@ def test_an_enum_has_the_seeds_spellings_under_upper_snake_case_names(name: str)
 
 def test_four_execution_statuses_are_terminal() -> None:
     assert {status.value for status in ExecutionStatus if status.is_terminal} == {
-        "completed", "failed", "cancelled", "limit_exceeded",
+        "completed",
+        "failed",
+        "cancelled",
+        "limit_exceeded",
     }
 
 
@@ -655,7 +782,15 @@ def test_every_public_name_is_exported_except_open() -> None:
     exec("from flowstore import *", space)
     assert "open" not in flowstore.__all__
     assert "open" not in space
-    assert {*RECORDS, *ENUMS, *ERRORS, "FlowStoreError", "Store", "new_id", "DEFAULT_TENANT"} <= space.keys()
+    assert {
+        *RECORDS,
+        *ENUMS,
+        *ERRORS,
+        "FlowStoreError",
+        "Store",
+        "new_id",
+        "DEFAULT_TENANT",
+    } <= space.keys()
 
 
 def test_new_id_is_a_uuid7_of_the_present_millisecond_as_text() -> None:
@@ -690,7 +825,9 @@ json_leaves = (
 )
 json_values = st.recursive(
     json_leaves,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
 )
 
 
@@ -745,8 +882,17 @@ def through_payload(store: Store, execution_id: str, value: Any) -> Any:
     return item.payload
 
 
-PLACES = [through_event, through_input, through_state, through_patch, through_snapshot, through_payload]
-every_place = pytest.mark.parametrize("through", PLACES, ids=[place.__name__[8:] for place in PLACES])
+PLACES = [
+    through_event,
+    through_input,
+    through_state,
+    through_patch,
+    through_snapshot,
+    through_payload,
+]
+every_place = pytest.mark.parametrize(
+    "through", PLACES, ids=[place.__name__[8:] for place in PLACES]
+)
 Through = Callable[[Store, str, Any], Any]
 
 
@@ -762,20 +908,33 @@ def test_json_comes_back_as_it_was_given(store: Store, through: Through, value: 
 @pytest.mark.parametrize(
     ("value", "back"),
     [
-        ((1, (2, ())), [1, [2, []]]), ({1: "a", 2.5: "b", -3: ()}, {"1": "a", "2.5": "b", "-3": []}),
-        (10**4299, 10**4299), (-(10**4299), -(10**4299)),
+        ((1, (2, ())), [1, [2, []]]),
+        ({1: "a", 2.5: "b", -3: ()}, {"1": "a", "2.5": "b", "-3": []}),
+        (10**4299, 10**4299),
+        (-(10**4299), -(10**4299)),
         ({"nul\0": "\0", "quote'\"\\": "\u2028\x7f"}, {"nul\0": "\0", "quote'\"\\": "\u2028\x7f"}),
         ([-0.0, 5e-324, 1.7976931348623157e308, 1.0], [-0.0, 5e-324, 1.7976931348623157e308, 1.0]),
         ("[{" * 1000, "[{" * 1000),
-        ([[] for _ in range(1000)], [[] for _ in range(1000)]), (nested(200), nested(200)),
+        ([[] for _ in range(1000)], [[] for _ in range(1000)]),
+        (nested(200), nested(200)),
         (nested(200, "{"), nested(200, "{")),
     ],
     ids=[
-        "tuple", "number-keys", "big-int", "small-int", "odd-text", "floats", "brackets", "wide", "deep",
+        "tuple",
+        "number-keys",
+        "big-int",
+        "small-int",
+        "odd-text",
+        "floats",
+        "brackets",
+        "wide",
+        "deep",
         "deep-dict",
     ],
 )
-def test_json_at_the_edge_of_what_is_allowed(store: Store, through: Through, value: Any, back: Any) -> None:
+def test_json_at_the_edge_of_what_is_allowed(
+    store: Store, through: Through, value: Any, back: Any
+) -> None:
     assert repr(through(store, "e1", value)) == repr(back)
 
 
@@ -796,7 +955,12 @@ def test_any_text_of_1_to_255_characters_is_an_id(store: Store, value: str) -> N
     assert (stored.execution_id, stored.tenant_id, stored.id) == (value, value, value)
     assert enqueue(store, execution_id=value, id=value, queue_type=value) == value
     item = claim(store, value, worker=value)
-    assert (item.id, item.execution_id, item.queue_type, item.worker_id) == (value, value, value, value)
+    assert (item.id, item.execution_id, item.queue_type, item.worker_id) == (
+        value,
+        value,
+        value,
+        value,
+    )
 
 
 @pytest.mark.parametrize(
@@ -810,7 +974,9 @@ def test_an_ids_length_counts_characters_not_bytes(store: Store, text: str) -> N
 def test_a_uuid_means_its_text_in_records_and_look_ups(store: Store) -> None:
     ids: list[Any] = [uuid.uuid4() for _ in range(4)]
     execution, item, event, snapshot = ids
-    created = store.state.create_execution(WorkflowExecution(execution_id=execution, workflow_id="w"))
+    created = store.state.create_execution(
+        WorkflowExecution(execution_id=execution, workflow_id="w")
+    )
     assert created.execution_id == str(execution)
     assert store.events.append(execution, "default", EVENT, event_id=event) == 1
     assert store.events.append(str(execution), "default", EVENT, event_id=str(event)) == 1
@@ -821,9 +987,14 @@ def test_a_uuid_means_its_text_in_records_and_look_ups(store: Store) -> None:
     assert store.state.enqueue_work_item(enqueued) == str(item)
     held = store.state.claim_work_item(execution, [execution])
     assert held is not None
-    assert (held.id, held.execution_id, held.queue_type, held.worker_id) == (str(item), *[str(execution)] * 3)
+    assert (held.id, held.execution_id, held.queue_type, held.worker_id) == (
+        str(item),
+        *[str(execution)] * 3,
+    )
     assert store.state.complete_work_item(item).status == "completed"
-    store.state.write_snapshot(Snapshot(execution_id=execution, at_sequence=1, state=1, id=snapshot))
+    store.state.write_snapshot(
+        Snapshot(execution_id=execution, at_sequence=1, state=1, id=snapshot)
+    )
     latest = store.state.latest_snapshot(execution)
     assert latest is not None
     assert latest.id == str(snapshot)
@@ -843,16 +1014,24 @@ def test_text_fields_hold_text_of_any_length(store: Store) -> None:
     assert len(look(store, item_id).node_id) == 1_000_000
 
 
-zones = st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes))) | st.timezones()
+zones = (
+    st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes)))
+    | st.timezones()
+)
 
 
 @given(when=st.datetimes(datetime(2, 1, 1), datetime(9998, 12, 31), timezones=zones))
 @a_few
 def test_times_come_back_in_utc_to_the_microsecond(store: Store, when: datetime) -> None:
     item = look(store, enqueue(store, created_at=when, available_at=when))
-    execution = create(store, flowstore.new_id(), started_at=when, updated_at=when, completed_at=when)
+    execution = create(
+        store, flowstore.new_id(), started_at=when, updated_at=when, completed_at=when
+    )
     for time_back in (
-        item.created_at, item.available_at, execution.started_at, execution.updated_at,
+        item.created_at,
+        item.available_at,
+        execution.started_at,
+        execution.updated_at,
         execution.completed_at,
     ):
         assert time_back is not None
@@ -860,7 +1039,9 @@ def test_times_come_back_in_utc_to_the_microsecond(store: Store, when: datetime)
         assert time_back.tzinfo is UTC
 
 
-@pytest.mark.parametrize("when", [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)])
+@pytest.mark.parametrize(
+    "when", [datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)]
+)
 def test_the_first_and_the_last_time_can_be_stored(store: Store, when: datetime) -> None:
     assert look(store, enqueue(store, created_at=when, available_at=when)).available_at == when
 
@@ -884,7 +1065,11 @@ def test_times_left_out_are_the_clocks(store: Store, clock: Clock) -> None:
     store.state.write_snapshot(Snapshot(execution_id="e1", at_sequence=0, state={}))
     snapshot = store.state.latest_snapshot("e1")
     assert snapshot is not None
-    assert (execution.started_at, execution.updated_at, execution.completed_at) == (START, START, None)
+    assert (execution.started_at, execution.updated_at, execution.completed_at) == (
+        START,
+        START,
+        None,
+    )
     assert (item.created_at, item.available_at, item.lease_expires_at) == (START, START, None)
     assert snapshot.created_at == START
 
@@ -918,12 +1103,19 @@ def test_a_stored_value_does_not_follow_the_callers_later_changes(store: Store) 
 
 
 @pytest.mark.parametrize("status", ["running", ExecutionStatus.RUNNING])
-def test_a_plain_string_is_taken_for_an_enum_and_comes_back_as_one(store: Store, status: Any) -> None:
+def test_a_plain_string_is_taken_for_an_enum_and_comes_back_as_one(
+    store: Store, status: Any
+) -> None:
     assert create(store, "e1", status=status).status is ExecutionStatus.RUNNING
     create(store, "e2")
     store.state.update_execution_status("e2", status)
-    assert {execution.execution_id for execution in store.state.list_executions(status)} == {"e1", "e2"}
-    assert {type(execution.status) for execution in store.state.list_executions(status)} == {ExecutionStatus}
+    assert {execution.execution_id for execution in store.state.list_executions(status)} == {
+        "e1",
+        "e2",
+    }
+    assert {type(execution.status) for execution in store.state.list_executions(status)} == {
+        ExecutionStatus
+    }
 
 
 def test_work_items_are_listed_by_a_plain_status_too(store: Store) -> None:
@@ -941,10 +1133,14 @@ def test_executions_known_at_the_same_time_are_listed_by_id_downwards(store: Sto
     for execution_id in ODD_ORDER:
         create(store, execution_id)
     assert store.events.list_executions() == sorted(ODD_ORDER, reverse=True)
-    assert [found.execution_id for found in store.state.list_executions()] == sorted(ODD_ORDER, reverse=True)
+    assert [found.execution_id for found in store.state.list_executions()] == sorted(
+        ODD_ORDER, reverse=True
+    )
 
 
-def test_items_available_at_the_same_time_are_listed_and_claimed_by_id_upwards(store: Store) -> None:
+def test_items_available_at_the_same_time_are_listed_and_claimed_by_id_upwards(
+    store: Store,
+) -> None:
     for item_id in ODD_ORDER:
         enqueue(store, id=item_id)
     assert [item.id for item in store.state.list_work_items()] == sorted(ODD_ORDER)
@@ -954,10 +1150,14 @@ def test_items_available_at_the_same_time_are_listed_and_claimed_by_id_upwards(s
 def test_letters_dead_at_the_same_time_are_listed_by_id_downwards(store: Store) -> None:
     for item_id in ODD_ORDER:
         store.state.move_to_dead_letter(enqueue(store, id=item_id), "boom")
-    assert [letter.id for letter in store.state.list_dead_letters()] == sorted(ODD_ORDER, reverse=True)
+    assert [letter.id for letter in store.state.list_dead_letters()] == sorted(
+        ODD_ORDER, reverse=True
+    )
 
 
-def test_the_log_is_ordered_by_its_numbers_whatever_the_clock_did(store: Store, clock: Clock) -> None:
+def test_the_log_is_ordered_by_its_numbers_whatever_the_clock_did(
+    store: Store, clock: Clock
+) -> None:
     for step in (5, -10, 3):
         clock.advance(step)
         store.events.append("e1", "default", {"type": f"after {step}"})
@@ -967,7 +1167,9 @@ def test_the_log_is_ordered_by_its_numbers_whatever_the_clock_did(store: Store, 
 
 LISTS: dict[str, Callable[..., list[Any]]] = {
     "events.list_executions": lambda s, **page: s.events.list_executions(**page),
-    "events.read_all": lambda s, limit=3, offset=0: s.events.read_all(limit=limit)[max(offset, 0) :],
+    "events.read_all": lambda s, limit=3, offset=0: s.events.read_all(limit=limit)[
+        max(offset, 0) :
+    ],
     "state.list_executions": lambda s, **page: s.state.list_executions(**page),
     "state.list_work_items": lambda s, **page: s.state.list_work_items(**page),
     "state.list_dead_letters": lambda s, **page: s.state.list_dead_letters(**page),
@@ -992,7 +1194,9 @@ def test_limit_and_offset_cut_a_list(
 ) -> None:
     whole = lister(three_of_each)
     assert len(whole) == 3
-    expected = whole[offset:][:limit] if lister is not LISTS["events.read_all"] else whole[:limit][offset:]
+    expected = (
+        whole[offset:][:limit] if lister is not LISTS["events.read_all"] else whole[:limit][offset:]
+    )
     assert lister(three_of_each, limit=limit, offset=offset) == expected
 
 
@@ -1039,7 +1243,10 @@ def test_a_call_that_finds_nothing_to_return_says_so(store: Store, name: str) ->
 
 
 WRITES_OF_NOTHING: dict[str, tuple[str, Callable[[Store], Any]]] = {
-    "update_execution_status": ("execution", lambda s: s.state.update_execution_status("no", "running")),
+    "update_execution_status": (
+        "execution",
+        lambda s: s.state.update_execution_status("no", "running"),
+    ),
     "update_execution_current_state": (
         "execution",
         lambda s: s.state.update_execution_current_state("no", {}),
@@ -1056,7 +1263,10 @@ WRITES_OF_NOTHING: dict[str, tuple[str, Callable[[Store], Any]]] = {
     ),
     "renew_lease": ("work item", lambda s: s.state.renew_lease("no", "w1")),
     "complete_work_item": ("work item", lambda s: s.state.complete_work_item("no")),
-    "complete_work_item, fenced": ("work item", lambda s: s.state.complete_work_item("no", lease_fence=1)),
+    "complete_work_item, fenced": (
+        "work item",
+        lambda s: s.state.complete_work_item("no", lease_fence=1),
+    ),
     "fail_work_item": ("work item", lambda s: s.state.fail_work_item("no", "boom")),
     "retry_work_item": ("work item", lambda s: s.state.retry_work_item("no")),
     "move_to_dead_letter": ("work item", lambda s: s.state.move_to_dead_letter("no", "boom")),
@@ -1068,7 +1278,9 @@ WRITES_OF_NOTHING: dict[str, tuple[str, Callable[[Store], Any]]] = {
 
 
 @pytest.mark.parametrize("name", WRITES_OF_NOTHING)
-def test_a_write_that_finds_nothing_is_not_found_and_writes_nothing(store: Store, name: str) -> None:
+def test_a_write_that_finds_nothing_is_not_found_and_writes_nothing(
+    store: Store, name: str
+) -> None:
     kind, call = WRITES_OF_NOTHING[name]
     before = contents(store)
     with pytest.raises(NotFound) as caught:
@@ -1092,14 +1304,31 @@ def circular() -> Any:
 
 
 BAD_LEAVES: dict[str, Any] = {
-    "NaN": float("nan"), "infinity": float("inf"), "-infinity": float("-inf"), "surrogate": NOT_UTF8,
-    "bytes": b"bytes", "set": {1, 2}, "object": object(), "datetime": A_TIME, "date": A_TIME.date(),
-    "Decimal": Decimal("1.5"), "complex": 1j, "UUID": uuid.UUID(int=0), "4301 digits": 10**4300,
-    "-4301 digits": -(10**4300), "tuple key": {("tuple",): 1}, "bytes key": {b"key": 1},
-    "surrogate key": {NOT_UTF8: 1}, "NaN key": {float("nan"): 1}, "4301 digits key": {10**4300: 1},
-    "circle": circular(), "257 deep": nested(257),
+    "NaN": float("nan"),
+    "infinity": float("inf"),
+    "-infinity": float("-inf"),
+    "surrogate": NOT_UTF8,
+    "bytes": b"bytes",
+    "set": {1, 2},
+    "object": object(),
+    "datetime": A_TIME,
+    "date": A_TIME.date(),
+    "Decimal": Decimal("1.5"),
+    "complex": 1j,
+    "UUID": uuid.UUID(int=0),
+    "4301 digits": 10**4300,
+    "-4301 digits": -(10**4300),
+    "tuple key": {("tuple",): 1},
+    "bytes key": {b"key": 1},
+    "surrogate key": {NOT_UTF8: 1},
+    "NaN key": {float("nan"): 1},
+    "4301 digits key": {10**4300: 1},
+    "circle": circular(),
+    "257 deep": nested(257),
     "257 deep dicts": nested(257, "{"),
-    "100,000 deep": nested(100_000), "record": Flow(), "function": len,
+    "100,000 deep": nested(100_000),
+    "record": Flow(),
+    "function": len,
 }
 
 
@@ -1113,12 +1342,18 @@ class Bad:
     def value(self) -> Any:
         value = BAD_LEAVES[self.leaf]
         for step in self.way:
-            value = [EVENT] * step + [value] if isinstance(step, int) else {"type": "t", "a": 1, step: value}
+            value = (
+                [EVENT] * step + [value]
+                if isinstance(step, int)
+                else {"type": "t", "a": 1, step: value}
+            )
         return value
 
 
 def bad_json_at(*end: int | str) -> st.SearchStrategy[Any]:
-    way = st.lists(st.integers(0, 3) | st.text(max_size=3), max_size=5).map(lambda way: (*way, *end))
+    way = st.lists(st.integers(0, 3) | st.text(max_size=3), max_size=5).map(
+        lambda way: (*way, *end)
+    )
     return st.builds(Bad, st.sampled_from([*BAD_LEAVES]), way)
 
 
@@ -1142,7 +1377,15 @@ bad_sequences = bad_numbers | st.none() | st.integers(max_value=-1)
 bad_times = (
     st.sampled_from(
         [
-            A_TIME, datetime.min, date(2030, 1, 1), 0, 1.5, "2030-01-01T00:00:00+00:00", b"", [], object(),
+            A_TIME,
+            datetime.min,
+            date(2030, 1, 1),
+            0,
+            1.5,
+            "2030-01-01T00:00:00+00:00",
+            b"",
+            [],
+            object(),
             seconds(1),
         ]
     )
@@ -1194,7 +1437,9 @@ def item_with(field: str) -> Callable[[Store, Any], Any]:
 
 @every_place
 @pytest.mark.parametrize("leaf", BAD_LEAVES)
-def test_what_is_not_json_is_refused_wherever_json_goes(store: Store, through: Through, leaf: str) -> None:
+def test_what_is_not_json_is_refused_wherever_json_goes(
+    store: Store, through: Through, leaf: str
+) -> None:
     for way in ((), (2, "key"), ("key", 0, "type")):
         execution_id = flowstore.new_id()
         with pytest.raises(InvalidData):
@@ -1209,35 +1454,88 @@ ARGUMENTS: list[Argument] = [
     ("events.append", "tenant_id", bad_ids, lambda s, v: s.events.append("new", v, EVENT)),
     ("events.append", "event", bad_events, lambda s, v: s.events.append("new", "new", v)),
     (
-        "events.append", "expected_sequence", some(bad_numbers),
+        "events.append",
+        "expected_sequence",
+        some(bad_numbers),
         lambda s, v: s.events.append("new", "default", EVENT, expected_sequence=v),
     ),
     (
-        "events.append", "event_id", some(bad_ids),
+        "events.append",
+        "event_id",
+        some(bad_ids),
         lambda s, v: s.events.append("e1", "default", EVENT, event_id=v),
     ),
     (
-        "events.append_batch", "execution_id", bad_ids,
+        "events.append_batch",
+        "execution_id",
+        bad_ids,
         lambda s, v: s.events.append_batch(v, "default", [EVENT]),
     ),
-    ("events.append_batch", "tenant_id", bad_ids, lambda s, v: s.events.append_batch("new", v, [EVENT])),
-    ("events.append_batch", "events", bad_batches, lambda s, v: s.events.append_batch("new", "default", v)),
     (
-        "events.append_batch", "expected_sequence", some(bad_numbers),
+        "events.append_batch",
+        "tenant_id",
+        bad_ids,
+        lambda s, v: s.events.append_batch("new", v, [EVENT]),
+    ),
+    (
+        "events.append_batch",
+        "events",
+        bad_batches,
+        lambda s, v: s.events.append_batch("new", "default", v),
+    ),
+    (
+        "events.append_batch",
+        "expected_sequence",
+        some(bad_numbers),
         lambda s, v: s.events.append_batch("new", "default", [EVENT], expected_sequence=v),
     ),
     ("events.load_events", "execution_id", bad_ids, lambda s, v: s.events.load_events(v)),
-    ("events.load_events_after", "execution_id", bad_ids, lambda s, v: s.events.load_events_after(v, 0)),
-    ("events.load_events_after", "after_seq", bad_numbers, lambda s, v: s.events.load_events_after("e1", v)),
-    ("events.get_latest_sequence", "execution_id", bad_ids, lambda s, v: s.events.get_latest_sequence(v)),
+    (
+        "events.load_events_after",
+        "execution_id",
+        bad_ids,
+        lambda s, v: s.events.load_events_after(v, 0),
+    ),
+    (
+        "events.load_events_after",
+        "after_seq",
+        bad_numbers,
+        lambda s, v: s.events.load_events_after("e1", v),
+    ),
+    (
+        "events.get_latest_sequence",
+        "execution_id",
+        bad_ids,
+        lambda s, v: s.events.get_latest_sequence(v),
+    ),
     ("events.list_executions", "tenant_id", bad_ids, lambda s, v: s.events.list_executions(v)),
-    ("events.list_executions", "limit", bad_numbers, lambda s, v: s.events.list_executions(limit=v)),
-    ("events.list_executions", "offset", bad_numbers, lambda s, v: s.events.list_executions(offset=v)),
+    (
+        "events.list_executions",
+        "limit",
+        bad_numbers,
+        lambda s, v: s.events.list_executions(limit=v),
+    ),
+    (
+        "events.list_executions",
+        "offset",
+        bad_numbers,
+        lambda s, v: s.events.list_executions(offset=v),
+    ),
     ("events.execution_exists", "execution_id", bad_ids, lambda s, v: s.events.execution_exists(v)),
     ("events.count_events", "execution_id", bad_ids, lambda s, v: s.events.count_events(v)),
     ("events.iter_events", "execution_id", bad_ids, lambda s, v: list(s.events.iter_events(v))),
-    ("events.iter_events", "after_seq", bad_numbers, lambda s, v: list(s.events.iter_events("e1", v))),
-    ("events.iter_events", "chunk", bad_chunks, lambda s, v: list(s.events.iter_events("e1", chunk=v))),
+    (
+        "events.iter_events",
+        "after_seq",
+        bad_numbers,
+        lambda s, v: list(s.events.iter_events("e1", v)),
+    ),
+    (
+        "events.iter_events",
+        "chunk",
+        bad_chunks,
+        lambda s, v: list(s.events.iter_events("e1", chunk=v)),
+    ),
     ("events.read_all", "after_position", bad_numbers, lambda s, v: s.events.read_all(v)),
     ("events.read_all", "limit", bad_numbers, lambda s, v: s.events.read_all(limit=v)),
     ("events.read_all", "tenant_id", some(bad_ids), lambda s, v: s.events.read_all(tenant_id=v)),
@@ -1246,7 +1544,9 @@ ARGUMENTS: list[Argument] = [
     ("state.create_execution", "workflow_id", bad_ids, execution_with("workflow_id")),
     ("state.create_execution", "workflow_version", bad_texts, execution_with("workflow_version")),
     (
-        "state.create_execution", "status", bad_statuses | st.sampled_from([None, *WorkItemStatus]),
+        "state.create_execution",
+        "status",
+        bad_statuses | st.sampled_from([None, *WorkItemStatus]),
         execution_with("status"),
     ),
     ("state.create_execution", "initial_input", bad_json, execution_with("initial_input")),
@@ -1257,46 +1557,87 @@ ARGUMENTS: list[Argument] = [
     ("state.create_execution", "tenant_id", bad_ids, execution_with("tenant_id")),
     ("state.get_execution", "id", bad_ids, lambda s, v: s.state.get_execution(v)),
     (
-        "state.list_executions", "status", bad_statuses | st.sampled_from([*WorkItemStatus]),
+        "state.list_executions",
+        "status",
+        bad_statuses | st.sampled_from([*WorkItemStatus]),
         lambda s, v: s.state.list_executions(v),
     ),
     ("state.list_executions", "limit", bad_numbers, lambda s, v: s.state.list_executions(limit=v)),
-    ("state.list_executions", "offset", bad_numbers, lambda s, v: s.state.list_executions(offset=v)),
     (
-        "state.update_execution_status", "id", bad_ids,
+        "state.list_executions",
+        "offset",
+        bad_numbers,
+        lambda s, v: s.state.list_executions(offset=v),
+    ),
+    (
+        "state.update_execution_status",
+        "id",
+        bad_ids,
         lambda s, v: s.state.update_execution_status(v, "running"),
     ),
     (
-        "state.update_execution_status", "status", bad_statuses | st.sampled_from([None, *WorkItemStatus]),
+        "state.update_execution_status",
+        "status",
+        bad_statuses | st.sampled_from([None, *WorkItemStatus]),
         lambda s, v: s.state.update_execution_status("e1", v),
     ),
     (
-        "state.update_execution_current_state", "id", bad_ids,
+        "state.update_execution_current_state",
+        "id",
+        bad_ids,
         lambda s, v: s.state.update_execution_current_state(v, {}),
     ),
     (
-        "state.update_execution_current_state", "state", bad_json,
+        "state.update_execution_current_state",
+        "state",
+        bad_json,
         lambda s, v: s.state.update_execution_current_state("e1", v),
     ),
-    ("state.patch_append_array", "id", bad_ids, lambda s, v: s.state.patch_append_array(v, "key", 1)),
     (
-        "state.patch_append_array", "key", st.sampled_from([None, 5, b"key", [], object(), NOT_UTF8]),
+        "state.patch_append_array",
+        "id",
+        bad_ids,
+        lambda s, v: s.state.patch_append_array(v, "key", 1),
+    ),
+    (
+        "state.patch_append_array",
+        "key",
+        st.sampled_from([None, 5, b"key", [], object(), NOT_UTF8]),
         lambda s, v: s.state.patch_append_array("e1", v, 1),
     ),
-    ("state.patch_append_array", "value", bad_json, lambda s, v: s.state.patch_append_array("e1", "key", v)),
+    (
+        "state.patch_append_array",
+        "value",
+        bad_json,
+        lambda s, v: s.state.patch_append_array("e1", "key", v),
+    ),
     ("state.append_event", "execution_id", bad_ids, lambda s, v: s.state.append_event(v, EVENT)),
     ("state.append_event", "event", bad_events, lambda s, v: s.state.append_event("e1", v)),
     (
-        "state.append_event", "expected_sequence", some(bad_numbers),
+        "state.append_event",
+        "expected_sequence",
+        some(bad_numbers),
         lambda s, v: s.state.append_event("e1", EVENT, expected_sequence=v),
     ),
     (
-        "state.append_event", "event_id", some(bad_ids),
+        "state.append_event",
+        "event_id",
+        some(bad_ids),
         lambda s, v: s.state.append_event("e1", EVENT, event_id=v),
     ),
     ("state.get_events", "execution_id", bad_ids, lambda s, v: s.state.get_events(v)),
-    ("state.get_events_since", "execution_id", bad_ids, lambda s, v: s.state.get_events_since(v, 0)),
-    ("state.get_events_since", "since_sequence", bad_numbers, lambda s, v: s.state.get_events_since("e1", v)),
+    (
+        "state.get_events_since",
+        "execution_id",
+        bad_ids,
+        lambda s, v: s.state.get_events_since(v, 0),
+    ),
+    (
+        "state.get_events_since",
+        "since_sequence",
+        bad_numbers,
+        lambda s, v: s.state.get_events_since("e1", v),
+    ),
     ("state.latest_sequence", "execution_id", bad_ids, lambda s, v: s.state.latest_sequence(v)),
     ("state.write_snapshot", "snapshot", bad_records, lambda s, v: s.state.write_snapshot(v)),
     ("state.write_snapshot", "execution_id", bad_ids, snapshot_with("execution_id")),
@@ -1320,65 +1661,116 @@ ARGUMENTS: list[Argument] = [
     ("state.enqueue_work_item", "available_at", bad_times, item_with("available_at")),
     ("state.get_work_item", "item_id", bad_ids, lambda s, v: s.state.get_work_item(v)),
     (
-        "state.list_work_items", "status", bad_statuses | st.sampled_from([*ExecutionStatus]),
+        "state.list_work_items",
+        "status",
+        bad_statuses | st.sampled_from([*ExecutionStatus]),
         lambda s, v: s.state.list_work_items(status=v),
     ),
     (
-        "state.list_work_items", "queue_type", some(bad_ids),
+        "state.list_work_items",
+        "queue_type",
+        some(bad_ids),
         lambda s, v: s.state.list_work_items(queue_type=v),
     ),
     (
-        "state.list_work_items", "execution_id", some(bad_ids),
+        "state.list_work_items",
+        "execution_id",
+        some(bad_ids),
         lambda s, v: s.state.list_work_items(execution_id=v),
     ),
     ("state.list_work_items", "limit", bad_numbers, lambda s, v: s.state.list_work_items(limit=v)),
-    ("state.list_work_items", "offset", bad_numbers, lambda s, v: s.state.list_work_items(offset=v)),
-    ("state.claim_work_item", "worker_id", bad_ids, lambda s, v: s.state.claim_work_item(v, ["q"])),
-    ("state.claim_work_item", "queue_types", bad_queues, lambda s, v: s.state.claim_work_item("w1", v)),
     (
-        "state.claim_work_item", "lease_seconds", bad_seconds,
+        "state.list_work_items",
+        "offset",
+        bad_numbers,
+        lambda s, v: s.state.list_work_items(offset=v),
+    ),
+    ("state.claim_work_item", "worker_id", bad_ids, lambda s, v: s.state.claim_work_item(v, ["q"])),
+    (
+        "state.claim_work_item",
+        "queue_types",
+        bad_queues,
+        lambda s, v: s.state.claim_work_item("w1", v),
+    ),
+    (
+        "state.claim_work_item",
+        "lease_seconds",
+        bad_seconds,
         lambda s, v: s.state.claim_work_item("w1", ["q"], lease_seconds=v),
     ),
     (
-        "state.claim_work_item", "wait",
+        "state.claim_work_item",
+        "wait",
         st.sampled_from([float("nan"), "1", b"", [], object(), seconds(1), None]),
         lambda s, v: s.state.claim_work_item("w1", ["q"], wait=v),
     ),
     ("state.renew_lease", "item_id", bad_ids, lambda s, v: s.state.renew_lease(v, "w1")),
     ("state.renew_lease", "worker_id", some(bad_ids), lambda s, v: s.state.renew_lease("held", v)),
     (
-        "state.renew_lease", "lease_fence", some(bad_numbers),
+        "state.renew_lease",
+        "lease_fence",
+        some(bad_numbers),
         lambda s, v: s.state.renew_lease("held", "w1", lease_fence=v),
     ),
     (
-        "state.renew_lease", "lease_seconds", bad_seconds,
+        "state.renew_lease",
+        "lease_seconds",
+        bad_seconds,
         lambda s, v: s.state.renew_lease("held", "w1", lease_seconds=v),
     ),
     ("state.complete_work_item", "item_id", bad_ids, lambda s, v: s.state.complete_work_item(v)),
     (
-        "state.complete_work_item", "lease_fence", some(bad_numbers),
+        "state.complete_work_item",
+        "lease_fence",
+        some(bad_numbers),
         lambda s, v: s.state.complete_work_item("held", lease_fence=v),
     ),
     ("state.fail_work_item", "item_id", bad_ids, lambda s, v: s.state.fail_work_item(v, "boom")),
     ("state.fail_work_item", "error", bad_texts, lambda s, v: s.state.fail_work_item("held", v)),
     (
-        "state.fail_work_item", "lease_fence", some(bad_numbers),
+        "state.fail_work_item",
+        "lease_fence",
+        some(bad_numbers),
         lambda s, v: s.state.fail_work_item("held", "boom", lease_fence=v),
     ),
     ("state.retry_work_item", "item_id", bad_ids, lambda s, v: s.state.retry_work_item(v)),
-    ("state.retry_work_item", "error", some(bad_texts), lambda s, v: s.state.retry_work_item("held", v)),
-    ("state.retry_work_item", "delay", bad_seconds, lambda s, v: s.state.retry_work_item("held", delay=v)),
     (
-        "state.retry_work_item", "lease_fence", some(bad_numbers),
+        "state.retry_work_item",
+        "error",
+        some(bad_texts),
+        lambda s, v: s.state.retry_work_item("held", v),
+    ),
+    (
+        "state.retry_work_item",
+        "delay",
+        bad_seconds,
+        lambda s, v: s.state.retry_work_item("held", delay=v),
+    ),
+    (
+        "state.retry_work_item",
+        "lease_fence",
+        some(bad_numbers),
         lambda s, v: s.state.retry_work_item("held", lease_fence=v),
     ),
-    ("state.move_to_dead_letter", "item_id", bad_ids, lambda s, v: s.state.move_to_dead_letter(v, "boom")),
     (
-        "state.move_to_dead_letter", "last_error", bad_texts,
+        "state.move_to_dead_letter",
+        "item_id",
+        bad_ids,
+        lambda s, v: s.state.move_to_dead_letter(v, "boom"),
+    ),
+    (
+        "state.move_to_dead_letter",
+        "last_error",
+        bad_texts,
         lambda s, v: s.state.move_to_dead_letter("held", v),
     ),
     ("state.list_dead_letters", "limit", bad_numbers, lambda s, v: s.state.list_dead_letters(v)),
-    ("state.list_dead_letters", "offset", bad_numbers, lambda s, v: s.state.list_dead_letters(offset=v)),
+    (
+        "state.list_dead_letters",
+        "offset",
+        bad_numbers,
+        lambda s, v: s.state.list_dead_letters(offset=v),
+    ),
 ]
 
 
@@ -1424,12 +1816,17 @@ def test_what_cannot_be_stored_is_invalid_data_and_nothing_is_written(
             "event.a[0].b: set is not",
         ),
         (lambda s: s.state.update_execution_current_state("e1", [float("nan")]), "state[0]"),
-        (lambda s: s.events.append_batch("e", "default", [EVENT, {"type": "t", "x": b""}]), "events[1].x"),
+        (
+            lambda s: s.events.append_batch("e", "default", [EVENT, {"type": "t", "x": b""}]),
+            "events[1].x",
+        ),
         (lambda s: create(s, "e2", initial_input={"a": NOT_UTF8}), "initial_input"),
     ],
     ids=["payload", "event", "state", "events", "initial_input"],
 )
-def test_the_message_names_the_argument_and_the_path_in_it(furnished: Store, call: Any, message: str) -> None:
+def test_the_message_names_the_argument_and_the_path_in_it(
+    furnished: Store, call: Any, message: str
+) -> None:
     with pytest.raises(InvalidData, match=re.escape(message)):
         call(furnished)
 
@@ -1443,29 +1840,39 @@ def test_attempts_fit_31_bits(store: Store, number: int) -> None:
 SIGNATURES = {
     "events.append": "execution_id, tenant_id, event, *, expected_sequence=None, event_id=None",
     "events.append_batch": "execution_id, tenant_id, events, *, expected_sequence=None",
-    "events.load_events": "execution_id", "events.load_events_after": "execution_id, after_seq",
+    "events.load_events": "execution_id",
+    "events.load_events_after": "execution_id, after_seq",
     "events.get_latest_sequence": "execution_id",
     "events.list_executions": "tenant_id='default', limit=100, offset=0",
-    "events.execution_exists": "execution_id", "events.count_events": "execution_id",
+    "events.execution_exists": "execution_id",
+    "events.count_events": "execution_id",
     "events.iter_events": "execution_id, after_seq=0, *, chunk=1000",
     "events.read_all": "after_position=0, limit=1000, *, tenant_id=None",
-    "state.create_execution": "execution", "state.get_execution": "id",
+    "state.create_execution": "execution",
+    "state.get_execution": "id",
     "state.list_executions": "status=None, limit=100, offset=0",
-    "state.update_execution_status": "id, status", "state.update_execution_current_state": "id, state",
+    "state.update_execution_status": "id, status",
+    "state.update_execution_current_state": "id, state",
     "state.patch_append_array": "id, key, value",
     "state.append_event": "execution_id, event, *, expected_sequence=None, event_id=None",
-    "state.get_events": "execution_id", "state.get_events_since": "execution_id, since_sequence",
-    "state.latest_sequence": "execution_id", "state.write_snapshot": "snapshot",
-    "state.latest_snapshot": "execution_id", "state.prune_snapshots": "execution_id, keep=1",
-    "state.replay": "execution_id, reducer, initial=None", "state.enqueue_work_item": "item",
+    "state.get_events": "execution_id",
+    "state.get_events_since": "execution_id, since_sequence",
+    "state.latest_sequence": "execution_id",
+    "state.write_snapshot": "snapshot",
+    "state.latest_snapshot": "execution_id",
+    "state.prune_snapshots": "execution_id, keep=1",
+    "state.replay": "execution_id, reducer, initial=None",
+    "state.enqueue_work_item": "item",
     "state.get_work_item": "item_id",
     "state.list_work_items": "*, status=None, queue_type=None, execution_id=None, limit=100, offset=0",
     "state.claim_work_item": "worker_id, queue_types, *, lease_seconds=None, wait=0.0",
     "state.renew_lease": "item_id, worker_id=None, *, lease_fence=None, lease_seconds=None",
-    "state.hold": "item, *, lease_seconds=None", "state.complete_work_item": "item_id, *, lease_fence=None",
+    "state.hold": "item, *, lease_seconds=None",
+    "state.complete_work_item": "item_id, *, lease_fence=None",
     "state.fail_work_item": "item_id, error, *, lease_fence=None",
     "state.retry_work_item": "item_id, error=None, *, delay=None, lease_fence=None",
-    "state.reclaim_expired_leases": "", "state.move_to_dead_letter": "item_id, last_error",
+    "state.reclaim_expired_leases": "",
+    "state.move_to_dead_letter": "item_id, last_error",
     "state.list_dead_letters": "limit=100, offset=0",
 }
 
@@ -1476,7 +1883,8 @@ def test_a_method_shows_the_contracts_signature_and_a_docstring(store: Store, na
     bound = getattr(getattr(store, facet), method)
     signature = inspect.signature(bound)
     plain = [
-        parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in signature.parameters.values()
     ]
     shown = signature.replace(parameters=plain, return_annotation=inspect.Signature.empty)
     assert str(shown) == f"({SIGNATURES[name]})"
@@ -1488,14 +1896,24 @@ def test_a_method_shows_the_contracts_signature_and_a_docstring(store: Store, na
 # ============================================================================================================
 
 ERRORS: dict[str, dict[str, Any]] = {
-    "NotFound": {"kind": "execution", "id": "e1"}, "AlreadyExists": {"kind": "work item", "id": "i1"},
+    "NotFound": {"kind": "execution", "id": "e1"},
+    "AlreadyExists": {"kind": "work item", "id": "i1"},
     "RevisionMismatch": {"expected": 3, "actual": 4},
-    "SequenceConflict": {"execution_id": "e1", "expected": 3, "actual": 4}, "LeaseLost": {"item_id": "i1"},
+    "SequenceConflict": {"execution_id": "e1", "expected": 3, "actual": 4},
+    "LeaseLost": {"item_id": "i1"},
     "IllegalTransition": {"id": "f1", "from_status": "created", "to_status": "finished"},
-    "AlreadyTerminal": {"id": "f1", "status": "finished"}, "CancelPending": {"id": "f1", "status": "running"},
-    "TenantMismatch": {"execution_id": "e1", "tenant_id": "acme"}, "TenantInactive": {"tenant_id": "acme"},
-    "LimitExceeded": {"tenant_id": "acme"}, "InvalidData": {}, "StorageError": {}, "StoreBusy": {},
-    "StoreFull": {}, "StoreCorrupt": {}, "StoreClosed": {}, "SchemaError": {},
+    "AlreadyTerminal": {"id": "f1", "status": "finished"},
+    "CancelPending": {"id": "f1", "status": "running"},
+    "TenantMismatch": {"execution_id": "e1", "tenant_id": "acme"},
+    "TenantInactive": {"tenant_id": "acme"},
+    "LimitExceeded": {"tenant_id": "acme"},
+    "InvalidData": {},
+    "StorageError": {},
+    "StoreBusy": {},
+    "StoreFull": {},
+    "StoreCorrupt": {},
+    "StoreClosed": {},
+    "SchemaError": {},
 }
 
 
@@ -1523,9 +1941,7 @@ def test_an_errors_message_is_readable_and_tells_its_facts(name: str) -> None:
 
 
 @every_error
-@pytest.mark.parametrize(
-    "copied", [copy.copy, copy.deepcopy, *map(pickled, range(6))]
-)
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, *map(pickled, range(6))])
 def test_an_error_can_be_copied_and_pickled(name: str, copied: Callable[[Any], Any]) -> None:
     original = error(name)
     twin = copied(original)
@@ -1536,7 +1952,9 @@ def test_an_error_can_be_copied_and_pickled(name: str, copied: Callable[[Any], A
 @pytest.mark.parametrize(
     ("name", "base"),
     [
-        ("FlowStoreError", Exception), ("NotFound", LookupError), ("InvalidData", ValueError),
+        ("FlowStoreError", Exception),
+        ("NotFound", LookupError),
+        ("InvalidData", ValueError),
         *(
             (name, StorageError)
             for name in ("StoreBusy", "StoreFull", "StoreCorrupt", "StoreClosed", "SchemaError")
@@ -1570,9 +1988,14 @@ def folder_contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("target", "name"),
     [
-        ("app.db", "app.db"), (Path("app.db"), "app.db"), ("{here}/app.db", "app.db"),
-        ("sqlite:app.db", "app.db"), ("sqlite://app.db", "app.db"), ("sqlite://{here}/app.db", "app.db"),
-        ("sqlite:///{here}/app.db", "app.db"), ("sqlite:a%20b.db", "a b.db"),
+        ("app.db", "app.db"),
+        (Path("app.db"), "app.db"),
+        ("{here}/app.db", "app.db"),
+        ("sqlite:app.db", "app.db"),
+        ("sqlite://app.db", "app.db"),
+        ("sqlite://{here}/app.db", "app.db"),
+        ("sqlite:///{here}/app.db", "app.db"),
+        ("sqlite:a%20b.db", "a b.db"),
         ("a b#%20?.db", "a b#%20?.db"),
     ],
 )
@@ -1580,7 +2003,9 @@ def test_sqlite_targets_name_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str | Path, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with flowstore.open(target.format(here=tmp_path) if isinstance(target, str) else target) as store:
+    with flowstore.open(
+        target.format(here=tmp_path) if isinstance(target, str) else target
+    ) as store:
         store.events.append("e1", "default", EVENT)
         assert (tmp_path / name).is_file()
     with flowstore.open(tmp_path / name) as store:
@@ -1599,7 +2024,8 @@ def test_sqlite_memory_is_private_and_leaves_no_file(
 
 
 @pytest.mark.parametrize(
-    "target", ["sqlite:app.db?mode=ro", "sqlite:///{here}/app.db?cache=shared", None, 5, b"app.db", "a\0b"]
+    "target",
+    ["sqlite:app.db?mode=ro", "sqlite:///{here}/app.db?cache=shared", None, 5, b"app.db", "a\0b"],
 )
 def test_sqlite_targets_that_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: Any
@@ -1612,7 +2038,13 @@ def test_sqlite_targets_that_are_refused(
 
 @pytest.mark.parametrize(
     "target",
-    ["mysql://host/db", "https://example.org/app.db", "no/folder/app.db", "sqlite:///no/app.db", "."],
+    [
+        "mysql://host/db",
+        "https://example.org/app.db",
+        "no/folder/app.db",
+        "sqlite:///no/app.db",
+        ".",
+    ],
 )
 def test_what_cannot_be_opened_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
@@ -1627,9 +2059,17 @@ def test_what_cannot_be_opened_is_one_sentence(
 @pytest.mark.parametrize(
     "options",
     [
-        {"synchronous": "EXTRA"}, {"synchronous": ""}, {"synchronous": 2}, {"synchronous": None},
-        {"busy_timeout": float("nan")}, {"busy_timeout": "30"}, {"lease_seconds": float("inf")},
-        {"lease_seconds": "30"}, {"lease_seconds": 1e300}, {"clock": 5}, {"backoff": "2"},
+        {"synchronous": "EXTRA"},
+        {"synchronous": ""},
+        {"synchronous": 2},
+        {"synchronous": None},
+        {"busy_timeout": float("nan")},
+        {"busy_timeout": "30"},
+        {"lease_seconds": float("inf")},
+        {"lease_seconds": "30"},
+        {"lease_seconds": 1e300},
+        {"clock": 5},
+        {"backoff": "2"},
     ],
     ids=str,
 )
@@ -1693,11 +2133,17 @@ def test_sqlite_refuses_what_is_no_database_and_leaves_it(
     assert folder_contents(path.parent) == before
 
 
-@pytest.mark.parametrize("name", ["flowstore_meta", "flows", "Events", "execution_errors", "Flows_by_owner"])
+@pytest.mark.parametrize(
+    "name", ["flowstore_meta", "flows", "Events", "execution_errors", "Flows_by_owner"]
+)
 def test_sqlite_refuses_a_file_whose_own_names_clash(path: Path, name: str) -> None:
     connection = sqlite3.connect(path)
     connection.executescript("CREATE TABLE mine(kept TEXT); INSERT INTO mine VALUES ('kept')")
-    connection.execute(f"CREATE INDEX {name} ON mine(kept)" if "_by_" in name else f"CREATE TABLE {name}(mine TEXT)")
+    connection.execute(
+        f"CREATE INDEX {name} ON mine(kept)"
+        if "_by_" in name
+        else f"CREATE TABLE {name}(mine TEXT)"
+    )
     connection.close()
     before = path.read_bytes()
     with pytest.raises(SchemaError, match=name.lower()) as caught:
@@ -1708,7 +2154,9 @@ def test_sqlite_refuses_a_file_whose_own_names_clash(path: Path, name: str) -> N
 
 def test_sqlite_lives_beside_the_users_own_tables(path: Path) -> None:
     connection = sqlite3.connect(path)
-    connection.executescript("CREATE TABLE orders(id INTEGER PRIMARY KEY); INSERT INTO orders VALUES (7)")
+    connection.executescript(
+        "CREATE TABLE orders(id INTEGER PRIMARY KEY); INSERT INTO orders VALUES (7)"
+    )
     connection.close()
     with flowstore.open(path) as store, store.transaction() as tx:
         assert tx.execute("SELECT id FROM orders") == [(7,)]
@@ -1720,7 +2168,9 @@ def set_schema_version(path: Path, version: int) -> None:
     columns = [row[1] for row in connection.execute("PRAGMA table_info(flowstore_meta)")]
     changed = 0
     for column in columns:
-        where = f"CAST({column} AS TEXT) GLOB '[0-9]*' AND CAST({column} AS TEXT) NOT GLOB '*[^0-9]*'"
+        where = (
+            f"CAST({column} AS TEXT) GLOB '[0-9]*' AND CAST({column} AS TEXT) NOT GLOB '*[^0-9]*'"
+        )
         changed += connection.execute(
             f"UPDATE flowstore_meta SET {column} = ? WHERE {where}", (version,)
         ).rowcount
@@ -1730,7 +2180,9 @@ def set_schema_version(path: Path, version: int) -> None:
 
 
 @pytest.mark.parametrize(("version", "read_only"), [(999_999, False), (999_999, True), (0, True)])
-def test_sqlite_refuses_a_schema_it_does_not_know(path: Path, version: int, read_only: bool) -> None:
+def test_sqlite_refuses_a_schema_it_does_not_know(
+    path: Path, version: int, read_only: bool
+) -> None:
     with flowstore.open(path) as store:
         store.events.append("e1", "default", EVENT)
     set_schema_version(path, version)
@@ -1791,9 +2243,13 @@ WRITES: dict[str, Callable[[Store], Any]] = {
     "update_execution_current_state": lambda s: s.state.update_execution_current_state("e1", {}),
     "patch_append_array": lambda s: s.state.patch_append_array("e1", "key", 1),
     "append_event": lambda s: s.state.append_event("e1", EVENT),
-    "write_snapshot": lambda s: s.state.write_snapshot(Snapshot(execution_id="e1", at_sequence=0, state={})),
+    "write_snapshot": lambda s: s.state.write_snapshot(
+        Snapshot(execution_id="e1", at_sequence=0, state={})
+    ),
     "prune_snapshots": lambda s: s.state.prune_snapshots("e1", 0),
-    "enqueue_work_item": lambda s: s.state.enqueue_work_item(WorkItem(execution_id="e1", queue_type="q")),
+    "enqueue_work_item": lambda s: s.state.enqueue_work_item(
+        WorkItem(execution_id="e1", queue_type="q")
+    ),
     "claim_work_item": lambda s: s.state.claim_work_item("w1", ["q"]),
     "renew_lease": lambda s: s.state.renew_lease("held", "w1"),
     "complete_work_item": lambda s: s.state.complete_work_item("held"),
@@ -1809,7 +2265,8 @@ READS: dict[str, Callable[[Store], Any]] = {
     "events.list_executions": lambda s: s.events.list_executions(),
     "execution_exists": lambda s: s.events.execution_exists("e1"),
     "count_events": lambda s: s.events.count_events("e1"),
-    "iter_events": lambda s: list(s.events.iter_events("e1")), "read_all": lambda s: s.events.read_all(),
+    "iter_events": lambda s: list(s.events.iter_events("e1")),
+    "read_all": lambda s: s.events.read_all(),
     "get_execution": lambda s: s.state.get_execution("e1"),
     "state.list_executions": lambda s: s.state.list_executions(),
     "get_events": lambda s: s.state.get_events("e1"),
@@ -1819,7 +2276,8 @@ READS: dict[str, Callable[[Store], Any]] = {
     "replay": lambda s: s.state.replay("e1", no_reduce),
     "get_work_item": lambda s: s.state.get_work_item("held"),
     "list_work_items": lambda s: s.state.list_work_items(),
-    "list_dead_letters": lambda s: s.state.list_dead_letters(), "stats": lambda s: s.stats()["tables"],
+    "list_dead_letters": lambda s: s.state.list_dead_letters(),
+    "stats": lambda s: s.stats()["tables"],
     "check": lambda s: s.check(),
 }
 
@@ -1962,7 +2420,9 @@ def test_sqlite_reads_in_a_folder_that_cannot_be_written(crashed: Path, wal: boo
 
 
 @forking
-def test_sqlite_a_reader_who_may_not_write_the_file_leaves_nothing_that_shuts_its_owner_out() -> None:
+def test_sqlite_a_reader_who_may_not_write_the_file_leaves_nothing_that_shuts_its_owner_out() -> (
+    None
+):
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "app.db"
         with flowstore.open(path) as store:
@@ -2039,7 +2499,9 @@ def test_sqlite_a_log_that_goes_while_a_reader_looks_for_it_is_none(
     flowstore.open(path).close()
     monkeypatch.setattr(os, "access", lambda *asked: False)
     seen = os.path.exists
-    monkeypatch.setattr(os.path, "exists", lambda name: str(name).endswith("-wal") or seen(name))  # a moment ago
+    monkeypatch.setattr(
+        os.path, "exists", lambda name: str(name).endswith("-wal") or seen(name)
+    )  # a moment ago
     with flowstore.open(path, read_only=True) as store:
         assert store.events.list_executions() == []
 
@@ -2064,7 +2526,9 @@ def test_sqlite_a_file_named_by_a_link_has_its_log_beside_itself(path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", [str, Path])
-def test_sqlite_backup_holds_everything(sqlite_store: Store, tmp_path: Path, clock: Clock, kind: Any) -> None:
+def test_sqlite_backup_holds_everything(
+    sqlite_store: Store, tmp_path: Path, clock: Clock, kind: Any
+) -> None:
     claimed(sqlite_store)
     sqlite_store.events.append("e1", "default", EVENT)
     sqlite_store.backup(kind(tmp_path / "copy.db"))
@@ -2108,7 +2572,9 @@ def test_sqlite_backup_to_what_is_no_path_is_invalid(sqlite_store: Store, target
         sqlite_store.backup(target)
 
 
-def test_sqlite_backup_is_consistent_while_others_write(sqlite_store: Store, tmp_path: Path) -> None:
+def test_sqlite_backup_is_consistent_while_others_write(
+    sqlite_store: Store, tmp_path: Path
+) -> None:
     stop = threading.Event()
 
     def write() -> int:
@@ -2187,11 +2653,22 @@ def test_stats_count_executions_items_and_rows(store: Store) -> None:
     claim(store, "other")
     stats = store.stats()
     assert json.loads(json.dumps(stats, allow_nan=False)) == stats
-    assert {"tables", "flows", "executions", "workflows", "queues", "file_bytes", "wal_bytes"} <= stats.keys()
+    assert {
+        "tables",
+        "flows",
+        "executions",
+        "workflows",
+        "queues",
+        "file_bytes",
+        "wal_bytes",
+    } <= stats.keys()
     assert {status: count for status, count in stats["executions"].items() if count} == {
-        "pending": 1, "running": 1,
+        "pending": 1,
+        "running": 1,
     }
-    queues = {queue: {status: n for status, n in by.items() if n} for queue, by in stats["queues"].items()}
+    queues = {
+        queue: {status: n for status, n in by.items() if n} for queue, by in stats["queues"].items()
+    }
     assert queues == {"q": {"pending": 2}, "other": {"claimed": 1}}
     assert all(type(count) is int for count in stats["tables"].values())
     assert {"flows", "flow_steps", "flow_events"} <= stats["tables"].keys()
@@ -2229,7 +2706,9 @@ def test_a_clock_that_gives_no_aware_time_writes_nothing(make_store: MakeStore, 
     assert not store.events.execution_exists("e1")
 
 
-def test_an_interrupt_inside_a_call_leaves_it_undone_and_the_store_usable(make_store: MakeStore) -> None:
+def test_an_interrupt_inside_a_call_leaves_it_undone_and_the_store_usable(
+    make_store: MakeStore,
+) -> None:
     strikes = iter([False] * 3)
 
     def clock() -> datetime:
@@ -2271,9 +2750,12 @@ def test_every_call_on_a_closed_store_raises_store_closed(furnished: Store, name
 
 
 @pytest.mark.parametrize(
-    "call", [lambda s: s.transaction().__enter__(), lambda s: s.backup("copy.db"), lambda s: s.compact()]
+    "call",
+    [lambda s: s.transaction().__enter__(), lambda s: s.backup("copy.db"), lambda s: s.compact()],
 )
-def test_the_stores_own_calls_raise_store_closed_too(store: Store, call: Callable[[Store], Any]) -> None:
+def test_the_stores_own_calls_raise_store_closed_too(
+    store: Store, call: Callable[[Store], Any]
+) -> None:
     store.close()
     with pytest.raises(StoreClosed):
         call(store)
@@ -2318,7 +2800,9 @@ def test_closing_rolls_another_threads_transaction_back(file_store: Store, path:
         assert not store.events.execution_exists("e1")
 
 
-@pytest.mark.parametrize("call", [Store.close, Store.compact, Store.check, lambda s: s.backup("copy.db")])
+@pytest.mark.parametrize(
+    "call", [Store.close, Store.compact, Store.check, lambda s: s.backup("copy.db")]
+)
 def test_inside_ones_own_transaction_these_calls_are_refused(
     store: Store, call: Callable[[Store], Any]
 ) -> None:
@@ -2348,7 +2832,9 @@ def test_sqlite_waits_only_so_long_for_another_connection(path: Path) -> None:
         holder.close()
 
 
-def test_who_waits_too_long_for_another_threads_transaction_gets_store_busy(make_store: MakeStore) -> None:
+def test_who_waits_too_long_for_another_threads_transaction_gets_store_busy(
+    make_store: MakeStore,
+) -> None:
     store = make_store(busy_timeout=0.05)
     with store.transaction():
         store.events.append("e1", "default", EVENT)
@@ -2500,11 +2986,17 @@ def test_a_transaction_commits_the_facets_and_the_users_own_table_together(store
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("stop"), Stop("stop"), KeyboardInterrupt(), SystemExit(1), GeneratorExit(),
+        RuntimeError("stop"),
+        Stop("stop"),
+        KeyboardInterrupt(),
+        SystemExit(1),
+        GeneratorExit(),
         InvalidData("x"),
     ],
 )
-def test_what_leaves_the_block_undoes_everything_and_propagates(store: Store, error: BaseException) -> None:
+def test_what_leaves_the_block_undoes_everything_and_propagates(
+    store: Store, error: BaseException
+) -> None:
     held = claimed(store)
     with store.transaction() as tx:
         tx.execute("CREATE TABLE orders(id INTEGER PRIMARY KEY)")
@@ -2533,7 +3025,9 @@ def test_reads_inside_see_the_writes_made_inside(store: Store) -> None:
         assert tx.execute("SELECT id FROM mine ORDER BY id") == [(1,), (2,)]
 
 
-def test_sqlite_readers_of_a_file_see_nothing_before_the_commit(file_store: Store, path: Path) -> None:
+def test_sqlite_readers_of_a_file_see_nothing_before_the_commit(
+    file_store: Store, path: Path
+) -> None:
     with flowstore.open(path) as other:
         with file_store.transaction():
             file_store.events.append("e1", "default", EVENT)
@@ -2562,8 +3056,12 @@ def test_another_threads_write_is_not_part_of_the_transaction(store: Store) -> N
 
 REFUSED_CALLS: dict[str, Callable[[Store], Any]] = {
     "conflict": lambda s: s.events.append("new", "new-tenant", EVENT, expected_sequence=3),
-    "batch conflict": lambda s: s.events.append_batch("new", "new-tenant", [EVENT] * 3, expected_sequence=3),
-    "taken item": lambda s: s.state.enqueue_work_item(WorkItem(execution_id="e1", queue_type="q", id="held")),
+    "batch conflict": lambda s: s.events.append_batch(
+        "new", "new-tenant", [EVENT] * 3, expected_sequence=3
+    ),
+    "taken item": lambda s: s.state.enqueue_work_item(
+        WorkItem(execution_id="e1", queue_type="q", id="held")
+    ),
     "taken execution": lambda s: create(s, "e1"),
     "stale fence": lambda s: s.state.complete_work_item("held", lease_fence=99),
     "not found": lambda s: s.state.update_execution_status("no", "running"),
@@ -2650,10 +3148,14 @@ def test_the_outer_block_undoes_what_a_nested_one_finished(store: Store) -> None
     assert not store.events.execution_exists("e1")
 
 
-def test_a_deferred_constraint_fails_the_end_of_the_block_with_nothing_written(store: Store) -> None:
+def test_a_deferred_constraint_fails_the_end_of_the_block_with_nothing_written(
+    store: Store,
+) -> None:
     with store.transaction() as tx:
         tx.execute("CREATE TABLE parent(id INTEGER PRIMARY KEY)")
-        tx.execute("CREATE TABLE child(parent INTEGER REFERENCES parent(id) DEFERRABLE INITIALLY DEFERRED)")
+        tx.execute(
+            "CREATE TABLE child(parent INTEGER REFERENCES parent(id) DEFERRABLE INITIALLY DEFERRED)"
+        )
     with pytest.raises(StorageError), store.transaction() as tx:
         store.events.append("e1", "default", EVENT)
         tx.execute("INSERT INTO child VALUES (1)")
@@ -2711,14 +3213,30 @@ def test_sqlite_a_transaction_that_the_database_ends_is_over(
 @pytest.mark.parametrize(
     "word",
     [
-        "BEGIN", "BEGIN IMMEDIATE", "COMMIT", "END", "ROLLBACK", "ROLLBACK TO a", "SAVEPOINT a", "RELEASE a",
-        "ATTACH DATABASE ':memory:' AS other", "VACUUM", "PRAGMA user_version = 7",
+        "BEGIN",
+        "BEGIN IMMEDIATE",
+        "COMMIT",
+        "END",
+        "ROLLBACK",
+        "ROLLBACK TO a",
+        "SAVEPOINT a",
+        "RELEASE a",
+        "ATTACH DATABASE ':memory:' AS other",
+        "VACUUM",
+        "PRAGMA user_version = 7",
     ],
 )
 @pytest.mark.parametrize(
     "disguise",
     [
-        "{}", " \n\t{}", "/* a comment */{}", "-- a comment\n{}", "{};", ";{}", "\ufeff{}", "/**/ -- */\n{}",
+        "{}",
+        " \n\t{}",
+        "/* a comment */{}",
+        "-- a comment\n{}",
+        "{};",
+        ";{}",
+        "\ufeff{}",
+        "/**/ -- */\n{}",
         "SELECT 1; {}",
     ],
 )
@@ -2742,8 +3260,14 @@ def test_the_users_sql_returns_its_rows_as_tuples(store: Store) -> None:
         assert tx.execute("CREATE TABLE mine(id INTEGER PRIMARY KEY, name TEXT)") == []
         assert tx.execute("INSERT INTO mine VALUES (?, ?) RETURNING id", (1, "one")) == [(1,)]
         tx.executemany("INSERT INTO mine VALUES (?, ?)", ((number, "?") for number in (2, 3)))
-        assert tx.execute("SELECT id, name FROM mine ORDER BY id") == [(1, "one"), (2, "?"), (3, "?")]
-        assert tx.execute("SELECT id FROM mine WHERE name = '?' AND id > ? ORDER BY id", [2]) == [(3,)]
+        assert tx.execute("SELECT id, name FROM mine ORDER BY id") == [
+            (1, "one"),
+            (2, "?"),
+            (3, "?"),
+        ]
+        assert tx.execute("SELECT id FROM mine WHERE name = '?' AND id > ? ORDER BY id", [2]) == [
+            (3,)
+        ]
         tx.execute("ALTER TABLE mine ADD COLUMN more TEXT")
         tx.execute("DROP TABLE mine")
 
@@ -2751,9 +3275,19 @@ def test_the_users_sql_returns_its_rows_as_tuples(store: Store) -> None:
 @pytest.mark.parametrize(
     ("sql", "parameters"),
     [
-        ("SELEC 1", ()), ("", ("x",)), ("SELECT * FROM no_such_table", ()), ("SELECT ?", ()),
-        ("SELECT ?", (1, 2)), ("SELECT ?", (object(),)), ("SELECT ?", (2**70,)), ("SELECT ?", (NOT_UTF8,)),
-        ("SELECT '" + NOT_UTF8 + "'", ()), ("SELECT 1\0", ()), ("SELECT ?", 5), (None, ()), (b"SELECT 1", ()),
+        ("SELEC 1", ()),
+        ("", ("x",)),
+        ("SELECT * FROM no_such_table", ()),
+        ("SELECT ?", ()),
+        ("SELECT ?", (1, 2)),
+        ("SELECT ?", (object(),)),
+        ("SELECT ?", (2**70,)),
+        ("SELECT ?", (NOT_UTF8,)),
+        ("SELECT '" + NOT_UTF8 + "'", ()),
+        ("SELECT 1\0", ()),
+        ("SELECT ?", 5),
+        (None, ()),
+        (b"SELECT 1", ()),
         ("INSERT INTO mine VALUES (1); INSERT INTO mine VALUES (2)", ()),
     ],
 )
@@ -2809,7 +3343,9 @@ def test_an_operation_that_fails_among_others_fails_alone(make_store: MakeStore)
         for _ in range(20):
             try:
                 expected = 99_999 if number % 2 else None
-                outcomes.append(store.events.append("e1", "default", EVENT, expected_sequence=expected))
+                outcomes.append(
+                    store.events.append("e1", "default", EVENT, expected_sequence=expected)
+                )
             except SequenceConflict:
                 outcomes.append("conflict")
         return outcomes
@@ -2856,11 +3392,19 @@ def test_a_stored_event_holds_what_was_appended_and_when(store: Store, clock: Cl
     store.events.append("e1", "acme", {"type": "my own type"})
     first, second = store.events.load_events("e1")
     assert first == StoredEvent(
-        execution_id="e1", sequence=1, tenant_id="acme", event={"type": "step_started", "step": 1},
-        timestamp=START, id="first", position=first.position,
+        execution_id="e1",
+        sequence=1,
+        tenant_id="acme",
+        event={"type": "step_started", "step": 1},
+        timestamp=START,
+        id="first",
+        position=first.position,
     )
     assert (second.sequence, second.event, second.timestamp, second.id) == (
-        2, {"type": "my own type"}, later, None,
+        2,
+        {"type": "my own type"},
+        later,
+        None,
     )
 
 
@@ -2871,15 +3415,20 @@ def test_positions_grow_over_the_whole_log(store: Store) -> None:
     assert types_in(log) == [str(number) for number in range(12)]
     positions = [stored.position for stored in log]
     assert positions == sorted(set(positions))
-    assert {stored.position for n in range(3) for stored in store.events.load_events(f"e{n}")} == set(
-        positions
-    )
+    assert {
+        stored.position for n in range(3) for stored in store.events.load_events(f"e{n}")
+    } == set(positions)
 
 
 @pytest.mark.parametrize("event", [{"type": ""}, {"type": "t", "x": object()}, None])
-def test_another_tenants_execution_is_a_mismatch_before_the_event_is_looked_at(store: Store, event: Any) -> None:
+def test_another_tenants_execution_is_a_mismatch_before_the_event_is_looked_at(
+    store: Store, event: Any
+) -> None:
     store.events.append("e1", "default", EVENT)
-    calls: list[tuple[Any, Any]] = [(store.events.append, event), (store.events.append_batch, [event])]
+    calls: list[tuple[Any, Any]] = [
+        (store.events.append, event),
+        (store.events.append_batch, [event]),
+    ]
     for append, given in calls:
         with pytest.raises(TenantMismatch):
             append("e1", "acme", given)
@@ -2931,7 +3480,11 @@ def test_a_log_elsewhere_is_a_conflict_and_nothing_is_written(
     store.events.append_batch("e1", "default", [EVENT] * 2)
     with pytest.raises(SequenceConflict) as caught:
         append(store, expected)
-    assert (caught.value.execution_id, caught.value.expected, caught.value.actual) == ("e1", expected, 2)
+    assert (caught.value.execution_id, caught.value.expected, caught.value.actual) == (
+        "e1",
+        expected,
+        2,
+    )
     assert store.events.count_events("e1") == 2
 
 
@@ -2966,15 +3519,23 @@ def test_append_batch_is_consecutive_and_returns_the_first_sequence(store: Store
     store.events.append("e1", "default", EVENT)
     batch = [{"type": str(number)} for number in range(5)]
     assert store.events.append_batch("e1", "default", batch) == 2
-    assert [(stored.sequence, stored.event) for stored in store.events.load_events_after("e1", 1)] == list(
-        zip(range(2, 7), batch, strict=True)
-    )
+    assert [
+        (stored.sequence, stored.event) for stored in store.events.load_events_after("e1", 1)
+    ] == list(zip(range(2, 7), batch, strict=True))
 
 
 def test_load_events_after_excludes_the_sequence_given(store: Store) -> None:
     store.events.append_batch("e1", "default", [EVENT] * 5)
-    for after, expected in {-1: [1, 2, 3, 4, 5], 0: [1, 2, 3, 4, 5], 3: [4, 5], 5: [], 99: []}.items():
-        assert [stored.sequence for stored in store.events.load_events_after("e1", after)] == expected
+    for after, expected in {
+        -1: [1, 2, 3, 4, 5],
+        0: [1, 2, 3, 4, 5],
+        3: [4, 5],
+        5: [],
+        99: [],
+    }.items():
+        assert [
+            stored.sequence for stored in store.events.load_events_after("e1", after)
+        ] == expected
 
 
 def test_a_known_execution_without_events_exists_and_has_none(store: Store) -> None:
@@ -2988,7 +3549,12 @@ def test_a_known_execution_without_events_exists_and_has_none(store: Store) -> N
 
 
 def test_executions_are_listed_per_tenant_newest_first(store: Store, clock: Clock) -> None:
-    for execution_id, tenant_id in [("a", "default"), ("b", "acme"), ("c", "default"), ("d", "acme")]:
+    for execution_id, tenant_id in [
+        ("a", "default"),
+        ("b", "acme"),
+        ("c", "default"),
+        ("d", "acme"),
+    ]:
         clock.advance(1)
         store.events.append(execution_id, tenant_id, EVENT)
     clock.advance(1)
@@ -3024,7 +3590,9 @@ def test_an_execution_belongs_to_one_tenant_for_ever(store: Store) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize("after", [0, 3, 7, 99])
-def test_iter_events_yields_the_log_in_order_whatever_the_chunk(store: Store, chunk: int, after: int) -> None:
+def test_iter_events_yields_the_log_in_order_whatever_the_chunk(
+    store: Store, chunk: int, after: int
+) -> None:
     store.events.append_batch("e1", "default", [EVENT] * 7)
     store.events.append("e2", "default", EVENT)
     events = store.events.iter_events("e1", after, chunk=chunk)
@@ -3055,7 +3623,9 @@ def test_an_abandoned_iter_events_holds_nothing_up(store: Store) -> None:
 
 def test_read_all_pages_through_the_whole_log(store: Store) -> None:
     for number in range(10):
-        store.events.append(f"e{number % 2}", ["acme", "default"][number % 2], {"type": str(number)})
+        store.events.append(
+            f"e{number % 2}", ["acme", "default"][number % 2], {"type": str(number)}
+        )
     paged: list[StoredEvent] = []
     for _ in range(5):
         page = store.events.read_all(paged[-1].position if paged else 0, 3)
@@ -3067,7 +3637,9 @@ def test_read_all_pages_through_the_whole_log(store: Store) -> None:
 
 def test_read_all_keeps_to_a_tenant_when_asked(store: Store) -> None:
     for number in range(6):
-        store.events.append(f"e{number % 2}", ["acme", "default"][number % 2], {"type": str(number)})
+        store.events.append(
+            f"e{number % 2}", ["acme", "default"][number % 2], {"type": str(number)}
+        )
     assert types_in(store.events.read_all(tenant_id="acme")) == ["0", "2", "4"]
     first = store.events.read_all(tenant_id="acme")[0].position
     assert types_in(store.events.read_all(first, 1, tenant_id="acme")) == ["2"]
@@ -3085,7 +3657,9 @@ def test_threads_append_to_shared_executions_without_a_gap(make_store: MakeStore
 
     results = together([partial(work, number) for number in range(16)])
     acknowledged = sorted(one for result in results for one in result)
-    assert acknowledged == sorted((f"e{n}", sequence) for n in range(3) for sequence in range(1, 161))
+    assert acknowledged == sorted(
+        (f"e{n}", sequence) for n in range(3) for sequence in range(1, 161)
+    )
     for number, result in enumerate(results):
         for execution_id, sequence in result:
             assert store.events.load_events_after(execution_id, sequence - 1)[0].event == {
@@ -3112,7 +3686,9 @@ def test_read_all_skips_nothing_while_threads_append(make_store: MakeStore) -> N
     for writer in writers:
         writer.result()
     seen += [(stored.execution_id, stored.sequence) for stored in store.events.read_all(position)]
-    assert sorted(seen) == sorted((f"e{n}", sequence) for n in range(6) for sequence in range(1, 51))
+    assert sorted(seen) == sorted(
+        (f"e{n}", sequence) for n in range(6) for sequence in range(1, 51)
+    )
 
 
 def stateful(model: type[RuleBasedStateMachine]) -> Any:
@@ -3142,7 +3718,9 @@ class LogModel(RuleBasedStateMachine):
     tenants = st.sampled_from(["default", "default", "acme"])
     events = st.builds(lambda value: {"type": "t", "value": value}, json_leaves)
 
-    def write(self, execution_id: str, tenant_id: str, events: list[Any], event_id: str | None = None) -> int:
+    def write(
+        self, execution_id: str, tenant_id: str, events: list[Any], event_id: str | None = None
+    ) -> int:
         self.owner.setdefault(execution_id, tenant_id)
         log = self.logs.setdefault(execution_id, [])
         log += [(event, event_id) for event in events]
@@ -3150,11 +3728,19 @@ class LogModel(RuleBasedStateMachine):
         return len(log) - len(events) + 1
 
     @rule(
-        execution_id=executions, tenant_id=tenants, event=events,
-        event_id=st.none() | st.sampled_from(["a", "b", "c"]), expected=st.none() | st.integers(0, 6),
+        execution_id=executions,
+        tenant_id=tenants,
+        event=events,
+        event_id=st.none() | st.sampled_from(["a", "b", "c"]),
+        expected=st.none() | st.integers(0, 6),
     )
     def append(
-        self, execution_id: str, tenant_id: str, event: Any, event_id: str | None, expected: int | None
+        self,
+        execution_id: str,
+        tenant_id: str,
+        event: Any,
+        event_id: str | None,
+        expected: int | None,
     ) -> None:
         def call() -> int:
             return self.store.events.append(
@@ -3162,7 +3748,9 @@ class LogModel(RuleBasedStateMachine):
             )
 
         log = self.logs.get(execution_id, [])
-        known = [number for number, (_, id) in enumerate(log, 1) if id is not None and id == event_id]
+        known = [
+            number for number, (_, id) in enumerate(log, 1) if id is not None and id == event_id
+        ]
         if self.owner.get(execution_id, tenant_id) != tenant_id:
             with pytest.raises(TenantMismatch):
                 call()
@@ -3174,7 +3762,11 @@ class LogModel(RuleBasedStateMachine):
         else:
             assert call() == self.write(execution_id, tenant_id, [event], event_id)
 
-    @rule(execution_id=executions, events=st.lists(events, min_size=1, max_size=4), undone=st.booleans())
+    @rule(
+        execution_id=executions,
+        events=st.lists(events, min_size=1, max_size=4),
+        undone=st.booleans(),
+    )
     def append_batch(self, execution_id: str, events: list[Any], undone: bool) -> None:
         tenant_id = self.owner.get(execution_id, "default")
         if undone:
@@ -3195,7 +3787,9 @@ class LogModel(RuleBasedStateMachine):
 
     @invariant()
     def the_whole_log_is_the_models(self) -> None:
-        assert [(stored.execution_id, stored.event) for stored in self.store.events.read_all()] == self.whole
+        assert [
+            (stored.execution_id, stored.event) for stored in self.store.events.read_all()
+        ] == self.whole
         for execution_id in ("e1", "e2", "e3"):
             count = len(self.logs.get(execution_id, []))
             assert self.store.events.count_events(execution_id) == count
@@ -3211,7 +3805,9 @@ class LogModel(RuleBasedStateMachine):
 class FileLogModel(LogModel):
     def open(self) -> Store:
         self.folder = tempfile.TemporaryDirectory()
-        return flowstore.open(Path(self.folder.name) / "app.db", clock=self.clock, synchronous="OFF")
+        return flowstore.open(
+            Path(self.folder.name) / "app.db", clock=self.clock, synchronous="OFF"
+        )
 
 
 TestTheLogInMemory = stateful(LogModel)
@@ -3225,9 +3821,16 @@ TestTheLogInAFile = stateful(FileLogModel)
 
 def test_an_execution_comes_back_as_it_was_created(store: Store) -> None:
     given = WorkflowExecution(
-        execution_id="e1", workflow_id="w", workflow_version="2", status=ExecutionStatus.PAUSED,
-        initial_input={"order": 7}, current_state=[1], started_at=START - seconds(9),
-        updated_at=START - seconds(8), completed_at=START - seconds(7), tenant_id="default",
+        execution_id="e1",
+        workflow_id="w",
+        workflow_version="2",
+        status=ExecutionStatus.PAUSED,
+        initial_input={"order": 7},
+        current_state=[1],
+        started_at=START - seconds(9),
+        updated_at=START - seconds(8),
+        completed_at=START - seconds(7),
+        tenant_id="default",
     )
     assert store.state.create_execution(given) == given
     assert store.state.get_execution("e1") == given
@@ -3280,7 +3883,11 @@ def test_the_current_state_is_replaced_and_not_merged(store: Store, clock: Clock
     later = clock.advance(1)
     store.state.update_execution_current_state("e1", {"b": 2})
     found = execution(store)
-    assert (found.current_state, found.initial_input, found.updated_at) == ({"b": 2}, {"in": 1}, later)
+    assert (found.current_state, found.initial_input, found.updated_at) == (
+        {"b": 2},
+        {"in": 1},
+        later,
+    )
     store.state.update_execution_current_state("e1", None)
     assert execution(store).current_state is None
 
@@ -3289,7 +3896,10 @@ def test_patch_append_array_makes_the_array_and_appends(store: Store) -> None:
     create(store, current_state={"other": {"kept": True}})
     for value in (1, [2], {"three": 3}, None):
         store.state.patch_append_array("e1", "list", value)
-    assert execution(store).current_state == {"other": {"kept": True}, "list": [1, [2], {"three": 3}, None]}
+    assert execution(store).current_state == {
+        "other": {"kept": True},
+        "list": [1, [2], {"three": 3}, None],
+    }
 
 
 @pytest.mark.parametrize("key", ["", "a.b", "$", '"', "'", "[0]", "\u00e9", "k" * 5000])
@@ -3342,7 +3952,9 @@ def test_the_states_view_of_the_log_is_the_log(store: Store) -> None:
 
 
 def snap(store: Store, at_sequence: int, state: Any = None, **fields: Any) -> None:
-    store.state.write_snapshot(Snapshot(execution_id="e1", at_sequence=at_sequence, state=state, **fields))
+    store.state.write_snapshot(
+        Snapshot(execution_id="e1", at_sequence=at_sequence, state=state, **fields)
+    )
 
 
 def latest(store: Store) -> tuple[int, Any] | None:
@@ -3400,7 +4012,9 @@ def test_prune_snapshots_keeps_the_newest(
     for at_sequence in (9, 1, 5, 3):
         snap(store, at_sequence)
     assert (
-        store.state.prune_snapshots("e1") if keep is None else store.state.prune_snapshots("e1", keep)
+        store.state.prune_snapshots("e1")
+        if keep is None
+        else store.state.prune_snapshots("e1", keep)
     ) == gone
     assert latest(store) == (None if left is None else (left, None))
     assert store.state.prune_snapshots("e1", 0) == 4 - gone
@@ -3414,7 +4028,9 @@ def total(state: Any, stored: StoredEvent) -> Any:
 @pytest.fixture
 def five(store: Store) -> Store:
     """A store whose execution e1 has the events n = 1 ... 5."""
-    store.events.append_batch("e1", "default", [{"type": "t", "n": number} for number in range(1, 6)])
+    store.events.append_batch(
+        "e1", "default", [{"type": "t", "n": number} for number in range(1, 6)]
+    )
     return store
 
 
@@ -3488,20 +4104,37 @@ def test_what_a_reducer_raises_comes_through(five: Store) -> None:
 def test_an_item_is_stored_pending_whatever_the_record_says(store: Store) -> None:
     store.events.append("e1", "acme", EVENT)
     item = WorkItem(
-        execution_id="e1", node_id="node", queue_type="q", payload={"n": 1}, attempt=2, max_attempts=5,
-        id="i1", created_at=START - seconds(2), available_at=START - seconds(1),
-        lease_expires_at=START + seconds(99), worker_id="somebody", lease_fence=9,
-        status=WorkItemStatus.COMPLETED, last_error="old", tenant_id="default",
+        execution_id="e1",
+        node_id="node",
+        queue_type="q",
+        payload={"n": 1},
+        attempt=2,
+        max_attempts=5,
+        id="i1",
+        created_at=START - seconds(2),
+        available_at=START - seconds(1),
+        lease_expires_at=START + seconds(99),
+        worker_id="somebody",
+        lease_fence=9,
+        status=WorkItemStatus.COMPLETED,
+        last_error="old",
+        tenant_id="default",
     )
     assert store.state.enqueue_work_item(item) == "i1"
     assert look(store, "i1") == dataclasses.replace(
-        item, lease_expires_at=None, worker_id=None, lease_fence=0, status=WorkItemStatus.PENDING,
-        last_error=None, tenant_id="acme",
+        item,
+        lease_expires_at=None,
+        worker_id=None,
+        lease_fence=0,
+        status=WorkItemStatus.PENDING,
+        last_error=None,
+        tenant_id="acme",
     )
 
 
 FINISHES: dict[str, Callable[[Store, str], Any]] = {
-    "pending": lambda s, i: None, "claimed": lambda s, i: claim(s),
+    "pending": lambda s, i: None,
+    "claimed": lambda s, i: claim(s),
     "completed": lambda s, i: s.state.complete_work_item(i),
     "failed": lambda s, i: s.state.fail_work_item(i, "boom"),
     "dead_lettered": lambda s, i: s.state.move_to_dead_letter(i, "boom"),
@@ -3524,7 +4157,10 @@ def test_items_are_listed_by_status_queue_and_execution(store: Store, clock: Clo
     create(store, "e2")
     for number, (queue, execution_id) in enumerate(itertools.product(["q", "r"], ["e1", "e2"])):
         enqueue(
-            store, id=f"i{number}", queue_type=queue, execution_id=execution_id,
+            store,
+            id=f"i{number}",
+            queue_type=queue,
+            execution_id=execution_id,
             available_at=START - seconds(number),
         )
     claim(store, "r")
@@ -3550,16 +4186,23 @@ def test_a_claimed_item_tells_who_holds_it_until_when(store: Store, clock: Clock
     now = clock.advance(1)
     item = claim(store, worker="w7", lease_seconds=2.5)
     assert item == dataclasses.replace(
-        pending, status=WorkItemStatus.CLAIMED, worker_id="w7", lease_expires_at=now + seconds(2.5),
+        pending,
+        status=WorkItemStatus.CLAIMED,
+        worker_id="w7",
+        lease_expires_at=now + seconds(2.5),
         lease_fence=item.lease_fence,
     )
     assert item.lease_fence > 0
     assert look(store, item_id) == item
 
 
-def test_a_lease_lasts_as_long_as_the_store_was_opened_with(make_store: MakeStore, clock: Clock) -> None:
+def test_a_lease_lasts_as_long_as_the_store_was_opened_with(
+    make_store: MakeStore, clock: Clock
+) -> None:
     assert claimed(make_store(clock=clock)).lease_expires_at == START + seconds(30)
-    assert claimed(make_store(clock=clock, lease_seconds=0.5)).lease_expires_at == START + seconds(0.5)
+    assert claimed(make_store(clock=clock, lease_seconds=0.5)).lease_expires_at == START + seconds(
+        0.5
+    )
 
 
 def test_what_has_been_available_longest_is_claimed_first(store: Store) -> None:
@@ -3570,7 +4213,9 @@ def test_what_has_been_available_longest_is_claimed_first(store: Store) -> None:
 
 
 def test_over_several_queues_the_longest_available_comes_first(store: Store) -> None:
-    for late, (item_id, queue) in enumerate([("a", "r"), ("b", "q"), ("c", "other"), ("d", "q"), ("e", "r")]):
+    for late, (item_id, queue) in enumerate(
+        [("a", "r"), ("b", "q"), ("c", "other"), ("d", "q"), ("e", "r")]
+    ):
         enqueue(store, id=item_id, queue_type=queue, available_at=START - seconds(10 - late))
     assert [claim(store, "q", "r").id, claim(store, "r", "q", "q").id] == ["a", "b"]
     assert [claim(store, "q", "r").id, claim(store, "empty", "q", "r").id] == ["d", "e"]
@@ -3629,7 +4274,9 @@ def test_threads_claim_each_item_exactly_once(make_store: MakeStore) -> None:
 
     def work() -> list[str]:
         done = []
-        while item := store.state.claim_work_item(threading.current_thread().name, ["q0", "q1", "q2"]):
+        while item := store.state.claim_work_item(
+            threading.current_thread().name, ["q0", "q1", "q2"]
+        ):
             done.append(store.state.complete_work_item(item).id)
         return done
 
@@ -3654,7 +4301,9 @@ with flowstore.open(sys.argv[1], synchronous="OFF", busy_timeout=60) as store:
     assert sorted(done.split()) == [f"i{number:03}" for number in range(120)]
 
 
-def test_claiming_takes_an_expired_lease_back_and_counts_the_attempt(store: Store, clock: Clock) -> None:
+def test_claiming_takes_an_expired_lease_back_and_counts_the_attempt(
+    store: Store, clock: Clock
+) -> None:
     first = claimed(store)
     clock.advance(10)
     assert store.state.claim_work_item("w2", ["q"]) is None
@@ -3675,14 +4324,18 @@ def test_claiming_leaves_the_expired_leases_of_other_queues(store: Store, clock:
     assert look(store, item.id) == item
 
 
-def test_claiming_takes_expired_leases_back_from_every_queue_asked(store: Store, clock: Clock) -> None:
+def test_claiming_takes_expired_leases_back_from_every_queue_asked(
+    store: Store, clock: Clock
+) -> None:
     items = [claimed(store, queue_type=queue) for queue in ("q", "r", "s", "other")]
     clock.advance(10)
     assert store.state.claim_work_item("w2", ["s", "q", "r"]) is None
     assert [look(store, item.id).status for item in items] == ["pending"] * 3 + ["claimed"]
 
 
-def test_a_poison_item_ends_as_a_dead_letter_by_claims_alone(make_store: MakeStore, clock: Clock) -> None:
+def test_a_poison_item_ends_as_a_dead_letter_by_claims_alone(
+    make_store: MakeStore, clock: Clock
+) -> None:
     store = make_store(clock=clock, lease_seconds=10, backoff=lambda attempt: 0)
     enqueue(store, id="poison", max_attempts=3)
     fences = []
@@ -3693,11 +4346,15 @@ def test_a_poison_item_ends_as_a_dead_letter_by_claims_alone(make_store: MakeSto
             clock.advance(10)
     assert [attempt for attempt, _ in fences] == [0, 1, 2]
     assert [fence for _, fence in fences] == sorted({fence for _, fence in fences})
-    assert [(letter.id, letter.attempt) for letter in store.state.list_dead_letters()] == [("poison", 3)]
+    assert [(letter.id, letter.attempt) for letter in store.state.list_dead_letters()] == [
+        ("poison", 3)
+    ]
     assert look(store, "poison").status == "dead_lettered"
 
 
-def test_claims_take_any_number_of_expired_leases_back_in_the_end(store: Store, clock: Clock) -> None:
+def test_claims_take_any_number_of_expired_leases_back_in_the_end(
+    store: Store, clock: Clock
+) -> None:
     create(store)
     for number in range(100):
         claimed(store, id=f"i{number}", max_attempts=2)
@@ -3773,7 +4430,9 @@ with flowstore.open(sys.argv[1]) as store:
 
 def test_several_waiting_claims_share_what_comes(store: Store) -> None:
     create(store)
-    waiting = [Background(lambda: store.state.claim_work_item("w1", ["q"], wait=3600)) for _ in range(5)]
+    waiting = [
+        Background(lambda: store.state.claim_work_item("w1", ["q"], wait=3600)) for _ in range(5)
+    ]
     ids = {enqueue(store) for _ in range(5)}
     assert {one.result().id for one in waiting} == ids
 
@@ -3787,7 +4446,9 @@ def test_renewing_moves_the_expiry(store: Store, clock: Clock) -> None:
     assert store.state.renew_lease(item) == now + seconds(10)
     expiry = store.state.renew_lease(item.id, "w1", lease_seconds=2.5)
     assert (expiry, expiry.tzinfo) == (now + seconds(2.5), UTC)
-    assert store.state.renew_lease(item.id, lease_fence=item.lease_fence, lease_seconds=3) == now + seconds(3)
+    assert store.state.renew_lease(
+        item.id, lease_fence=item.lease_fence, lease_seconds=3
+    ) == now + seconds(3)
     assert look(store, item.id) == dataclasses.replace(item, lease_expires_at=now + seconds(3))
 
 
@@ -3805,7 +4466,9 @@ def test_an_expired_lease_still_holds_until_it_is_taken_back(store: Store, clock
         lambda s, item: s.state.renew_lease(item.id, "somebody else"),
         lambda s, item: s.state.renew_lease(item.id, lease_fence=item.lease_fence + 1),
         lambda s, item: s.state.renew_lease(item.id, "w1", lease_fence=item.lease_fence - 1),
-        lambda s, item: s.state.renew_lease(dataclasses.replace(item, lease_fence=item.lease_fence + 1)),
+        lambda s, item: s.state.renew_lease(
+            dataclasses.replace(item, lease_fence=item.lease_fence + 1)
+        ),
         lambda s, item: s.state.renew_lease(dataclasses.replace(item, worker_id="somebody else")),
     ],
     ids=["worker", "fence", "worker-and-fence", "item's fence", "item's worker"],
@@ -3901,7 +4564,9 @@ def test_a_stale_claim_cannot_be_held(store: Store) -> None:
 
 @pytest.mark.parametrize("error", [RuntimeError("stop"), Stop()])
 @pytest.mark.parametrize("lost", [False, True])
-def test_what_the_held_block_raises_comes_through(store: Store, error: BaseException, lost: bool) -> None:
+def test_what_the_held_block_raises_comes_through(
+    store: Store, error: BaseException, lost: bool
+) -> None:
     item = claimed(store)
     with pytest.raises(type(error)) as caught, store.state.hold(item):
         if lost:
@@ -3934,7 +4599,11 @@ def test_a_claimed_item_is_settled_by_the_item_by_its_fence_or_by_its_id(
         )
     assert isinstance(settled, WorkItem)
     assert settled == look(store, item.id)
-    assert (settled.status, settled.payload, settled.node_id) == (status, item.payload, item.node_id)
+    assert (settled.status, settled.payload, settled.node_id) == (
+        status,
+        item.payload,
+        item.node_id,
+    )
     assert settled.last_error == (None if status == "completed" else "boom")
     assert store.state.claim_work_item("w2", ["q"]) is None
 
@@ -3966,7 +4635,9 @@ def test_a_stale_fence_settles_nothing(store: Store, clock: Clock, status: str, 
 
 @every_settle
 @pytest.mark.parametrize("lease_fence", [0, 1, -1, MAX_INT])
-def test_a_pending_item_is_not_settled_by_a_fence(store: Store, status: str, lease_fence: int) -> None:
+def test_a_pending_item_is_not_settled_by_a_fence(
+    store: Store, status: str, lease_fence: int
+) -> None:
     item_id = enqueue(store)
     before = look(store, item_id)
     with pytest.raises(LeaseLost):
@@ -3986,7 +4657,9 @@ def test_without_a_fence_any_item_is_completed_again_and_again(store: Store, sta
 
 
 @pytest.mark.parametrize("status", ["pending", "claimed"])
-def test_without_a_fence_an_item_is_failed_for_good(store: Store, clock: Clock, status: str) -> None:
+def test_without_a_fence_an_item_is_failed_for_good(
+    store: Store, clock: Clock, status: str
+) -> None:
     item_id = enqueue(store)
     FINISHES[status](store, item_id)
     failed = store.state.fail_work_item(item_id, "boom")
@@ -4029,14 +4702,20 @@ def test_only_a_claimed_or_failed_item_is_retried(store: Store, finish: str) -> 
 
 
 @pytest.mark.parametrize("start", ["claimed", "failed"])
-def test_a_retry_counts_the_attempt_and_delays_the_item(store: Store, clock: Clock, start: str) -> None:
+def test_a_retry_counts_the_attempt_and_delays_the_item(
+    store: Store, clock: Clock, start: str
+) -> None:
     item_id = enqueue(store)
     FINISHES[start](store, item_id)
     now = clock.advance(1)
     item = store.state.retry_work_item(item_id, "again", delay=2.5)
     assert isinstance(item, WorkItem)
     assert (item.status, item.attempt, item.last_error) == ("pending", 1, "again")
-    assert (item.worker_id, item.lease_expires_at, item.available_at) == (None, None, now + seconds(2.5))
+    assert (item.worker_id, item.lease_expires_at, item.available_at) == (
+        None,
+        None,
+        now + seconds(2.5),
+    )
     clock.advance(2)
     assert store.state.claim_work_item("w2", ["q"]) is None
     clock.advance(0.5)
@@ -4053,7 +4732,9 @@ def test_a_delay_of_0_or_less_is_none(store: Store, delay: float) -> None:
 @pytest.mark.parametrize(
     ("attempt", "max_attempts"), [(0, 0), (0, 1), (1, 2), (2, 3), (7, 3), (2**31 - 2, 2**31 - 1)]
 )
-def test_the_last_attempts_retry_is_a_dead_letter(store: Store, attempt: int, max_attempts: int) -> None:
+def test_the_last_attempts_retry_is_a_dead_letter(
+    store: Store, attempt: int, max_attempts: int
+) -> None:
     item = claimed(store, attempt=attempt, max_attempts=max_attempts)
     letter = store.state.retry_work_item(item, "the end", delay=5)
     assert isinstance(letter, DeadLetter)
@@ -4087,8 +4768,12 @@ def raising(attempt: int) -> float:
 @pytest.mark.parametrize(
     "backoff",
     [
-        None, raising,
-        *(lambda attempt, value=value: value for value in (float("nan"), float("inf"), None, "soon", b"")),
+        None,
+        raising,
+        *(
+            lambda attempt, value=value: value
+            for value in (float("nan"), float("inf"), None, "soon", b"")
+        ),
     ],
     ids=["none", "raises", "nan", "inf", "gives-none", "text", "bytes"],
 )
@@ -4124,11 +4809,15 @@ def test_a_lease_is_reclaimed_from_its_expiry_on(store: Store, clock: Clock) -> 
 def test_a_claim_first_takes_expired_leases_back_also_where_another_item_waits(
     make_store: MakeStore, clock: Clock, queues: list[str]
 ) -> None:
-    store = make_store(clock=clock, backoff=lambda attempt: 0 if attempt < 2 else 5, lease_seconds=10)
+    store = make_store(
+        clock=clock, backoff=lambda attempt: 0 if attempt < 2 else 5, lease_seconds=10
+    )
     first = claimed(store)
     clock.advance(10)
     waiting = enqueue(store)
-    assert claim(store, *queues).id == first.id  # available from now on as the other is, and the older one
+    assert (
+        claim(store, *queues).id == first.id
+    )  # available from now on as the other is, and the older one
     assert look(store, first.id).attempt == 1
     clock.advance(10)
     assert claim(store, *queues).id == waiting
@@ -4136,14 +4825,18 @@ def test_a_claim_first_takes_expired_leases_back_also_where_another_item_waits(
     assert (again.status, again.attempt, again.available_at) == ("pending", 2, clock() + seconds(5))
 
 
-def test_reclaiming_sorts_what_may_be_retried_from_what_is_exhausted(store: Store, clock: Clock) -> None:
+def test_reclaiming_sorts_what_may_be_retried_from_what_is_exhausted(
+    store: Store, clock: Clock
+) -> None:
     for number in range(40):
         claimed(store, id=f"i{number:02}", queue_type=f"q{number % 3}", max_attempts=1 + number % 2)
     enqueue(store, id="pending")
     clock.advance(10)
     result = store.state.reclaim_expired_leases()
     assert {item.id for item in result.retryable} == {f"i{number:02}" for number in range(1, 40, 2)}
-    assert {letter.id for letter in result.exhausted} == {f"i{number:02}" for number in range(0, 40, 2)}
+    assert {letter.id for letter in result.exhausted} == {
+        f"i{number:02}" for number in range(0, 40, 2)
+    }
     assert {type(letter) for letter in result.exhausted} == {DeadLetter}
     assert {letter.attempt for letter in result.exhausted} == {1}
     assert sorted(letter.id for letter in store.state.list_dead_letters()) == sorted(
@@ -4170,9 +4863,20 @@ def test_an_item_is_moved_to_the_dead_letters(store: Store, clock: Clock, status
     now = clock.advance(1)
     letter = store.state.move_to_dead_letter(item_id, "dead")
     assert isinstance(letter, DeadLetter)
-    assert (letter.dead_lettered_at, letter.last_error, letter.status) == (now, "dead", "dead_lettered")
+    assert (letter.dead_lettered_at, letter.last_error, letter.status) == (
+        now,
+        "dead",
+        "dead_lettered",
+    )
     kept = (
-        "id", "execution_id", "node_id", "queue_type", "payload", "attempt", "max_attempts", "created_at",
+        "id",
+        "execution_id",
+        "node_id",
+        "queue_type",
+        "payload",
+        "attempt",
+        "max_attempts",
+        "created_at",
         "tenant_id",
     )
     assert [getattr(letter, name) for name in kept] == [getattr(before, name) for name in kept]
@@ -4184,7 +4888,11 @@ def test_an_item_is_moved_to_the_dead_letters(store: Store, clock: Clock, status
 def test_the_worker_whose_item_was_moved_away_is_told(store: Store) -> None:
     item = claimed(store)
     assert store.state.move_to_dead_letter(item, "dead").id == item.id
-    for call in (store.state.complete_work_item, store.state.renew_lease, store.state.retry_work_item):
+    for call in (
+        store.state.complete_work_item,
+        store.state.renew_lease,
+        store.state.retry_work_item,
+    ):
         with pytest.raises(LeaseLost):
             call(item)
 
@@ -4299,11 +5007,15 @@ class QueueModel(RuleBasedStateMachine):
         return item.status == "claimed" and item.fence == claim.lease_fence
 
     @precondition(lambda self: len(self.items) < 12)
-    @rule(target=ids, queue=st.sampled_from("ab"), delay=st.integers(-5, 15), most=st.integers(0, 3))
+    @rule(
+        target=ids, queue=st.sampled_from("ab"), delay=st.integers(-5, 15), most=st.integers(0, 3)
+    )
     def enqueue(self, queue: str, delay: int, most: int) -> str:
         item_id = f"i{random.Random(len(self.items)).randrange(1000):03}-{len(self.items)}"
         available_at = self.clock.now + seconds(delay)
-        enqueue(self.store, id=item_id, queue_type=queue, available_at=available_at, max_attempts=most)
+        enqueue(
+            self.store, id=item_id, queue_type=queue, available_at=available_at, max_attempts=most
+        )
         self.items[item_id] = Modelled(queue, available_at, most)
         return item_id
 
@@ -4312,15 +5024,19 @@ class QueueModel(RuleBasedStateMachine):
         self.clock.advance(step)
 
     @rule(
-        target=claims, worker=st.sampled_from(["w1", "w2"]),
-        queues=st.sampled_from([["a"], ["b"], ["a", "b"], ["b", "a", "c"], ["c"], []]), lease=leases,
+        target=claims,
+        worker=st.sampled_from(["w1", "w2"]),
+        queues=st.sampled_from([["a"], ["b"], ["a", "b"], ["b", "a", "c"], ["c"], []]),
+        lease=leases,
     )
     def claim(self, worker: str, queues: list[str], lease: int) -> Any:
         self.take_back(queues)
         due = [
             (item.available_at, item_id)
             for item_id, item in self.items.items()
-            if item.status == "pending" and item.queue in queues and item.available_at <= self.clock.now
+            if item.status == "pending"
+            and item.queue in queues
+            and item.available_at <= self.clock.now
         ]
         got = self.store.state.claim_work_item(worker, queues, lease_seconds=lease)
         if not due:
@@ -4338,7 +5054,10 @@ class QueueModel(RuleBasedStateMachine):
     def renew(self, claim: WorkItem, lease: int) -> None:
         if self.holds(claim):
             self.items[claim.id].expires = self.clock.now + seconds(lease)
-            assert self.store.state.renew_lease(claim, lease_seconds=lease) == self.items[claim.id].expires
+            assert (
+                self.store.state.renew_lease(claim, lease_seconds=lease)
+                == self.items[claim.id].expires
+            )
         else:
             with pytest.raises(LeaseLost):
                 self.store.state.renew_lease(claim, lease_seconds=lease)
@@ -4352,7 +5071,9 @@ class QueueModel(RuleBasedStateMachine):
 
         if self.holds(claim):
             item = self.items[claim.id]
-            item.status, item.last_error = ("completed", None) if error is None else ("failed", error)
+            item.status, item.last_error = (
+                ("completed", None) if error is None else ("failed", error)
+            )
             assert call().status == item.status
         else:
             with pytest.raises(LeaseLost):
@@ -4368,7 +5089,9 @@ class QueueModel(RuleBasedStateMachine):
             item.status, item.last_error = "completed", None
             assert self.store.state.complete_work_item(item_id).status == "completed"
 
-    @rule(claim=claims, error=st.sampled_from(["boom", "bang"]), delay=st.none() | st.integers(0, 5))
+    @rule(
+        claim=claims, error=st.sampled_from(["boom", "bang"]), delay=st.none() | st.integers(0, 5)
+    )
     def retry(self, claim: WorkItem, error: str, delay: int | None) -> None:
         if self.holds(claim):
             again = self.count_attempt(self.items[claim.id], delay, error)
@@ -4398,7 +5121,8 @@ class QueueModel(RuleBasedStateMachine):
         result = self.store.state.reclaim_expired_leases()
         expected = self.take_back(["a", "b"])
         assert (
-            {item.id for item in result.retryable}, {letter.id for letter in result.exhausted},
+            {item.id for item in result.retryable},
+            {letter.id for letter in result.exhausted},
         ) == expected
 
     @rule(item_id=ids)
@@ -4406,7 +5130,10 @@ class QueueModel(RuleBasedStateMachine):
         item = self.items[item_id]
         if item.status in ("pending", "claimed", "failed"):
             item.status, item.dead_at, item.last_error = "dead_lettered", self.clock.now, "given up"
-            assert self.store.state.move_to_dead_letter(item_id, "given up").dead_lettered_at == item.dead_at
+            assert (
+                self.store.state.move_to_dead_letter(item_id, "given up").dead_lettered_at
+                == item.dead_at
+            )
 
     @invariant()
     def the_items_are_the_models(self) -> None:
@@ -4415,7 +5142,11 @@ class QueueModel(RuleBasedStateMachine):
         for item_id, item in self.items.items():
             found = stored[item_id]
             assert found == self.store.state.get_work_item(item_id)
-            assert (found.status, found.attempt, found.lease_fence) == (item.status, item.attempt, item.fence)
+            assert (found.status, found.attempt, found.lease_fence) == (
+                item.status,
+                item.attempt,
+                item.fence,
+            )
             if item.last_error is not None:
                 assert found.last_error == item.last_error
             if item.status in ("pending", "claimed"):
@@ -4426,9 +5157,13 @@ class QueueModel(RuleBasedStateMachine):
     def the_lists_are_the_models(self) -> None:
         letters = self.store.state.list_dead_letters(limit=1000)
         dead = [(item.dead_at, item_id) for item_id, item in self.items.items() if item.dead_at]
-        assert [(letter.dead_lettered_at, letter.id) for letter in letters] == sorted(dead, reverse=True)
+        assert [(letter.dead_lettered_at, letter.id) for letter in letters] == sorted(
+            dead, reverse=True
+        )
         pending = [
-            (item.available_at, item_id) for item_id, item in self.items.items() if item.status == "pending"
+            (item.available_at, item_id)
+            for item_id, item in self.items.items()
+            if item.status == "pending"
         ]
         listed = self.store.state.list_work_items(status="pending", limit=1000)
         assert [(item.available_at, item.id) for item in listed] == sorted(pending)
@@ -4461,8 +5196,12 @@ STRIKES = int(os.environ.get("FLOWSTORE_STRIKES", "3000"))
 STEPS = int(os.environ.get("FLOWSTORE_STEPS", "80"))
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no os.fork")
-needs_kill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
-needs_sigint = pytest.mark.skipif(os.name != "posix", reason="only POSIX sends SIGINT to one process")
+needs_kill = pytest.mark.skipif(
+    not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL"
+)
+needs_sigint = pytest.mark.skipif(
+    os.name != "posix", reason="only POSIX sends SIGINT to one process"
+)
 # A strike may hit a finalizer or a generator being closed, which can only report it.
 swallows = pytest.mark.usefixtures("unraisable_unheard")
 
@@ -4593,7 +5332,9 @@ def refused(call: Callable[[], Any]) -> None:
     raise AssertionError(f"not refused: {result!r}")
 
 
-def fill(store_engine: flowstore.Store, stop: Callable[[], bool]) -> tuple[list[str], list[Exception]]:
+def fill(
+    store_engine: flowstore.Store, stop: Callable[[], bool]
+) -> tuple[list[str], list[Exception]]:
     """Four threads write pairs until each meets an error: what was acknowledged, and the errors."""
     acknowledged: list[str] = []
 
@@ -4601,7 +5342,9 @@ def fill(store_engine: flowstore.Store, stop: Callable[[], bool]) -> tuple[list[
         number = 0
         while not stop():
             number += 1
-            store_engine.events.append_batch("fill", "default", [event(f"{me}.{number}", text="x" * 3000)] * 2)
+            store_engine.events.append_batch(
+                "fill", "default", [event(f"{me}.{number}", text="x" * 3000)] * 2
+            )
             acknowledged.append(f"{me}.{number}")
 
     errors = outcomes([partial(work, me) for me in range(4)])
@@ -4628,9 +5371,18 @@ class Striker:
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if what == "opcode":
             if frame.f_code not in self.names:
-                self.names[frame.f_code] = {i.offset: i.opname for i in dis.get_instructions(frame.f_code)}
-            last, self.previous = self.previous, (frame, self.names[frame.f_code].get(frame.f_lasti, ""))
-            here = last is not None and last[0] is frame and last[1].startswith(("CALL", "JUMP_BACKWARD"))
+                self.names[frame.f_code] = {
+                    i.offset: i.opname for i in dis.get_instructions(frame.f_code)
+                }
+            last, self.previous = (
+                self.previous,
+                (frame, self.names[frame.f_code].get(frame.f_lasti, "")),
+            )
+            here = (
+                last is not None
+                and last[0] is frame
+                and last[1].startswith(("CALL", "JUMP_BACKWARD"))
+            )
         else:
             self.previous = None
         if here:
@@ -4678,7 +5430,18 @@ if hasattr(signal, "alarm"):
     signal.alarm(WATCHDOG)
 """
 source_of = functools.cache(inspect.getsource)  # for a class, it parses all of this file
-TOOLS: list[Any] = [Caller, outcomes, until, event, write, write_pair, write_pair_in_block, keys, pairs, meet]
+TOOLS: list[Any] = [
+    Caller,
+    outcomes,
+    until,
+    event,
+    write,
+    write_pair,
+    write_pair_in_block,
+    keys,
+    pairs,
+    meet,
+]
 TOOLS += [leave, forked, reap, refused, fill, Striker]
 
 
@@ -4718,7 +5481,9 @@ class Process:
         """Kills it, if it still runs; returns what was left of its output."""
         self.popen.kill()
         out = self.pipe("stdout")
-        left = "" if out.closed else out.read()  # communicate() would lose what readline() has buffered
+        left = (
+            "" if out.closed else out.read()
+        )  # communicate() would lose what readline() has buffered
         self.popen.communicate()
         return left
 
@@ -4777,7 +5542,9 @@ def file_store_engine(path: Path) -> Iterator[flowstore.Store]:
 def enqueue_engine(store_engine: flowstore.Store, count: int = 1, **fields: Any) -> list[str]:
     with store_engine.transaction():
         write(store_engine, "run", "known")
-        items = [flowstore.WorkItem(execution_id="run", queue_type="q", **fields) for _ in range(count)]
+        items = [
+            flowstore.WorkItem(execution_id="run", queue_type="q", **fields) for _ in range(count)
+        ]
         return [store_engine.state.enqueue_work_item(item) for item in items]
 
 
@@ -4805,7 +5572,9 @@ def steps(call: Callable[[], Any]) -> range:
 # ------------------------------------------------------------------------------------------------ appending
 
 
-def test_sixteen_threads_appending_to_shared_executions_leave_gap_free_logs(store_engine: flowstore.Store) -> None:
+def test_sixteen_threads_appending_to_shared_executions_leave_gap_free_logs(
+    store_engine: flowstore.Store,
+) -> None:
     def work(me: int) -> None:
         for number in range(40):
             write(store_engine, f"run{number % 3}", f"{me}.{number}")
@@ -4843,7 +5612,9 @@ def test_six_processes_appending_to_shared_executions_leave_gap_free_logs(path: 
     with flowstore.open(path) as store_engine:
         found = [key for run in range(3) for key in keys(store_engine, f"run{run}")]
         assert store_engine.check() == []
-    assert sorted(found) == sorted(f"{me}.{t}.{n}" for me in range(6) for t in range(2) for n in range(30))
+    assert sorted(found) == sorted(
+        f"{me}.{t}.{n}" for me in range(6) for t in range(2) for n in range(30)
+    )
 
 
 def opening_process(path: str, me: str) -> None:
@@ -4855,7 +5626,10 @@ def opening_process(path: str, me: str) -> None:
 
 def test_processes_that_open_a_new_file_at_once_all_get_a_working_store(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
-        children = [stack.enter_context(Process(opening_process, tmp_path / "new.db", me)) for me in range(6)]
+        children = [
+            stack.enter_context(Process(opening_process, tmp_path / "new.db", me))
+            for me in range(6)
+        ]
         assert [child.read() for child in children] == ["ready"] * 6
         for child in children:
             child.tell()
@@ -4882,7 +5656,9 @@ def test_threads_that_open_a_new_file_at_once_all_get_a_working_store(path: Path
 # --------------------------------------------------------------------------------------------------- claims
 
 
-def test_sixteen_threads_claim_two_thousand_items_each_exactly_once(store_engine: flowstore.Store) -> None:
+def test_sixteen_threads_claim_two_thousand_items_each_exactly_once(
+    store_engine: flowstore.Store,
+) -> None:
     made = enqueue_engine(store_engine, 2000)
 
     def work(me: int) -> list[str]:
@@ -4934,11 +5710,15 @@ def doomed_worker(path: str, hours: str, lease: str) -> None:
 def ahead(path: Path, hours: int) -> flowstore.Store:
     """The store as it is some hours from now, when the leases of today are over."""
     shift = dt.timedelta(hours=hours)
-    return flowstore.open(path, clock=lambda: dt.datetime.now(dt.UTC) + shift, backoff=lambda attempt: 0.0)
+    return flowstore.open(
+        path, clock=lambda: dt.datetime.now(dt.UTC) + shift, backoff=lambda attempt: 0.0
+    )
 
 
 @needs_kill
-def test_the_item_of_a_killed_worker_is_handled_again_and_its_stale_fence_refused(path: Path) -> None:
+def test_the_item_of_a_killed_worker_is_handled_again_and_its_stale_fence_refused(
+    path: Path,
+) -> None:
     with flowstore.open(path) as store_engine:
         [made] = enqueue_engine(store_engine)
     with Process(doomed_worker, path, 0, 600) as worker:
@@ -4946,7 +5726,9 @@ def test_the_item_of_a_killed_worker_is_handled_again_and_its_stale_fence_refuse
         assert (item_id, attempt) == (made, "0")
         worker.kill()
     with flowstore.open(path) as store_engine:
-        assert store_engine.state.claim_work_item("early", ["q"]) is None, "the lease holds until it is over"
+        assert store_engine.state.claim_work_item("early", ["q"]) is None, (
+            "the lease holds until it is over"
+        )
     with ahead(path, 1) as store_engine:
         item = store_engine.state.claim_work_item("next", ["q"])
         assert item is not None
@@ -4974,7 +5756,9 @@ def test_a_waiting_worker_takes_over_when_the_lease_of_a_killed_one_ends(path: P
         [made] = enqueue_engine(store_engine)
         with Process(doomed_worker, path, 0, 0.5) as worker:
             worker.read()
-            waiter = Caller(lambda: store_engine.state.claim_work_item("next", ["q"], wait=WATCHDOG / 2))
+            waiter = Caller(
+                lambda: store_engine.state.claim_work_item("next", ["q"], wait=WATCHDOG / 2)
+            )
             worker.kill()
         item = waiter.outcome()
         assert (item.id, item.attempt, item.worker_id) == (made, 1, "next")
@@ -5004,10 +5788,14 @@ def test_an_item_that_kills_every_worker_ends_as_a_dead_letter(path: Path) -> No
 # -------------------------------------------------------------------------------------------- group commit
 
 
-def test_operations_that_fail_in_a_group_fail_alone_and_leave_nothing(file_store_engine: flowstore.Store) -> None:
+def test_operations_that_fail_in_a_group_fail_alone_and_leave_nothing(
+    file_store_engine: flowstore.Store,
+) -> None:
     store_engine = file_store_engine
     write(store_engine, "run", "known")
-    store_engine.state.create_execution(flowstore.WorkflowExecution(workflow_id="w", execution_id="taken"))
+    store_engine.state.create_execution(
+        flowstore.WorkflowExecution(workflow_id="w", execution_id="taken")
+    )
     again = flowstore.WorkflowExecution(workflow_id="w", execution_id="taken")
     append = partial(store_engine.events.append, expected_sequence=9)
     batch = partial(store_engine.events.append_batch, expected_sequence=9)
@@ -5017,7 +5805,10 @@ def test_operations_that_fail_in_a_group_fail_alone_and_leave_nothing(file_store
         # these write before they fail: the tenant and the execution must go with them
         (flowstore.SequenceConflict, partial(append, "new", "late", event("no"))),
         (flowstore.SequenceConflict, partial(batch, "new", "late", [event("no")] * 3)),
-        (flowstore.TenantMismatch, partial(store_engine.events.append, "run", "other", event("no"))),
+        (
+            flowstore.TenantMismatch,
+            partial(store_engine.events.append, "run", "other", event("no")),
+        ),
         (flowstore.NotFound, partial(store_engine.state.append_event, "missing", event("no"))),
     ]
     good = [partial(write_pair, store_engine, f"good{n % 2}", str(n)) for n in range(len(bad) + 1)]
@@ -5035,7 +5826,9 @@ def test_operations_that_fail_in_a_group_fail_alone_and_leave_nothing(file_store
     assert store_engine.events.list_executions("late") == []
 
 
-def test_every_error_of_a_group_belongs_to_its_own_caller(file_store_engine: flowstore.Store) -> None:
+def test_every_error_of_a_group_belongs_to_its_own_caller(
+    file_store_engine: flowstore.Store,
+) -> None:
     def conflicting(me: int) -> None:
         file_store_engine.events.append("run", "default", event("no"), expected_sequence=100 + me)
 
@@ -5054,13 +5847,17 @@ def limit_pages(store_engine: flowstore.Store, pages: int | None) -> None:
         db.execute(f"PRAGMA max_page_count = {count + pages if pages is not None else 2**30}")
 
 
-def test_a_full_disk_leaves_nothing_of_a_group_and_each_caller_an_error(file_store_engine: flowstore.Store) -> None:
+def test_a_full_disk_leaves_nothing_of_a_group_and_each_caller_an_error(
+    file_store_engine: flowstore.Store,
+) -> None:
     store_engine = file_store_engine
     write(store_engine, "run", "before")
     limit_pages(store_engine, 4)
 
     def large(me: int) -> int:
-        return store_engine.events.append_batch("run", "default", [event(f"{me}", text="x" * 60_000)] * 2)
+        return store_engine.events.append_batch(
+            "run", "default", [event(f"{me}", text="x" * 60_000)] * 2
+        )
 
     results = meet(store_engine, [partial(large, me) for me in range(8)])
     assert [type(result) for result in results] == [flowstore.StoreFull] * 8, results
@@ -5074,7 +5871,9 @@ def test_a_full_disk_leaves_nothing_of_a_group_and_each_caller_an_error(file_sto
     assert store_engine.check() == []
 
 
-def test_a_full_disk_keeps_what_returned_in_a_group_and_nothing_else(file_store_engine: flowstore.Store) -> None:
+def test_a_full_disk_keeps_what_returned_in_a_group_and_nothing_else(
+    file_store_engine: flowstore.Store,
+) -> None:
     store_engine = file_store_engine
     write(store_engine, "run", "before")
     limit_pages(store_engine, 30)
@@ -5093,11 +5892,16 @@ def test_a_full_disk_keeps_what_returned_in_a_group_and_nothing_else(file_store_
     assert store_engine.check() == []
 
 
-def test_a_full_disk_inside_a_block_undoes_all_of_it_and_ends_it(file_store_engine: flowstore.Store) -> None:
+def test_a_full_disk_inside_a_block_undoes_all_of_it_and_ends_it(
+    file_store_engine: flowstore.Store,
+) -> None:
     store_engine = file_store_engine
     write(store_engine, "run", "before")
     limit_pages(store_engine, 4)
-    with pytest.raises(flowstore.StorageError), store_engine.transaction() as tx:  # its end raises as well
+    with (
+        pytest.raises(flowstore.StorageError),
+        store_engine.transaction() as tx,
+    ):  # its end raises as well
         write(store_engine, "run", "small")
         with pytest.raises(flowstore.StoreFull):
             store_engine.events.append("run", "default", event("large", text="x" * 200_000))
@@ -5111,7 +5915,9 @@ def test_a_full_disk_inside_a_block_undoes_all_of_it_and_ends_it(file_store_engi
 
 
 @pytest.mark.sqlite
-def test_a_rollback_by_the_users_own_statement_ends_the_block(store_engine: flowstore.Store) -> None:
+def test_a_rollback_by_the_users_own_statement_ends_the_block(
+    store_engine: flowstore.Store,
+) -> None:
     with store_engine.transaction() as tx:
         tx.execute("CREATE TABLE mine (id INTEGER PRIMARY KEY)")
         tx.execute("INSERT INTO mine VALUES (1)")
@@ -5156,7 +5962,9 @@ def limited_process(path: str) -> None:
     print(len(acknowledged))
 
 
-def test_a_file_size_limit_loses_nothing_acknowledged_and_writing_goes_on_without_it(path: Path) -> None:
+def test_a_file_size_limit_loses_nothing_acknowledged_and_writing_goes_on_without_it(
+    path: Path,
+) -> None:
     pytest.importorskip("resource", reason="this platform has no RLIMIT_FSIZE")
     with Process(limited_process, path) as child:
         assert int(child.finish()) > 0
@@ -5165,7 +5973,9 @@ def test_a_file_size_limit_loses_nothing_acknowledged_and_writing_goes_on_withou
         assert "after" in pairs(store_engine, "fill")
 
 
-def test_a_really_full_disk_is_store_full_and_writing_goes_on_once_there_is_room(tmp_path: Path) -> None:
+def test_a_really_full_disk_is_store_full_and_writing_goes_on_once_there_is_room(
+    tmp_path: Path,
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     try:
@@ -5246,7 +6056,9 @@ def holder(
 
 @pytest.mark.parametrize("kind", ["thread", "store", "process"])
 @pytest.mark.parametrize("busy_timeout", [0.0, 0.01])
-def test_what_timed_out_is_not_there_and_what_returned_is(path: Path, kind: str, busy_timeout: float) -> None:
+def test_what_timed_out_is_not_there_and_what_returned_is(
+    path: Path, kind: str, busy_timeout: float
+) -> None:
     returned: list[str] = []
     busy: list[str] = []
     messages: set[str] = set()
@@ -5259,7 +6071,9 @@ def test_what_timed_out_is_not_there_and_what_returned_is(path: Path, kind: str,
             number += 1
             key = f"{me}.{number}"
             try:
-                (write_pair_in_block if random.random() < 0.3 else write_pair)(store_engine, "run", key)
+                (write_pair_in_block if random.random() < 0.3 else write_pair)(
+                    store_engine, "run", key
+                )
                 returned.append(key)
                 mine += 1
             except flowstore.StoreBusy as error:
@@ -5269,7 +6083,10 @@ def test_what_timed_out_is_not_there_and_what_returned_is(path: Path, kind: str,
     with store_engine, holder(kind, store_engine, path) as hold:
         with hold():
             callers = [Caller(partial(work, me)) for me in range(8)]
-            until(lambda: len({key.split(".")[0] for key in busy}) == 8, "for each thread to be refused")
+            until(
+                lambda: len({key.split(".")[0] for key in busy}) == 8,
+                "for each thread to be refused",
+            )
         while any(caller.is_alive() for caller in callers):
             with hold():
                 time.sleep(random.random() * 0.02)
@@ -5279,7 +6096,9 @@ def test_what_timed_out_is_not_there_and_what_returned_is(path: Path, kind: str,
     assert not any("locked" in message for message in messages), messages
 
 
-def test_waiting_for_another_threads_transaction_ends_in_store_busy_with_nothing_written(target: str) -> None:
+def test_waiting_for_another_threads_transaction_ends_in_store_busy_with_nothing_written(
+    target: str,
+) -> None:
     with flowstore.open(target, busy_timeout=0.05) as store_engine:
         with store_engine.transaction():
             write(store_engine, "run", "mine")
@@ -5293,7 +6112,9 @@ def test_waiting_for_another_threads_transaction_ends_in_store_busy_with_nothing
             if target == ":memory:":  # where readers wait too
                 calls.append(partial(store_engine.events.load_events, "run"))
             results = outcomes(calls)
-            assert [type(result) for result in results] == [flowstore.StoreBusy] * len(calls), results
+            assert [type(result) for result in results] == [flowstore.StoreBusy] * len(calls), (
+                results
+            )
         assert keys(store_engine, "run") == ["mine"]
         assert outcomes([partial(write, store_engine, "run", "later")]) == [2]
 
@@ -5325,7 +6146,9 @@ def test_without_a_transaction_or_another_process_nobody_is_ever_busy(target: st
         assert len(pairs(store_engine, "run")) == 240
 
 
-def test_a_block_whose_end_is_never_run_is_rolled_back_and_frees_the_writer(store_engine: flowstore.Store) -> None:
+def test_a_block_whose_end_is_never_run_is_rolled_back_and_frees_the_writer(
+    store_engine: flowstore.Store,
+) -> None:
     entered = threading.Event()
     leave = threading.Event()
 
@@ -5345,7 +6168,10 @@ def test_a_block_whose_end_is_never_run_is_rolled_back_and_frees_the_writer(stor
     assert loser.outcome() is None
     assert waiting.outcome() == 1
     lose()
-    assert Caller(partial(write_pair_in_block, store_engine, "run", "another thread")).outcome() is None
+    assert (
+        Caller(partial(write_pair_in_block, store_engine, "run", "another thread")).outcome()
+        is None
+    )
     assert write(store_engine, "run", "the same thread") == 4
     assert "lost" not in keys(store_engine, "run")
 
@@ -5355,7 +6181,9 @@ def test_a_block_whose_end_is_never_run_is_rolled_back_and_frees_the_writer(stor
 
 @swallows
 @pytest.mark.sqlite
-def test_thousands_of_interrupts_over_eight_threads_leave_none_hung_lost_or_extra(target: str) -> None:
+def test_thousands_of_interrupts_over_eight_threads_leave_none_hung_lost_or_extra(
+    target: str,
+) -> None:
     armed = [False] * 8
     caught = [0] * 8
     begun: list[list[str]] = [[] for _ in range(8)]
@@ -5372,7 +6200,9 @@ def test_thousands_of_interrupts_over_eight_threads_leave_none_hung_lost_or_extr
                     number += 1
                     key = f"{me}.{number}"
                     begun[me].append(key)
-                    (write_pair, write_pair_in_block)[number % 2](store_engine, f"run{number % 3}", key)
+                    (write_pair, write_pair_in_block)[number % 2](
+                        store_engine, f"run{number % 3}", key
+                    )
                     returned[me].append(key)
                     if number % 5 == 0:
                         store_engine.events.load_events_after(f"run{number % 3}", 10**6)
@@ -5437,7 +6267,9 @@ def test_an_interrupt_at_any_step_of_a_write_leaves_all_or_nothing_and_a_usable_
             striker = Striker(place)
             done = striker.run(partial(call, store_engine, "run", f"{place}"))
             (returned if done else struck).append(f"{place}")
-            again = Caller(partial(write_pair_in_block, store_engine, "run", f"{place}, another thread")).outcome()
+            again = Caller(
+                partial(write_pair_in_block, store_engine, "run", f"{place}, another thread")
+            ).outcome()
             assert again is None, f"{again!r} after a strike at\n{striker.where}"
             write_pair(store_engine, "run", f"{place}, the same thread")
         there = pairs(store_engine, "run")
@@ -5463,7 +6295,9 @@ def test_an_interrupt_at_any_step_of_a_write_leaves_those_who_wait_for_news_wait
         again = Caller(partial(call, store_engine, "run", f"{place}, again"))
         again.join(5.0)
         assert not again.is_alive(), f"a write hangs after a strike at\n{striker.where}"
-        assert not isinstance(again.result, Exception), f"{again.result!r} after a strike at\n{striker.where}"
+        assert not isinstance(again.result, Exception), (
+            f"{again.result!r} after a strike at\n{striker.where}"
+        )
         assert waiter.is_alive()
     later = [Striker(0) for _ in range(5)]  # some of them may have to queue
     assert all(striker.run(partial(call, store_engine, "run", "later")) for striker in later)
@@ -5515,8 +6349,12 @@ def test_an_interrupt_at_any_step_of_a_read_leaks_no_connection(path: Path) -> N
             for place in steps(call):
                 striker = Striker(place)
                 striker.run(call)
-                assert Caller(partial(pairs, store_engine, "run")).outcome() == [*"01234"], striker.where
-                waiting = Caller(partial(store_engine.state.claim_work_item, "w", ["q"], wait=0.001))
+                assert Caller(partial(pairs, store_engine, "run")).outcome() == [*"01234"], (
+                    striker.where
+                )
+                waiting = Caller(
+                    partial(store_engine.state.claim_work_item, "w", ["q"], wait=0.001)
+                )
                 waiting.join(5.0)
                 assert not waiting.is_alive(), f"a wait hangs after a strike at\n{striker.where}"
                 gc.collect()  # a lost connection is part of a cycle
@@ -5563,7 +6401,9 @@ def test_an_interrupted_close_can_be_repeated_by_any_thread_wherever_it_was_stru
         again.join(5.0)
         assert not again.is_alive(), f"close() hangs after a strike at\n{striker.where}"
         assert again.result is None
-        assert isinstance(Caller(partial(write, store_engine, "run", "late")).outcome(), flowstore.StoreClosed)
+        assert isinstance(
+            Caller(partial(write, store_engine, "run", "late")).outcome(), flowstore.StoreClosed
+        )
 
 
 @swallows
@@ -5583,12 +6423,24 @@ def test_an_interrupt_at_any_step_of_a_queued_call_spares_the_calls_queued_with_
             """One struck call that queues first, and so gets the lead, and four behind it."""
             calls = [partial(struck, store_engine, "run", f"{place}.struck")]
             for n in range(4):
-                calls.append(partial((write_pair, write_pair_in_block)[n % 2], store_engine, "run", f"{place}.{n}"))
+                calls.append(
+                    partial(
+                        (write_pair, write_pair_in_block)[n % 2],
+                        store_engine,
+                        "run",
+                        f"{place}.{n}",
+                    )
+                )
             callers: list[Caller] = []
             with store_engine.transaction():
                 for call in calls:
                     callers.append(Caller(call if callers else partial(striker.run, call)))
-                    until(lambda: len(store_engine._engine.queue) >= len(callers) or not callers[0].is_alive())
+                    until(
+                        lambda: (
+                            len(store_engine._engine.queue) >= len(callers)
+                            or not callers[0].is_alive()
+                        )
+                    )
             results = [caller.outcome() for caller in callers]
             failed = [result for result in results if isinstance(result, BaseException)]
             assert not failed, f"{failed!r} after a strike at\n{striker.where}"
@@ -5599,7 +6451,9 @@ def test_an_interrupt_at_any_step_of_a_queued_call_spares_the_calls_queued_with_
         assert together(0, dry)
         stride = max(1, 2 * dry.places // STEPS)
         places = range(random.randint(1, stride), dry.places + 1, stride)
-        done = {place: together(place, Striker(place, random.randint(0, again))) for place in places}
+        done = {
+            place: together(place, Striker(place, random.randint(0, again))) for place in places
+        }
         assert not all(done.values())
         there = pairs(store_engine, "run")
         assert {key for key in there if not key.endswith("struck")} == set(spared)
@@ -5688,7 +6542,9 @@ def interrupted_process(path: str) -> None:
 
 
 @needs_sigint
-def test_ctrl_c_in_the_main_thread_harms_no_other_thread_and_no_acknowledged_write(path: Path) -> None:
+def test_ctrl_c_in_the_main_thread_harms_no_other_thread_and_no_acknowledged_write(
+    path: Path,
+) -> None:
     with Process(interrupted_process, path) as child:
         assert child.read() == "ready"
 
@@ -5708,7 +6564,9 @@ def test_ctrl_c_in_the_main_thread_harms_no_other_thread_and_no_acknowledged_wri
 # ----------------------------------------------------------------------------------------------- isolation
 
 
-def test_nobody_else_sees_a_transaction_before_its_commit(file_store_engine: flowstore.Store) -> None:
+def test_nobody_else_sees_a_transaction_before_its_commit(
+    file_store_engine: flowstore.Store,
+) -> None:
     store_engine = file_store_engine
 
     def seen() -> Any:
@@ -5805,7 +6663,9 @@ def test_a_call_from_another_task_of_the_same_thread_raises_at_once(target: str)
         asyncio.run(main(store_engine))
 
 
-def test_tasks_started_inside_a_transaction_join_it_until_it_ends(store_engine: flowstore.Store) -> None:
+def test_tasks_started_inside_a_transaction_join_it_until_it_ends(
+    store_engine: flowstore.Store,
+) -> None:
     async def child(run: str, key: str) -> None:
         await asyncio.sleep(0)
         write(store_engine, run, key)
@@ -5861,7 +6721,9 @@ def forks_among_writers(path: str) -> None:
         for n in range(3):
             write_pair(store_engine, "child", f"{number}.{n}")
         known = {key for mine in acknowledged for key in mine}
-        assert known <= set(pairs(store_engine, "run")), "the child misses what was acknowledged before the fork"
+        assert known <= set(pairs(store_engine, "run")), (
+            "the child misses what was acknowledged before the fork"
+        )
         if number % 2:
             store_engine.close()
 
@@ -5887,8 +6749,12 @@ def forks_among_writers(path: str) -> None:
     go_on(3)
     stop.set()
     assert [caller.outcome() for caller in callers] == [None] * 3
-    assert sorted(pairs(store_engine, "child")) == sorted(f"{number}.{n}" for number in range(12) for n in range(3))
-    assert sorted(pairs(store_engine, "run")) == sorted(key for mine in acknowledged for key in mine)
+    assert sorted(pairs(store_engine, "child")) == sorted(
+        f"{number}.{n}" for number in range(12) for n in range(3)
+    )
+    assert sorted(pairs(store_engine, "run")) == sorted(
+        key for mine in acknowledged for key in mine
+    )
     store_engine.close()
     print(sum(map(len, acknowledged)))
 
@@ -5940,7 +6806,9 @@ def forks_among_openers(path: str) -> None:
 
 
 @needs_fork
-def test_forks_while_other_threads_open_and_close_stores_lose_nothing_on_either_side(path: Path) -> None:
+def test_forks_while_other_threads_open_and_close_stores_lose_nothing_on_either_side(
+    path: Path,
+) -> None:
     with Process(forks_among_openers, path) as process:
         process.finish()
 
@@ -5965,7 +6833,11 @@ def struck_forks(path: str) -> None:
 
     main, parent = threading.get_ident(), os.getpid()
     for number in range(3):
-        busy = Caller(partial(store_engine.events.append_batch, f"bulk{number}", "default", [event("x")] * 20_000))
+        busy = Caller(
+            partial(
+                store_engine.events.append_batch, f"bulk{number}", "default", [event("x")] * 20_000
+            )
+        )
         until(busy.waits)  # the fork has to wait for its statement
         striker = Caller(strike_in_fork)
         with contextlib.suppress(KeyboardInterrupt):
@@ -6011,7 +6883,9 @@ def fork_while_one_waits(path: str) -> None:
 
 
 @needs_fork
-def test_a_fork_while_a_claim_waits_leaves_both_sides_working_and_waking_each_other(path: Path) -> None:
+def test_a_fork_while_a_claim_waits_leaves_both_sides_working_and_waking_each_other(
+    path: Path,
+) -> None:
     with Process(fork_while_one_waits, path) as process:
         process.finish()
 
@@ -6023,7 +6897,9 @@ def fork_beside_a_transaction(path: str) -> None:
 
     def hold() -> None:
         with store_engine.transaction():
-            for _ in range(40):  # more than the cache holds, so that some of it is in the WAL already
+            for _ in range(
+                40
+            ):  # more than the cache holds, so that some of it is in the WAL already
                 store_engine.events.append("run", "default", event("first", text="x" * 100_000))
             opened.set()
             leave.wait(WATCHDOG)
@@ -6066,7 +6942,9 @@ def fork_beside_a_transaction(path: str) -> None:
 
 
 @needs_fork
-def test_a_transaction_open_at_a_fork_stays_the_parents_and_the_child_is_refused_the_file(path: Path) -> None:
+def test_a_transaction_open_at_a_fork_stays_the_parents_and_the_child_is_refused_the_file(
+    path: Path,
+) -> None:
     with Process(fork_beside_a_transaction, path) as process:
         process.finish()
     with flowstore.open(path) as store_engine:
@@ -6106,7 +6984,9 @@ def fork_inside_a_transaction(path: str, leave: str) -> None:
 
 @needs_fork
 @pytest.mark.parametrize("leave", ["by its end", "by an error", "by sys.exit"])
-def test_a_child_forked_inside_a_transaction_neither_commits_nor_undoes_it(path: Path, leave: str) -> None:
+def test_a_child_forked_inside_a_transaction_neither_commits_nor_undoes_it(
+    path: Path, leave: str
+) -> None:
     with Process(fork_inside_a_transaction, path, leave) as process:
         process.finish()
     with flowstore.open(path) as store_engine:
@@ -6143,7 +7023,10 @@ def test_whoever_closes_after_a_fork_costs_the_other_side_nothing(path: Path, wh
     with Process(one_side_closes_after_a_fork, path, who) as process:
         process.finish()
     with flowstore.open(path) as store_engine:
-        assert keys(store_engine, "run") == ["before", *(f"{w}{n}" for w in ("early", "late") for n in range(5))]
+        assert keys(store_engine, "run") == [
+            "before",
+            *(f"{w}{n}" for w in ("early", "late") for n in range(5)),
+        ]
         assert store_engine.check() == []
 
 
@@ -6191,7 +7074,9 @@ def fork_beside_a_waiting_call_and_a_generator(path: str) -> None:
         os.write(1, b"forked\n")
         write(store_engine, "queue", "child")
 
-    waiting = Caller(lambda: write(store_engine, "queue", "parent"))  # another process has a transaction open
+    waiting = Caller(
+        lambda: write(store_engine, "queue", "parent")
+    )  # another process has a transaction open
     until(waiting.waits)
     pid = forked(child)
     assert [stored.event["key"] for stored in walk] == [str(n) for n in range(1, 9)]
@@ -6201,7 +7086,9 @@ def fork_beside_a_waiting_call_and_a_generator(path: str) -> None:
 
 
 @needs_fork
-def test_a_fork_waits_neither_for_a_call_that_waits_nor_for_a_generator_between_two_items(path: Path) -> None:
+def test_a_fork_waits_neither_for_a_call_that_waits_nor_for_a_generator_between_two_items(
+    path: Path,
+) -> None:
     with flowstore.open(path) as store_engine, contextlib.ExitStack() as stack:
         for number in range(9):
             write(store_engine, "run", str(number))
@@ -6229,7 +7116,9 @@ def killed_writer(path: str, name: str) -> None:
 
 
 @needs_kill
-def test_a_kill_in_the_middle_of_writes_loses_nothing_acknowledged_and_tears_nothing(path: Path) -> None:
+def test_a_kill_in_the_middle_of_writes_loses_nothing_acknowledged_and_tears_nothing(
+    path: Path,
+) -> None:
     acknowledged: set[str] = set()
     for number in range(KILL_ROUNDS):
         with Process(killed_writer, path, number) as child:
@@ -6296,14 +7185,19 @@ def test_close_under_load_lets_every_call_finish_or_raise_store_closed(path: Pat
 
 
 def test_close_wakes_whoever_waits_for_an_item(store_engine: flowstore.Store) -> None:
-    waiters = [Caller(partial(store_engine.state.claim_work_item, "w", ["q"], wait=10 * WATCHDOG)) for _ in range(3)]
+    waiters = [
+        Caller(partial(store_engine.state.claim_work_item, "w", ["q"], wait=10 * WATCHDOG))
+        for _ in range(3)
+    ]
     for waiter in waiters:
         until(waiter.waits)
     store_engine.close()
     assert [type(waiter.outcome()) for waiter in waiters] == [flowstore.StoreClosed] * 3
 
 
-def test_close_rolls_back_another_threads_transaction_whose_rest_raises_store_closed(path: Path) -> None:
+def test_close_rolls_back_another_threads_transaction_whose_rest_raises_store_closed(
+    path: Path,
+) -> None:
     store_engine = flowstore.open(path)
     write(store_engine, "run", "before")
     opened, leave = threading.Event(), threading.Event()
@@ -6339,7 +7233,9 @@ def test_close_rolls_back_another_threads_transaction_whose_rest_raises_store_cl
         assert keys(again, "run") == (["before", "queued"] if result == 2 else ["before"])
 
 
-def test_close_in_ones_own_transaction_is_refused_and_afterwards_idempotent(store_engine: flowstore.Store) -> None:
+def test_close_in_ones_own_transaction_is_refused_and_afterwards_idempotent(
+    store_engine: flowstore.Store,
+) -> None:
     with store_engine.transaction():
         write(store_engine, "run", "one")
         with pytest.raises(flowstore.StorageError):
@@ -6397,7 +7293,9 @@ def test_no_kind_of_call_leaves_objects_behind(target: str) -> None:
         for _ in range(times):
             call()
         gc.collect()
-        return sum(type(thing).__module__ in ("sqlite3", flowstore.__name__) for thing in gc.get_objects())
+        return sum(
+            type(thing).__module__ in ("sqlite3", flowstore.__name__) for thing in gc.get_objects()
+        )
 
     calls: list[Callable[[], Any]] = [
         partial(write_pair, store_engine, "run", "again"),
@@ -6439,7 +7337,9 @@ def test_the_wal_stays_bounded_under_overlapping_readers_and_steady_writes(path:
         assert sum(1 for _ in walk) == 299
         assert store_engine.events.count_events("write") == 16
     bound = 16 * 2**20 + while_read
-    assert largest < 1.1 * bound + 9_000_000, f"{largest:,} bytes; {while_read:,} during the longest read"
+    assert largest < 1.1 * bound + 9_000_000, (
+        f"{largest:,} bytes; {while_read:,} during the longest read"
+    )
 
 
 def test_an_idle_wait_is_no_news_to_itself(store_engine: flowstore.Store) -> None:
@@ -6497,13 +7397,17 @@ class StateClock:
 
 
 @pytest.fixture
-def make_store_state(request: pytest.FixtureRequest, tmp_path: Path, clock: StateClock) -> Iterator[Callable[[], Store]]:
+def make_store_state(
+    request: pytest.FixtureRequest, tmp_path: Path, clock: StateClock
+) -> Iterator[Callable[[], Store]]:
     """A function that opens a new, empty store of the engine."""
     opened: list[Store] = []
 
     def make() -> Store:
         target = target_of(request, tmp_path / f"store-{len(opened)}.db")
-        opened.append(flowstore.open(target, clock=clock, synchronous="OFF", lease_seconds=10, backoff=float))
+        opened.append(
+            flowstore.open(target, clock=clock, synchronous="OFF", lease_seconds=10, backoff=float)
+        )
         return opened[-1]
 
     yield make
@@ -6547,7 +7451,11 @@ def together_state(calls: list[Callable[[], Any]]) -> list[Any]:
 @contextlib.contextmanager
 def twice(store_state: Store) -> Iterator[Callable[[int], Store]]:
     """The store and, for a file, a second one opened on it, as another process would: odd numbers get that."""
-    with contextlib.nullcontext(store_state) if store_state.target == ":memory:" else flowstore.open(store_state.target) as second:
+    with (
+        contextlib.nullcontext(store_state)
+        if store_state.target == ":memory:"
+        else flowstore.open(store_state.target) as second
+    ):
         yield lambda number: second if number % 2 else store_state
 
 
@@ -6560,10 +7468,14 @@ def flow_with(store_state: Store, status: str = "created", **fields: Any) -> Flo
 
 
 def run_with(state: StateBackend, execution_id: str = "e", **fields: Any) -> WorkflowExecution:
-    return state.create_execution(WorkflowExecution(execution_id=execution_id, workflow_id="w", **fields))
+    return state.create_execution(
+        WorkflowExecution(execution_id=execution_id, workflow_id="w", **fields)
+    )
 
 
-def claimed_item(state: StateBackend, execution_id: str = "e", queue: str = "q", **fields: Any) -> WorkItem:
+def claimed_item(
+    state: StateBackend, execution_id: str = "e", queue: str = "q", **fields: Any
+) -> WorkItem:
     """A new item of the execution (made on demand), claimed."""
     if state.get_execution(execution_id) is None:
         run_with(state, execution_id)
@@ -6581,9 +7493,19 @@ def claimed_item(state: StateBackend, execution_id: str = "e", queue: str = "q",
 def test_a_flow_comes_back_as_it_was_stored(store_state: Store) -> None:
     at = START - timedelta(days=3, microseconds=7)
     flow = Flow(
-        id="f", controller_id="c", goal="g\n", owner_session_key="o", requester_origin="r", current_step="s",
-        state={"deep": [1, {"é": None}]}, wait=["timer", 3], status=FlowStatus.WAITING, cancel_requested=True,
-        revision=41, created_at=at, updated_at=at,
+        id="f",
+        controller_id="c",
+        goal="g\n",
+        owner_session_key="o",
+        requester_origin="r",
+        current_step="s",
+        state={"deep": [1, {"é": None}]},
+        wait=["timer", 3],
+        status=FlowStatus.WAITING,
+        cancel_requested=True,
+        revision=41,
+        created_at=at,
+        updated_at=at,
     )
     before = copy.deepcopy(flow)
     stored = store_state.flows.insert(flow)
@@ -6591,13 +7513,20 @@ def test_a_flow_comes_back_as_it_was_stored(store_state: Store) -> None:
     assert stored is not flow and stored.state is not flow.state
 
 
-def test_times_left_open_are_filled_from_the_stores_clock(store_state: Store, clock: StateClock) -> None:
+def test_times_left_open_are_filled_from_the_stores_clock(
+    store_state: Store, clock: StateClock
+) -> None:
     clock.advance(5)
     flow = store_state.flows.insert(Flow())
     step = store_state.flows.insert_step(FlowStep(flow_id=flow.id, run_id="r"))
     assert {flow.created_at, flow.updated_at, step.created_at, step.updated_at} == {clock.now}
     assert (flow.revision, flow.status, flow.state, flow.wait) == (0, "created", {}, None)
-    assert (step.runtime, step.status, step.result, step.child_session_key) == ("managed", "pending", None, None)
+    assert (step.runtime, step.status, step.result, step.child_session_key) == (
+        "managed",
+        "pending",
+        None,
+        None,
+    )
 
 
 def test_an_id_may_be_a_uuid_everywhere(store_state: Store) -> None:
@@ -6617,13 +7546,19 @@ def test_a_taken_flow_id_is_refused_and_the_flow_stays(store_state: Store) -> No
     assert store_state.flows.get("f") == flow
 
 
-def test_an_update_raises_the_revision_and_refreshes_updated_at_alone(store_state: Store, clock: StateClock) -> None:
+def test_an_update_raises_the_revision_and_refreshes_updated_at_alone(
+    store_state: Store, clock: StateClock
+) -> None:
     flow = flow_with(store_state, goal="old", state={"n": 0})
     clock.advance(1)
-    changed = dataclasses.replace(flow, goal="new", state={"n": 1}, created_at=clock.now, updated_at=START, wait=[])
+    changed = dataclasses.replace(
+        flow, goal="new", state={"n": 1}, created_at=clock.now, updated_at=START, wait=[]
+    )
     given = copy.deepcopy(changed)
     stored = store_state.flows.update_with_revision(changed)
-    assert stored == dataclasses.replace(changed, revision=1, created_at=flow.created_at, updated_at=clock.now)
+    assert stored == dataclasses.replace(
+        changed, revision=1, created_at=flow.created_at, updated_at=clock.now
+    )
     assert changed == given and store_state.flows.get(flow.id) == stored
     assert store_state.flows.update_with_revision(stored).revision == 2
 
@@ -6633,7 +7568,8 @@ def test_a_stale_update_names_both_revisions_and_changes_nothing(store_state: St
     latest = store_state.flows.update_with_revision(flow)
     before = dump(store_state)
     calls: list[Callable[[], Any]] = [
-        lambda: store_state.flows.update_with_revision(flow), lambda: store_state.flows.update_and_append(flow, "kind", {})
+        lambda: store_state.flows.update_with_revision(flow),
+        lambda: store_state.flows.update_and_append(flow, "kind", {}),
     ]
     for call in calls:
         with pytest.raises(RevisionMismatch) as caught:
@@ -6654,7 +7590,9 @@ def test_update_of_a_missing_flow_is_not_found(store_state: Store) -> None:
             call()
         assert (caught.value.kind, caught.value.id) == ("flow", UNKNOWN)
     assert store_state.flows.get(UNKNOWN) is None
-    assert store_state.flows.list_events(UNKNOWN) == [] and store_state.flows.list_steps(UNKNOWN) == []
+    assert (
+        store_state.flows.list_events(UNKNOWN) == [] and store_state.flows.list_steps(UNKNOWN) == []
+    )
 
 
 def test_a_revision_that_could_not_be_counted_on_is_refused(store_state: Store) -> None:
@@ -6678,9 +7616,13 @@ def test_transitions_follow_the_table(before: FlowStatus, after: FlowStatus) -> 
     for cancelled in (False, True):
         flow = Flow(id="f", status=before, cancel_requested=cancelled)
         refusal = (
-            AlreadyTerminal if before not in LEGAL
-            else CancelPending if cancelled and after != "cancelled"
-            else None if legal else IllegalTransition
+            AlreadyTerminal
+            if before not in LEGAL
+            else CancelPending
+            if cancelled and after != "cancelled"
+            else None
+            if legal
+            else IllegalTransition
         )
         if refusal is None:
             flow.transition_to(str(after))
@@ -6694,10 +7636,20 @@ def test_transitions_follow_the_table(before: FlowStatus, after: FlowStatus) -> 
     assert flow.cancel_requested is (before in LEGAL)
 
 
-def test_the_audit_trail_is_newest_first_by_number_whatever_the_clock_does(store_state: Store, clock: StateClock) -> None:
+def test_the_audit_trail_is_newest_first_by_number_whatever_the_clock_does(
+    store_state: Store, clock: StateClock
+) -> None:
     flow = flow_with(store_state)
-    events = [store_state.flows.append_event(flow.id, f"kind-{n}", {"n": n}) for n in range(3) if clock.advance(-n)]
-    assert [event.at for event in events] == [START, START - timedelta(seconds=1), START - timedelta(seconds=3)]
+    events = [
+        store_state.flows.append_event(flow.id, f"kind-{n}", {"n": n})
+        for n in range(3)
+        if clock.advance(-n)
+    ]
+    assert [event.at for event in events] == [
+        START,
+        START - timedelta(seconds=1),
+        START - timedelta(seconds=3),
+    ]
     assert store_state.flows.list_events(flow.id) == events[::-1]
     assert store_state.flows.list_events(flow.id, 2) == events[:0:-1]
     assert store_state.flows.list_events(flow.id, -1) == []
@@ -6706,26 +7658,52 @@ def test_the_audit_trail_is_newest_first_by_number_whatever_the_clock_does(store
 def test_update_and_append_writes_both(store_state: Store, clock: StateClock) -> None:
     flow = flow_with(store_state)
     clock.advance(1)
-    stored, event = store_state.flows.update_and_append(dataclasses.replace(flow, goal="x"), "moved", [1])
+    stored, event = store_state.flows.update_and_append(
+        dataclasses.replace(flow, goal="x"), "moved", [1]
+    )
     assert store_state.flows.get(flow.id) == stored and (stored.goal, stored.revision) == ("x", 1)
     assert store_state.flows.list_events(flow.id) == [event]
-    assert (event.flow_id, event.kind, event.payload, event.at) == (flow.id, "moved", [1], clock.now)
+    assert (event.flow_id, event.kind, event.payload, event.at) == (
+        flow.id,
+        "moved",
+        [1],
+        clock.now,
+    )
 
 
 def test_a_step_is_found_by_id_flow_and_run_id(store_state: Store, clock: StateClock) -> None:
     for flow_id in ("f", "g"):
         flow_with(store_state, id=flow_id)
     step = FlowStep(
-        id="s2", flow_id="f", runtime=StepRuntime.MIRRORED, child_session_key="k", run_id="r", task="t",
-        status=FlowStepStatus.RUNNING, result=[0], created_at=clock.now, updated_at=clock.now,
+        id="s2",
+        flow_id="f",
+        runtime=StepRuntime.MIRRORED,
+        child_session_key="k",
+        run_id="r",
+        task="t",
+        status=FlowStepStatus.RUNNING,
+        result=[0],
+        created_at=clock.now,
+        updated_at=clock.now,
     )
     assert store_state.flows.insert_step(step) == step == store_state.flows.get_step("s2")
-    earlier = store_state.flows.insert_step(FlowStep(id="s1", flow_id="f", run_id="q", created_at=clock.advance(-1)))
-    same_time = store_state.flows.insert_step(FlowStep(id="s0", flow_id="f", run_id="p", created_at=START))
+    earlier = store_state.flows.insert_step(
+        FlowStep(id="s1", flow_id="f", run_id="q", created_at=clock.advance(-1))
+    )
+    same_time = store_state.flows.insert_step(
+        FlowStep(id="s0", flow_id="f", run_id="p", created_at=START)
+    )
     other = store_state.flows.insert_step(FlowStep(flow_id="g", run_id="r"))
     assert store_state.flows.list_steps("f") == [earlier, same_time, step]
-    assert store_state.flows.find_step_by_run_id("f", "r") == step and store_state.flows.find_step_by_run_id("g", "r") == other
-    assert store_state.flows.find_step_by_run_id("f", UNKNOWN) is store_state.flows.get_step(UNKNOWN) is None
+    assert (
+        store_state.flows.find_step_by_run_id("f", "r") == step
+        and store_state.flows.find_step_by_run_id("g", "r") == other
+    )
+    assert (
+        store_state.flows.find_step_by_run_id("f", UNKNOWN)
+        is store_state.flows.get_step(UNKNOWN)
+        is None
+    )
 
 
 def test_a_taken_step_id_or_run_id_is_refused(store_state: Store) -> None:
@@ -6745,13 +7723,19 @@ def test_a_taken_step_id_or_run_id_is_refused(store_state: Store) -> None:
     assert dump(store_state) == before
 
 
-def test_a_step_update_keeps_its_flow_and_its_creation(store_state: Store, clock: StateClock) -> None:
+def test_a_step_update_keeps_its_flow_and_its_creation(
+    store_state: Store, clock: StateClock
+) -> None:
     flow_with(store_state, id="f"), flow_with(store_state, id="g")
     step = store_state.flows.insert_step(FlowStep(flow_id="f", run_id="r"))
     clock.advance(1)
-    changed = dataclasses.replace(step, flow_id="g", created_at=clock.now, run_id="r2", task="t", result={"ok": 1})
+    changed = dataclasses.replace(
+        step, flow_id="g", created_at=clock.now, run_id="r2", task="t", result={"ok": 1}
+    )
     stored = store_state.flows.update_step(changed)
-    assert stored == dataclasses.replace(changed, flow_id="f", created_at=START, updated_at=clock.now)
+    assert stored == dataclasses.replace(
+        changed, flow_id="f", created_at=START, updated_at=clock.now
+    )
     assert store_state.flows.list_steps("f") == [stored] and store_state.flows.list_steps("g") == []
     with pytest.raises(NotFound) as caught:
         store_state.flows.update_step(dataclasses.replace(step, id=UNKNOWN))
@@ -6759,21 +7743,31 @@ def test_a_step_update_keeps_its_flow_and_its_creation(store_state: Store, clock
 
 
 @given(
-    times=st.lists(st.integers(0, 2), max_size=8), limit=st.none() | st.integers(-2, 9), offset=st.integers(-2, 9)
+    times=st.lists(st.integers(0, 2), max_size=8),
+    limit=st.none() | st.integers(-2, 9),
+    offset=st.integers(-2, 9),
 )
 @a_few_state
 def test_flow_lists_page_in_a_total_order(times: list[int], limit: int | None, offset: int) -> None:
     with flowstore.open(":memory:") as store_state:
         flows = [
-            flow_with(store_state, owner_session_key="o", created_at=START + day, updated_at=START - day)
+            flow_with(
+                store_state, owner_session_key="o", created_at=START + day, updated_at=START - day
+            )
             for day in map(timedelta, times)
         ]
         flow_with(store_state, "running", owner_session_key="p")
         start, most = max(0, offset), 99 if limit is None else max(0, limit)
         by_owner = sorted(flows, key=lambda flow: (flow.created_at, flow.id), reverse=True)
         by_status = sorted(flows, key=lambda flow: (flow.updated_at, flow.id))
-        assert store_state.flows.list_by_owner("o", limit=limit, offset=offset) == by_owner[start:][:most]
-        assert store_state.flows.list_by_status("created", limit=limit, offset=offset) == by_status[start:][:most]
+        assert (
+            store_state.flows.list_by_owner("o", limit=limit, offset=offset)
+            == by_owner[start:][:most]
+        )
+        assert (
+            store_state.flows.list_by_status("created", limit=limit, offset=offset)
+            == by_status[start:][:most]
+        )
         assert store_state.flows.list_by_owner("o") == by_owner
 
 
@@ -6793,13 +7787,17 @@ BAD_CALLS: dict[str, Callable[[Store], Any]] = {
     "limit of text": lambda s: s.flows.list_by_owner("o", limit="1"),  # type: ignore[arg-type]
     "no kind": lambda s: s.flows.append_event("f", None, {}),  # type: ignore[arg-type]
     "payload no JSON": lambda s: s.flows.append_event("f", "k", object()),
-    "event payload": lambda s: s.flows.update_and_append(s.flows.list_by_owner("")[0], "k", {"when": START}),
+    "event payload": lambda s: s.flows.update_and_append(
+        s.flows.list_by_owner("")[0], "k", {"when": START}
+    ),
     "step of no flow": lambda s: s.flows.insert_step(FlowStep(flow_id="", run_id="r")),
     "no step": lambda s: s.flows.insert_step(Flow()),  # type: ignore[arg-type]
     "run id": lambda s: s.flows.find_step_by_run_id("f", "r" * 256),
     "days of text": lambda s: s.flows.prune_terminal_flows("7"),  # type: ignore[arg-type]
     "days of 2**63": lambda s: s.flows.prune_terminal_flows(2**63),
-    "tenant limit": lambda s: s.state.create_tenant(Tenant(id="x", limits=TenantLimits(max_workflows=-1))),
+    "tenant limit": lambda s: s.state.create_tenant(
+        Tenant(id="x", limits=TenantLimits(max_workflows=-1))
+    ),
     "no tenant": lambda s: s.state.create_tenant("x"),  # type: ignore[arg-type]
     "tenant id": lambda s: s.state.for_tenant(""),
     "token expiry": lambda s: s.state.create_token("n", "r", expires_at=datetime(2030, 1, 1)),
@@ -6809,7 +7807,9 @@ BAD_CALLS: dict[str, Callable[[Store], Any]] = {
     "effect key": lambda s: s.state.record_effect("k" * 256, 1),
     "artifact of text": lambda s: s.state.put_artifact("text"),  # type: ignore[arg-type]
     "media type": lambda s: s.state.put_artifact(b"x", 7),  # type: ignore[arg-type]
-    "ir": lambda s: s.state.store_workflow(WorkflowDefinition(workflow_id="w", version="1", ir=START)),
+    "ir": lambda s: s.state.store_workflow(
+        WorkflowDefinition(workflow_id="w", version="1", ir=START)
+    ),
     "version": lambda s: s.state.get_workflow("w", 1),  # type: ignore[arg-type]
     "turn without fence": lambda s: s.state.commit_turn("i", None, EVENT),
     "turn without type": lambda s: s.state.commit_turn("i", 1, {}),
@@ -6819,7 +7819,9 @@ BAD_CALLS: dict[str, Callable[[Store], Any]] = {
 
 
 @pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
-def test_what_cannot_be_stored_is_refused_with_nothing_written(store_state: Store, call: Callable[[Store], Any]) -> None:
+def test_what_cannot_be_stored_is_refused_with_nothing_written(
+    store_state: Store, call: Callable[[Store], Any]
+) -> None:
     flow_with(store_state, id="f")
     before = dump(store_state)
     with pytest.raises(InvalidData):
@@ -6846,7 +7848,10 @@ def test_32_threads_raise_a_counter_and_none_is_lost(store_state: Store) -> None
                     continue
 
     with twice(store_state) as one:
-        assert together_state([functools.partial(raise_it, one(number).flows) for number in range(32)]) == [None] * 32
+        assert (
+            together_state([functools.partial(raise_it, one(number).flows) for number in range(32)])
+            == [None] * 32
+        )
     final = store_state.flows.get(flow.id)
     assert final is not None and (final.state, final.revision) == ({"count": 128}, 128)
 
@@ -6859,7 +7864,9 @@ def test_16_threads_append_to_an_array_and_none_is_lost(store_state: Store) -> N
             state.patch_append_array("e", f"list-{n % 2}", [thread, n])
 
     with twice(store_state) as one:
-        together_state([functools.partial(append, thread, one(thread).state) for thread in range(16)])
+        together_state(
+            [functools.partial(append, thread, one(thread).state) for thread in range(16)]
+        )
     execution = store_state.state.get_execution("e")
     assert execution is not None
     kept = sorted(value for array in execution.current_state.values() for value in array)
@@ -6896,7 +7903,9 @@ store.state.commit_turn("i", 1, {"type": "turn"}, snapshot_state=[1], effect_key
 """
 
 
-def each_kill(folder: Path, prepare: Callable[[Store], Any], source: str) -> Iterator[tuple[bool, Store]]:
+def each_kill(
+    folder: Path, prepare: Callable[[Store], Any], source: str
+) -> Iterator[tuple[bool, Store]]:
     """For n = 1, 2, ...: the store that a child left when its n-th look at the clock killed it; last, unkilled."""
     for n in itertools.count(1):
         path = folder / f"{n}.db"
@@ -6904,7 +7913,9 @@ def each_kill(folder: Path, prepare: Callable[[Store], Any], source: str) -> Ite
             prepare(store_state)
         environment = os.environ | {"PYTHONPATH": str(Path(flowstore.__file__ or "").parent)}
         command = [sys.executable, "-c", KILLED_AT_THE_NTH_CALL + source, str(path), str(n)]
-        child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        child = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
         assert child.returncode in (0, -signal.SIGKILL), child.stderr
         with flowstore.open(path) as store_state:
             assert store_state.check() == []
@@ -6915,12 +7926,17 @@ def each_kill(folder: Path, prepare: Callable[[Store], Any], source: str) -> Ite
 
 def test_a_flow_and_its_event_are_one_however_the_process_is_killed(tmp_path: Path) -> None:
     revisions = []
-    for _, store_state in each_kill(tmp_path, lambda store_state: flow_with(store_state, id="f"), UPDATES):
+    for _, store_state in each_kill(
+        tmp_path, lambda store_state: flow_with(store_state, id="f"), UPDATES
+    ):
         flow, events = store_state.flows.get("f"), store_state.flows.list_events("f")
         assert flow is not None
         assert [event.kind for event in events] == ["good"] * flow.revision
         revisions.append(flow.revision)
-    assert revisions[:2] == [0, 0] and revisions[-2:] == [1, 1]  # before and between the statements; in the stale call
+    assert revisions[:2] == [0, 0] and revisions[-2:] == [
+        1,
+        1,
+    ]  # before and between the statements; in the stale call
 
 
 def test_a_turn_is_all_or_nothing_however_the_process_is_killed(tmp_path: Path) -> None:
@@ -6930,10 +7946,17 @@ def test_a_turn_is_all_or_nothing_however_the_process_is_killed(tmp_path: Path) 
 
     kills = 0
     for killed, store_state in each_kill(tmp_path, prepare, TURN):
-        item, snapshot = store_state.state.get_work_item("i"), store_state.state.latest_snapshot("e")
+        item, snapshot = (
+            store_state.state.get_work_item("i"),
+            store_state.state.latest_snapshot("e"),
+        )
         assert item is not None and (item.status == "claimed") is killed
-        assert [event.id for event in store_state.state.get_events("e")] == ([] if killed else ["turn"])
-        assert (snapshot is None) is killed and store_state.state.get_effect("k") == (None if killed else 2)
+        assert [event.id for event in store_state.state.get_events("e")] == (
+            [] if killed else ["turn"]
+        )
+        assert (snapshot is None) is killed and store_state.state.get_effect("k") == (
+            None if killed else 2
+        )
         kills += killed
     assert kills >= 2
 
@@ -6941,19 +7964,42 @@ def test_a_turn_is_all_or_nothing_however_the_process_is_killed(tmp_path: Path) 
 # --- pruning flows ---
 
 
-def test_prune_drops_ended_flows_older_than_the_days_and_nothing_else(store_state: Store, clock: StateClock) -> None:
+def test_prune_drops_ended_flows_older_than_the_days_and_nothing_else(
+    store_state: Store, clock: StateClock
+) -> None:
     for status in FlowStatus:
-        flow_with(store_state, status, id=f"old {status}", updated_at=START - timedelta(days=2, microseconds=1))
+        flow_with(
+            store_state,
+            status,
+            id=f"old {status}",
+            updated_at=START - timedelta(days=2, microseconds=1),
+        )
         flow_with(store_state, status, id=f"even {status}", updated_at=START - timedelta(days=2))
     for flow_id in ("old failed", "old running", "even failed"):
-        store_state.flows.insert_step(FlowStep(id=f"step of {flow_id}", flow_id=flow_id, run_id="r"))
+        store_state.flows.insert_step(
+            FlowStep(id=f"step of {flow_id}", flow_id=flow_id, run_id="r")
+        )
         store_state.flows.append_event(flow_id, "k", {})
     assert store_state.flows.prune_terminal_flows(2) == 3
     left = {flow_id for (flow_id,) in dump_ids(store_state, "flows")}
-    assert left == {f"even {status}" for status in FlowStatus} | {"old created", "old running", "old waiting"}
-    assert {flow_id for (flow_id,) in dump_ids(store_state, "flow_events", "flow_id")} == {"old running", "even failed"}
-    assert {row[0] for row in dump_ids(store_state, "flow_steps")} == {"step of old running", "step of even failed"}
-    assert store_state.flows.prune_terminal_flows(2) == store_state.flows.prune_terminal_flows(MAX_INT) == 0
+    assert left == {f"even {status}" for status in FlowStatus} | {
+        "old created",
+        "old running",
+        "old waiting",
+    }
+    assert {flow_id for (flow_id,) in dump_ids(store_state, "flow_events", "flow_id")} == {
+        "old running",
+        "even failed",
+    }
+    assert {row[0] for row in dump_ids(store_state, "flow_steps")} == {
+        "step of old running",
+        "step of even failed",
+    }
+    assert (
+        store_state.flows.prune_terminal_flows(2)
+        == store_state.flows.prune_terminal_flows(MAX_INT)
+        == 0
+    )
     clock.advance(1)
     assert store_state.flows.prune_terminal_flows(-5) == 3  # below 0 counts as 0
 
@@ -7025,12 +8071,18 @@ def test_prune_works_in_small_transactions_and_leaves_no_orphan(
         flow_with(store_state, "failed", id="giant", updated_at=old)
         flow_with(store_state, id="kept", updated_at=old)
         rows = [(flow_id, "k", "{}", 0) for flow_id in ["giant"] * giant + ["kept"]]
-        tx.executemany("INSERT INTO flow_events (flow_id, kind, payload, at) VALUES (?, ?, ?, ?)", rows)
+        tx.executemany(
+            "INSERT INTO flow_events (flow_id, kind, payload, at) VALUES (?, ?, ?, ?)", rows
+        )
     del watched.commits[:-1]
     assert store_state.flows.prune_terminal_flows(0) == 301
     changes = [after - before for before, after in itertools.pairwise(watched.commits)]
     assert max(changed for changed in changes if changed != 1 + giant) <= 500 and len(changes) >= 10
-    assert [len(dump(store_state)[table]) for table in ("flows", "flow_steps", "flow_events")] == [1, 0, 1]
+    assert [len(dump(store_state)[table]) for table in ("flows", "flow_steps", "flow_events")] == [
+        1,
+        0,
+        1,
+    ]
     assert store_state.check() == []
 
 
@@ -7038,9 +8090,12 @@ def test_writers_get_their_turn_while_flows_are_pruned(store_state: Store) -> No
     with store_state.transaction():
         for _ in range(600):
             flow_with(store_state, "cancelled", updated_at=START - timedelta(1))
-    outcomes = together_state([
-        lambda: store_state.flows.prune_terminal_flows(0), *[lambda: flow_with(store_state, "finished").status for _ in range(8)]
-    ])
+    outcomes = together_state(
+        [
+            lambda: store_state.flows.prune_terminal_flows(0),
+            *[lambda: flow_with(store_state, "finished").status for _ in range(8)],
+        ]
+    )
     assert outcomes == [600] + ["finished"] * 8
     assert len(store_state.flows.list_by_status("finished")) == 8
 
@@ -7050,29 +8105,48 @@ def test_writers_get_their_turn_while_flows_are_pruned(store_state: Store) -> No
 # ============================================================================================================
 
 
-def definition(workflow_id: str = "w", version: str = "1", ir: Any = None, **fields: Any) -> WorkflowDefinition:
+def definition(
+    workflow_id: str = "w", version: str = "1", ir: Any = None, **fields: Any
+) -> WorkflowDefinition:
     return WorkflowDefinition(workflow_id=workflow_id, version=version, ir=ir, **fields)
 
 
-def test_a_definition_is_kept_by_tenant_id_and_version_and_replaced(store_state: Store, clock: StateClock) -> None:
+def test_a_definition_is_kept_by_tenant_id_and_version_and_replaced(
+    store_state: Store, clock: StateClock
+) -> None:
     store_state.state.create_tenant(Tenant(id="acme"))
     first = store_state.state.store_workflow(definition(ir={"steps": [1]}))
-    assert first == definition(ir={"steps": [1]}, created_at=START) == store_state.state.get_workflow("w", "1")
+    assert (
+        first
+        == definition(ir={"steps": [1]}, created_at=START)
+        == store_state.state.get_workflow("w", "1")
+    )
     theirs = store_state.state.store_workflow(definition(ir="acme's", tenant_id="acme"))
     clock.advance(1)
     second = store_state.state.store_workflow(definition(ir="new"))
-    assert store_state.state.get_workflow("w", "1") == second == definition(ir="new", created_at=clock.now)
+    assert (
+        store_state.state.get_workflow("w", "1")
+        == second
+        == definition(ir="new", created_at=clock.now)
+    )
     assert store_state.state.for_tenant("acme").get_workflow("w", "1") == theirs
-    assert store_state.state.get_workflow("w", "2") is store_state.state.get_workflow("v", "1") is None
+    assert (
+        store_state.state.get_workflow("w", "2") is store_state.state.get_workflow("v", "1") is None
+    )
 
 
 def test_max_workflows_counts_distinct_ids_and_versions(store_state: Store) -> None:
     acme = store_state.state.create_tenant(Tenant(id="acme", limits=TenantLimits(max_workflows=2)))
     view = store_state.state.for_tenant("acme")
     for number in range(5):
-        store_state.state.store_workflow(definition(f"w{number}"))  # another tenant's are not counted
+        store_state.state.store_workflow(
+            definition(f"w{number}")
+        )  # another tenant's are not counted
     view.store_workflow(definition("v"))
-    for state, record in ((view, definition("w")), (store_state.state, definition("w", ir=1, tenant_id="acme"))):
+    for state, record in (
+        (view, definition("w")),
+        (store_state.state, definition("w", ir=1, tenant_id="acme")),
+    ):
         state.store_workflow(record)  # the second replaces the first
     for state in (view, store_state.state):
         with pytest.raises(LimitExceeded) as caught:
@@ -7081,13 +8155,17 @@ def test_max_workflows_counts_distinct_ids_and_versions(store_state: Store) -> N
     assert view.get_workflow("w", "2") is None
     acme.limits.max_workflows = 1
     store_state.state.update_tenant(acme)
-    assert view.store_workflow(definition("w", ir="again")) == view.get_workflow("w", "1")  # adds none
+    assert view.store_workflow(definition("w", ir="again")) == view.get_workflow(
+        "w", "1"
+    )  # adds none
     store_state.state.update_tenant(Tenant(id="acme"))
     view.store_workflow(definition("w", "2"))
 
 
 def test_max_concurrent_executions_counts_those_not_ended(store_state: Store) -> None:
-    store_state.state.create_tenant(Tenant(id="acme", limits=TenantLimits(max_concurrent_executions=3)))
+    store_state.state.create_tenant(
+        Tenant(id="acme", limits=TenantLimits(max_concurrent_executions=3))
+    )
     view = store_state.state.for_tenant("acme")
     store_state.events.append("logged", "acme", EVENT)  # known, but no record: not counted
     for status in ("pending", "running", "paused", "completed"):
@@ -7104,10 +8182,17 @@ def test_max_concurrent_executions_counts_those_not_ended(store_state: Store) ->
 
 
 def test_racing_creations_never_pass_the_limit(store_state: Store) -> None:
-    store_state.state.create_tenant(Tenant(id="acme", limits=TenantLimits(max_concurrent_executions=3)))
+    store_state.state.create_tenant(
+        Tenant(id="acme", limits=TenantLimits(max_concurrent_executions=3))
+    )
     view = store_state.state.for_tenant("acme")
-    outcomes = together_state([functools.partial(run_with, view, f"e{number}") for number in range(12)])
-    assert Counter(type(outcome).__name__ for outcome in outcomes) == {"WorkflowExecution": 3, "LimitExceeded": 9}
+    outcomes = together_state(
+        [functools.partial(run_with, view, f"e{number}") for number in range(12)]
+    )
+    assert Counter(type(outcome).__name__ for outcome in outcomes) == {
+        "WorkflowExecution": 3,
+        "LimitExceeded": 9,
+    }
     assert len(view.list_executions()) == 3
 
 
@@ -7116,12 +8201,29 @@ def test_racing_creations_never_pass_the_limit(store_state: Store) -> None:
 # ============================================================================================================
 
 
-def test_a_tenant_comes_back_as_it_was_stored_and_updated(store_state: Store, clock: StateClock) -> None:
-    limits = TenantLimits(max_concurrent_executions=0, max_workflows=1, max_tokens_per_month=2,
-                          max_cost_per_month_usd=2.5)
-    acme = store_state.state.create_tenant(Tenant(id="acme", name="Acme", policy={"models": []}, limits=limits))
-    assert acme == store_state.state.get_tenant("acme") == Tenant(
-        id="acme", name="Acme", policy={"models": []}, limits=limits, created_at=START, updated_at=START
+def test_a_tenant_comes_back_as_it_was_stored_and_updated(
+    store_state: Store, clock: StateClock
+) -> None:
+    limits = TenantLimits(
+        max_concurrent_executions=0,
+        max_workflows=1,
+        max_tokens_per_month=2,
+        max_cost_per_month_usd=2.5,
+    )
+    acme = store_state.state.create_tenant(
+        Tenant(id="acme", name="Acme", policy={"models": []}, limits=limits)
+    )
+    assert (
+        acme
+        == store_state.state.get_tenant("acme")
+        == Tenant(
+            id="acme",
+            name="Acme",
+            policy={"models": []},
+            limits=limits,
+            created_at=START,
+            updated_at=START,
+        )
     )
     clock.advance(1)
     changed = dataclasses.replace(
@@ -7156,8 +8258,13 @@ def test_a_token_is_validated_with_its_own_tenant(store_state: Store, clock: Sta
     view = store_state.state.for_tenant("acme")
     plain, token = view.create_token("ci", "developer", expires_at=START + timedelta(seconds=9))
     assert token == ApiToken(
-        id=token.id, name="ci", role="developer", created_at=START, expires_at=START + timedelta(seconds=9),
-        revoked_at=None, tenant_id="acme",
+        id=token.id,
+        name="ci",
+        role="developer",
+        created_at=START,
+        expires_at=START + timedelta(seconds=9),
+        revoked_at=None,
+        tenant_id="acme",
     )
     assert store_state.state.validate_token(plain) == view.validate_token(plain) == token
     assert store_state.state.create_token("x", "y")[1].tenant_id == "default"
@@ -7179,13 +8286,17 @@ def test_a_token_of_an_inactive_tenant_is_not_valid(store_state: Store, status: 
     assert store_state.state.validate_token(plain) == token
 
 
-def test_a_revoked_token_is_not_valid_and_stays_in_the_list(store_state: Store, clock: StateClock) -> None:
+def test_a_revoked_token_is_not_valid_and_stays_in_the_list(
+    store_state: Store, clock: StateClock
+) -> None:
     plain, token = store_state.state.create_token("n", "r")
     for _ in range(2):
         clock.advance(1)
         store_state.state.revoke_token(token.id)
     assert store_state.state.validate_token(plain) is None
-    assert store_state.state.list_tokens() == [dataclasses.replace(token, revoked_at=START + timedelta(seconds=1))]
+    assert store_state.state.list_tokens() == [
+        dataclasses.replace(token, revoked_at=START + timedelta(seconds=1))
+    ]
     with pytest.raises(NotFound) as caught:
         store_state.state.revoke_token(UNKNOWN)
     assert (caught.value.kind, caught.value.id) == ("token", UNKNOWN)
@@ -7203,7 +8314,9 @@ def test_the_plaintext_of_a_token_is_nowhere_in_the_files(tmp_path: Path) -> Non
     contents.append(on_disk())
     for content, plain in itertools.product(contents, plains):
         assert hashlib.sha256(plain.encode()).hexdigest().encode() in content
-        assert plain.encode() not in content and plain.removeprefix("fs_")[:16].encode() not in content
+        assert (
+            plain.encode() not in content and plain.removeprefix("fs_")[:16].encode() not in content
+        )
     assert len(set(plains)) == 20 and all(len(plain) >= 40 for plain in plains)
     with flowstore.open(tmp_path / "app.db", read_only=True) as store_state:
         assert store_state.state.validate_token(plains[0]) is not None  # validating writes nothing
@@ -7215,17 +8328,33 @@ def test_the_plaintext_of_a_token_is_nowhere_in_the_files(tmp_path: Path) -> Non
 
 
 def test_the_first_recorded_effect_stays(store_state: Store) -> None:
-    assert store_state.state.get_effect("k") is None and store_state.state.get_effect("k", "nothing") == "nothing"
+    assert (
+        store_state.state.get_effect("k") is None
+        and store_state.state.get_effect("k", "nothing") == "nothing"
+    )
     assert store_state.state.record_effect("k", {"paid": (1, 2)}) == {"paid": [1, 2]}
-    assert store_state.state.record_effect("k", "second") == store_state.state.get_effect("k", 0) == {"paid": [1, 2]}
-    assert store_state.state.record_effect("none", None) is store_state.state.get_effect("none", "default") is None
+    assert (
+        store_state.state.record_effect("k", "second")
+        == store_state.state.get_effect("k", 0)
+        == {"paid": [1, 2]}
+    )
+    assert (
+        store_state.state.record_effect("none", None)
+        is store_state.state.get_effect("none", "default")
+        is None
+    )
     key = uuid.uuid4()
     assert store_state.state.record_effect(key, 7) == store_state.state.get_effect(str(key)) == 7
 
 
 def test_racing_effects_have_one_winner_that_everyone_is_told(store_state: Store) -> None:
     with twice(store_state) as one:
-        outcomes = together_state([functools.partial(one(number).state.record_effect, "k", number) for number in range(16)])
+        outcomes = together_state(
+            [
+                functools.partial(one(number).state.record_effect, "k", number)
+                for number in range(16)
+            ]
+        )
     assert len(set(outcomes)) == 1 and store_state.state.get_effect("k") == outcomes[0]
 
 
@@ -7242,17 +8371,32 @@ def test_an_effect_of_an_unknown_execution_is_refused(store_state: Store) -> Non
 def test_an_artifact_is_found_by_the_hash_of_its_bytes(data: bytes) -> None:
     with flowstore.open(":memory:") as store_state:
         ref = store_state.state.put_artifact(data, "text/first")
-        assert ref == ArtifactRef(hash=hashlib.sha256(data).hexdigest(), size=len(data), media_type="text/first")
-        assert store_state.state.put_artifact(data, "text/second") == store_state.state.put_artifact(data) == ref
-        assert store_state.state.get_artifact(ref.hash) == data and store_state.state.get_artifact(ref.hash[1:]) is None
+        assert ref == ArtifactRef(
+            hash=hashlib.sha256(data).hexdigest(), size=len(data), media_type="text/first"
+        )
+        assert (
+            store_state.state.put_artifact(data, "text/second")
+            == store_state.state.put_artifact(data)
+            == ref
+        )
+        assert (
+            store_state.state.get_artifact(ref.hash) == data
+            and store_state.state.get_artifact(ref.hash[1:]) is None
+        )
         assert len(dump(store_state)["flowstore_artifacts"]) == 1
 
 
-def test_an_artifact_without_media_type_keeps_none_and_is_stored_once_per_tenant(store_state: Store) -> None:
+def test_an_artifact_without_media_type_keeps_none_and_is_stored_once_per_tenant(
+    store_state: Store,
+) -> None:
     store_state.state.create_tenant(Tenant(id="acme"))
     view = store_state.state.for_tenant("acme")
     data = bytes(range(256)) * 4096
-    assert store_state.state.put_artifact(data).media_type is store_state.state.put_artifact(data, "x").media_type is None
+    assert (
+        store_state.state.put_artifact(data).media_type
+        is store_state.state.put_artifact(data, "x").media_type
+        is None
+    )
     ref = view.put_artifact(data, "image/png")
     assert ref.media_type == "image/png" and view.get_artifact(ref.hash) == data
     assert len(dump(store_state)["flowstore_artifacts"]) == 2
@@ -7262,14 +8406,29 @@ def test_a_turn_settles_appends_and_keeps_snapshot_and_effect(store_state: Store
     item = claimed_item(store_state.state)
     store_state.state.append_event("e", EVENT)
     turn = store_state.state.commit_turn(
-        item.id, item.lease_fence, {"type": "turn"}, snapshot_state={"n": 1}, effect_key="k", effect=[2],
-        expected_sequence=1, event_id="id",
+        item.id,
+        item.lease_fence,
+        {"type": "turn"},
+        snapshot_state={"n": 1},
+        effect_key="k",
+        effect=[2],
+        expected_sequence=1,
+        event_id="id",
     )
     done, snapshot, events = (
-        store_state.state.get_work_item(item), store_state.state.latest_snapshot("e"), store_state.state.get_events("e")
+        store_state.state.get_work_item(item),
+        store_state.state.latest_snapshot("e"),
+        store_state.state.get_events("e"),
     )
-    assert turn == 2 and done is not None and (done.status, done.lease_expires_at) == ("completed", None)
-    assert [(event.event["type"], event.id) for event in events] == [("custom", None), ("turn", "id")]
+    assert (
+        turn == 2
+        and done is not None
+        and (done.status, done.lease_expires_at) == ("completed", None)
+    )
+    assert [(event.event["type"], event.id) for event in events] == [
+        ("custom", None),
+        ("turn", "id"),
+    ]
     assert snapshot is not None and (snapshot.at_sequence, snapshot.state) == (2, {"n": 1})
     assert store_state.state.get_effect("k") == [2]
 
@@ -7277,14 +8436,26 @@ def test_a_turn_settles_appends_and_keeps_snapshot_and_effect(store_state: Store
 def test_a_turn_may_fail_and_leaves_out_what_is_not_given(store_state: Store) -> None:
     item = claimed_item(store_state.state)
     store_state.state.record_effect("k", "first")
-    assert store_state.state.commit_turn(item, item.lease_fence, EVENT, failed=True, effect_key="k", effect="second") == 1
+    assert (
+        store_state.state.commit_turn(
+            item, item.lease_fence, EVENT, failed=True, effect_key="k", effect="second"
+        )
+        == 1
+    )
     failed = store_state.state.get_work_item(item)
     assert failed is not None and failed.status is WorkItemStatus.FAILED
-    assert store_state.state.latest_snapshot("e") is None and store_state.state.get_effect("k") == "first"
+    assert (
+        store_state.state.latest_snapshot("e") is None
+        and store_state.state.get_effect("k") == "first"
+    )
     following = claimed_item(store_state.state)
     store_state.state.commit_turn(following, None, EVENT, snapshot_state=None, effect_key="none")
     snapshot = store_state.state.latest_snapshot("e")
-    assert snapshot is not None and snapshot.state is None and store_state.state.get_effect("none", "default") is None
+    assert (
+        snapshot is not None
+        and snapshot.state is None
+        and store_state.state.get_effect("none", "default") is None
+    )
 
 
 def test_a_known_event_id_settles_all_the_same(store_state: Store) -> None:
@@ -7292,9 +8463,16 @@ def test_a_known_event_id_settles_all_the_same(store_state: Store) -> None:
     assert store_state.state.commit_turn(first, first.lease_fence, EVENT, event_id="x") == 1
     store_state.state.append_event("e", EVENT)
     second = claimed_item(store_state.state)
-    again = store_state.state.commit_turn(second, None, EVENT, event_id="x", expected_sequence=9, snapshot_state=5)
+    again = store_state.state.commit_turn(
+        second, None, EVENT, event_id="x", expected_sequence=9, snapshot_state=5
+    )
     done, snapshot = store_state.state.get_work_item(second), store_state.state.latest_snapshot("e")
-    assert again == 1 and done is not None and done.status == "completed" and store_state.state.latest_sequence("e") == 2
+    assert (
+        again == 1
+        and done is not None
+        and done.status == "completed"
+        and store_state.state.latest_sequence("e") == 2
+    )
     assert snapshot is not None and (snapshot.at_sequence, snapshot.state) == (1, 5)
 
 
@@ -7306,13 +8484,37 @@ def test_a_turn_that_is_refused_writes_nothing_at_all(store_state: Store) -> Non
     store_state.state.complete_work_item(settled)
     before = dump(store_state)
     refusals: list[tuple[type[FlowStoreError], Callable[[], Any]]] = [
-        (LeaseLost, lambda: store_state.state.commit_turn(item.id, item.lease_fence - 1, EVENT, **everything)),
-        (LeaseLost, lambda: store_state.state.commit_turn(item.id, item.lease_fence + 1, EVENT, **everything)),
-        (LeaseLost, lambda: store_state.state.commit_turn(settled, settled.lease_fence, EVENT, **everything)),
+        (
+            LeaseLost,
+            lambda: store_state.state.commit_turn(
+                item.id, item.lease_fence - 1, EVENT, **everything
+            ),
+        ),
+        (
+            LeaseLost,
+            lambda: store_state.state.commit_turn(
+                item.id, item.lease_fence + 1, EVENT, **everything
+            ),
+        ),
+        (
+            LeaseLost,
+            lambda: store_state.state.commit_turn(
+                settled, settled.lease_fence, EVENT, **everything
+            ),
+        ),
         (NotFound, lambda: store_state.state.commit_turn(UNKNOWN, 1, EVENT, **everything)),
-        (SequenceConflict, lambda: store_state.state.commit_turn(item, item.lease_fence, EVENT, expected_sequence=0,
-                                                           **everything)),
-        (InvalidData, lambda: store_state.state.commit_turn(item, item.lease_fence, EVENT, event_id="", **everything)),
+        (
+            SequenceConflict,
+            lambda: store_state.state.commit_turn(
+                item, item.lease_fence, EVENT, expected_sequence=0, **everything
+            ),
+        ),
+        (
+            InvalidData,
+            lambda: store_state.state.commit_turn(
+                item, item.lease_fence, EVENT, event_id="", **everything
+            ),
+        ),
     ]
     for error, call in refusals:
         with pytest.raises(error):
@@ -7324,34 +8526,56 @@ def test_of_racing_commits_of_one_item_exactly_one_wins(store_state: Store) -> N
     for round_ in range(5):
         item = claimed_item(store_state.state)
         with twice(store_state) as one:
-            outcomes = together_state([
-                functools.partial(one(n).state.commit_turn, item.id, item.lease_fence, {"type": f"turn-{n}"},
-                                  effect_key=f"k{round_}.{n}")
-                for n in range(8)
-            ])
+            outcomes = together_state(
+                [
+                    functools.partial(
+                        one(n).state.commit_turn,
+                        item.id,
+                        item.lease_fence,
+                        {"type": f"turn-{n}"},
+                        effect_key=f"k{round_}.{n}",
+                    )
+                    for n in range(8)
+                ]
+            )
         won = [n for n, outcome in enumerate(outcomes) if outcome == round_ + 1]
         assert len(won) == 1 and [type(o) for o in outcomes].count(LeaseLost) == 7
         assert store_state.state.get_events("e")[-1].event == {"type": f"turn-{won[0]}"}
-    assert store_state.state.latest_sequence("e") == len(dump(store_state)["flowstore_effects"]) == 5
+    assert (
+        store_state.state.latest_sequence("e") == len(dump(store_state)["flowstore_effects"]) == 5
+    )
 
 
 def test_a_turn_of_another_tenants_item_is_that_tenants(store_state: Store) -> None:
     store_state.state.create_tenant(Tenant(id="acme"))
     view = store_state.state.for_tenant("acme")
     item = claimed_item(view)
-    store_state.state.commit_turn(item, item.lease_fence, EVENT, snapshot_state=1, effect_key="k", effect="theirs")
+    store_state.state.commit_turn(
+        item, item.lease_fence, EVENT, snapshot_state=1, effect_key="k", effect="theirs"
+    )
     snapshot = view.latest_snapshot("e")
-    assert snapshot is not None and view.get_effect("k") == "theirs" and store_state.state.get_effect("k") is None
+    assert (
+        snapshot is not None
+        and view.get_effect("k") == "theirs"
+        and store_state.state.get_effect("k") is None
+    )
     assert [stored.tenant_id for stored in view.get_events("e")] == ["acme"]
 
 
-def test_a_requeued_dead_letter_is_a_new_pending_item(store_state: Store, clock: StateClock) -> None:
+def test_a_requeued_dead_letter_is_a_new_pending_item(
+    store_state: Store, clock: StateClock
+) -> None:
     item = claimed_item(store_state.state, max_attempts=1)
     dead = store_state.state.retry_work_item(item, "broken")
     clock.advance(5)
     again = store_state.state.requeue_dead_letter(dead.id)
     assert again == dataclasses.replace(
-        item, status=WorkItemStatus.PENDING, attempt=0, available_at=clock.now, worker_id=None, lease_expires_at=None,
+        item,
+        status=WorkItemStatus.PENDING,
+        attempt=0,
+        available_at=clock.now,
+        worker_id=None,
+        lease_expires_at=None,
         last_error="broken",
     )
     assert store_state.state.list_dead_letters() == []
@@ -7394,7 +8618,9 @@ def furnish(store_state: Store, letter: str) -> Things:
     view = store_state.state.for_tenant(tenant)
     view.store_workflow(definition(f"w{letter}", ir=letter))
     run_with(view, execution, current_state={"list": [letter]})
-    view.write_snapshot(Snapshot(execution_id=execution, at_sequence=0, state=letter, id=f"snapshot-{letter}"))
+    view.write_snapshot(
+        Snapshot(execution_id=execution, at_sequence=0, state=letter, id=f"snapshot-{letter}")
+    )
     view.record_effect(f"effect-{letter}", letter)
     ref = view.put_artifact(b"artifact of " + letter.encode(), f"text/{letter}")
     claimed_item(view, execution, id=f"dead-{letter}")
@@ -7403,9 +8629,13 @@ def furnish(store_state: Store, letter: str) -> Things:
     view.enqueue_work_item(WorkItem(id=f"claimed-{letter}", execution_id=execution, queue_type="q"))
     held = view.claim_work_item(f"worker-{letter}", ["q"], lease_seconds=1000)
     assert held is not None and held.id == f"claimed-{letter}"
-    view.enqueue_work_item(WorkItem(id=f"pending-{letter}", execution_id=execution, queue_type="q", payload=letter))
+    view.enqueue_work_item(
+        WorkItem(id=f"pending-{letter}", execution_id=execution, queue_type="q", payload=letter)
+    )
     plain, token = view.create_token(letter, "r")
-    if letter == "a":  # B has no events: their positions, which all tenants share, would differ between the worlds
+    if (
+        letter == "a"
+    ):  # B has no events: their positions, which all tenants share, would differ between the worlds
         view.append_event(execution, EVENT)
         view.append_event(execution, EVENT, event_id="known")
         store_state.events.append("la", tenant, EVENT)
@@ -7422,11 +8652,18 @@ def holding(view: StateBackend, a: Things) -> bool:
 
 # Every public method, with the arguments that name what is A's. Methods that make something make it under A's ids.
 CALLS: dict[str, list[Call]] = {
-    "append_event": [lambda v, a: v.append_event(a.execution, EVENT),
-                     lambda v, a: v.append_event(a.execution, EVENT, event_id="known")],
+    "append_event": [
+        lambda v, a: v.append_event(a.execution, EVENT),
+        lambda v, a: v.append_event(a.execution, EVENT, event_id="known"),
+    ],
     "claim_work_item": [lambda v, a: v.claim_work_item("w", ["q"])],
-    "commit_turn": [lambda v, a: v.commit_turn(a.claimed, None, EVENT, snapshot_state=1, effect_key="t")],
-    "complete_work_item": [lambda v, a: v.complete_work_item(a.pending), lambda v, a: v.complete_work_item(a.claimed)],
+    "commit_turn": [
+        lambda v, a: v.commit_turn(a.claimed, None, EVENT, snapshot_state=1, effect_key="t")
+    ],
+    "complete_work_item": [
+        lambda v, a: v.complete_work_item(a.pending),
+        lambda v, a: v.complete_work_item(a.claimed),
+    ],
     "create_execution": [lambda v, a: run_with(v, a.logged, tenant_id="tenant-a")],
     "create_tenant": [lambda v, a: v.create_tenant(Tenant(id="new"))],
     "create_token": [lambda v, a: v.create_token("n", "r")[1]],
@@ -7435,7 +8672,10 @@ CALLS: dict[str, list[Call]] = {
             WorkItem(id="new", execution_id=a.execution, queue_type="q", tenant_id="tenant-a")
         )
     ],
-    "fail_work_item": [lambda v, a: v.fail_work_item(a.pending, "e"), lambda v, a: v.fail_work_item(a.claimed, "e")],
+    "fail_work_item": [
+        lambda v, a: v.fail_work_item(a.pending, "e"),
+        lambda v, a: v.fail_work_item(a.claimed, "e"),
+    ],
     "for_tenant": [lambda v, a: v.for_tenant("tenant-a")],
     "get_artifact": [lambda v, a: v.get_artifact(a.artifact)],
     "get_effect": [lambda v, a: v.get_effect("effect-a", "nothing")],
@@ -7449,39 +8689,72 @@ CALLS: dict[str, list[Call]] = {
     "latest_sequence": [lambda v, a: v.latest_sequence(a.execution)],
     "latest_snapshot": [lambda v, a: v.latest_snapshot(a.execution)],
     "list_dead_letters": [lambda v, a: v.list_dead_letters()],
-    "list_executions": [lambda v, a: v.list_executions(), lambda v, a: v.list_executions("pending")],
+    "list_executions": [
+        lambda v, a: v.list_executions(),
+        lambda v, a: v.list_executions("pending"),
+    ],
     "list_tenants": [lambda v, a: v.list_tenants()],
     "list_tokens": [lambda v, a: v.list_tokens()],
     "list_work_items": [
-        lambda v, a: v.list_work_items(), lambda v, a: v.list_work_items(execution_id=a.execution),
-        lambda v, a: v.list_work_items(queue_type="q"), lambda v, a: v.list_work_items(status="pending"),
+        lambda v, a: v.list_work_items(),
+        lambda v, a: v.list_work_items(execution_id=a.execution),
+        lambda v, a: v.list_work_items(queue_type="q"),
+        lambda v, a: v.list_work_items(status="pending"),
         lambda v, a: v.list_work_items(status="claimed", queue_type="q"),
     ],
     "move_to_dead_letter": [lambda v, a: v.move_to_dead_letter(a.pending, "e")],
     "patch_append_array": [lambda v, a: v.patch_append_array(a.execution, "list", 1)],
     "prune_snapshots": [lambda v, a: v.prune_snapshots(a.execution, 0)],
-    "put_artifact": [lambda v, a: v.put_artifact(b"artifact of a", "text/new"), lambda v, a: v.put_artifact(b"new")],
+    "put_artifact": [
+        lambda v, a: v.put_artifact(b"artifact of a", "text/new"),
+        lambda v, a: v.put_artifact(b"new"),
+    ],
     "reclaim_expired_leases": [lambda v, a: v.reclaim_expired_leases()],
-    "record_effect": [lambda v, a: v.record_effect("effect-a", "mine"), lambda v, a: v.record_effect("new", "mine"),
-                      lambda v, a: v.record_effect("new", "mine", execution_id=a.execution)],
-    "renew_lease": [lambda v, a: v.renew_lease(a.claimed, lease_seconds=9),
-                    lambda v, a: v.renew_lease(a.claimed.id, "worker-a", lease_seconds=9)],
-    "replay": [lambda v, a: v.replay(a.execution, lambda state, event: [state, event.sequence], "none")],
+    "record_effect": [
+        lambda v, a: v.record_effect("effect-a", "mine"),
+        lambda v, a: v.record_effect("new", "mine"),
+        lambda v, a: v.record_effect("new", "mine", execution_id=a.execution),
+    ],
+    "renew_lease": [
+        lambda v, a: v.renew_lease(a.claimed, lease_seconds=9),
+        lambda v, a: v.renew_lease(a.claimed.id, "worker-a", lease_seconds=9),
+    ],
+    "replay": [
+        lambda v, a: v.replay(a.execution, lambda state, event: [state, event.sequence], "none")
+    ],
     "requeue_dead_letter": [lambda v, a: v.requeue_dead_letter(a.dead)],
     "retry_work_item": [lambda v, a: v.retry_work_item(a.claimed, "e")],
     "revoke_token": [lambda v, a: v.revoke_token(a.token_id)],
-    "store_workflow": [lambda v, a: v.store_workflow(definition("wa", ir="new", tenant_id="tenant-a"))],
+    "store_workflow": [
+        lambda v, a: v.store_workflow(definition("wa", ir="new", tenant_id="tenant-a"))
+    ],
     "timeline": [lambda v, a: str(v.timeline(a.execution))],
-    "update_execution_current_state": [lambda v, a: v.update_execution_current_state(a.execution, "new")],
+    "update_execution_current_state": [
+        lambda v, a: v.update_execution_current_state(a.execution, "new")
+    ],
     "update_execution_status": [lambda v, a: v.update_execution_status(a.execution, "running")],
     "update_tenant": [lambda v, a: v.update_tenant(Tenant(id="tenant-a"))],
     "validate_token": [lambda v, a: v.validate_token(a.token)],
-    "write_snapshot": [lambda v, a: v.write_snapshot(Snapshot(execution_id=a.execution, at_sequence=0, state="new")),
-                       lambda v, a: v.write_snapshot(Snapshot(execution_id=a.execution, at_sequence=3, state="new"))],
+    "write_snapshot": [
+        lambda v, a: v.write_snapshot(
+            Snapshot(execution_id=a.execution, at_sequence=0, state="new")
+        ),
+        lambda v, a: v.write_snapshot(
+            Snapshot(execution_id=a.execution, at_sequence=3, state="new")
+        ),
+    ],
 }
-METHODS = [name for name in dir(StateBackend) if not name.startswith("_") and callable(getattr(StateBackend, name))]
+METHODS = [
+    name
+    for name in dir(StateBackend)
+    if not name.startswith("_") and callable(getattr(StateBackend, name))
+]
 FOR_THE_ADMINISTRATOR = {"create_tenant", "update_tenant", "for_tenant"}
-READS_STATE = {name for name in METHODS if name.startswith(("get_", "list_", "latest_"))} | {"replay", "timeline", "validate_token"}
+READS_STATE = {name for name in METHODS if name.startswith(("get_", "list_", "latest_"))} | {
+    "replay",
+    "timeline",
+    "validate_token",
+}
 
 
 def plain(value: Any) -> Any:
@@ -7490,7 +8763,9 @@ def plain(value: Any) -> Any:
         return type(value).__name__, {name: plain(member) for name, member in vars(value).items()}
     if isinstance(value, (list, tuple)):
         return [plain(member) for member in value]
-    return "random" if re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{64}", str(value)) else value
+    return (
+        "random" if re.fullmatch(r"[0-9a-f]{8}-[0-9a-f-]{27}|[0-9a-f]{64}", str(value)) else value
+    )
 
 
 def outcome(call: Call, view: StateBackend, things: Things) -> tuple[str, Any]:
@@ -7545,16 +8820,31 @@ def test_every_call_through_a_view_asks_for_the_tenants_standing(
         things = furnish(store_state, "a")
         clock.advance(20)
         view = store_state.state.for_tenant("tenant-a")
-        active = outcome(call, view, things) if name in READS_STATE else ("TenantInactive", ("tenant-a",))
+        active = (
+            outcome(call, view, things)
+            if name in READS_STATE
+            else ("TenantInactive", ("tenant-a",))
+        )
         for status in ("suspended", "archived"):
-            store_state.state.update_tenant(Tenant(id="tenant-a", limits=LIMITS, status=TenantStatus(status)))
+            store_state.state.update_tenant(
+                Tenant(id="tenant-a", limits=LIMITS, status=TenantStatus(status))
+            )
             before = dump(store_state)
-            if name not in ("get_tenant", "list_tenants", "validate_token"):  # what is about the standing itself
+            if name not in (
+                "get_tenant",
+                "list_tenants",
+                "validate_token",
+            ):  # what is about the standing itself
                 assert outcome(call, view, things) == active
             else:
-                assert outcome(call, view, things)[0] == "" and outcome(call, view, things) != active
+                assert (
+                    outcome(call, view, things)[0] == "" and outcome(call, view, things) != active
+                )
             assert dump(store_state) == before
-        assert outcome(call, store_state.state.for_tenant("nobody"), things) == ("NotFound", ("tenant", "nobody"))
+        assert outcome(call, store_state.state.for_tenant("nobody"), things) == (
+            "NotFound",
+            ("tenant", "nobody"),
+        )
 
 
 def test_limits_of_a_misspelt_name_are_not_kept(store_state: Store) -> None:
@@ -7566,12 +8856,16 @@ def test_limits_of_a_misspelt_name_are_not_kept(store_state: Store) -> None:
     assert stored.limits == TenantLimits(max_workflows=3)
 
 
-def test_a_view_of_an_unregistered_tenant_begins_to_work_when_it_is_registered(store_state: Store) -> None:
+def test_a_view_of_an_unregistered_tenant_begins_to_work_when_it_is_registered(
+    store_state: Store,
+) -> None:
     view = store_state.state.for_tenant(key := uuid.uuid4())
     with pytest.raises(NotFound):
         view.claim_work_item("w", [])
     store_state.state.create_tenant(Tenant(id=str(key)))
-    assert view.claim_work_item("w", []) is None and view.list_tenants() == [store_state.state.get_tenant(key)]
+    assert view.claim_work_item("w", []) is None and view.list_tenants() == [
+        store_state.state.get_tenant(key)
+    ]
 
 
 class Rounds(threading.Event):
@@ -7655,7 +8949,10 @@ def test_a_view_writes_as_its_tenant_and_the_store_as_the_record_says(store_stat
     store_state.state.append_event("e2", EVENT)  # the administrator is not refused
     item = store_state.state.get_work_item("i")
     assert item is not None and item.tenant_id == "acme"
-    assert {execution.tenant_id for execution in store_state.state.list_executions()} == {"acme", "other"}
+    assert {execution.tenant_id for execution in store_state.state.list_executions()} == {
+        "acme",
+        "other",
+    }
     assert [execution.execution_id for execution in view.list_executions()] == ["e1"]
 
 
@@ -7691,24 +8988,37 @@ def test_lists_page_in_one_order_when_all_times_are_equal(store_state: Store, si
         state.enqueue_work_item(WorkItem(id=f"i{number}", execution_id="e", queue_type="p"))
     lists: dict[str, Callable[[int, int], list[Any]]] = {
         "newest f": lambda limit, offset: ids(flows.list_by_owner("o", limit=limit, offset=offset)),
-        "oldest f": lambda limit, offset: ids(flows.list_by_status("created", limit=limit, offset=offset)),
-        "oldest i": lambda limit, offset: ids(state.list_work_items(queue_type="p", limit=limit, offset=offset)),
+        "oldest f": lambda limit, offset: ids(
+            flows.list_by_status("created", limit=limit, offset=offset)
+        ),
+        "oldest i": lambda limit, offset: ids(
+            state.list_work_items(queue_type="p", limit=limit, offset=offset)
+        ),
         "newest d": lambda limit, offset: ids(state.list_dead_letters(limit, offset)),
-        "newest x": lambda limit, offset: [run.execution_id for run in state.list_executions("running", limit, offset)],
+        "newest x": lambda limit, offset: [
+            run.execution_id for run in state.list_executions("running", limit, offset)
+        ],
     }
     for order, read in lists.items():
         expected = [f"{order[-1]}{number}" for number in range(len(NUMBERS))]
-        assert paged(read, size) == (expected[::-1] if order.startswith("newest") else expected), order
+        assert paged(read, size) == (expected[::-1] if order.startswith("newest") else expected), (
+            order
+        )
 
 
 def test_unpaged_lists_have_one_order_when_all_times_are_equal(store_state: Store) -> None:
     flow = flow_with(store_state)
     for number in NUMBERS:
-        store_state.flows.insert_step(FlowStep(id=f"s{number}", flow_id=flow.id, run_id=f"r{number}"))
+        store_state.flows.insert_step(
+            FlowStep(id=f"s{number}", flow_id=flow.id, run_id=f"r{number}")
+        )
         store_state.state.create_tenant(Tenant(id=f"t{number}"))
     tokens = [store_state.state.create_token("n", "r")[1].id for _ in range(9)]
     assert ids(store_state.flows.list_steps(flow.id)) == [f"s{number}" for number in range(9)]
-    assert ids(store_state.state.list_tenants()) == ["default", *(f"t{number}" for number in range(9))]
+    assert ids(store_state.state.list_tenants()) == [
+        "default",
+        *(f"t{number}" for number in range(9)),
+    ]
     assert ids(store_state.state.list_tokens()) == sorted(tokens, reverse=True)
 
 
@@ -7721,20 +9031,39 @@ MORE_CALLS: list[Callable[[Store], Any]] = [
     lambda s: s.flows.update_and_append(Flow(id="f", status=FlowStatus.FAILED), "k", {}),
     lambda s: s.flows.update_with_revision(Flow(id="f")),
     lambda s: (s.flows.get("f"), s.flows.get_step("s"), s.flows.find_step_by_run_id("f", "r")),
-    lambda s: (s.flows.list_by_owner("o"), s.flows.list_by_status("failed"), s.flows.list_events("f")),
+    lambda s: (
+        s.flows.list_by_owner("o"),
+        s.flows.list_by_status("failed"),
+        s.flows.list_events("f"),
+    ),
     lambda s: (s.flows.list_steps("f"), s.flows.prune_terminal_flows(0)),
     lambda s: (s.prune(START, dry_run=True), s.prune(START + timedelta(days=1))),
-    lambda s: (s.events.append("log", "tenant-a", EVENT, event_id="id"), s.events.append("log", "tenant-z", EVENT)),
-    lambda s: (s.events.append_batch("log", "tenant-a", [EVENT]), s.events.load_events_after("log", 1)),
-    lambda s: (s.events.list_executions(), s.events.execution_exists("log"), s.events.count_events("log")),
+    lambda s: (
+        s.events.append("log", "tenant-a", EVENT, event_id="id"),
+        s.events.append("log", "tenant-z", EVENT),
+    ),
+    lambda s: (
+        s.events.append_batch("log", "tenant-a", [EVENT]),
+        s.events.load_events_after("log", 1),
+    ),
+    lambda s: (
+        s.events.list_executions(),
+        s.events.execution_exists("log"),
+        s.events.count_events("log"),
+    ),
     lambda s: (s.events.read_all(), s.events.read_all(tenant_id="tenant-a")),
-    lambda s: (list(s.events.tail(timeout=0)), list(s.events.tail(0, timeout=0, execution_id="log"))),
+    lambda s: (
+        list(s.events.tail(timeout=0)),
+        list(s.events.tail(0, timeout=0, execution_id="log")),
+    ),
     lambda s: list(s.events.tail(0, timeout=0, execution_id="log", tenant_id="tenant-a")),
     lambda s: s.state.for_tenant("tenant-a").claim_work_item("w", ["none", "other"], wait=0.001),
     lambda s: s.state.claim_work_item("w", ["none", "other"], wait=0.001),
     lambda s: s.state.claim_work_item("w", ["none"], wait=0.001),
     lambda s: s.state.create_tenant(Tenant(id="tenant-a")),
-    lambda s: s.state.write_snapshot(Snapshot(execution_id="ea", at_sequence=9, state=0, id="snapshot-a")),
+    lambda s: s.state.write_snapshot(
+        Snapshot(execution_id="ea", at_sequence=9, state=0, id="snapshot-a")
+    ),
 ]
 
 # The plans that go through all of something, and why that is meant. (stats() and check() are not asked here: they do
@@ -7758,14 +9087,19 @@ def schema(store_state: Store) -> sqlite3.Connection:
     """An empty database with the store's tables."""
     db = sqlite3.connect(":memory:")
     with store_state.transaction() as tx:
-        for name, sql in tx.execute("SELECT name, sql FROM sqlite_master WHERE sql > '' ORDER BY rowid"):
+        for name, sql in tx.execute(
+            "SELECT name, sql FROM sqlite_master WHERE sql > '' ORDER BY rowid"
+        ):
             if not name.startswith("sqlite_"):
                 db.execute(sql)
     return db
 
 
 def plan(db: sqlite3.Connection, statement: str) -> list[str]:
-    return [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {statement}", [None] * statement.count("?"))]
+    return [
+        row[3]
+        for row in db.execute(f"EXPLAIN QUERY PLAN {statement}", [None] * statement.count("?"))
+    ]
 
 
 # What the workflow facet says is seen through by a test of its own.
@@ -7776,7 +9110,10 @@ PROVIDER_TABLES = re.compile(
 
 @pytest.mark.sqlite
 def test_no_statement_scans_a_table_or_sorts(
-    watched: type[Watched], make_store_state: Callable[[], Store], clock: StateClock, schema: sqlite3.Connection
+    watched: type[Watched],
+    make_store_state: Callable[[], Store],
+    clock: StateClock,
+    schema: sqlite3.Connection,
 ) -> None:
     for call in itertools.chain.from_iterable(CALLS.values()):
         clock.now = START
@@ -7788,21 +9125,40 @@ def test_no_statement_scans_a_table_or_sorts(
     for more in MORE_CALLS:
         with contextlib.suppress(FlowStoreError):
             more(store_state)
-    issued = {sql for sql in watched.statements if STATEMENT.match(sql) and "sqlite_master" not in sql}
-    steps = {step + " for a tenant" * ("tenant_id = ?" in sql) for sql in issued for step in plan(schema, sql)
-             if "B-TREE" not in step or "FROM (VALUES" not in sql}  # the first items of the queues that a claim names
-    assert {step for step in steps if re.match(r"SCAN (?!.*CONSTANT ROW)", step) or "B-TREE" in step} == set(MEANT)
+    issued = {
+        sql for sql in watched.statements if STATEMENT.match(sql) and "sqlite_master" not in sql
+    }
+    steps = {
+        step + " for a tenant" * ("tenant_id = ?" in sql)
+        for sql in issued
+        for step in plan(schema, sql)
+        if "B-TREE" not in step or "FROM (VALUES" not in sql
+    }  # the first items of the queues that a claim names
+    assert {
+        step for step in steps if re.match(r"SCAN (?!.*CONSTANT ROW)", step) or "B-TREE" in step
+    } == set(MEANT)
     for name, value in vars(flowstore).items():  # none of the named statements was left out
         both = {value.all, value.one} if isinstance(value, flowstore._Sql) else set()
         texts = {value} if isinstance(value, str) else both
-        if any(STATEMENT.match(text) and not re.search("pg_", text) and not PROVIDER_TABLES.search(text) for text in texts):
+        if any(
+            STATEMENT.match(text)
+            and not re.search("pg_", text)
+            and not PROVIDER_TABLES.search(text)
+            for text in texts
+        ):
             assert texts & issued, f"{name} is not covered"
 
 
 @pytest.mark.sqlite
 def test_every_cascade_has_an_index(schema: sqlite3.Connection) -> None:
-    tables = [name for (name,) in schema.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
-    keys = {(table, row[3]) for table in tables for row in schema.execute(f"PRAGMA foreign_key_list({table})")}
+    tables = [
+        name for (name,) in schema.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    ]
+    keys = {
+        (table, row[3])
+        for table in tables
+        for row in schema.execute(f"PRAGMA foreign_key_list({table})")
+    }
     assert {("flow_steps", "flow_id"), ("flow_events", "flow_id")} <= keys
     for table, column in keys:
         (step,) = plan(schema, f"SELECT 1 FROM {table} WHERE {column} = ?")
@@ -7810,15 +9166,25 @@ def test_every_cascade_has_an_index(schema: sqlite3.Connection) -> None:
 
 
 @pytest.mark.sqlite
-def test_a_view_finds_the_items_of_an_execution_by_the_execution(schema: sqlite3.Connection) -> None:
-    (step,) = plan(schema, flowstore._select(flowstore._ITEM, "ORDER BY available_at, id LIMIT 100", "execution_id").one)
+def test_a_view_finds_the_items_of_an_execution_by_the_execution(
+    schema: sqlite3.Connection,
+) -> None:
+    (step,) = plan(
+        schema,
+        flowstore._select(
+            flowstore._ITEM, "ORDER BY available_at, id LIMIT 100", "execution_id"
+        ).one,
+    )
     assert "(execution_id=?)" in step
 
 
 @pytest.mark.parametrize("queues", [["q"], ["q", "r", "s"]])
 @pytest.mark.sqlite
 def test_a_claim_takes_as_many_steps_however_much_other_tenants_have(
-    watched: type[Watched], make_store_state: Callable[[], Store], clock: StateClock, queues: list[str]
+    watched: type[Watched],
+    make_store_state: Callable[[], Store],
+    clock: StateClock,
+    queues: list[str],
 ) -> None:
     watched.counting = True
     steps, later = {}, clock.now + timedelta(1)
@@ -7831,9 +9197,13 @@ def test_a_claim_takes_as_many_steps_however_much_other_tenants_have(
         run_with(mine, "mine")
         with store_state.transaction():
             for number, queue in itertools.product(range(size), queues):
-                other.enqueue_work_item(WorkItem(execution_id="theirs", queue_type=queue, available_at=later))
+                other.enqueue_work_item(
+                    WorkItem(execution_id="theirs", queue_type=queue, available_at=later)
+                )
                 other.enqueue_work_item(WorkItem(execution_id="theirs", queue_type=queue))
-                mine.enqueue_work_item(WorkItem(execution_id="mine", queue_type="s", available_at=later))
+                mine.enqueue_work_item(
+                    WorkItem(execution_id="mine", queue_type="s", available_at=later)
+                )
                 if number % 5 == 0:
                     other.claim_work_item("w", [queue], lease_seconds=0)
             for name in ("mine-0", "mine-1"):
@@ -7873,7 +9243,10 @@ def in_loop(request: pytest.FixtureRequest, tmp_path: Path) -> Loop:
 def in_file_loop(tmp_path: Path) -> Callable[..., Any]:
     def run(body: Callable[[AsyncStore], Coroutine[Any, Any, Any]], **options: Any) -> Any:
         async def with_store() -> Any:
-            async with asyncio.timeout(60), flowstore.open_async(tmp_path / "async.db", **options) as store:
+            async with (
+                asyncio.timeout(60),
+                flowstore.open_async(tmp_path / "async.db", **options) as store,
+            ):
                 return await body(store)
 
         return asyncio.run(with_store())
@@ -7892,21 +9265,37 @@ async def texts(store: AsyncStore, run: str) -> list[str]:
     return [stored.event["text"] for stored in log]
 
 
-FACETS = {"flows": FlowStore, "events": EventStore, "state": StateBackend, "workflows": PersistenceProvider}
+FACETS = {
+    "flows": FlowStore,
+    "events": EventStore,
+    "state": StateBackend,
+    "workflows": PersistenceProvider,
+}
 NOT_AWAITED = {"for_tenant", "supports_scheduled_commands", "hold", "tail", "iter_events"}
 
 
 @pytest.mark.parametrize(
     ("facet", "name"),
-    [(facet, name) for facet, kind in FACETS.items() for name in dir(kind) if not name.startswith("_")],
+    [
+        (facet, name)
+        for facet, kind in FACETS.items()
+        for name in dir(kind)
+        if not name.startswith("_")
+    ],
 )
-def test_an_async_facet_has_the_methods_of_the_sync_one_awaited(in_file_loop: Any, facet: str, name: str) -> None:
+def test_an_async_facet_has_the_methods_of_the_sync_one_awaited(
+    in_file_loop: Any, facet: str, name: str
+) -> None:
     async def body(store: AsyncStore) -> None:
         method, sync = getattr(getattr(store, facet), name), getattr(getattr(other, facet), name)
-        assert list(inspect.signature(method).parameters) == list(inspect.signature(sync).parameters)
+        assert list(inspect.signature(method).parameters) == list(
+            inspect.signature(sync).parameters
+        )
         assert inspect.getdoc(method)
         if name not in NOT_AWAITED:
-            needed = [p for p in inspect.signature(sync).parameters.values() if p.default is p.empty]
+            needed = [
+                p for p in inspect.signature(sync).parameters.values() if p.default is p.empty
+            ]
             call = method(*("x" for _ in needed))
             assert inspect.iscoroutine(call)  # what create_task takes
             with contextlib.suppress(FlowStoreError):
@@ -7925,7 +9314,11 @@ def test_async_and_sync_stores_share_a_file(tmp_path: Path) -> None:
                 sync.flows.update_with_revision(flow)
             with pytest.raises(RevisionMismatch):
                 await store.flows.update_with_revision(flow)
-            assert store.target == str(tmp_path / "s.db") and store.read_only is False and store.now().tzinfo
+            assert (
+                store.target == str(tmp_path / "s.db")
+                and store.read_only is False
+                and store.now().tzinfo
+            )
 
     asyncio.run(body())
 
@@ -7940,8 +9333,13 @@ def test_an_async_store_can_be_awaited_and_closed(tmp_path: Path) -> None:
         await store.close()
         with pytest.raises(StoreClosed):
             await waiter
-        for call in (store.events.append("run", "default", note("b")), store.events.load_events("run"),
-                     store.check(), store.compact(), store.stats()):
+        for call in (
+            store.events.append("run", "default", note("b")),
+            store.events.load_events("run"),
+            store.check(),
+            store.compact(),
+            store.stats(),
+        ):
             with pytest.raises(StoreClosed):
                 await call
         with pytest.raises(StoreClosed):
@@ -7981,7 +9379,9 @@ def test_concurrent_awaits_are_committed_together(in_file_loop: Any) -> None:
     async def body(store: AsyncStore) -> None:
         engine = cast(Any, store)._engine
         before = engine.commits
-        await asyncio.gather(*(store.events.append(f"run{n % 5}", "default", note(str(n))) for n in range(1000)))
+        await asyncio.gather(
+            *(store.events.append(f"run{n % 5}", "default", note(str(n))) for n in range(1000))
+        )
         assert engine.commits - before <= 10
         for run in range(5):
             assert sorted(map(int, await texts(store, f"run{run}"))) == list(range(run, 1000, 5))
@@ -7995,7 +9395,9 @@ def test_an_operation_that_fails_in_a_batch_fails_alone(in_loop: Loop) -> None:
         calls = [store.flows.insert(Flow(id=flow.id if n % 3 == 0 else f"f{n}")) for n in range(30)]
         stale = [store.flows.update_and_append(flow, "k", {}) for _ in range(5)]
         results = await asyncio.gather(*calls, *stale, return_exceptions=True)
-        assert [isinstance(result, AlreadyExists) for result in results[:30]] == [n % 3 == 0 for n in range(30)]
+        assert [isinstance(result, AlreadyExists) for result in results[:30]] == [
+            n % 3 == 0 for n in range(30)
+        ]
         assert [type(result) for result in results[30:]].count(RevisionMismatch) == 4
         assert len(await store.flows.list_events(flow.id)) == 1
 
@@ -8129,16 +9531,25 @@ def test_transactions_of_tasks_take_turns_with_batches(in_loop: Loop) -> None:
     in_loop(body)
 
 
-def test_inside_ones_own_async_transaction_these_calls_are_refused(in_loop: Loop, tmp_path: Path) -> None:
+def test_inside_ones_own_async_transaction_these_calls_are_refused(
+    in_loop: Loop, tmp_path: Path
+) -> None:
     async def body(store: AsyncStore) -> None:
         async with store.transaction():
-            for call in (store.close(), store.backup(tmp_path / "b.db"), store.check(), store.compact(),
-                         store.workflows.process_commands(None, print)):
+            for call in (
+                store.close(),
+                store.backup(tmp_path / "b.db"),
+                store.check(),
+                store.compact(),
+                store.workflows.process_commands(None, print),
+            ):
                 with pytest.raises(StorageError):
                     await call
             with pytest.raises(StorageError):
                 store.events.tail()
-            assert await store.state.claim_work_item("w", ["q"], wait=60) is None  # does not wait here
+            assert (
+                await store.state.claim_work_item("w", ["q"], wait=60) is None
+            )  # does not wait here
 
     in_loop(body)
 
@@ -8166,7 +9577,9 @@ def test_closing_rolls_an_open_async_transaction_back(tmp_path: Path) -> None:
         assert store.events.load_events("run") == []
 
 
-def test_a_sync_call_from_another_task_of_the_same_thread_is_refused_at_once(file_store: Store) -> None:
+def test_a_sync_call_from_another_task_of_the_same_thread_is_refused_at_once(
+    file_store: Store,
+) -> None:
     async def body() -> None:
         opened, done = asyncio.Event(), asyncio.Event()
 
@@ -8191,7 +9604,9 @@ def test_a_sync_call_from_another_task_of_the_same_thread_is_refused_at_once(fil
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_cancelled_awaits_are_done_or_not_and_the_store_stays_usable(in_file_loop: Any, seed: int) -> None:
+def test_cancelled_awaits_are_done_or_not_and_the_store_stays_usable(
+    in_file_loop: Any, seed: int
+) -> None:
     calls, chance = 3400, random.Random(seed)
 
     async def body(store: AsyncStore) -> None:
@@ -8219,7 +9634,9 @@ def test_cancelled_awaits_are_done_or_not_and_the_store_stays_usable(in_file_loo
         assert found[::2] == found[1::2]  # both rows or none
         assert len(set(found)) * 2 == len(found)
         assert returned <= set(found) and set(found) - returned <= cancelled
-        assert cancelled - set(found) and len(returned) > calls / 4  # some were struck, most were not
+        assert (
+            cancelled - set(found) and len(returned) > calls / 4
+        )  # some were struck, most were not
         await asyncio.wait_for(store.events.append("run", "default", note("still usable")), 30)
 
     in_file_loop(body, synchronous="OFF")
@@ -8258,7 +9675,9 @@ def test_a_loop_that_ends_in_the_middle_leaves_all_or_nothing(tmp_path: Path) ->
         assert store.check() == []
 
 
-def test_a_program_whose_tasks_are_all_cancelled_still_writes_what_it_cleans_up(in_file_loop: Any) -> None:
+def test_a_program_whose_tasks_are_all_cancelled_still_writes_what_it_cleans_up(
+    in_file_loop: Any,
+) -> None:
     async def body(store: AsyncStore) -> None:
         async def work() -> None:
             try:
@@ -8299,7 +9718,10 @@ def test_closing_wakes_those_who_wait_for_another_tasks_transaction(in_loop: Loo
 
         holder = asyncio.create_task(hold())
         await opened.wait()
-        waiting = [asyncio.create_task(store.events.append("run", "default", note("a"))), asyncio.create_task(begin())]
+        waiting = [
+            asyncio.create_task(store.events.append("run", "default", note("a"))),
+            asyncio.create_task(begin()),
+        ]
         await asyncio.sleep(0.01)
         await asyncio.gather(store.close(), store.close())
         results = await asyncio.gather(*waiting, return_exceptions=True)
@@ -8366,7 +9788,9 @@ def test_tasks_with_blocks_nested_in_the_same_one_take_turns(in_loop: Loop) -> N
                 await asyncio.sleep(0.005)
                 async with store.transaction():
                     await store.events.append(name, "default", note("b"))
-                assert await tx.execute("SELECT COUNT(*) FROM flowstore_log WHERE execution_id = ?", (name,)) == [(2,)]
+                assert await tx.execute(
+                    "SELECT COUNT(*) FROM flowstore_log WHERE execution_id = ?", (name,)
+                ) == [(2,)]
                 if fails:
                     raise Stop
 
@@ -8377,7 +9801,10 @@ def test_tasks_with_blocks_nested_in_the_same_one_take_turns(in_loop: Loop) -> N
                 await asyncio.sleep(0.002)
 
         async with store.transaction() as tx:
-            calls = [*(nested(f"nested-{number}", number % 2 == 1) for number in range(6)), *map(plain, range(3))]
+            calls = [
+                *(nested(f"nested-{number}", number % 2 == 1) for number in range(6)),
+                *map(plain, range(3)),
+            ]
             outcomes = await asyncio.gather(*calls, return_exceptions=True)
             assert await tx.execute("SELECT COUNT(*) FROM flowstore_log") == [(15,)]
         assert [type(outcome) for outcome in outcomes[:6]] == [type(None), Stop] * 3
@@ -8395,7 +9822,9 @@ def test_who_waits_in_a_block_for_what_waits_for_him_is_told(in_loop: Any) -> No
             async with store.transaction():
                 outside = contextvars.copy_context()
                 async with store.transaction():
-                    await asyncio.create_task(store.events.append("run", "default", EVENT), context=outside)
+                    await asyncio.create_task(
+                        store.events.append("run", "default", EVENT), context=outside
+                    )
         assert await texts(store, "run") == []
 
     in_loop(body, busy_timeout=1)
@@ -8413,7 +9842,9 @@ def test_a_nested_block_cancelled_as_it_begins_spares_the_outer_one(in_loop: Loo
     in_loop(body)
 
 
-def test_without_patience_a_transaction_waits_for_the_stores_own_commits_all_the_same(in_file_loop: Any) -> None:
+def test_without_patience_a_transaction_waits_for_the_stores_own_commits_all_the_same(
+    in_file_loop: Any,
+) -> None:
     async def body(store: AsyncStore) -> None:
         for _ in range(20):
             append = asyncio.create_task(store.events.append("run", "default", note("a")))
@@ -8442,14 +9873,22 @@ def test_ids_keys_and_references_are_what_they_are_called(store: Store) -> None:
             host.create_event_subscription(subscription(external_worker_id=worker))
     for name in ("event_name", "event_key"):
         with pytest.raises(InvalidData, match=rf"execution_pointers\[0\].{name}"):
-            host.create_new_workflow(instance(execution_pointers=pointers("a", **{name: "k" * 256})))
+            host.create_new_workflow(
+                instance(execution_pointers=pointers("a", **{name: "k" * 256}))
+            )
     for reference in ("", "r" * 300, key):
-        made = instance(root_workflow_id=reference, execution_pointers=pointers("a", predecessor_id=reference))
+        made = instance(
+            root_workflow_id=reference, execution_pointers=pointers("a", predecessor_id=reference)
+        )
         stored = host.get_workflow_instance(host.create_new_workflow(made))
-        assert (stored.root_workflow_id, stored.execution_pointers[0].predecessor_id) == (str(reference),) * 2
+        assert (stored.root_workflow_id, stored.execution_pointers[0].predecessor_id) == (
+            str(reference),
+        ) * 2
 
 
-def test_a_number_that_others_could_not_read_is_refused_whatever_this_process_can(store: Store) -> None:
+def test_a_number_that_others_could_not_read_is_refused_whatever_this_process_can(
+    store: Store,
+) -> None:
     most = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(0)
     try:
@@ -8482,7 +9921,10 @@ def test_handlers_and_reducers_may_be_coroutine_functions(in_loop: Loop) -> None
         with pytest.raises(ExceptionGroup):
             await store.workflows.process_commands(None, handler)
         assert seen == ["a", "b"]
-        assert await store.workflows.process_commands(None, lambda command: seen.append(command.data)) == 1
+        assert (
+            await store.workflows.process_commands(None, lambda command: seen.append(command.data))
+            == 1
+        )
         assert seen == ["a", "b", "bad"]
         for n in range(1, 5):
             await store.events.append("run", "default", note(str(n)))
@@ -8590,7 +10032,10 @@ def test_tail_gives_what_comes_each_once_in_order(store: Store) -> None:
     found = list(tail)
     assert [stored.event["text"] for stored in found] == [str(n) for n in range(2500)]
     assert [stored.position for stored in found] == sorted({stored.position for stored in found})
-    assert [s.event["text"] for s in store.events.tail(0, timeout=0)] == ["before", *map(str, range(2500))]
+    assert [s.event["text"] for s in store.events.tail(0, timeout=0)] == [
+        "before",
+        *map(str, range(2500)),
+    ]
     assert [s.event["text"] for s in store.events.tail(found[-2].position, timeout=0)] == ["2499"]
 
 
@@ -8604,10 +10049,19 @@ def test_tail_of_a_tenant_or_an_execution(store: Store) -> None:
         "later": store.events.tail(place, timeout=0, execution_id="a"),
         "unknown": store.events.tail(timeout=0, execution_id="nobody"),
     }
-    for run, tenant, text in (("b", "other", "1"), ("a", "acme", "2"), ("c", "acme", "3"), ("a", "acme", "4")):
+    for run, tenant, text in (
+        ("b", "other", "1"),
+        ("a", "acme", "2"),
+        ("c", "acme", "3"),
+        ("a", "acme", "4"),
+    ):
         store.events.append(run, tenant, note(text))
     assert {name: [stored.event["text"] for stored in tail] for name, tail in tails.items()} == {
-        "tenant": ["2", "3", "4"], "execution": ["2", "4"], "both": [], "later": ["2", "4"], "unknown": [],
+        "tenant": ["2", "3", "4"],
+        "execution": ["2", "4"],
+        "both": [],
+        "later": ["2", "4"],
+        "unknown": [],
     }
 
 
@@ -8633,9 +10087,16 @@ with flowstore.open(sys.argv[1]) as store:
     finished(other)
 
 
-@pytest.mark.parametrize("arguments", [
-    {"after_position": "1"}, {"timeout": "1"}, {"timeout": math.nan}, {"tenant_id": ""}, {"execution_id": 1},
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"after_position": "1"},
+        {"timeout": "1"},
+        {"timeout": math.nan},
+        {"tenant_id": ""},
+        {"execution_id": 1},
+    ],
+)
 def test_tail_refuses_what_it_cannot_use_at_once(store: Store, arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidData):
         store.events.tail(**arguments)
@@ -8671,7 +10132,9 @@ def test_a_tail_does_not_go_on_inside_a_transaction(store: Store) -> None:
 
 
 @pytest.mark.parametrize("again", [2, 5])
-def test_a_tail_of_an_execution_goes_on_when_it_was_pruned_and_begun_anew(store: Store, again: int) -> None:
+def test_a_tail_of_an_execution_goes_on_when_it_was_pruned_and_begun_anew(
+    store: Store, again: int
+) -> None:
     create(store, status="completed")
     store.events.append_batch("e1", "default", [EVENT] * 3)
     tails = [store.events.tail(after, execution_id="e1", timeout=0) for after in (None, 0)]
@@ -8720,7 +10183,10 @@ def test_an_async_tail_does_not_go_on_inside_a_transaction(in_loop: Loop) -> Non
 def test_async_tail_begins_when_it_is_called(in_loop: Loop) -> None:
     async def body(store: AsyncStore) -> None:
         await store.events.append("run", "default", note("before"))
-        tail, of_one = store.events.tail(timeout=0), store.events.tail(timeout=0, execution_id="run")
+        tail, of_one = (
+            store.events.tail(timeout=0),
+            store.events.tail(timeout=0, execution_id="run"),
+        )
         await store.events.append("run", "default", note("a"))
         await store.events.append("other", "default", note("b"))
         assert [stored.event["text"] async for stored in tail] == ["a", "b"]
@@ -8742,10 +10208,16 @@ def test_async_tail_begins_when_it_is_called(in_loop: Loop) -> None:
 def test_many_waiting_tasks_each_get_an_item(in_loop: Loop) -> None:
     async def body(store: AsyncStore) -> None:
         await store.events.append("run", "default", note("a"))
-        tasks = [asyncio.create_task(store.state.claim_work_item(f"w{n}", ["q"], wait=30)) for n in range(50)]
+        tasks = [
+            asyncio.create_task(store.state.claim_work_item(f"w{n}", ["q"], wait=30))
+            for n in range(50)
+        ]
         await asyncio.sleep(0.02)
         ids = await asyncio.gather(
-            *(store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="q")) for _ in range(50))
+            *(
+                store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="q"))
+                for _ in range(50)
+            )
         )
         claims = await asyncio.gather(*tasks)
         assert sorted(item.id for item in claims if item) == sorted(ids)
@@ -8776,7 +10248,9 @@ a_few_flow = settings(max_examples=40, deadline=None, suppress_health_check=[Hea
 
 @pytest.fixture
 def store_flow(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    with flowstore.open(target_of(request, tmp_path / "store.db"), clock=clock, lease_seconds=10, synchronous="OFF") as opened:
+    with flowstore.open(
+        target_of(request, tmp_path / "store.db"), clock=clock, lease_seconds=10, synchronous="OFF"
+    ) as opened:
         yield opened
 
 
@@ -8821,7 +10295,9 @@ class FlowWatched:
 @pytest.fixture
 def watched_flow(monkeypatch: pytest.MonkeyPatch) -> FlowWatched:
     watching, connect = FlowWatched(), sqlite3.connect
-    monkeypatch.setattr(sqlite3, "connect", lambda *given, **named: watching.watch(connect(*given, **named)))
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda *given, **named: watching.watch(connect(*given, **named))
+    )
     return watching
 
 
@@ -8834,7 +10310,13 @@ def pointers(*ids: str, **fields: Any) -> list[ExecutionPointer]:
 
 
 def subscription(**fields: Any) -> EventSubscription:
-    needed = {"workflow_id": "w", "step_id": 1, "execution_pointer_id": "p", "event_name": "paid", "event_key": "7"}
+    needed = {
+        "workflow_id": "w",
+        "step_id": 1,
+        "execution_pointer_id": "p",
+        "event_name": "paid",
+        "event_key": "7",
+    }
     return EventSubscription(**{**needed, **fields})
 
 
@@ -8852,7 +10334,9 @@ def created(workflows: PersistenceProvider, **fields: Any) -> WorkflowInstance:
     return workflows.get_workflow_instance(workflows.create_new_workflow(instance(**fields)))
 
 
-def handled(workflows: PersistenceProvider, as_of: datetime | None = None, **options: Any) -> list[str]:
+def handled(
+    workflows: PersistenceProvider, as_of: datetime | None = None, **options: Any
+) -> list[str]:
     """The data of the commands that a call hands out, in order; each handler just returns."""
     data: list[str] = []
     count = workflows.process_commands(as_of, lambda found: data.append(found.data), **options)
@@ -8866,7 +10350,9 @@ def rows(store_flow: Store) -> dict[str, int]:
 
 
 @contextmanager
-def refused_flow(store_flow: Store, error: type[FlowStoreError], match: str | None = None) -> Iterator[pytest.ExceptionInfo[Any]]:
+def refused_flow(
+    store_flow: Store, error: type[FlowStoreError], match: str | None = None
+) -> Iterator[pytest.ExceptionInfo[Any]]:
     """The block raises, and nothing was written."""
     before = rows(store_flow)
     with pytest.raises(error, match=match) as caught:
@@ -8942,14 +10428,21 @@ def test_an_instance_comes_back_as_it_was_stored(workflows: PersistenceProvider)
 def test_a_new_instance_has_the_defaults(workflows: PersistenceProvider, clock: Clock) -> None:
     clock.advance(5)
     stored = created(workflows, execution_pointers=[ExecutionPointer(step_id=0)])
-    assert (stored.status, stored.next_execution, stored.version, stored.data) == (WorkflowStatus.RUNNABLE, 0, 1, {})
+    assert (stored.status, stored.next_execution, stored.version, stored.data) == (
+        WorkflowStatus.RUNNABLE,
+        0,
+        1,
+        {},
+    )
     assert (stored.create_time, stored.complete_time) == (clock(), None)
     (pointer,) = stored.execution_pointers
     assert (pointer.active, pointer.status, pointer.children) == (True, PointerStatus.PENDING, [])
     assert created(workflows).execution_pointers == []
 
 
-def test_an_empty_id_is_made_and_the_record_given_stays_as_it_was(workflows: PersistenceProvider) -> None:
+def test_an_empty_id_is_made_and_the_record_given_stays_as_it_was(
+    workflows: PersistenceProvider,
+) -> None:
     given = instance(id="")
     made = workflows.create_new_workflow(given)
     assert uuid.UUID(made).version == 7
@@ -8957,7 +10450,9 @@ def test_an_empty_id_is_made_and_the_record_given_stays_as_it_was(workflows: Per
     assert workflows.get_workflow_instance(uuid.UUID(made)).id == made
 
 
-def test_an_empty_name_is_the_next_of_its_definition_that_is_not_taken(workflows: PersistenceProvider) -> None:
+def test_an_empty_name_is_the_next_of_its_definition_that_is_not_taken(
+    workflows: PersistenceProvider,
+) -> None:
     names = [created(workflows).name for _ in range(2)]
     created(workflows, name="order-4")
     created(workflows, name="order-5", workflow_definition_id="else")
@@ -8967,7 +10462,9 @@ def test_an_empty_name_is_the_next_of_its_definition_that_is_not_taken(workflows
     assert workflows.next_definition_sequence("order") == 7
 
 
-def test_a_name_that_was_not_used_is_given_to_the_next(store_flow: Store, workflows: PersistenceProvider) -> None:
+def test_a_name_that_was_not_used_is_given_to_the_next(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
     created(workflows, id="w")
     with refused_flow(store_flow, AlreadyExists):
         workflows.create_new_workflow(instance(id="w"))
@@ -8986,7 +10483,11 @@ def test_an_automatic_name_must_fit(store_flow: Store, workflows: PersistencePro
 
 def test_a_taken_id_or_name_is_refused(store_flow: Store, workflows: PersistenceProvider) -> None:
     created(workflows, id="w1", name="n1", execution_pointers=pointers("a"))
-    for fields, taken in (({"id": "w1"}, "w1"), ({"name": "n1"}, "n1"), ({"id": "w1", "name": "n1"}, "w1")):
+    for fields, taken in (
+        ({"id": "w1"}, "w1"),
+        ({"name": "n1"}, "n1"),
+        ({"id": "w1", "name": "n1"}, "w1"),
+    ):
         with refused_flow(store_flow, AlreadyExists) as caught:
             workflows.create_new_workflow(instance(**fields, execution_pointers=pointers("b")))
         assert (caught.value.kind, caught.value.id) == ("workflow", taken)
@@ -8998,13 +10499,17 @@ def test_racing_creators_get_each_number_once(workflows: PersistenceProvider) ->
 
 
 def test_the_sequence_of_a_definition_is_atomic(workflows: PersistenceProvider) -> None:
-    numbers = together_flow([lambda: [workflows.next_definition_sequence("d") for _ in range(10)]] * 8)
+    numbers = together_flow(
+        [lambda: [workflows.next_definition_sequence("d") for _ in range(10)]] * 8
+    )
     assert sorted(itertools.chain(*numbers)) == list(range(1, 81))
     assert all(own == sorted(own) for own in numbers)
     assert workflows.next_definition_sequence("other") == 1
 
 
-def test_persisting_an_unknown_workflow_is_not_silent(store_flow: Store, workflows: PersistenceProvider) -> None:
+def test_persisting_an_unknown_workflow_is_not_silent(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
     with refused_flow(store_flow, NotFound) as caught:
         workflows.persist_workflow(instance(id="gone", execution_pointers=pointers("a")))
     assert (caught.value.kind, caught.value.id) == ("workflow", "gone")
@@ -9012,10 +10517,14 @@ def test_persisting_an_unknown_workflow_is_not_silent(store_flow: Store, workflo
         workflows.persist_workflow_with_subscriptions(instance(id="gone"), [subscription()])
 
 
-def test_persist_stores_what_changed_and_keeps_the_creation_time(workflows: PersistenceProvider) -> None:
+def test_persist_stores_what_changed_and_keeps_the_creation_time(
+    workflows: PersistenceProvider,
+) -> None:
     workflows.create_new_workflow(instance(id="w1", name="n1"))
     workflows.persist_workflow(dataclasses.replace(FULL_INSTANCE, name="n2"))
-    assert workflows.get_workflow_instance("w1") == dataclasses.replace(FULL_INSTANCE, name="n2", create_time=START)
+    assert workflows.get_workflow_instance("w1") == dataclasses.replace(
+        FULL_INSTANCE, name="n2", create_time=START
+    )
     workflows.persist_workflow(instance(id="w1"))
     stored = workflows.get_workflow_instance("w1")
     assert (stored.name, stored.create_time, stored.execution_pointers) == ("n2", START, [])
@@ -9030,16 +10539,24 @@ def test_persist_refuses_a_taken_name(store_flow: Store, workflows: PersistenceP
     assert workflows.get_workflow_instance(second.id) == second
 
 
-def test_persist_adds_subscriptions_in_the_same_transaction(store_flow: Store, workflows: PersistenceProvider) -> None:
+def test_persist_adds_subscriptions_in_the_same_transaction(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
     stored = created(workflows)
-    workflows.persist_workflow_with_subscriptions(stored, [subscription(id="s1"), subscription(id="s2")])
+    workflows.persist_workflow_with_subscriptions(
+        stored, [subscription(id="s1"), subscription(id="s2")]
+    )
     assert [found.id for found in workflows.get_subscriptions("paid", "7")] == ["s1", "s2"]
     changed = dataclasses.replace(stored, data=1, execution_pointers=pointers("a"))
     with refused_flow(store_flow, AlreadyExists) as caught:
-        workflows.persist_workflow_with_subscriptions(changed, [subscription(id="s3"), subscription(id="s1")])
+        workflows.persist_workflow_with_subscriptions(
+            changed, [subscription(id="s3"), subscription(id="s1")]
+        )
     assert (caught.value.kind, caught.value.id) == ("subscription", "s1")
     with refused_flow(store_flow, InvalidData, r"^subscriptions\[1\]\.event_name"):
-        workflows.persist_workflow_with_subscriptions(changed, [subscription(), subscription(event_name=1)])
+        workflows.persist_workflow_with_subscriptions(
+            changed, [subscription(), subscription(event_name=1)]
+        )
     assert workflows.get_workflow_instance(stored.id) == stored
     workflows.persist_workflow_with_subscriptions(changed, [])
     assert workflows.get_workflow_instance(stored.id) == changed
@@ -9061,7 +10578,9 @@ def written(store_flow: Store) -> Callable[[WorkflowInstance], list[tuple[str, s
             tx.execute("DELETE FROM seen")
             store_flow.workflows.persist_workflow(changed)
             assert store_flow.workflows.get_workflow_instance(changed.id) == changed
-            return [(what, id) for what, id in tx.execute("SELECT what, id FROM seen ORDER BY what, id")]
+            return [
+                (what, id) for what, id in tx.execute("SELECT what, id FROM seen ORDER BY what, id")
+            ]
 
     return persist
 
@@ -9071,7 +10590,10 @@ def written(store_flow: Store) -> Callable[[WorkflowInstance], list[tuple[str, s
 def test_persist_writes_the_pointers_that_changed_and_no_other(
     store_flow: Store, written: Callable[[WorkflowInstance], list[tuple[str, str]]], known: str
 ) -> None:
-    own = created(store_flow.workflows, execution_pointers=pointers(*(f"p{number:03}" for number in range(200))))
+    own = created(
+        store_flow.workflows,
+        execution_pointers=pointers(*(f"p{number:03}" for number in range(200))),
+    )
 
     def persist() -> list[tuple[str, str]]:
         if known == "by another store":  # what the first one remembers must not matter
@@ -9099,9 +10621,26 @@ def test_persist_writes_the_pointers_that_changed_and_no_other(
     assert len(persist()) == 201
 
 
-def test_values_that_are_equal_in_python_but_not_in_json_are_changes(workflows: PersistenceProvider) -> None:
+def test_values_that_are_equal_in_python_but_not_in_json_are_changes(
+    workflows: PersistenceProvider,
+) -> None:
     own = created(workflows, execution_pointers=pointers("p"))
-    given: list[Any] = [1, True, 1.0, -0.0, 0.0, 0, False, "0", [0], None, [None], {}, [], {"a": 1, "b": 2}]
+    given: list[Any] = [
+        1,
+        True,
+        1.0,
+        -0.0,
+        0.0,
+        0,
+        False,
+        "0",
+        [0],
+        None,
+        [None],
+        {},
+        [],
+        {"a": 1, "b": 2},
+    ]
     for value in [*given, {"b": 2, "a": 1}]:
         own.execution_pointers[0].outcome = value
         workflows.persist_workflow(own)
@@ -9133,7 +10672,9 @@ def test_times_that_a_clock_shows_twice_are_told_apart(workflows: PersistencePro
 
 
 def test_wrong_values_are_found_in_a_pointer_that_was_right_before(store_flow: Store) -> None:
-    own = created(store_flow.workflows, execution_pointers=pointers("p", "q", status=PointerStatus.COMPLETE))
+    own = created(
+        store_flow.workflows, execution_pointers=pointers("p", "q", status=PointerStatus.COMPLETE)
+    )
     store_flow.workflows.persist_workflow(own)
     for name, value in (
         ("status", WorkflowStatus.COMPLETE), ("step_id", True), ("active", 1), ("id", []), ("id", ""), ("id", "q"),
@@ -9148,12 +10689,16 @@ def test_wrong_values_are_found_in_a_pointer_that_was_right_before(store_flow: S
     wrong: Any
     for wrong in ("text", [1], [None], {}, pointers("p", "p")):
         with refused_flow(store_flow, InvalidData, "^execution_pointers"):
-            store_flow.workflows.persist_workflow(dataclasses.replace(own, execution_pointers=wrong))
+            store_flow.workflows.persist_workflow(
+                dataclasses.replace(own, execution_pointers=wrong)
+            )
         with refused_flow(store_flow, InvalidData, "^execution_pointers"):
             store_flow.workflows.create_new_workflow(instance(execution_pointers=wrong))
 
 
-def test_persist_of_one_changed_pointer_costs_a_fraction_of_rewriting_all(watched_flow: FlowWatched, clock: Clock) -> None:
+def test_persist_of_one_changed_pointer_costs_a_fraction_of_rewriting_all(
+    watched_flow: FlowWatched, clock: Clock
+) -> None:
     with flowstore.open(":memory:", clock=clock) as store_flow:
         own = created(store_flow.workflows, execution_pointers=pointers(*map(str, range(1000))))
         own.execution_pointers[500].retry_count = 1
@@ -9167,15 +10712,22 @@ def test_persist_of_one_changed_pointer_costs_a_fraction_of_rewriting_all(watche
 
 @given(st.data())
 @a_few_flow
-def test_what_is_read_is_what_was_persisted_whoever_did_it(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+def test_what_is_read_is_what_was_persisted_whoever_did_it(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
     """Two stores take turns at one instance, with rollbacks and deletions between."""
     path_flow = tmp_path_factory.mktemp("turns") / "app.db"
-    with flowstore.open(path_flow, synchronous="OFF") as first, flowstore.open(path_flow, synchronous="OFF") as second:
+    with (
+        flowstore.open(path_flow, synchronous="OFF") as first,
+        flowstore.open(path_flow, synchronous="OFF") as second,
+    ):
         truth = created(first.workflows, id="w")
         for _ in range(data.draw(st.integers(1, 8))):
             changed = copy.deepcopy(truth)
             listed = changed.execution_pointers
-            for edit in data.draw(st.lists(st.sampled_from(["add", "drop", "change", "shuffle"]), max_size=4)):
+            for edit in data.draw(
+                st.lists(st.sampled_from(["add", "drop", "change", "shuffle"]), max_size=4)
+            ):
                 at = data.draw(st.integers(0, len(listed)))
                 if edit == "add":
                     listed.insert(at, ExecutionPointer(step_id=at))
@@ -9200,16 +10752,32 @@ def test_what_is_read_is_what_was_persisted_whoever_did_it(tmp_path_factory: pyt
             truth = changed
             read = [one.workflows.get_workflow_instance("w") for one in (first, second)]
             assert read == [truth, truth]
-            kinds = [[type(pointer.outcome) for pointer in one.execution_pointers] for one in (*read, truth)]
+            kinds = [
+                [type(pointer.outcome) for pointer in one.execution_pointers]
+                for one in (*read, truth)
+            ]
             assert kinds[0] == kinds[1] == kinds[2]
 
 
-def test_runnable_instances_are_the_due_ones_soonest_first(workflows: PersistenceProvider, clock: Clock) -> None:
-    for id, due in (("b", 10), ("a", 10), ("c", 0), ("later", START_MS + 1), ("now", START), ("never", None)):
+def test_runnable_instances_are_the_due_ones_soonest_first(
+    workflows: PersistenceProvider, clock: Clock
+) -> None:
+    for id, due in (
+        ("b", 10),
+        ("a", 10),
+        ("c", 0),
+        ("later", START_MS + 1),
+        ("now", START),
+        ("never", None),
+    ):
         workflows.create_new_workflow(instance(id=id, next_execution=due))
     for status in (WorkflowStatus.SUSPENDED, WorkflowStatus.COMPLETE, "Terminated"):
         workflows.create_new_workflow(instance(status=status))
-    assert workflows.get_runnable_instances() == ["c", "a", "b", "now"] == workflows.get_runnable_instances()
+    assert (
+        workflows.get_runnable_instances()
+        == ["c", "a", "b", "now"]
+        == workflows.get_runnable_instances()
+    )
     assert workflows.get_runnable_instances(clock() - seconds(0.001)) == ["c", "a", "b"]
     clock.advance(0.001)
     assert workflows.get_runnable_instances() == ["c", "a", "b", "now", "later"]
@@ -9243,7 +10811,9 @@ def test_an_instance_that_is_not_there_is_not_found(workflows: PersistenceProvid
 def test_instances_come_in_the_order_asked(workflows: PersistenceProvider) -> None:
     ids = [str(uuid.uuid4()) for _ in range(5)]
     for number, id in enumerate(ids):
-        workflows.create_new_workflow(instance(id=id, execution_pointers=pointers("z", "a", "m")[: number % 4]))
+        workflows.create_new_workflow(
+            instance(id=id, execution_pointers=pointers("z", "a", "m")[: number % 4])
+        )
     asked: list[Any] = [uuid.UUID(ids[3]), "gone", ids[0], ids[4], ids[3]]
     found = workflows.get_workflow_instances(asked)
     assert found == [workflows.get_workflow_instance(ids[number]) for number in (3, 0, 4, 3)]
@@ -9263,22 +10833,34 @@ def test_many_instances_are_read_in_two_queries_per_ten_thousand(watched_flow: F
             assert [one.id for one in read()] == ids
 
 
-def test_a_deleted_workflow_takes_what_is_its_own_with_it(store_flow: Store, workflows: PersistenceProvider) -> None:
+def test_a_deleted_workflow_takes_what_is_its_own_with_it(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
     for id in ("w1", "w2"):
         workflows.create_new_workflow(instance(id=id, execution_pointers=pointers("a", "b")))
         workflows.create_event_subscription(subscription(id=f"s-{id}", workflow_id=id))
-        workflows.persist_errors([ExecutionError(workflow_id=id, execution_pointer_id="a", message="m")] * 2)
+        workflows.persist_errors(
+            [ExecutionError(workflow_id=id, execution_pointer_id="a", message="m")] * 2
+        )
     workflows.delete_workflow("w1")
     assert list(rows(store_flow).values()) == [1, 2, 0, 1, 0, 2, 1]
     assert workflows.get_workflow_instance("w2").execution_pointers == pointers("a", "b")
-    assert workflows.get_subscription("s-w2").workflow_id == "w2" and len(workflows.list_errors("w2")) == 2
-    for gone in (lambda: workflows.delete_workflow("w1"), lambda: workflows.get_subscription("s-w1")):
+    assert (
+        workflows.get_subscription("s-w2").workflow_id == "w2"
+        and len(workflows.list_errors("w2")) == 2
+    )
+    for gone in (
+        lambda: workflows.delete_workflow("w1"),
+        lambda: workflows.get_subscription("s-w1"),
+    ):
         with refused_flow(store_flow, NotFound):
             gone()
     assert store_flow.check() == []
 
 
-def test_purge_takes_what_ended_before_a_time(store_flow: Store, workflows: PersistenceProvider) -> None:
+def test_purge_takes_what_ended_before_a_time(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
     hour = timedelta(hours=1)
     for id, status, made, ended in (
         ("old", "Complete", START - 3 * hour, START - 2 * hour), ("edge", "Complete", START - 3 * hour, START - hour),
@@ -9286,7 +10868,13 @@ def test_purge_takes_what_ended_before_a_time(store_flow: Store, workflows: Pers
         ("other", "Terminated", START - 3 * hour, START - 2 * hour), ("runs", "Runnable", START - 3 * hour, None),
     ):  # fmt: skip
         workflows.create_new_workflow(
-            instance(id=id, status=status, create_time=made, complete_time=ended, execution_pointers=pointers("p"))
+            instance(
+                id=id,
+                status=status,
+                create_time=made,
+                complete_time=ended,
+                execution_pointers=pointers("p"),
+            )
         )
     with store_flow.transaction():
         assert workflows.purge_workflows("Complete", START - hour) == 2
@@ -9297,9 +10885,14 @@ def test_purge_takes_what_ended_before_a_time(store_flow: Store, workflows: Pers
     assert workflows.purge_workflows("Runnable", START) == 1
 
 
-def test_a_purge_never_leaves_an_instance_that_others_may_work_on_in_pieces(workflows: PersistenceProvider) -> None:
+def test_a_purge_never_leaves_an_instance_that_others_may_work_on_in_pieces(
+    workflows: PersistenceProvider,
+) -> None:
     many = [str(number) for number in range(600)]
-    ids = [workflows.create_new_workflow(instance(execution_pointers=pointers(*many))) for _ in range(3)]
+    ids = [
+        workflows.create_new_workflow(instance(execution_pointers=pointers(*many)))
+        for _ in range(3)
+    ]
     step, seen = workflows._prune_some, []
 
     def watched(*arguments: Any) -> Any:
@@ -9322,8 +10915,12 @@ def test_purge_works_in_small_transactions_and_inside_one_is_part_of_it(
         with store_flow.transaction():
             for _ in range(count):
                 many = pointers(*map(str, range(size)))
-                store_flow.workflows.create_new_workflow(instance(status="Complete", execution_pointers=many))
-        purge = partial(store_flow.workflows.purge_workflows, "Complete", store_flow.now() + timedelta(days=1))
+                store_flow.workflows.create_new_workflow(
+                    instance(status="Complete", execution_pointers=many)
+                )
+        purge = partial(
+            store_flow.workflows.purge_workflows, "Complete", store_flow.now() + timedelta(days=1)
+        )
         with pytest.raises(KeyError), store_flow.transaction():
             assert purge() == count
             raise KeyError
@@ -9337,7 +10934,9 @@ def test_purge_works_in_small_transactions_and_inside_one_is_part_of_it(
 # ============================================================================================================
 
 
-def test_a_subscription_comes_back_as_it_was_stored(store_flow: Store, workflows: PersistenceProvider) -> None:
+def test_a_subscription_comes_back_as_it_was_stored(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
     full = subscription(
         id="s", subscribe_as_of=START - seconds(1), subscription_data={"n": None}, external_token="t",
         external_worker_id="h", external_token_expiry=START,
@@ -9359,7 +10958,9 @@ def test_subscriptions_to_an_event_are_those_that_have_begun_and_not_ended(
         ("other name", "sent", "7", 0), ("other key", "paid", "8", 0), ("ended", "paid", "7", 0),
     ):  # fmt: skip
         begin = START + seconds(wait)
-        workflows.create_event_subscription(subscription(id=id, event_name=name, event_key=key, subscribe_as_of=begin))
+        workflows.create_event_subscription(
+            subscription(id=id, event_name=name, event_key=key, subscribe_as_of=begin)
+        )
     workflows.terminate_subscription("ended")
     clock.advance(1)
     workflows.terminate_subscription("ended")
@@ -9367,7 +10968,11 @@ def test_subscriptions_to_an_event_are_those_that_have_begun_and_not_ended(
     def ids(as_of: datetime | None = None) -> list[str]:
         return [found.id for found in workflows.get_subscriptions("paid", "7", as_of)]
 
-    assert (ids(START), ids(), ids(START - seconds(1))) == (["first", "a", "b"], ["first", "a", "b", "late"], ["first"])
+    assert (ids(START), ids(), ids(START - seconds(1))) == (
+        ["first", "a", "b"],
+        ["first", "a", "b", "late"],
+        ["first"],
+    )
     assert workflows.get_subscription("ended").id == "ended"
     for missing in (workflows.terminate_subscription, workflows.get_subscription):
         with pytest.raises(NotFound) as caught:
@@ -9379,7 +10984,9 @@ def test_the_first_open_subscription_has_no_token_or_an_expired_one(
     workflows: PersistenceProvider, clock: Clock
 ) -> None:
     for number, id in enumerate(("b", "a", "c")):
-        workflows.create_event_subscription(subscription(id=id, subscribe_as_of=START - seconds(9 - number)))
+        workflows.create_event_subscription(
+            subscription(id=id, subscribe_as_of=START - seconds(9 - number))
+        )
 
     def first(as_of: datetime | None = None) -> str | None:
         found = workflows.get_first_open_subscription("paid", "7", as_of)
@@ -9392,11 +10999,15 @@ def test_the_first_open_subscription_has_no_token_or_an_expired_one(
     assert first() == "c"
     clock.advance(5)
     assert first() == "b"
-    workflows.create_event_subscription(subscription(id="for ever", event_key="8", external_token="t"))
+    workflows.create_event_subscription(
+        subscription(id="for ever", event_key="8", external_token="t")
+    )
     assert workflows.get_first_open_subscription("paid", "8", clock()) is None
 
 
-def test_one_of_sixteen_callers_gets_the_token(workflows: PersistenceProvider, clock: Clock) -> None:
+def test_one_of_sixteen_callers_gets_the_token(
+    workflows: PersistenceProvider, clock: Clock
+) -> None:
     for number in range(20):
         id = workflows.create_event_subscription(subscription(id=f"s{number}"))
         until = clock() + seconds(1)
@@ -9409,7 +11020,9 @@ def test_one_of_sixteen_callers_gets_the_token(workflows: PersistenceProvider, c
         assert held.external_token_expiry == until
 
 
-def test_a_token_holds_until_it_expires_and_is_then_for_another(store_flow: Store, clock: Clock) -> None:
+def test_a_token_holds_until_it_expires_and_is_then_for_another(
+    store_flow: Store, clock: Clock
+) -> None:
     workflows = store_flow.workflows
     workflows.create_event_subscription(subscription(id="s"))
     assert workflows.set_subscription_token("s", "t1", "h1", START + seconds(10))
@@ -9425,14 +11038,20 @@ def test_a_token_holds_until_it_expires_and_is_then_for_another(store_flow: Stor
     assert (caught.value.kind, caught.value.id) == ("subscription", "s")
     workflows.clear_subscription_token("s", "t2")
     held = workflows.get_subscription("s")
-    assert (held.external_token, held.external_worker_id, held.external_token_expiry) == (None, None, None)
+    assert (held.external_token, held.external_worker_id, held.external_token_expiry) == (
+        None,
+        None,
+        None,
+    )
     with refused_flow(store_flow, NotFound):
         workflows.clear_subscription_token("s", "t2")
     assert workflows.set_subscription_token("s", "", str(uuid.uuid4()), clock())
     workflows.clear_subscription_token("s", "")
 
 
-def test_a_token_is_for_subscriptions_that_are_open(store_flow: Store, workflows: PersistenceProvider) -> None:
+def test_a_token_is_for_subscriptions_that_are_open(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
     workflows.create_event_subscription(subscription(id="s"))
     workflows.terminate_subscription("s")
     for id in ("s", "gone"):
@@ -9443,7 +11062,9 @@ def test_a_token_is_for_subscriptions_that_are_open(store_flow: Store, workflows
 
 
 @needs_kill
-def test_a_worker_that_is_killed_does_not_hold_its_subscription_for_ever(path_flow: Path, clock: Clock) -> None:
+def test_a_worker_that_is_killed_does_not_hold_its_subscription_for_ever(
+    path_flow: Path, clock: Clock
+) -> None:
     with flowstore.open(path_flow, clock=clock, synchronous="OFF") as store_flow:
         store_flow.workflows.create_event_subscription(subscription(id="s"))
         child = script_flow(
@@ -9457,8 +11078,12 @@ def test_a_worker_that_is_killed_does_not_hold_its_subscription_for_ever(path_fl
         assert store_flow.workflows.set_subscription_token("s", "t", "h", START + seconds(99))
 
 
-def test_an_event_comes_back_as_it_was_stored(store_flow: Store, workflows: PersistenceProvider) -> None:
-    full = event_flow(id="e", event_data=[{"a": 1}], event_time=START - seconds(1), is_processed=True)
+def test_an_event_comes_back_as_it_was_stored(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
+    full = event_flow(
+        id="e", event_data=[{"a": 1}], event_time=START - seconds(1), is_processed=True
+    )
     assert workflows.create_event(full) == "e"
     assert workflows.get_event("e") == full
     made = workflows.create_event(event_flow())
@@ -9466,7 +11091,11 @@ def test_an_event_comes_back_as_it_was_stored(store_flow: Store, workflows: Pers
     with refused_flow(store_flow, AlreadyExists) as caught:
         workflows.create_event(event_flow(id="e"))
     assert (caught.value.kind, caught.value.id) == ("event", "e")
-    for missing in (workflows.get_event, workflows.mark_event_processed, workflows.mark_event_unprocessed):
+    for missing in (
+        workflows.get_event,
+        workflows.mark_event_processed,
+        workflows.mark_event_unprocessed,
+    ):
         with refused_flow(store_flow, NotFound) as caught:
             missing("gone")
         assert (caught.value.kind, caught.value.id) == ("event", "gone")
@@ -9479,11 +11108,17 @@ def test_events_are_listed_oldest_first_and_runnable_until_processed(
         ("b", "paid", "7", 0), ("a", "paid", "7", 0), ("late", "paid", "7", 0.000001), ("first", "paid", "7", -9),
         ("name", "sent", "7", -5), ("key", "paid", "8", 0),
     ):  # fmt: skip
-        workflows.create_event(event_flow(id=id, event_name=name, event_key=key, event_time=START + seconds(at)))
+        workflows.create_event(
+            event_flow(id=id, event_name=name, event_key=key, event_time=START + seconds(at))
+        )
     workflows.mark_event_processed("a")
     assert workflows.get_runnable_events() == ["first", "name", "b", "key"]
     assert workflows.get_runnable_events(START - seconds(5)) == ["first", "name"]
-    assert workflows.get_events("paid", "7") == ["first", "a", "b"] == workflows.get_events("paid", "7", START)
+    assert (
+        workflows.get_events("paid", "7")
+        == ["first", "a", "b"]
+        == workflows.get_events("paid", "7", START)
+    )
     assert workflows.get_events("paid", "7", START - seconds(1)) == ["first"]
     clock.advance(1)
     workflows.mark_event_unprocessed("a")
@@ -9500,20 +11135,34 @@ def test_scheduled_commands_are_supported(workflows: PersistenceProvider) -> Non
     assert workflows.supports_scheduled_commands() is True
 
 
-def test_due_commands_are_handled_soonest_first_and_removed(workflows: PersistenceProvider, clock: Clock) -> None:
+def test_due_commands_are_handled_soonest_first_and_removed(
+    workflows: PersistenceProvider, clock: Clock
+) -> None:
     for data, at in (("z", START_MS - 1), ("b", START_MS), ("a", START), ("later", START_MS + 1)):
         workflows.schedule_command(command(data, at))
     workflows.schedule_command(command("b", START, CommandName.PROCESS_EVENT))
     assert handled(workflows, START - seconds(1)) == []
     seen: list[tuple[str, str]] = []
-    assert workflows.process_commands(None, lambda found: seen.append((found.command_name, found.data))) == 4
-    expected = [("ProcessWorkflow", "z"), ("ProcessEvent", "b"), ("ProcessWorkflow", "a"), ("ProcessWorkflow", "b")]
+    assert (
+        workflows.process_commands(
+            None, lambda found: seen.append((found.command_name, found.data))
+        )
+        == 4
+    )
+    expected = [
+        ("ProcessWorkflow", "z"),
+        ("ProcessEvent", "b"),
+        ("ProcessWorkflow", "a"),
+        ("ProcessWorkflow", "b"),
+    ]
     assert seen == expected
     assert handled(workflows) == []
     assert handled(workflows, START + seconds(1)) == ["later"]
 
 
-def test_of_several_times_the_earliest_holds(store_flow: Store, workflows: PersistenceProvider) -> None:
+def test_of_several_times_the_earliest_holds(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
     for at in (20, 10, 30):
         workflows.schedule_command(command("x", at))
         workflows.schedule_command(command("x", at + 1, CommandName.PROCESS_EVENT))
@@ -9523,12 +11172,16 @@ def test_of_several_times_the_earliest_holds(store_flow: Store, workflows: Persi
     assert [found.execute_time for found in seen] == [10, 11]
 
 
-def test_a_handler_runs_outside_every_transaction_and_lock(workflows: PersistenceProvider, store_flow: Store) -> None:
+def test_a_handler_runs_outside_every_transaction_and_lock(
+    workflows: PersistenceProvider, store_flow: Store
+) -> None:
     def handler(found: ScheduledCommand) -> None:
         Background(lambda: workflows.create_event(event_flow(id=found.data))).result()
         with store_flow.transaction():
             workflows.mark_event_processed(found.data)
-        assert handled(workflows) == (["b"] if found.data == "a" else [])  # all but the one that is being handled
+        assert handled(workflows) == (
+            ["b"] if found.data == "a" else []
+        )  # all but the one that is being handled
 
     for data in ("a", "b"):
         workflows.schedule_command(command(data))
@@ -9536,14 +11189,18 @@ def test_a_handler_runs_outside_every_transaction_and_lock(workflows: Persistenc
     assert rows(store_flow)["scheduled_commands"] == 0
 
 
-def test_commands_are_not_processed_inside_a_transaction(workflows: PersistenceProvider, store_flow: Store) -> None:
+def test_commands_are_not_processed_inside_a_transaction(
+    workflows: PersistenceProvider, store_flow: Store
+) -> None:
     workflows.schedule_command(command("x"))
     with store_flow.transaction(), pytest.raises(StorageError):
         workflows.process_commands(None, lambda _: None)
     assert handled(workflows) == ["x"]
 
 
-def test_a_failing_handler_stops_no_other_command_and_loses_none(workflows: PersistenceProvider) -> None:
+def test_a_failing_handler_stops_no_other_command_and_loses_none(
+    workflows: PersistenceProvider,
+) -> None:
     def handler(found: ScheduledCommand) -> None:
         seen.append(found.data)
         if found.data in "bd":
@@ -9575,7 +11232,9 @@ def test_a_command_scheduled_again_while_it_is_handled_is_kept_for_its_time(
 
 
 @pytest.mark.parametrize("at", [START - seconds(5), START, START + seconds(5)])
-def test_a_command_that_schedules_itself_runs_once_per_call(workflows: PersistenceProvider, at: datetime) -> None:
+def test_a_command_that_schedules_itself_runs_once_per_call(
+    workflows: PersistenceProvider, at: datetime
+) -> None:
     def handler(found: ScheduledCommand) -> None:
         seen.append(found.data)
         if found.data == "x":
@@ -9589,7 +11248,9 @@ def test_a_command_that_schedules_itself_runs_once_per_call(workflows: Persisten
     assert seen == ["w", "x", "y", "x", "x"]
 
 
-def test_a_command_handled_in_a_call_and_scheduled_anew_waits_for_the_next_call(workflows: PersistenceProvider) -> None:
+def test_a_command_handled_in_a_call_and_scheduled_anew_waits_for_the_next_call(
+    workflows: PersistenceProvider,
+) -> None:
     def handler(found: ScheduledCommand) -> None:
         seen.append(found.data)
         if found.data == "b":
@@ -9603,8 +11264,11 @@ def test_a_command_handled_in_a_call_and_scheduled_anew_waits_for_the_next_call(
     assert seen == ["a", "b", "c", "a"]
 
 
-def test_a_handler_that_schedules_again_and_fails_leaves_the_earlier_time(workflows: PersistenceProvider) -> None:
+def test_a_handler_that_schedules_again_and_fails_leaves_the_earlier_time(
+    workflows: PersistenceProvider,
+) -> None:
     for at, first in ((START - seconds(5), START - seconds(5)), (START + seconds(5), START)):
+
         def handler(found: ScheduledCommand) -> None:
             workflows.schedule_command(command(found.data, at))  # noqa: B023
             raise KeyError
@@ -9619,7 +11283,8 @@ def test_a_handler_that_schedules_again_and_fails_leaves_the_earlier_time(workfl
 
 @pytest.mark.parametrize("end", ["returns", "raises"])
 @pytest.mark.parametrize(
-    "meanwhile", ["nothing", "scheduled", "scheduled before", "taken over", "handled", "handled and scheduled"]
+    "meanwhile",
+    ["nothing", "scheduled", "scheduled before", "taken over", "handled", "handled and scheduled"],
 )
 def test_a_handler_that_outlives_its_lease_changes_nothing(
     workflows: PersistenceProvider, clock: Clock, end: str, meanwhile: str
@@ -9659,12 +11324,16 @@ def test_a_handler_that_outlives_its_lease_changes_nothing(
         assert handled(workflows) == []
         may_return.set()
         assert others[0].result() == 1
-    assert handled(workflows) == (["x"] if meanwhile in ("nothing", "scheduled", "scheduled before") else [])
+    assert handled(workflows) == (
+        ["x"] if meanwhile in ("nothing", "scheduled", "scheduled before") else []
+    )
     again = meanwhile in ("handled and scheduled", "scheduled before")
     assert handled(workflows, START + seconds(99)) == (["x"] if again else [])
 
 
-def test_a_lease_lasts_as_long_as_asked_by_the_stores_clock(workflows: PersistenceProvider, clock: Clock) -> None:
+def test_a_lease_lasts_as_long_as_asked_by_the_stores_clock(
+    workflows: PersistenceProvider, clock: Clock
+) -> None:
     def crash(_: ScheduledCommand) -> None:
         """A handler that never returns, seen from those who come later."""
         clock.advance(4.999999)
@@ -9731,9 +11400,18 @@ class FlowStriker:
             frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if what == "opcode":
             if frame.f_code not in self.names:
-                self.names[frame.f_code] = {step.offset: step.opname for step in dis.get_instructions(frame.f_code)}
-            last, self.previous = self.previous, (frame, self.names[frame.f_code].get(frame.f_lasti, ""))
-            here = last is not None and last[0] is frame and last[1].startswith(("CALL", "JUMP_BACKWARD"))
+                self.names[frame.f_code] = {
+                    step.offset: step.opname for step in dis.get_instructions(frame.f_code)
+                }
+            last, self.previous = (
+                self.previous,
+                (frame, self.names[frame.f_code].get(frame.f_lasti, "")),
+            )
+            here = (
+                last is not None
+                and last[0] is frame
+                and last[1].startswith(("CALL", "JUMP_BACKWARD"))
+            )
         else:
             self.previous = None
         if here:
@@ -9759,7 +11437,9 @@ class FlowStriker:
 @swallows
 def test_ctrl_c_anywhere_in_a_call_leaves_no_lease_and_loses_no_command(clock: Clock) -> None:
     with flowstore.open(":memory:", clock=clock) as store_flow:
-        for strike_at in range(random.randint(1, 5), 10_000, 5):  # some of the places, others each time
+        for strike_at in range(
+            random.randint(1, 5), 10_000, 5
+        ):  # some of the places, others each time
             seen: list[ScheduledCommand] = []
             store_flow.workflows.schedule_command(command("a"))
             striker = FlowStriker(strike_at)
@@ -9767,13 +11447,17 @@ def test_ctrl_c_anywhere_in_a_call_leaves_no_lease_and_loses_no_command(clock: C
             left = handled(store_flow.workflows)
             assert [*left, *(found.data for found in seen)][:1] == ["a"], strike_at
             assert rows(store_flow)["scheduled_commands"] == 0, strike_at
-            if striker.places < strike_at:  # a strike at the close of a generator does not end the call either
+            if (
+                striker.places < strike_at
+            ):  # a strike at the close of a generator does not end the call either
                 break
         assert ended and strike_at > 100
 
 
 @needs_kill
-def test_a_host_killed_in_a_handler_leaves_the_command_to_another(path_flow: Path, clock: Clock) -> None:
+def test_a_host_killed_in_a_handler_leaves_the_command_to_another(
+    path_flow: Path, clock: Clock
+) -> None:
     with flowstore.open(path_flow, clock=clock, synchronous="OFF") as store_flow:
         for data in "ab":
             store_flow.workflows.schedule_command(command(data))
@@ -9793,7 +11477,9 @@ def test_a_host_killed_in_a_handler_leaves_the_command_to_another(path_flow: Pat
         assert handled(store_flow.workflows) == ["a"]
 
 
-def test_of_many_threads_one_handles_each_command(store_flow: Store, workflows: PersistenceProvider) -> None:
+def test_of_many_threads_one_handles_each_command(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
     with store_flow.transaction():
         for number in range(100):
             workflows.schedule_command(command(str(number)))
@@ -9845,7 +11531,9 @@ with store.transaction() as tx:
 """
 
 
-def test_hosts_handle_every_command_while_another_process_schedules_them_again(path_flow: Path) -> None:
+def test_hosts_handle_every_command_while_another_process_schedules_them_again(
+    path_flow: Path,
+) -> None:
     with flowstore.open(path_flow, synchronous="OFF") as store_flow:
         with store_flow.transaction() as tx:
             tx.execute("CREATE TABLE running (data TEXT PRIMARY KEY)")
@@ -9912,7 +11600,9 @@ class Commands(RuleBasedStateMachine):
 
         expected = sorted((at, data) for data, at in self.due.items() if at <= as_of)
         try:
-            count = self.store.workflows.process_commands(self.clock() + timedelta(milliseconds=as_of), handler)
+            count = self.store.workflows.process_commands(
+                self.clock() + timedelta(milliseconds=as_of), handler
+            )
             assert not failed and count == len(expected)
         except ExceptionGroup as group:
             assert [error.args[0] for error in group.exceptions] == failed != []
@@ -9936,7 +11626,9 @@ class Commands(RuleBasedStateMachine):
 
 
 TestCommandsAgainstAModel = Commands.TestCase
-TestCommandsAgainstAModel.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestCommandsAgainstAModel.settings = settings(
+    max_examples=40, stateful_step_count=20, deadline=None
+)
 
 
 # ============================================================================================================
@@ -9944,24 +11636,37 @@ TestCommandsAgainstAModel.settings = settings(max_examples=40, stateful_step_cou
 # ============================================================================================================
 
 
-def test_errors_are_kept_all_or_none_and_listed_newest_first(store_flow: Store, workflows: PersistenceProvider) -> None:
+def test_errors_are_kept_all_or_none_and_listed_newest_first(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
     def error(message: str, **fields: Any) -> ExecutionError:
-        return ExecutionError(**{"workflow_id": "w", "execution_pointer_id": "p", "message": message, **fields})
+        return ExecutionError(
+            **{"workflow_id": "w", "execution_pointer_id": "p", "message": message, **fields}
+        )
 
-    workflows.persist_errors([error("1"), error("other", workflow_id="v"), error("2", error_time=START - seconds(5))])
+    workflows.persist_errors(
+        [error("1"), error("other", workflow_id="v"), error("2", error_time=START - seconds(5))]
+    )
     workflows.persist_errors([])
     workflows.persist_errors((error("3"),))
     with refused_flow(store_flow, InvalidData, r"^errors\[1\]\.message"):
         workflows.persist_errors([error("4"), error("\0")])
     listed = workflows.list_errors("w")
     ages = {"3": 0, "2": 5, "1": 0}
-    assert listed == [error(message, error_time=START - seconds(age)) for message, age in ages.items()]
+    assert listed == [
+        error(message, error_time=START - seconds(age)) for message, age in ages.items()
+    ]
     assert workflows.list_errors("w", limit=1, offset=1) == listed[1:2]
-    assert workflows.list_errors("w", limit=-1) == [] and workflows.list_errors("w", offset=-1) == listed
+    assert (
+        workflows.list_errors("w", limit=-1) == []
+        and workflows.list_errors("w", offset=-1) == listed
+    )
     assert workflows.list_errors("gone") == []
 
 
-def test_ensure_store_exists_has_no_effect(store_flow: Store, workflows: PersistenceProvider) -> None:
+def test_ensure_store_exists_has_no_effect(
+    store_flow: Store, workflows: PersistenceProvider
+) -> None:
     created(workflows)
     before = rows(store_flow)
     for _ in range(2):
@@ -9981,7 +11686,9 @@ WRONG_CALLS: dict[str, Callable[[PersistenceProvider], Any]] = {
     ),
     "a status that is none": lambda w: w.create_new_workflow(instance(status="Running")),
     "the wrong enum": lambda w: w.create_new_workflow(instance(status=PointerStatus.COMPLETE)),
-    "a naive next_execution": lambda w: w.create_new_workflow(instance(next_execution=START.replace(tzinfo=None))),
+    "a naive next_execution": lambda w: w.create_new_workflow(
+        instance(next_execution=START.replace(tzinfo=None))
+    ),
     "next_execution out of range": lambda w: w.create_new_workflow(instance(next_execution=2**63)),
     "data that is no JSON": lambda w: w.create_new_workflow(instance(data={1j})),
     "a naive as_at": lambda w: w.get_runnable_instances(START.replace(tzinfo=None)),
@@ -9993,7 +11700,9 @@ WRONG_CALLS: dict[str, Callable[[PersistenceProvider], Any]] = {
     "a purge of no status": lambda w: w.purge_workflows("complete", START),
     "a purge before no time": lambda w: w.purge_workflows("Complete", 5),  # type: ignore[arg-type]
     "a key of 256 characters": lambda w: w.get_subscriptions("paid", "x" * 256),
-    "a naive time": lambda w: w.create_event_subscription(subscription(subscribe_as_of=START.replace(tzinfo=None))),
+    "a naive time": lambda w: w.create_event_subscription(
+        subscription(subscribe_as_of=START.replace(tzinfo=None))
+    ),
     "a token that is no text": lambda w: w.set_subscription_token("s", 1, "h", START),  # type: ignore[arg-type]
     "an empty worker": lambda w: w.set_subscription_token("s", "t", "", START),
     "an expiry that is no time": lambda w: w.set_subscription_token("s", "t", "h", None),  # type: ignore[arg-type]
@@ -10007,13 +11716,16 @@ WRONG_CALLS: dict[str, Callable[[PersistenceProvider], Any]] = {
     "an endless lease": lambda w: w.process_commands(None, print, lease_seconds=float("inf")),
     "errors that are no list": lambda w: w.persist_errors(None),  # type: ignore[arg-type]
     "subscriptions that are no list": lambda w: w.persist_workflow_with_subscriptions(
-        instance(id="w"), "s"  # type: ignore[arg-type]
+        instance(id="w"),
+        "s",  # type: ignore[arg-type]
     ),
 }
 
 
 @pytest.mark.parametrize("call", WRONG_CALLS.values(), ids=WRONG_CALLS)
-def test_what_cannot_be_stored_is_invalid_data(store_flow: Store, call: Callable[[PersistenceProvider], Any]) -> None:
+def test_what_cannot_be_stored_is_invalid_data(
+    store_flow: Store, call: Callable[[PersistenceProvider], Any]
+) -> None:
     store_flow.workflows.create_new_workflow(instance(id="w"))
     with refused_flow(store_flow, InvalidData):
         call(store_flow.workflows)
@@ -10039,7 +11751,9 @@ def test_calls_join_the_open_transaction(store_flow: Store, workflows: Persisten
             workflows.create_event(event_flow(id="e"))
         workflows.mark_event_processed("e")
         workflows.schedule_command(command("x"))
-        workflows.persist_errors([ExecutionError(workflow_id=own.id, execution_pointer_id="p", message="m")])
+        workflows.persist_errors(
+            [ExecutionError(workflow_id=own.id, execution_pointer_id="p", message="m")]
+        )
         assert list(rows(store_flow).values()) == [1, 1, 1, 1, 1, 1, 1]
         raise KeyError
     assert rows(store_flow) == before
@@ -10076,13 +11790,17 @@ def test_what_is_not_due_does_not_slow_what_is(watched_flow: FlowWatched, clock:
         def fill(count: int) -> None:
             with store_flow.transaction():
                 for number in range(count):
-                    workflows.create_new_workflow(instance(next_execution=MAX_INT if number % 2 else None))
+                    workflows.create_new_workflow(
+                        instance(next_execution=MAX_INT if number % 2 else None)
+                    )
                     workflows.create_event(event_flow(event_time=START + seconds(99)))
                     workflows.create_event(event_flow(is_processed=True))
                     workflows.create_event_subscription(subscription(event_key=f"other {number}"))
                     ended = workflows.create_event_subscription(subscription())
                     workflows.terminate_subscription(ended)
-                    workflows.schedule_command(command(new := f"later {number} of {count}", START + seconds(99)))
+                    workflows.schedule_command(
+                        command(new := f"later {number} of {count}", START + seconds(99))
+                    )
                     workflows.schedule_command(command(new, START + seconds(98)))
 
         def work() -> None:
@@ -10189,22 +11907,32 @@ while store.stats()["workflows"].get("Runnable"):
 
 
 @needs_kill
-def test_a_host_killed_at_random_points_completes_every_workflow_with_each_effect_once(path_flow: Path) -> None:
+def test_a_host_killed_at_random_points_completes_every_workflow_with_each_effect_once(
+    path_flow: Path,
+) -> None:
     dice = random.Random(2030)
     with flowstore.open(path_flow, synchronous="OFF") as store_flow:
         with store_flow.transaction() as tx:
             tx.execute("CREATE TABLE effects (workflow_id TEXT, what TEXT)")
             ids = [
-                store_flow.workflows.create_new_workflow(instance(execution_pointers=[ExecutionPointer(step_id=0)]))
+                store_flow.workflows.create_new_workflow(
+                    instance(execution_pointers=[ExecutionPointer(step_id=0)])
+                )
                 for _ in range(60)
             ]
             for id in ids:
                 store_flow.workflows.schedule_command(command(id, store_flow.now()))
-                made = store_flow.workflows.create_event(event_flow(event_key=id, event_data={"for": id}))
-                store_flow.workflows.schedule_command(command(made, store_flow.now(), CommandName.PROCESS_EVENT))
+                made = store_flow.workflows.create_event(
+                    event_flow(event_key=id, event_data={"for": id})
+                )
+                store_flow.workflows.schedule_command(
+                    command(made, store_flow.now(), CommandName.PROCESS_EVENT)
+                )
         killed = 0
         for _ in range(8):
-            hosts = [script_flow(SMALL_HOST, path_flow, dice.uniform(0.001, 0.03)) for _ in range(2)]
+            hosts = [
+                script_flow(SMALL_HOST, path_flow, dice.uniform(0.001, 0.03)) for _ in range(2)
+            ]
             for host in hosts:
                 host.communicate(timeout=60)
                 assert host.returncode in (0, -signal.SIGKILL)
@@ -10215,11 +11943,17 @@ def test_a_host_killed_at_random_points_completes_every_workflow_with_each_effec
         assert store_flow.stats()["workflows"] == {"Complete": 60}
         with store_flow.transaction() as tx:
             effects = tx.execute("SELECT workflow_id, what FROM effects ORDER BY workflow_id, what")
-        assert effects == sorted((id, what) for id in ids for what in ("charge", "await payment", "pause", "ship"))
+        assert effects == sorted(
+            (id, what) for id in ids for what in ("charge", "await payment", "pause", "ship")
+        )
         for one in store_flow.workflows.get_workflow_instances(ids):
-            assert [pointer.status for pointer in one.execution_pointers] == [PointerStatus.COMPLETE] * 4
+            assert [pointer.status for pointer in one.execution_pointers] == [
+                PointerStatus.COMPLETE
+            ] * 4
             assert one.execution_pointers[1].event_data == {"for": one.id}
-            assert [error.message for error in store_flow.workflows.list_errors(one.id)] == ["declined"]
+            assert [error.message for error in store_flow.workflows.list_errors(one.id)] == [
+                "declined"
+            ]
         assert store_flow.check() == []
     with sqlite3.connect(path_flow) as database:
         assert database.execute("SELECT COUNT(*) FROM workflows").fetchone() == (60,)
@@ -10229,6 +11963,7 @@ def test_a_host_killed_at_random_points_completes_every_workflow_with_each_effec
 # ==========================================================================================================
 # What the statements of the workflow facet cost
 # ==========================================================================================================
+
 
 @pytest.mark.sqlite
 def test_no_statement_of_the_workflow_facet_scans_a_table_or_sorts(
@@ -10260,14 +11995,20 @@ def test_no_statement_of_the_workflow_facet_scans_a_table_or_sorts(
     facet.mark_event_processed("e")
     facet.mark_event_unprocessed("e")
     for again in (0, 1):
-        facet.schedule_command(ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=str(again), execute_time=again))
+        facet.schedule_command(
+            ScheduledCommand(
+                command_name=CommandName.PROCESS_EVENT, data=str(again), execute_time=again
+            )
+        )
     facet.process_commands(None, facet.schedule_command)
     facet.persist_errors([ExecutionError(workflow_id="w", execution_pointer_id="0", message="m")])
     facet.list_errors("w")
     facet.next_definition_sequence("d")
     facet.delete_workflow("w")
     facet.purge_workflows("Runnable", store_state.now())
-    issued = {sql for sql in watched.statements if STATEMENT.match(sql) and PROVIDER_TABLES.search(sql)}
+    issued = {
+        sql for sql in watched.statements if STATEMENT.match(sql) and PROVIDER_TABLES.search(sql)
+    }
     assert len(issued) > 25
     steps = {(step, sql) for sql in issued for step in plan(schema, sql)}
     assert {step for step in steps if step[0].startswith("SCAN") or "B-TREE" in step[0]} == set()
@@ -10289,7 +12030,10 @@ def rows_to_prune(store: Store) -> PruneRows:
         sql = """SELECT column_name::text FROM information_schema.columns
             WHERE table_schema = current_schema() AND table_name = ? ORDER BY ordinal_position"""
     with store.transaction() as tx:
-        columns = {name: [column for (column,) in tx.execute(sql, (name,))] for name in flowstore._TABLE_NAMES}
+        columns = {
+            name: [column for (column,) in tx.execute(sql, (name,))]
+            for name in flowstore._TABLE_NAMES
+        }
         found = {name: [dict(zip(columns[name], row, strict=True)) for row in tx.execute(f"SELECT * FROM {name}")]
                  for name in columns}  # fmt: skip
     found["flowstore_log"] = [row for row in found["flowstore_log"] if row["execution_id"]]
@@ -10309,7 +12053,10 @@ def pruned_by_hand(rows: PruneRows, before: datetime) -> tuple[PruneRows, dict[s
         "errors": due("execution_errors", lambda row: row["error_time"]),
         "subscriptions": due("event_subscriptions", lambda row: row["terminated_at"]),
         "events": due("events", lambda row: row["event_time"] if row["is_processed"] else None),
-        "tokens": due("flowstore_tokens", lambda row: min(row["revoked_at"] or limit, row["expires_at"] or limit)),
+        "tokens": due(
+            "flowstore_tokens",
+            lambda row: min(row["revoked_at"] or limit, row["expires_at"] or limit),
+        ),
         "workflows": due("workflows", lambda row: row["complete_time"] or row["create_time"]),
         "flows": due("flows", lambda row: row["updated_at"]),
         "executions": due("flowstore_runs", lambda row: row["updated_at"]),
@@ -10332,22 +12079,32 @@ def populate(store: Store, clock: Clock, seed: int, count: int = 12) -> None:
     for number in range(count):
         clock.now = now - timedelta(days=chance.randrange(12))
         tenant, own = chance.choice(["default", "acme"]), chance.choice([0, 1, 3, 40])
-        run = WorkflowExecution(execution_id=f"e{number}", workflow_id="w", status=chance.choice(list(ExecutionStatus)))
+        run = WorkflowExecution(
+            execution_id=f"e{number}", workflow_id="w", status=chance.choice(list(ExecutionStatus))
+        )
         run.tenant_id = tenant
         store.state.create_execution(run)
         store.events.append(f"log{number}", tenant, EVENT)
         if own:
-            store.events.append_batch(run.execution_id, tenant, [{"type": "custom", "n": n} for n in range(own)])
-            store.state.write_snapshot(Snapshot(execution_id=run.execution_id, at_sequence=own, state=own))
+            store.events.append_batch(
+                run.execution_id, tenant, [{"type": "custom", "n": n} for n in range(own)]
+            )
+            store.state.write_snapshot(
+                Snapshot(execution_id=run.execution_id, at_sequence=own, state=own)
+            )
             store.state.record_effect(f"effect {number}", own, execution_id=run.execution_id)
             store.state.record_effect(f"free {number}", own)
         for index in range(own // 2):
-            store.state.enqueue_work_item(WorkItem(id=f"i{number}-{index}", execution_id=f"e{number}", queue_type="q"))
+            store.state.enqueue_work_item(
+                WorkItem(id=f"i{number}-{index}", execution_id=f"e{number}", queue_type="q")
+            )
         if own == 40:
             store.state.move_to_dead_letter(f"i{number}-0", "poison")
         store.state.put_artifact(f"{number}".encode())
         flow = store.flows.insert(Flow(status=chance.choice(list(FlowStatus))))
-        place = WorkflowInstance(workflow_definition_id="d", status=chance.choice(list(WorkflowStatus)))
+        place = WorkflowInstance(
+            workflow_definition_id="d", status=chance.choice(list(WorkflowStatus))
+        )
         place.execution_pointers = [ExecutionPointer(step_id=step) for step in range(own)]
         place.complete_time = chance.choice([None, clock.now, now])
         place.id = store.workflows.create_new_workflow(place)
@@ -10355,9 +12112,13 @@ def populate(store: Store, clock: Clock, seed: int, count: int = 12) -> None:
             store.flows.append_event(flow.id, "k", {})
             store.flows.insert_step(FlowStep(flow_id=flow.id, run_id=str(index)))
         event = store.workflows.create_event(Event(event_name="n", event_key="k"))
-        waiting = EventSubscription(workflow_id=place.id, step_id=0, execution_pointer_id="p", event_name="n", event_key="k")
+        waiting = EventSubscription(
+            workflow_id=place.id, step_id=0, execution_pointer_id="p", event_name="n", event_key="k"
+        )
         store.workflows.create_event_subscription(waiting)
-        error = ExecutionError(workflow_id=chance.choice([place.id, "gone"]), execution_pointer_id="p", message="m")
+        error = ExecutionError(
+            workflow_id=chance.choice([place.id, "gone"]), execution_pointer_id="p", message="m"
+        )
         store.workflows.persist_errors([error] * (own + 1))
         expires = chance.choice([None, clock.now + timedelta(hours=1), now + timedelta(days=1)])
         _, token = store.state.create_token("n", "r", expires_at=expires)
@@ -10391,7 +12152,9 @@ def test_prune_drops_what_a_model_says_and_counts_it_first(
     assert {run.status.is_terminal for run in store.state.list_executions()} == {False}
 
 
-def test_prune_spares_what_ended_at_the_very_time_and_a_negative_span_counts_as_none(store: Store, clock: Clock) -> None:
+def test_prune_spares_what_ended_at_the_very_time_and_a_negative_span_counts_as_none(
+    store: Store, clock: Clock
+) -> None:
     flow = store.flows.insert(Flow(status=FlowStatus.FAILED))
     for span in (timedelta(0), timedelta(-5), timedelta.max):
         assert store.prune(span)["flows"] == 0
@@ -10399,13 +12162,18 @@ def test_prune_spares_what_ended_at_the_very_time_and_a_negative_span_counts_as_
     assert store.prune(store.now() + timedelta(seconds=1))["flows"] == 1
 
 
-@pytest.mark.parametrize("older_than", [None, 30, 1.5, True, "30d", datetime(2030, 1, 1), date(2030, 1, 1), [timedelta(1)]])
+@pytest.mark.parametrize(
+    "older_than",
+    [None, 30, 1.5, True, "30d", datetime(2030, 1, 1), date(2030, 1, 1), [timedelta(1)]],
+)
 def test_prune_refuses_what_is_no_time(store: Store, older_than: Any) -> None:
     with pytest.raises(InvalidData, match="older_than"):
         store.prune(older_than)
 
 
-def test_prune_dry_run_is_true_or_false_and_all_that_a_read_only_store_can_do(tmp_path: Path) -> None:
+def test_prune_dry_run_is_true_or_false_and_all_that_a_read_only_store_can_do(
+    tmp_path: Path,
+) -> None:
     with flowstore.open(tmp_path / "app.db") as store:
         store.flows.insert(Flow(status=FlowStatus.FAILED))
         with pytest.raises(InvalidData, match="dry_run"):
@@ -10431,12 +12199,16 @@ def test_prune_inside_a_transaction_is_undone_with_it(make_store: MakeStore, clo
 def ended_log(store: Store, execution_id: str, events: int, tenant: str = "default") -> None:
     """A completed execution with so many events."""
     store.events.append_batch(execution_id, tenant, [EVENT] * events)
-    run = WorkflowExecution(execution_id=execution_id, workflow_id="w", status=ExecutionStatus.COMPLETED)
+    run = WorkflowExecution(
+        execution_id=execution_id, workflow_id="w", status=ExecutionStatus.COMPLETED
+    )
     run.updated_at, run.tenant_id = START - timedelta(days=1), tenant
     store.state.create_execution(run)
 
 
-def test_a_pruned_id_is_unknown_and_its_positions_are_never_given_again(make_store: MakeStore, clock: Clock) -> None:
+def test_a_pruned_id_is_unknown_and_its_positions_are_never_given_again(
+    make_store: MakeStore, clock: Clock
+) -> None:
     store = make_store(clock=clock)
     seen = 0
     for turn in range(4):
@@ -10451,19 +12223,27 @@ def test_a_pruned_id_is_unknown_and_its_positions_are_never_given_again(make_sto
         assert [one.position > last for one in store.events.read_all(last)] == []
         assert store.events.append("e", "acme", EVENT) == 1  # another tenant may have it now
         assert [one.execution_id for one in store.events.read_all(last)] == ["e"]
-        run_of = WorkflowExecution(execution_id="e", workflow_id="w", tenant_id="acme", status=ExecutionStatus.FAILED)
+        run_of = WorkflowExecution(
+            execution_id="e", workflow_id="w", tenant_id="acme", status=ExecutionStatus.FAILED
+        )
         run_of.updated_at = START - timedelta(days=1)
         store.state.create_execution(run_of)
         seen = store.events.read_all(last)[-1].position
         assert store.prune(clock.now)["executions"] == 1
-        assert store.stats()["tables"]["flowstore_log"] <= 2  # `other`, and one row that stands for the end
+        assert (
+            store.stats()["tables"]["flowstore_log"] <= 2
+        )  # `other`, and one row that stands for the end
 
 
-def test_a_prune_takes_the_data_of_every_tenant_and_leaves_each_its_own(make_store: MakeStore, clock: Clock) -> None:
+def test_a_prune_takes_the_data_of_every_tenant_and_leaves_each_its_own(
+    make_store: MakeStore, clock: Clock
+) -> None:
     store = make_store(clock=clock)
     for tenant in ("acme", "other"):
         ended_log(store, f"ended of {tenant}", 2, tenant)
-        store.state.for_tenant(tenant).create_execution(WorkflowExecution(execution_id=f"open of {tenant}", workflow_id="w"))
+        store.state.for_tenant(tenant).create_execution(
+            WorkflowExecution(execution_id=f"open of {tenant}", workflow_id="w")
+        )
     assert store.prune(clock.now)["executions"] == 2
     for tenant in ("acme", "other"):
         view = store.state.for_tenant(tenant)
@@ -10494,7 +12274,9 @@ def test_an_execution_that_goes_in_pieces_is_nobodys_meanwhile(
                     run_with(store.state, "giant")
                 with pytest.raises(NotFound):
                     store.state.for_tenant("default").append_event("giant", EVENT)
-                with pytest.raises(NotFound):  # the administrator's too, for it would go with the rest
+                with pytest.raises(
+                    NotFound
+                ):  # the administrator's too, for it would go with the rest
                     store.state.append_event("giant", EVENT)
     assert end.value.value["executions"] == 1 and len(lengths) > 3
     assert not store.events.execution_exists("giant")
@@ -10516,7 +12298,9 @@ def test_who_knew_a_flow_or_workflow_that_goes_in_pieces_does_not_go_on_with_it(
     later = clock.advance(10)
     steps: Any = inspect.unwrap(Store.prune)(store, later)
     dropped: Any = None
-    while (dropped := steps.send(dropped)) is not None and len(store.flows.list_events(flow.id)) == 30:
+    while (dropped := steps.send(dropped)) is not None and len(
+        store.flows.list_events(flow.id)
+    ) == 30:
         if len(store.workflows.get_workflow_instances([place.id])) and dropped[1]:
             store.workflows.persist_workflow(place)  # whoever writes it has it whole
             assert len(store.workflows.get_workflow_instance(place.id).execution_pointers) == 30
@@ -10536,7 +12320,10 @@ def test_prune_takes_everything_apart_into_small_transactions(
     ended_log(store, "giant", 3000)
     flow = flow_with(store, "finished", updated_at=START - timedelta(1))
     with store.transaction() as tx:
-        tx.executemany("INSERT INTO flow_events (flow_id, kind, payload, at) VALUES (?, 'k', '{}', 0)", [(flow.id,)] * 3000)
+        tx.executemany(
+            "INSERT INTO flow_events (flow_id, kind, payload, at) VALUES (?, 'k', '{}', 0)",
+            [(flow.id,)] * 3000,
+        )
         for number in range(300):
             ended_log(store, f"small{number}", 2)
     place = WorkflowInstance(workflow_definition_id="d", status=WorkflowStatus.TERMINATED)
@@ -10551,7 +12338,9 @@ def test_prune_takes_everything_apart_into_small_transactions(
     assert store.check() == [] and store.stats()["tables"]["flowstore_log"] == 1
 
 
-def test_writers_append_to_executions_while_they_are_pruned(make_store_state: Callable[[], Store]) -> None:
+def test_writers_append_to_executions_while_they_are_pruned(
+    make_store_state: Callable[[], Store],
+) -> None:
     store = make_store_state()
     for number in range(20):
         ended_log(store, f"e{number}", 700)
@@ -10577,7 +12366,9 @@ def test_compact_gives_many_pages_back_in_each_step(tmp_path: Path) -> None:
     with flowstore.open(tmp_path / "app.db", synchronous="OFF") as store:
         with store.transaction():
             for number in range(100):
-                store.events.append(f"e{number}", "default", {"type": "custom", "text": "x" * 50_000})
+                store.events.append(
+                    f"e{number}", "default", {"type": "custom", "text": "x" * 50_000}
+                )
                 run_with(store.state, f"e{number}", status="failed", updated_at=START)
         store.prune(START + timedelta(days=1))
         before = store.stats()["file_bytes"]
@@ -10618,7 +12409,10 @@ def test_a_prune_that_is_killed_anywhere_leaves_whole_things_or_logs_from_their_
         populate(store, clock, 5)
         ended_log(store, "giant", 130)
         first = rows_to_prune(store)
-        logs = {run: [one.event for one in store.events.load_events(run)] for run in store.events.list_executions()}
+        logs = {
+            run: [one.event for one in store.events.load_events(run)]
+            for run in store.events.list_executions()
+        }
         left, _ = pruned_by_hand(first, START)
         highest = max(row["position"] for row in first["flowstore_log"])
     environment, kills = os.environ | {"PYTHONPATH": str(HERE)}, 0
@@ -10651,8 +12445,16 @@ def test_a_prune_that_is_killed_anywhere_leaves_whole_things_or_logs_from_their_
 # ==========================================================================================================
 
 MARKUP = "<script>alert('x')</script>\" onload=\"alert(1) \x1b[31m\u202e&amp;"
-CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-            "--disable-background-networking", "--disable-component-update"]
+CHROMIUM = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 
 
 @pytest.fixture
@@ -10669,29 +12471,57 @@ def shop(tmp_path: Path) -> Path:
         state.create_tenant(Tenant(id="acme"))
         for number, tenant in enumerate(["default", "default", "acme"]):
             run_with(state, f"order-{number}", status="running", tenant_id=tenant)
-            for kind, pause in (("discovered", 2), ("started", 4), ("failed", 6), ("started", 20), ("started", 3)):
+            for kind, pause in (
+                ("discovered", 2),
+                ("started", 4),
+                ("failed", 6),
+                ("started", 20),
+                ("started", 3),
+            ):
                 state.append_event(f"order-{number}", {"type": f"step_{kind}", "step": "charge"})
                 later(pause)
-            state.append_event(f"order-{number}", {"type": "step_completed", "step": "charge", "note": MARKUP})
-            state.enqueue_work_item(WorkItem(id=f"mail-{number}", execution_id=f"order-{number}", queue_type="mail"))
-            state.enqueue_work_item(WorkItem(id=f"ship-{number}", execution_id=f"order-{number}", queue_type="ship"))
+            state.append_event(
+                f"order-{number}", {"type": "step_completed", "step": "charge", "note": MARKUP}
+            )
+            state.enqueue_work_item(
+                WorkItem(id=f"mail-{number}", execution_id=f"order-{number}", queue_type="mail")
+            )
+            state.enqueue_work_item(
+                WorkItem(id=f"ship-{number}", execution_id=f"order-{number}", queue_type="ship")
+            )
         state.append_event("order-0", {"type": "execution_completed"})
         state.update_execution_status("order-0", "completed")
         state.claim_work_item("worker", ["mail"], lease_seconds=900)
         state.move_to_dead_letter("ship-1", "printer on fire")
         store.events.append(MARKUP, "default", {"type": "custom"})
-        store.flows.insert(Flow(id="flow", goal=MARKUP, status=FlowStatus.WAITING, state={"found": [MARKUP]}))
-        store.flows.insert_step(FlowStep(flow_id="flow", run_id="r", task="scan", status=FlowStepStatus.FAILED))
+        store.flows.insert(
+            Flow(id="flow", goal=MARKUP, status=FlowStatus.WAITING, state={"found": [MARKUP]})
+        )
+        store.flows.insert_step(
+            FlowStep(flow_id="flow", run_id="r", task="scan", status=FlowStepStatus.FAILED)
+        )
         store.flows.append_event("flow", "noted", {"by": MARKUP})
-        pointer = ExecutionPointer(step_id=7, step_name="wait", status=PointerStatus.SLEEPING, start_time=now)
+        pointer = ExecutionPointer(
+            step_id=7, step_name="wait", status=PointerStatus.SLEEPING, start_time=now
+        )
         store.workflows.create_new_workflow(
             WorkflowInstance(id="flow", workflow_definition_id="host", execution_pointers=[pointer])
         )
         store.workflows.create_event_subscription(
-            EventSubscription(workflow_id="flow", step_id=7, execution_pointer_id=pointer.id, event_name="paid", event_key="k")
+            EventSubscription(
+                workflow_id="flow",
+                step_id=7,
+                execution_pointer_id=pointer.id,
+                event_name="paid",
+                event_key="k",
+            )
         )
-        store.workflows.schedule_command(ScheduledCommand(command_name=CommandName.PROCESS_WORKFLOW, data="flow", execute_time=0))
-        store.workflows.persist_errors([ExecutionError(workflow_id="flow", execution_pointer_id="p", message=MARKUP)])
+        store.workflows.schedule_command(
+            ScheduledCommand(command_name=CommandName.PROCESS_WORKFLOW, data="flow", execute_time=0)
+        )
+        store.workflows.persist_errors(
+            [ExecutionError(workflow_id="flow", execution_pointer_id="p", message=MARKUP)]
+        )
     return tmp_path / "shop.db"
 
 
@@ -10715,7 +12545,9 @@ class Page(HTMLParser):
 def serving(path: Path) -> Iterator[str]:
     """The address of a live page, which must end well at Ctrl-C, having said nothing."""
     command = [sys.executable, flowstore.__file__, "serve", str(path), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
         assert server.stdout is not None and server.stderr is not None
         try:
             yield server.stdout.readline().split()[0]
@@ -10725,7 +12557,9 @@ def serving(path: Path) -> Iterator[str]:
             server.kill()
 
 
-def ask(address: str, path: str = "/", method: str = "GET", **headers: str) -> tuple[int, dict[str, str], str]:
+def ask(
+    address: str, path: str = "/", method: str = "GET", **headers: str
+) -> tuple[int, dict[str, str], str]:
     """What the server answers: status, headers, text."""
     connection = http.client.HTTPConnection(address.split("/")[2], timeout=30)
     connection.putrequest(method, path, skip_host="Host" in headers)
@@ -10742,15 +12576,35 @@ def test_every_drawing_has_the_numbers_of_the_store(shop: Path) -> None:
         stats = store.stats()
     shown = json.loads(run("show", shop, "--json", cwd=shop.parent).stdout)
     assert shown["counts"] == {
-        "executions": stats["executions"], "flows": stats["flows"], "workflows": stats["workflows"],
+        "executions": stats["executions"],
+        "flows": stats["flows"],
+        "workflows": stats["workflows"],
         "work items": {"pending": 4, "claimed": 1, "dead_lettered": 1},
     }
-    queues = {row["queue"]: {"pending": row["waiting"], "claimed": row["leased"], "dead_lettered": row["dead"]}
-              for row in shown["tables"]["queues"]["rows"]}
-    assert {queue: {word: count for word, count in counts.items() if count} for queue, counts in queues.items()} == (
-        stats["queues"])
-    assert shown["facts"] | {"file_bytes": stats["file_bytes"], "open_subscriptions": 1, "due_commands": 1,
-                             "later_commands": 0, "unprocessed_events": 0, "last_position": 20} == shown["facts"]
+    queues = {
+        row["queue"]: {
+            "pending": row["waiting"],
+            "claimed": row["leased"],
+            "dead_lettered": row["dead"],
+        }
+        for row in shown["tables"]["queues"]["rows"]
+    }
+    assert {
+        queue: {word: count for word, count in counts.items() if count}
+        for queue, counts in queues.items()
+    } == (stats["queues"])
+    assert (
+        shown["facts"]
+        | {
+            "file_bytes": stats["file_bytes"],
+            "open_subscriptions": 1,
+            "due_commands": 1,
+            "later_commands": 0,
+            "unprocessed_events": 0,
+            "last_position": 20,
+        }
+        == shown["facts"]
+    )
     with serving(shop) as address:
         pages = [run("report", shop, cwd=shop.parent).stdout, ask(address)[2]]
     drawn = [run("show", shop, cwd=shop.parent).stdout, *(Page(page).text for page in pages)]
@@ -10767,25 +12621,38 @@ def test_a_detail_has_all_of_an_execution_a_flow_and_a_workflow(shop: Path) -> N
     with flowstore.open(shop, read_only=True) as store:
         events = store.events.load_events("order-0")
     rows = execution["tables"]["events"]
-    assert (rows["total"], [row["event"] for row in rows["rows"]]) == (7, [one.event for one in events])
+    assert (rows["total"], [row["event"] for row in rows["rows"]]) == (
+        7,
+        [one.event for one in events],
+    )
     assert [row["id"] for row in execution["tables"]["work items"]["rows"]] == ["mail-0", "ship-0"]
     assert execution["status"] == "completed" and execution["facts"]["current_state"] == {}
     flow, workflow = json.loads(run("show", shop, "flow", "--json", cwd=shop.parent).stdout)
-    assert (flow["kind"], flow["facts"]["goal"], flow["facts"]["state"]) == ("flow", MARKUP, {"found": [MARKUP]})
+    assert (flow["kind"], flow["facts"]["goal"], flow["facts"]["state"]) == (
+        "flow",
+        MARKUP,
+        {"found": [MARKUP]},
+    )
     assert flow["tables"]["events"]["rows"][0]["payload"] == {"by": MARKUP}
     assert flow["steps"][0]["parts"][0]["what"] == "failed"
-    assert [workflow["tables"][name]["total"] for name in ("pointers", "subscriptions", "errors")] == [1, 1, 1]
+    assert [
+        workflow["tables"][name]["total"] for name in ("pointers", "subscriptions", "errors")
+    ] == [1, 1, 1]
     assert workflow["steps"][0]["parts"][0]["what"] == "waiting"
     (by_item,) = json.loads(run("show", shop, "ship-0", "--json", cwd=shop.parent).stdout)
     assert by_item == execution
-    assert run("show", shop, "nobody", cwd=shop.parent, status=1).stderr.startswith("flowstore: execution or flow or wo")
+    assert run("show", shop, "nobody", cwd=shop.parent, status=1).stderr.startswith(
+        "flowstore: execution or flow or wo"
+    )
 
 
 def test_steps_show_their_waits_failures_and_lost_attempts(shop: Path) -> None:
     with flowstore.open(shop, read_only=True) as store:
         timeline = store.state.timeline("order-0")
     charge = timeline["steps"][0]
-    seconds = [(part["what"], (part["to"] - part["from"]).total_seconds()) for part in charge["parts"]]
+    seconds = [
+        (part["what"], (part["to"] - part["from"]).total_seconds()) for part in charge["parts"]
+    ]
     assert seconds == [("waiting", 2), ("failed", 4), ("waiting", 6), ("lost", 20), ("done", 3)]
     assert (charge["name"], charge["status"], charge["attempts"]) == ("charge", "completed", 3)
     assert re.search(r"charge +\.*x+\.+~+#+ +completed, 3 attempts\n", str(timeline))
@@ -10793,24 +12660,73 @@ def test_steps_show_their_waits_failures_and_lost_attempts(shop: Path) -> None:
 
 def test_nothing_from_the_store_becomes_markup(shop: Path) -> None:
     with flowstore.open(shop, read_only=True) as store:
-        reprs: list[Any] = [store, store.flows, store.events, store.state, store.workflows, store.flows.get("flow"),
-                            *store.flows.list_events("flow"), store.state.timeline(MARKUP)]
+        reprs: list[Any] = [
+            store,
+            store.flows,
+            store.events,
+            store.state,
+            store.workflows,
+            store.flows.get("flow"),
+            *store.flows.list_events("flow"),
+            store.state.timeline(MARKUP),
+        ]
         pages = [one._repr_html_() for one in reprs]
     pages += [run("report", shop, *which, cwd=shop.parent).stdout for which in ([], ["flow"])]
     with serving(shop) as address:
-        for query in (f"id={quote(MARKUP)}", f"tenant={quote(MARKUP)}", f"status={quote(MARKUP)}", "id=flow",
-                      f"id=%00&status={quote(MARKUP)}", f"id={quote(MARKUP * 20)}", ""):
+        for query in (
+            f"id={quote(MARKUP)}",
+            f"tenant={quote(MARKUP)}",
+            f"status={quote(MARKUP)}",
+            "id=flow",
+            f"id=%00&status={quote(MARKUP)}",
+            f"id={quote(MARKUP * 20)}",
+            "",
+        ):
             pages.append(ask(address, f"/?{query}")[2])
         pages.append(ask(address, f"/{quote(MARKUP)}")[2])
     assert sum("<script>alert('x')</script>" in Page(page).text for page in pages) >= 10
     for page in pages:
         assert page is not None and "\x1b" not in page and "\u202e" not in page
         for tag, attributes in Page(page).elements:
-            assert tag in {"html", "head", "meta", "link", "title", "style", "body", "header", "h1", "h2", "a", "main", "section",
-                           "dl", "div", "dt", "dd", "span", "table", "caption", "tr", "th", "td", "svg", "rect", "b", "pre",
-                           "form", "label", "input", "select", "option", "button"}, tag
+            assert tag in {
+                "html",
+                "head",
+                "meta",
+                "link",
+                "title",
+                "style",
+                "body",
+                "header",
+                "h1",
+                "h2",
+                "a",
+                "main",
+                "section",
+                "dl",
+                "div",
+                "dt",
+                "dd",
+                "span",
+                "table",
+                "caption",
+                "tr",
+                "th",
+                "td",
+                "svg",
+                "rect",
+                "b",
+                "pre",
+                "form",
+                "label",
+                "input",
+                "select",
+                "option",
+                "button",
+            }, tag
             assert not any(name.startswith("on") or name == "style" for name in attributes)
-            assert re.match(r"/($|\?id=[\w%.~-]*$)|#[\w%.~-]*$|data:,$", attributes.get("href") or "/"), attributes
+            assert re.match(
+                r"/($|\?id=[\w%.~-]*$)|#[\w%.~-]*$|data:,$", attributes.get("href") or "/"
+            ), attributes
 
 
 def test_the_live_page_is_for_this_machine_and_reads_alone(shop: Path) -> None:
@@ -10820,25 +12736,59 @@ def test_the_live_page_is_for_this_machine_and_reads_alone(shop: Path) -> None:
         status, headers, text = ask(address)
         assert status == 200 and text.startswith("<!DOCTYPE html>")
         policy = headers["Content-Security-Policy"]
-        assert policy.startswith("default-src 'none'; style-src 'sha256-") and "frame-ancestors 'none'" in policy
+        assert (
+            policy.startswith("default-src 'none'; style-src 'sha256-")
+            and "frame-ancestors 'none'" in policy
+        )
         assert "unsafe" not in policy and headers["X-Content-Type-Options"] == "nosniff"
         assert ask(address, method="HEAD")[::2] == (200, "")
-        for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}", f"LOCALHOST:{port}"):
+        for host in (
+            f"localhost:{port}",
+            f"127.0.0.1:{port}",
+            f"[::1]:{port}",
+            f"LOCALHOST:{port}",
+        ):
             assert ask(address, Host=host)[0] == 200
-        for host in ("evil.example", f"evil.example:{port}", "127.0.0.1", "127.0.0.1:1", f"127.0.0.1:{port}.evil", ""):
+        for host in (
+            "evil.example",
+            f"evil.example:{port}",
+            "127.0.0.1",
+            "127.0.0.1:1",
+            f"127.0.0.1:{port}.evil",
+            "",
+        ):
             assert ask(address, Host=host)[0] == 421, host
         for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "NONSENSE"):
             status, headers, text = ask(address, method=method)
-            assert (status, headers["Allow"]) == (405, "GET, HEAD") and "nothing can be changed" in text
-        for path, expected in (("/nowhere", 404), ("/?id=nobody", 404), ("/?tenant=nobody", 404), ("/?status=nonsense", 400),
-                               ("/?" + "a=1&" * 20, 400), ("/?id=%ff", 404), ("/?id=" + "x" * 300, 400),
-                               ("/?tenant=acme&id=order-0", 404), ("/?tenant=acme&id=order-2", 200), ("/?id=", 200),
-                               ("/?tenant=acme&id=flow", 404)):
+            assert (status, headers["Allow"]) == (
+                405,
+                "GET, HEAD",
+            ) and "nothing can be changed" in text
+        for path, expected in (
+            ("/nowhere", 404),
+            ("/?id=nobody", 404),
+            ("/?tenant=nobody", 404),
+            ("/?status=nonsense", 400),
+            ("/?" + "a=1&" * 20, 400),
+            ("/?id=%ff", 404),
+            ("/?id=" + "x" * 300, 400),
+            ("/?tenant=acme&id=order-0", 404),
+            ("/?tenant=acme&id=order-2", 200),
+            ("/?id=", 200),
+            ("/?tenant=acme&id=flow", 404),
+        ):
             status, headers, text = ask(address, path)
-            assert status == expected and "Traceback" not in text and "default-src 'none'" in headers[
-                "Content-Security-Policy"], path
-        for path, there, gone in (("/?tenant=acme", "order-2", "order-0"), ("/?status=completed", "order-0", "order-2"),
-                                  ("/?status=dead_lettered", "printer on fire", "order-2"), ("/?status=Runnable", "host-1", "order-0")):
+            assert (
+                status == expected
+                and "Traceback" not in text
+                and "default-src 'none'" in headers["Content-Security-Policy"]
+            ), path
+        for path, there, gone in (
+            ("/?tenant=acme", "order-2", "order-0"),
+            ("/?status=completed", "order-0", "order-2"),
+            ("/?status=dead_lettered", "printer on fire", "order-2"),
+            ("/?status=Runnable", "host-1", "order-0"),
+        ):
             text = Page(ask(address, path)[2]).text
             assert there in text and gone not in text, path
     assert shop.read_bytes() == before
@@ -10854,7 +12804,10 @@ def test_serve_refuses_a_port_that_is_none_or_taken(shop: Path) -> None:
 
 
 def columns(line: str) -> int:
-    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "FW") for char in line)
+    return sum(
+        0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "FW")
+        for char in line
+    )
 
 
 def test_the_terminal_view_fits_80_columns_whatever_is_stored(tmp_path: Path) -> None:
@@ -10864,8 +12817,12 @@ def test_the_terminal_view_fits_80_columns_whatever_is_stored(tmp_path: Path) ->
         for id in (wide[:200], new_id, "x" * 255):
             run_with(store.state, id, workflow_version=wide, current_state={wide: [wide] * 9})
             store.state.append_event(id, {"type": f"{wide}_started", "step": wide})
-            store.state.enqueue_work_item(WorkItem(execution_id=id, queue_type=wide[:255], node_id=wide * 99))
-            store.state.enqueue_work_item(WorkItem(id=wide[:90] + id[:100], execution_id=id, queue_type="q" * 255))
+            store.state.enqueue_work_item(
+                WorkItem(execution_id=id, queue_type=wide[:255], node_id=wide * 99)
+            )
+            store.state.enqueue_work_item(
+                WorkItem(id=wide[:90] + id[:100], execution_id=id, queue_type="q" * 255)
+            )
             store.state.move_to_dead_letter(wide[:90] + id[:100], wide * 99)
             store.flows.insert(Flow(id=id, goal=f"line one\n\ttwo {wide * 50}"))
         texts = [str(flowstore.View(view)) for view in flowstore._views(store)]
@@ -10882,8 +12839,13 @@ def on_a_terminal(*arguments: object, **environment: str) -> str:
     pty = pytest.importorskip("pty")
     ours, theirs = pty.openpty()
     inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
-    subprocess.run([sys.executable, flowstore.__file__, *map(str, arguments)], stdout=theirs, env=inherited | environment,
-                   timeout=60, check=True)
+    subprocess.run(
+        [sys.executable, flowstore.__file__, *map(str, arguments)],
+        stdout=theirs,
+        env=inherited | environment,
+        timeout=60,
+        check=True,
+    )
     os.close(theirs)
     said = b""
     with contextlib.suppress(OSError):
@@ -10897,7 +12859,11 @@ def test_colour_is_for_terminals_whose_owner_wants_it(shop: Path) -> None:
     plain = run("show", shop, "order-0", cwd=shop.parent).stdout
     coloured = on_a_terminal("show", shop, "order-0")
     assert "\x1b" not in plain and "\x1b[32mcompleted" in coloured
-    assert re.sub(r"\x1b\[\d+m", "", coloured) == plain == on_a_terminal("show", shop, "order-0", NO_COLOR="1")
+    assert (
+        re.sub(r"\x1b\[\d+m", "", coloured)
+        == plain
+        == on_a_terminal("show", shop, "order-0", NO_COLOR="1")
+    )
     assert on_a_terminal("show", shop, "order-0", NO_COLOR="") == coloured
 
 
@@ -10919,19 +12885,25 @@ def test_a_view_counts_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with flowstore.open(tmp_path / "many.db") as store:
         run_with(store.state, "e")
         for number in range(12):
-            store.state.enqueue_work_item(WorkItem(id=f"i{number}", execution_id="e", queue_type="q"))
+            store.state.enqueue_work_item(
+                WorkItem(id=f"i{number}", execution_id="e", queue_type="q")
+            )
             if number % 3 == 0:
                 store.state.move_to_dead_letter(f"i{number}", "e")
         (view,) = flowstore._views(store)
     assert view["counts"]["work items"] == {"pending": "5+", "dead_lettered": 4}
-    assert [(row["waiting"], row["dead"]) for row in view["tables"]["queues"]["rows"]] == [("5+", "3+")]
+    assert [(row["waiting"], row["dead"]) for row in view["tables"]["queues"]["rows"]] == [
+        ("5+", "3+")
+    ]
 
 
 def test_the_newest_dead_letter_is_shown_first_whenever_it_was_to_be_tried(tmp_path: Path) -> None:
     with flowstore.open(tmp_path / "dead.db") as store:
         run_with(store.state, "e")
         for id, available in (("a", datetime(9000, 1, 1, tzinfo=UTC)), ("b", None), ("c", None)):
-            store.state.enqueue_work_item(WorkItem(id=id, execution_id="e", queue_type="q", available_at=available))
+            store.state.enqueue_work_item(
+                WorkItem(id=id, execution_id="e", queue_type="q", available_at=available)
+            )
             store.state.move_to_dead_letter(id, "e")
         (view,) = flowstore._views(store)
     assert [row["id"] for row in view["tables"]["dead letters"]["rows"]] == ["c", "b", "a"]
@@ -10949,7 +12921,12 @@ def test_a_timeline_is_of_an_execution_that_is_known(store_state: Store) -> None
         assert view.timeline("silent")["tables"]["events"]["total"] == 0
         assert "silent" in str(view.timeline("silent"))
     store_state.flows.insert(Flow(id="flow"))
-    for view, id in ((state, "nobody"), (state, "flow"), (acme, "flow"), (state.for_tenant("other"), "logged")):
+    for view, id in (
+        (state, "nobody"),
+        (state, "flow"),
+        (acme, "flow"),
+        (state.for_tenant("other"), "logged"),
+    ):
         with pytest.raises(NotFound) as raised:
             view.timeline(id)
         assert (raised.value.kind, raised.value.id) == ("execution", id)
@@ -10981,7 +12958,9 @@ def test_a_notebook_is_shown_the_repr_where_nothing_can_be_read_at_once() -> Non
     holder.join()
     assert "overview" in store._repr_html_()
     broken = cast("Any", Flow(goal="g"))
-    broken.state = type("Bad", (), {"__repr__": lambda self: 1 / 0, "__str__": lambda self: 1 / 0})()
+    broken.state = type(
+        "Bad", (), {"__repr__": lambda self: 1 / 0, "__str__": lambda self: 1 / 0}
+    )()
     assert broken._repr_html_() is None
     store.close()
     assert store._repr_html_() is None and store.flows._repr_html_() is None
@@ -10994,26 +12973,50 @@ def test_no_view_reads_more_than_it_shows(
     store = make_store_state()
     furnish(store, "a")
     watched.statements.clear()
-    for facet in (store, store.flows, store.events, store.state, store.workflows, store.state.for_tenant("tenant-a")):
+    for facet in (
+        store,
+        store.flows,
+        store.events,
+        store.state,
+        store.workflows,
+        store.state.for_tenant("tenant-a"),
+    ):
         for status in (None, "pending", "Complete"):
             flowstore._views(facet, None, status)
     store.flows.insert(Flow(id="ea"))
     store.workflows.create_new_workflow(WorkflowInstance(id="ea", workflow_definition_id="d"))
     flowstore._views(store, "ea")
-    issued = {sql for sql in watched.statements if sql.startswith("SELECT") and "sqlite_master" not in sql}
+    issued = {
+        sql for sql in watched.statements if sql.startswith("SELECT") and "sqlite_master" not in sql
+    }
     steps = {step for sql in issued for step in plan(schema, sql)}
     assert len(issued) > 60
-    bad = {step for step in steps if re.match(r"SCAN (?!counted|.*CONSTANT)", step) or "B-TREE" in step}
+    bad = {
+        step for step in steps if re.match(r"SCAN (?!counted|.*CONSTANT)", step) or "B-TREE" in step
+    }
     assert bad == {
         "SCAN flowstore_log",  # backwards by position, to its limit
-        "SCAN events USING INDEX events_runnable", "SCAN event_subscriptions USING INDEX event_subscriptions_open",  # counts
+        "SCAN events USING INDEX events_runnable",
+        "SCAN event_subscriptions USING INDEX event_subscriptions_open",  # counts
     }
 
 
 def test_tail_prints_events_as_they_come_until_interrupted(shop: Path) -> None:
-    command = [sys.executable, flowstore.__file__, "tail", str(shop), "--after", "0", "--execution", "order-1"]
+    command = [
+        sys.executable,
+        flowstore.__file__,
+        "tail",
+        str(shop),
+        "--after",
+        "0",
+        "--execution",
+        "order-1",
+    ]
     with flowstore.open(shop) as store:
-        for more, expected in (([], r"\d\d:\d\d:\d\d order-1 7 news hello=1\n"), (["--json"], r'\{"execution_id": "order-1".*\n')):
+        for more, expected in (
+            ([], r"\d\d:\d\d:\d\d order-1 7 news hello=1\n"),
+            (["--json"], r'\{"execution_id": "order-1".*\n'),
+        ):
             with subprocess.Popen(
                 [*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             ) as tail:
@@ -11021,7 +13024,9 @@ def test_tail_prints_events_as_they_come_until_interrupted(shop: Path) -> None:
                 for _ in range(6):
                     assert "order-1" in tail.stdout.readline()
                 store.events.append("order-2", "acme", {"type": "custom"})
-                store.events.append("order-1", "default", {"type": "news", "hello": 1}, event_id="once")
+                store.events.append(
+                    "order-1", "default", {"type": "news", "hello": 1}, event_id="once"
+                )
                 assert re.fullmatch(expected, tail.stdout.readline())
                 tail.send_signal(signal.SIGINT)
                 assert (tail.wait(30), tail.stdout.read(), tail.stderr.read()) == (0, "", "")
@@ -11031,8 +13036,13 @@ def test_a_reader_that_goes_away_is_met_quietly(shop: Path) -> None:
     for arguments in (["show", shop], ["report", shop]):
         reading, writing = os.pipe()
         os.close(reading)
-        done = subprocess.run([sys.executable, flowstore.__file__, *map(str, arguments)], stdout=writing,
-                              stderr=subprocess.PIPE, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, flowstore.__file__, *map(str, arguments)],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
         os.close(writing)
         assert (done.returncode, done.stderr) == (141, "")
 
@@ -11041,7 +13051,11 @@ def test_report_writes_a_page_that_needs_nothing_else(shop: Path) -> None:
     run("report", shop, "-o", "page.html", cwd=shop.parent)
     page = Page((shop.parent / "page.html").read_text())
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    links = [attributes["href"] for tag, attributes in page.elements if tag == "a" and "href" in attributes]
+    links = [
+        attributes["href"]
+        for tag, attributes in page.elements
+        if tag == "a" and "href" in attributes
+    ]
     assert len(links) == 7 and {link.removeprefix("#") for link in links if link} <= set(ids)
     assert not re.search(r"https?:|url\(|@import|<script", (shop.parent / "page.html").read_text())
     tables = sum(tag == "table" for tag, _ in page.elements)
@@ -11051,7 +13065,9 @@ def test_report_writes_a_page_that_needs_nothing_else(shop: Path) -> None:
     before = shop.read_bytes()
     assert run("report", shop, "-o", "shop.db", cwd=shop.parent, status=2).stderr
     said = run("report", shop, "-o", "no/such/folder.html", cwd=shop.parent, status=1).stderr
-    assert re.fullmatch(r"flowstore: -o: no/such/folder.html cannot be written .*: name another file\n", said)
+    assert re.fullmatch(
+        r"flowstore: -o: no/such/folder.html cannot be written .*: name another file\n", said
+    )
     assert shop.read_bytes() == before
 
 
@@ -11092,14 +13108,24 @@ def test_a_real_browser_shows_the_report_and_the_live_page(shop: Path, browser: 
             assert "<script>alert('x')</script>" in text  # as text
             assert browser.execute_script("return document.scripts.length") == 0
             card = browser.find_element("css selector", ".card")
-            assert card.value_of_css_property("border-radius") == "10px"  # the policy lets the style sheet pass
-        for name, value, expected in (("id", "order-0", "execution order-0"), ("tenant", "acme", "order-2")):
+            assert (
+                card.value_of_css_property("border-radius") == "10px"
+            )  # the policy lets the style sheet pass
+        for name, value, expected in (
+            ("id", "order-0", "execution order-0"),
+            ("tenant", "acme", "order-2"),
+        ):
             browser.get(address)
             field = browser.find_element("name", name)
             field.send_keys(value)
             field.submit()
-            waiting = WebDriverWait(browser, 30, ignored_exceptions=[WebDriverException])  # while one page follows another
-            shown: Any = lambda page, text=expected: text in page.find_element("tag name", "main").text  # noqa: E731
+            waiting = WebDriverWait(
+                browser, 30, ignored_exceptions=[WebDriverException]
+            )  # while one page follows another
+
+            def shown(page: Any, text: str = expected) -> bool:
+                return text in page.find_element("tag name", "main").text
+
             waiting.until(shown)
             assert f"{name}={value}" in browser.current_url
         browser.get(f"{address}?status=completed")
@@ -11110,7 +13136,9 @@ def test_a_real_browser_shows_the_report_and_the_live_page(shop: Path, browser: 
         assert len(rects) > 7 and all(rect.size["width"] > 0 for rect in rects)
         for width in (390, 1280):
             browser.set_window_size(width, 900)
-            assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+            assert browser.execute_script(
+                "return document.documentElement.scrollWidth <= window.innerWidth"
+            )
     assert browser.get_log("browser") == []
 
 
@@ -11124,9 +13152,20 @@ print(json.dumps([cell.outputs[0]["data"]["text/html"] if cell.outputs else "" f
 
 
 def test_a_real_notebook_shows_what_is_stored(shop: Path) -> None:
-    cells = [f"import sys; sys.path.insert(0, {str(HERE)!r}); import flowstore; store = flowstore.open('shop.db')",
-             "store", "store.state", "store.state.timeline('order-0')", "store.flows.get('flow')"]
-    done = subprocess.run([sys.executable, "-c", NOTEBOOK, *cells], cwd=shop.parent, capture_output=True, text=True, timeout=120)
+    cells = [
+        f"import sys; sys.path.insert(0, {str(HERE)!r}); import flowstore; store = flowstore.open('shop.db')",
+        "store",
+        "store.state",
+        "store.state.timeline('order-0')",
+        "store.flows.get('flow')",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK, *cells],
+        cwd=shop.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     _, whole, state, timeline, flow = (Page(html or "").text for html in json.loads(done.stdout))
     assert "2 running" in whole and "1 waiting" in whole and "queues (2)" in whole
@@ -11137,10 +13176,18 @@ def test_a_real_notebook_shows_what_is_stored(shop: Path) -> None:
 
 def test_the_readme_shows_what_show_prints(tmp_path: Path) -> None:
     readme = (HERE / "README.md").read_text()
-    (code, command, said), = re.findall(
+    ((code, command, said),) = re.findall(
         r"```python\n(import flowstore\nfrom datetime.*?)```\n\n`python flowstore\.py (show [^`]+)`[^`]*```text\n(.*?)```",
-        readme, re.DOTALL)
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60, check=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+        readme,
+        re.DOTALL,
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        timeout=60,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+    )
     assert run(*command.split(), cwd=tmp_path).stdout == said
 
 
@@ -11154,7 +13201,11 @@ HERE = Path(__file__).parent
 def run(*arguments: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
     """Run a command of the module in a process of its own; none may ever end in a traceback."""
     done = subprocess.run(
-        [sys.executable, flowstore.__file__, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120
+        [sys.executable, flowstore.__file__, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert "Traceback" not in done.stderr
     assert done.returncode == status, done.stdout + done.stderr
@@ -11167,13 +13218,21 @@ def test_the_quickstart_at_the_head_of_the_module_runs() -> None:
     assert result.failed == 0
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```\n\nIt prints `(.*?)`", (HERE / "README.md").read_text(), re.DOTALL)
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```\n\nIt prints `(.*?)`", (HERE / "README.md").read_text(), re.DOTALL
+)
 
 
 @pytest.mark.parametrize(("code", "said"), EXAMPLES)
-def test_the_examples_of_the_readme_print_what_it_says(tmp_path: Path, code: str, said: str) -> None:
+def test_the_examples_of_the_readme_print_what_it_says(
+    tmp_path: Path, code: str, said: str
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
         env={**os.environ, "PYTHONPATH": str(HERE)},
     )
     assert (done.stdout.strip(), done.stderr) == (said, "")
@@ -11214,7 +13273,11 @@ def test_selftest_says_which_promise_is_broken(tmp_path: Path) -> None:
     assert "return last + 1" in source
     (tmp_path / "broken.py").write_text(source.replace("return last + 1", "return last + 2"))
     done = subprocess.run(
-        [sys.executable, "broken.py", "selftest"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "broken.py", "selftest"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 1
     assert re.search(r"^FAIL log: ", done.stdout, re.MULTILINE)
@@ -11233,7 +13296,9 @@ def test_demo_does_every_file_once_although_a_worker_is_killed(tmp_path: Path, f
     done = run("demo", files, cwd=tmp_path)
     assert re.search(r"killed worker-\S+, .* under fence 1", done.stdout)
     assert re.search(r"taken over: .* under fence 2", done.stdout)
-    assert re.search(r"^6 files of .*, 0 known .*not read again.* --store", done.stdout, re.MULTILINE | re.DOTALL)
+    assert re.search(
+        r"^6 files of .*, 0 known .*not read again.* --store", done.stdout, re.MULTILINE | re.DOTALL
+    )
     assert "6 done exactly once, 0 dead letters, 0 lost; 1 taken over" in done.stdout
     with flowstore.open(tmp_path / "flowstore-demo.db", read_only=True) as store:
         assert store.check() == []
@@ -11244,7 +13309,9 @@ def test_demo_does_every_file_once_although_a_worker_is_killed(tmp_path: Path, f
     assert "killed" not in again.stdout
 
 
-def test_demo_gives_up_a_file_that_cannot_be_read_and_does_the_others(tmp_path: Path, files: Path) -> None:
+def test_demo_gives_up_a_file_that_cannot_be_read_and_does_the_others(
+    tmp_path: Path, files: Path
+) -> None:
     (files / "gone.txt").symlink_to("nowhere")
     done = run("demo", files, cwd=tmp_path, status=1)
     assert "6 done exactly once, 1 dead letter, 0 lost; 1 taken over" in done.stdout
@@ -11261,7 +13328,9 @@ def test_demo_goes_on_where_it_was_killed(tmp_path: Path, files: Path) -> None:
     for number in range(6, 60):
         (files / f"{number}.txt").write_text("word " * number)
     command = [sys.executable, flowstore.__file__, "demo", str(files)]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo:
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
             if line.startswith("killed"):
@@ -11274,25 +13343,50 @@ def test_demo_goes_on_where_it_was_killed(tmp_path: Path, files: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [
-        (["demo", "nowhere"], 2), (["demo", ".", "--limit", "0"], 2), (["demo", "--limit", "x"], 2), ([], 2),
-        (["demo", "text.txt"], 2), (["prune", "app.db", "--older-than", "9999999d"], 2),
-        (["backup", "app.db", ":memory:"], 2), (["backup", "app.db", "sqlite:copy"], 2),
-        (["backup", "app.db", "postgresql://me@localhost/app"], 2), (["backup", "app.db", "ftp://host/copy"], 2),
-        (["nonsense"], 2), (["demo", "--store", "."], 1), (["demo", "--store", "text.txt"], 1), (["check", "."], 1),
-        (["check", "text.txt"], 1), (["check", "missing.db"], 1), (["check", "no/such/folder.db"], 1),
-        (["backup", "app.db", "app.db"], 1), (["check", "ftp://host/app.db"], 1), (["check", "sqlite:app.db?x=1"], 1),
-        (["compact", "text.txt"], 1), (["selftest", "--target", "."], 1),
-        (["prune", "app.db"], 2), (["prune", "app.db", "--older-than", "30"], 2), (["bench", "--target", ":memory:"], 2),
-        (["prune", "app.db", "--older-than", "-1d"], 2), (["prune", "missing.db", "--older-than", "1d"], 1),
+        (["demo", "nowhere"], 2),
+        (["demo", ".", "--limit", "0"], 2),
+        (["demo", "--limit", "x"], 2),
+        ([], 2),
+        (["demo", "text.txt"], 2),
+        (["prune", "app.db", "--older-than", "9999999d"], 2),
+        (["backup", "app.db", ":memory:"], 2),
+        (["backup", "app.db", "sqlite:copy"], 2),
+        (["backup", "app.db", "postgresql://me@localhost/app"], 2),
+        (["backup", "app.db", "ftp://host/copy"], 2),
+        (["nonsense"], 2),
+        (["demo", "--store", "."], 1),
+        (["demo", "--store", "text.txt"], 1),
+        (["check", "."], 1),
+        (["check", "text.txt"], 1),
+        (["check", "missing.db"], 1),
+        (["check", "no/such/folder.db"], 1),
+        (["backup", "app.db", "app.db"], 1),
+        (["check", "ftp://host/app.db"], 1),
+        (["check", "sqlite:app.db?x=1"], 1),
+        (["compact", "text.txt"], 1),
+        (["selftest", "--target", "."], 1),
+        (["prune", "app.db"], 2),
+        (["prune", "app.db", "--older-than", "30"], 2),
+        (["bench", "--target", ":memory:"], 2),
+        (["prune", "app.db", "--older-than", "-1d"], 2),
+        (["prune", "missing.db", "--older-than", "1d"], 1),
     ],
 )
-def test_bad_input_is_one_line_and_changes_nothing(tmp_path: Path, arguments: list[str], status: int) -> None:
-    (tmp_path / "text.txt").write_text("this is no database, but it is long enough to be one\n" * 30)
+def test_bad_input_is_one_line_and_changes_nothing(
+    tmp_path: Path, arguments: list[str], status: int
+) -> None:
+    (tmp_path / "text.txt").write_text(
+        "this is no database, but it is long enough to be one\n" * 30
+    )
     flowstore.open(tmp_path / "app.db").close()
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     done = run(*arguments, cwd=tmp_path, status=status)
     assert re.fullmatch(r"flowstore: .+\n", done.stderr)
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if not path.name.startswith("app.db-")} == before
+    assert {
+        path: path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if not path.name.startswith("app.db-")
+    } == before
 
 
 def test_check_backup_and_compact_from_the_command_line(tmp_path: Path) -> None:
@@ -11307,18 +13401,27 @@ def test_check_backup_and_compact_from_the_command_line(tmp_path: Path) -> None:
     plain.execute("UPDATE flowstore_log SET sequence = 5")
     plain.commit()
     plain.close()
-    assert re.search(r"'e' has a gap\ncopy.db: 1 problem\n$", run("check", "copy.db", cwd=tmp_path, status=1).stdout)
+    assert re.search(
+        r"'e' has a gap\ncopy.db: 1 problem\n$",
+        run("check", "copy.db", cwd=tmp_path, status=1).stdout,
+    )
 
 
 def test_prune_from_the_command_line(tmp_path: Path) -> None:
-    with flowstore.open(tmp_path / "app.db", clock=lambda: datetime(2000, 1, 1, tzinfo=UTC)) as store:
+    with flowstore.open(
+        tmp_path / "app.db", clock=lambda: datetime(2000, 1, 1, tzinfo=UTC)
+    ) as store:
         for number in range(3):
             run_with(store.state, f"e{number}", status="failed")
         store.events.append("open", "default", EVENT)
     said = run("prune", "app.db", "--older-than", "999999d", cwd=tmp_path).stdout
     assert said == "app.db: dropped nothing\n"
     for _ in range(2):
-        dry = json.loads(run("prune", "app.db", "--older-than", "30d", "--dry-run", "--json", cwd=tmp_path).stdout)
+        dry = json.loads(
+            run(
+                "prune", "app.db", "--older-than", "30d", "--dry-run", "--json", cwd=tmp_path
+            ).stdout
+        )
         assert (dry["dry_run"], dry["pruned"]["executions"]) == (True, 3)
     done = json.loads(run("prune", "app.db", "--older-than", "30d", "--json", cwd=tmp_path).stdout)
     assert done == dry | {"dry_run": False}
@@ -11328,13 +13431,17 @@ def test_prune_from_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this platform has no terminals to open")
 def test_prune_shows_a_bar_on_a_terminal_and_clears_it(tmp_path: Path) -> None:
-    with flowstore.open(tmp_path / "app.db", clock=lambda: datetime(2000, 1, 1, tzinfo=UTC)) as store:
+    with flowstore.open(
+        tmp_path / "app.db", clock=lambda: datetime(2000, 1, 1, tzinfo=UTC)
+    ) as store:
         for _ in range(3):
             store.flows.insert(Flow(status=FlowStatus.FAILED))
         run_with(store.state, "run", status="failed")
     ours, theirs = os.openpty()
     command = [sys.executable, flowstore.__file__, "prune", "app.db", "--older-than", "1d"]
-    done = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True, timeout=60
+    )
     os.close(theirs)
     drawn = os.read(ours, 4096).decode()
     os.close(ours)
@@ -11353,20 +13460,35 @@ def test_every_row_of_the_bench_measures_something_and_one_that_misses_is_said(
         self.rounds, self.seconds, self.depth = 1, 0.01, 500
 
     monkeypatch.setattr(flowstore._Bench, "__init__", tiny)
-    monkeypatch.setitem(flowstore._ROWS, "never", (lambda on: flowstore._under(1, "ms", [2, 1, 3]),))
+    monkeypatch.setitem(
+        flowstore._ROWS, "never", (lambda on: flowstore._under(1, "ms", [2, 1, 3]),)
+    )
     assert flowstore.main(["bench", "--json", "--target", str(tmp_path / "app.db")]) == 1
     found = json.loads(capfd.readouterr().out)
     assert len(found["rows"]) == len(flowstore._ROWS) >= 16
     assert all(row["measured"] and row["said"] for row in found["rows"])
-    assert all(row["measured"][0] > 0 for row in found["rows"] if row["name"].startswith(("dur", "app", "load", "claim")))
-    assert found["rows"][-1] == {"name": "never", "holds": False, "said": "2.0 ms (under 1)", "measured": [2]}
+    assert all(
+        row["measured"][0] > 0
+        for row in found["rows"]
+        if row["name"].startswith(("dur", "app", "load", "claim"))
+    )
+    assert found["rows"][-1] == {
+        "name": "never",
+        "holds": False,
+        "said": "2.0 ms (under 1)",
+        "measured": [2],
+    }
     assert found["holds"] is False
     assert "SQLite" in found["machine"] and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("closed", ["1", "2"])
-@pytest.mark.parametrize("command", ["show app.db", "report app.db", "check app.db", "prune app.db --older-than 30d"])
-def test_a_command_does_without_its_closed_output(tmp_path: Path, command: str, closed: str) -> None:
+@pytest.mark.parametrize(
+    "command", ["show app.db", "report app.db", "check app.db", "prune app.db --older-than 30d"]
+)
+def test_a_command_does_without_its_closed_output(
+    tmp_path: Path, command: str, closed: str
+) -> None:
     with flowstore.open(tmp_path / "app.db") as store:
         store.events.append("run", "default", EVENT)
     line = f"exec {shlex.quote(sys.executable)} {shlex.quote(flowstore.__file__)} {command} {closed}>&-"
@@ -11389,15 +13511,33 @@ def test_importing_is_cheap_in_modules() -> None:
     code = "known = set(sys.modules); import flowstore; print(*set(sys.modules) - known)"
     done = subprocess.run(
         [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(HERE)!r}); {code}"],
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
-    heavy = {"asyncio", "argparse", "concurrent.futures", "html", "http", "multiprocessing", "psycopg", "subprocess",
-             "tempfile", "typing_extensions", "unittest", "urllib.request", "uuid"}
+    heavy = {
+        "asyncio",
+        "argparse",
+        "concurrent.futures",
+        "html",
+        "http",
+        "multiprocessing",
+        "psycopg",
+        "subprocess",
+        "tempfile",
+        "typing_extensions",
+        "unittest",
+        "urllib.request",
+        "uuid",
+    }
     assert not heavy & set(done.stdout.split())
 
 
 def schema_cli(database: sqlite3.Connection) -> list[str]:
-    return sorted(" ".join(sql.split()) for (sql,) in database.execute("SELECT sql FROM sqlite_master") if sql)
+    return sorted(
+        " ".join(sql.split()) for (sql,) in database.execute("SELECT sql FROM sqlite_master") if sql
+    )
 
 
 def test_a_file_of_version_1_opens_with_all_that_is_in_it_and_todays_tables(tmp_path: Path) -> None:
@@ -11405,7 +13545,9 @@ def test_a_file_of_version_1_opens_with_all_that_is_in_it_and_todays_tables(tmp_
         old.executescript(VERSION_1)
     old.close()
     with flowstore.open(tmp_path / "old.db") as store:
-        assert [stored.event for stored in store.events.load_events("order-1")] == [{"type": "custom", "note": "kept"}]
+        assert [stored.event for stored in store.events.load_events("order-1")] == [
+            {"type": "custom", "note": "kept"}
+        ]
         assert store.state.claim_work_item("worker", ["mail"]) is not None
         assert store.check() == []
     flowstore.open(tmp_path / "new.db").close()
@@ -11415,7 +13557,6 @@ def test_a_file_of_version_1_opens_with_all_that_is_in_it_and_todays_tables(tmp_
     new.close()
 
 
-# ruff: noqa: E501 (the dump below)
 # The .dump of a store of schema version 1 with a few rows. It never changes: what comes later is an upgrade from it.
 VERSION_1 = """
 BEGIN TRANSACTION;
@@ -11594,12 +13735,16 @@ class Machine(RuleBasedStateMachine):
         self.clock = Clock()
         self.folder = tempfile.TemporaryDirectory()
         self.store = self.open()
-        self.model = Plain(tenants={"default": Tenant(id="default", created_at=START, updated_at=START)})
+        self.model = Plain(
+            tenants={"default": Tenant(id="default", created_at=START, updated_at=START)}
+        )
         self.blocks: list[tuple[Any, Plain]] = []
 
     def open(self) -> Store:
         target = os.path.join(self.folder.name, "app.db") if self.in_file else ":memory:"
-        return flowstore.open(target, clock=self.clock, backoff=float, lease_seconds=10, synchronous="OFF")
+        return flowstore.open(
+            target, clock=self.clock, backoff=float, lease_seconds=10, synchronous="OFF"
+        )
 
     def refuses(self, error: type[Exception], call: Callable[[], Any]) -> None:
         with pytest.raises(error) as caught:
@@ -11636,7 +13781,9 @@ class FlowRules(Machine):
     """Flows, their steps and their trail."""
 
     @rule(id=three, owner=three, status=st.sampled_from(FlowStatus), at=ages, state=small_json)
-    def insert_flow(self, id: str, owner: str, status: FlowStatus, at: datetime | None, state: Any) -> None:
+    def insert_flow(
+        self, id: str, owner: str, status: FlowStatus, at: datetime | None, state: Any
+    ) -> None:
         flow = Flow(id=id, owner_session_key=owner, status=status, created_at=at, state=state)
         if id in self.model.flows:
             self.refuses(AlreadyExists, lambda: self.store.flows.insert(flow))
@@ -11646,14 +13793,23 @@ class FlowRules(Machine):
             assert self.store.flows.insert(flow) == self.model.flows[id]
 
     @precondition(lambda self: self.model.flows)
-    @rule(id=three, behind=st.sampled_from([0, 0, 0, 1, -1]), status=st.sampled_from(FlowStatus), trail=st.booleans())
+    @rule(
+        id=three,
+        behind=st.sampled_from([0, 0, 0, 1, -1]),
+        status=st.sampled_from(FlowStatus),
+        trail=st.booleans(),
+    )
     def update_flow(self, id: str, behind: int, status: FlowStatus, trail: bool) -> None:
         stored = self.model.flows.get(id, Flow(id=id))
-        flow = dataclasses.replace(stored, revision=stored.revision - behind, status=status, goal=f"{status}")
+        flow = dataclasses.replace(
+            stored, revision=stored.revision - behind, status=status, goal=f"{status}"
+        )
 
         def call() -> Any:
             if trail:
-                return self.store.flows.update_and_append(flow, "updated", {"revision": flow.revision})
+                return self.store.flows.update_and_append(
+                    flow, "updated", {"revision": flow.revision}
+                )
             return self.store.flows.update_with_revision(flow)
 
         if id not in self.model.flows or behind:
@@ -11669,7 +13825,12 @@ class FlowRules(Machine):
         return None
 
     def trailed(self, event: Any, flow_id: str, kind: str, payload: Any) -> None:
-        assert (event.flow_id, event.kind, event.payload, event.at) == (flow_id, kind, payload, self.clock())
+        assert (event.flow_id, event.kind, event.payload, event.at) == (
+            flow_id,
+            kind,
+            payload,
+            self.clock(),
+        )
         assert all(event.id > older.id for older in self.model.trail)
         self.model.trail.append(event)
 
@@ -11679,21 +13840,26 @@ class FlowRules(Machine):
         if flow_id not in self.model.flows:
             self.refuses(NotFound, lambda: self.store.flows.append_event(flow_id, kind, payload))
         else:
-            self.trailed(self.store.flows.append_event(flow_id, kind, payload), flow_id, kind, payload)
+            self.trailed(
+                self.store.flows.append_event(flow_id, kind, payload), flow_id, kind, payload
+            )
 
     @precondition(lambda self: self.model.flows)
     @rule(id=three, flow_id=three, run_id=three, result=small_json)
     def insert_step(self, id: str, flow_id: str, run_id: str, result: Any) -> None:
         step = FlowStep(id=id, flow_id=flow_id, run_id=run_id, result=result)
         taken = id in self.model.steps or any(
-            (other.flow_id, other.run_id) == (flow_id, run_id) for other in self.model.steps.values()
+            (other.flow_id, other.run_id) == (flow_id, run_id)
+            for other in self.model.steps.values()
         )
         if flow_id not in self.model.flows:
             self.refuses(NotFound, lambda: self.store.flows.insert_step(step))
         elif taken:
             self.refuses(AlreadyExists, lambda: self.store.flows.insert_step(step))
         else:
-            self.model.steps[id] = dataclasses.replace(step, created_at=self.clock(), updated_at=self.clock())
+            self.model.steps[id] = dataclasses.replace(
+                step, created_at=self.clock(), updated_at=self.clock()
+            )
             assert self.store.flows.insert_step(step) == self.model.steps[id]
 
     @precondition(lambda self: self.model.steps)
@@ -11703,7 +13869,11 @@ class FlowRules(Machine):
         step = FlowStep(id=id, flow_id="elsewhere", run_id=run_id, status=status)
         if stored is None:
             return self.refuses(NotFound, lambda: self.store.flows.update_step(step))
-        others = [other for other in self.model.steps.values() if other.flow_id == stored.flow_id and other.id != id]
+        others = [
+            other
+            for other in self.model.steps.values()
+            if other.flow_id == stored.flow_id and other.id != id
+        ]
         if run_id in {other.run_id for other in others}:
             return self.refuses(AlreadyExists, lambda: self.store.flows.update_step(step))
         changed = dataclasses.replace(
@@ -11717,12 +13887,17 @@ class FlowRules(Machine):
     @rule()
     def prune_flows(self) -> None:
         gone = {
-            flow.id for flow in self.model.flows.values()
-            if flow.status.is_terminal and flow.updated_at is not None and flow.updated_at < self.clock()
+            flow.id
+            for flow in self.model.flows.values()
+            if flow.status.is_terminal
+            and flow.updated_at is not None
+            and flow.updated_at < self.clock()
         }
         assert self.store.flows.prune_terminal_flows(0) == len(gone)
         self.model.flows = {id: flow for id, flow in self.model.flows.items() if id not in gone}
-        self.model.steps = {id: step for id, step in self.model.steps.items() if step.flow_id not in gone}
+        self.model.steps = {
+            id: step for id, step in self.model.steps.items() if step.flow_id not in gone
+        }
         self.model.trail = [event for event in self.model.trail if event.flow_id not in gone]
 
     @invariant()
@@ -11731,14 +13906,22 @@ class FlowRules(Machine):
         for key in "abc":
             assert flows.get(key) == self.model.flows.get(key)
             assert flows.get_step(key) == self.model.steps.get(key)
-            assert flows.list_events(key) == [event for event in self.model.trail[::-1] if event.flow_id == key]
+            assert flows.list_events(key) == [
+                event for event in self.model.trail[::-1] if event.flow_id == key
+            ]
             mine = [flow for flow in self.model.flows.values() if flow.owner_session_key == key]
-            assert flows.list_by_owner(key) == sorted(mine, key=lambda f: (f.created_at, f.id), reverse=True)
+            assert flows.list_by_owner(key) == sorted(
+                mine, key=lambda f: (f.created_at, f.id), reverse=True
+            )
             steps = [step for step in self.model.steps.values() if step.flow_id == key]
-            assert flows.list_steps(key) == sorted(steps, key=lambda step: (step.created_at, step.id))
+            assert flows.list_steps(key) == sorted(
+                steps, key=lambda step: (step.created_at, step.id)
+            )
         for status in (FlowStatus.CREATED, FlowStatus.FINISHED):
             those = [flow for flow in self.model.flows.values() if flow.status is status]
-            assert flows.list_by_status(status) == sorted(those, key=lambda flow: (flow.updated_at, flow.id))
+            assert flows.list_by_status(status) == sorted(
+                those, key=lambda flow: (flow.updated_at, flow.id)
+            )
 
 
 tenants_named = st.sampled_from(["default", "default", "t", "u"])
@@ -11763,22 +13946,43 @@ class LogRules(Machine):
         self.model.known.setdefault(run, (tenant, now))
         sequence = len(self.logged(run)) + 1
         last = max((stored.position for stored in self.model.log), default=0)
-        self.model.log.append(StoredEvent(
-            execution_id=run, sequence=sequence, tenant_id=tenant, event=event, timestamp=now, id=event_id,
-            position=last + 1,
-        ))
+        self.model.log.append(
+            StoredEvent(
+                execution_id=run,
+                sequence=sequence,
+                tenant_id=tenant,
+                event=event,
+                timestamp=now,
+                id=event_id,
+                position=last + 1,
+            )
+        )
         return sequence
 
     @rule(
-        run=three, tenant=tenants_named, value=small_json, event_id=st.none() | three,
+        run=three,
+        tenant=tenants_named,
+        value=small_json,
+        event_id=st.none() | three,
         expected=st.none() | st.integers(0, 3),
     )
-    def append(self, run: str, tenant: str, value: Any, event_id: str | None, expected: int | None) -> None:
+    def append(
+        self, run: str, tenant: str, value: Any, event_id: str | None, expected: int | None
+    ) -> None:
         event = {"type": "t", "value": value}
         call = partial(
-            self.store.events.append, run, tenant, event, event_id=event_id, expected_sequence=expected
+            self.store.events.append,
+            run,
+            tenant,
+            event,
+            event_id=event_id,
+            expected_sequence=expected,
         )
-        twice = [stored.sequence for stored in self.logged(run) if stored.id is not None and stored.id == event_id]
+        twice = [
+            stored.sequence
+            for stored in self.logged(run)
+            if stored.id is not None and stored.id == event_id
+        ]
         if (refused := self.opened(run, tenant)) is not None:
             self.refuses(refused, call)
         elif twice:
@@ -11788,10 +13992,17 @@ class LogRules(Machine):
         else:
             assert call() == self.append_to_log(run, tenant, event, event_id)
 
-    @rule(run=three, tenant=tenants_named, values=st.lists(small_json, min_size=1, max_size=3), torn=st.booleans())
+    @rule(
+        run=three,
+        tenant=tenants_named,
+        values=st.lists(small_json, min_size=1, max_size=3),
+        torn=st.booleans(),
+    )
     def append_batch(self, run: str, tenant: str, values: list[Any], torn: bool) -> None:
         events: list[Any] = [{"type": "t", "value": value} for value in values]
-        call = partial(self.store.events.append_batch, run, tenant, [*events, {}] if torn else events)
+        call = partial(
+            self.store.events.append_batch, run, tenant, [*events, {}] if torn else events
+        )
         if (refused := self.opened(run, tenant) or (InvalidData if torn else None)) is not None:
             return self.refuses(refused, call)
         [first, *_] = [self.append_to_log(run, tenant, event) for event in events]
@@ -11802,8 +14013,11 @@ class LogRules(Machine):
     def logs_agree(self) -> None:
         log = self.store.events.read_all()
         # Positions are the store's own: a rolled back one may be given again.
-        assert [(s.execution_id, s.sequence, s.tenant_id, s.event, s.timestamp, s.id) for s in log] == [
-            (s.execution_id, s.sequence, s.tenant_id, s.event, s.timestamp, s.id) for s in self.model.log
+        assert [
+            (s.execution_id, s.sequence, s.tenant_id, s.event, s.timestamp, s.id) for s in log
+        ] == [
+            (s.execution_id, s.sequence, s.tenant_id, s.event, s.timestamp, s.id)
+            for s in self.model.log
         ]
         assert [stored.position for stored in log] == sorted({stored.position for stored in log})
         for run in "abc":
@@ -11813,7 +14027,9 @@ class LogRules(Machine):
             assert self.store.events.execution_exists(run) is (run in self.model.known)
         for tenant in ("default", "t", "u"):
             known = [(at, run) for run, (owner, at) in self.model.known.items() if owner == tenant]
-            assert self.store.events.list_executions(tenant) == [run for _, run in sorted(known, reverse=True)]
+            assert self.store.events.list_executions(tenant) == [
+                run for _, run in sorted(known, reverse=True)
+            ]
         assert self.store.state.list_tenants() == sorted(
             self.model.tenants.values(), key=lambda tenant: (tenant.created_at, tenant.id)
         )
@@ -11828,9 +14044,17 @@ class StateRules(LogRules):
             return self.store.state, "default", None
         if tenant not in self.model.tenants:
             return self.store.state.for_tenant(tenant), tenant, NotFound
-        return self.store.state.for_tenant(tenant), tenant, None if self.active(tenant) else TenantInactive
+        return (
+            self.store.state.for_tenant(tenant),
+            tenant,
+            None if self.active(tenant) else TenantInactive,
+        )
 
-    @rule(id=st.sampled_from("tuv"), status=st.sampled_from(TenantStatus), most=st.none() | st.integers(0, 2))
+    @rule(
+        id=st.sampled_from("tuv"),
+        status=st.sampled_from(TenantStatus),
+        most=st.none() | st.integers(0, 2),
+    )
     def write_tenant(self, id: str, status: TenantStatus, most: int | None) -> None:
         limits = TenantLimits(max_workflows=most, max_concurrent_executions=most)
         tenant, now = Tenant(id=id, status=status, limits=limits), self.clock()
@@ -11841,10 +14065,14 @@ class StateRules(LogRules):
             assert self.store.state.create_tenant(tenant) == self.model.tenants[id]
         else:
             self.refuses(AlreadyExists, lambda: self.store.state.create_tenant(tenant))
-            self.model.tenants[id] = dataclasses.replace(tenant, created_at=stored.created_at, updated_at=now)
+            self.model.tenants[id] = dataclasses.replace(
+                tenant, created_at=stored.created_at, updated_at=now
+            )
             assert self.store.state.update_tenant(tenant) == self.model.tenants[id]
 
-    @rule(run=three, tenant=tenants_named, status=st.sampled_from(ExecutionStatus), state=small_json)
+    @rule(
+        run=three, tenant=tenants_named, status=st.sampled_from(ExecutionStatus), state=small_json
+    )
     def create_run(self, run: str, tenant: str, status: ExecutionStatus, state: Any) -> None:
         given = WorkflowExecution(
             execution_id=run, workflow_id="w", status=status, tenant_id=tenant, current_state=state
@@ -11854,7 +14082,11 @@ class StateRules(LogRules):
             return self.refuses(AlreadyExists, call)
         if tenant not in self.model.tenants:
             return self.refuses(NotFound, call)
-        going = [r for r in self.model.runs.values() if r.tenant_id == tenant and not r.status.is_terminal]
+        going = [
+            r
+            for r in self.model.runs.values()
+            if r.tenant_id == tenant and not r.status.is_terminal
+        ]
         most = self.model.tenants[tenant].limits.max_concurrent_executions
         if most is not None and not status.is_terminal and len(going) >= most:
             return self.refuses(LimitExceeded, call)
@@ -11867,18 +14099,24 @@ class StateRules(LogRules):
     @rule(run=three, status=st.sampled_from(ExecutionStatus))
     def change_status(self, run: str, status: ExecutionStatus) -> None:
         if run not in self.model.runs:
-            return self.refuses(NotFound, lambda: self.store.state.update_execution_status(run, status))
+            return self.refuses(
+                NotFound, lambda: self.store.state.update_execution_status(run, status)
+            )
         stored, now = self.model.runs[run], self.clock()
         done = stored.completed_at or (now if status.is_terminal else None)
-        self.model.runs[run] = dataclasses.replace(stored, status=status, updated_at=now, completed_at=done)
+        self.model.runs[run] = dataclasses.replace(
+            stored, status=status, updated_at=now, completed_at=done
+        )
         return self.store.state.update_execution_status(run, status)
 
     @precondition(lambda self: self.model.runs)
     @rule(run=three, value=small_json, patch=st.booleans())
     def change_state(self, run: str, value: Any, patch: bool) -> None:
         state = self.store.state
-        call = partial(state.patch_append_array, run, "list") if patch else partial(
-            state.update_execution_current_state, run
+        call = (
+            partial(state.patch_append_array, run, "list")
+            if patch
+            else partial(state.update_execution_current_state, run)
         )
         if run not in self.model.runs:
             return self.refuses(NotFound, lambda: call(value))
@@ -11887,7 +14125,9 @@ class StateRules(LogRules):
         if patch and not isinstance(before, dict):
             return self.refuses(InvalidData, lambda: call(value))
         after = {**before, "list": [*before.get("list", []), value]} if patch else value
-        self.model.runs[run] = dataclasses.replace(stored, current_state=after, updated_at=self.clock())
+        self.model.runs[run] = dataclasses.replace(
+            stored, current_state=after, updated_at=self.clock()
+        )
         return call(value)
 
     @precondition(lambda self: self.model.known)
@@ -11916,7 +14156,9 @@ class StateRules(LogRules):
     @rule(id=three, tenant=st.none() | tenants_named, ir=small_json)
     def store_definition(self, id: str, tenant: str | None, ir: Any) -> None:
         backend, owner, refused = self.seen_by(tenant)
-        call = partial(backend.store_workflow, WorkflowDefinition(workflow_id=id, version="1", ir=ir))
+        call = partial(
+            backend.store_workflow, WorkflowDefinition(workflow_id=id, version="1", ir=ir)
+        )
         if refused is not None:
             return self.refuses(refused, call)
         most = self.model.tenants[owner].limits.max_workflows
@@ -11938,14 +14180,20 @@ class StateRules(LogRules):
         assert plain_json(backend.record_effect(key, result)) == plain_json(kept)
         return None
 
-    @rule(data=st.sampled_from([b"", b"one", b"\0" * 9999]), tenant=st.none() | tenants_named, kind=st.none() | three)
+    @rule(
+        data=st.sampled_from([b"", b"one", b"\0" * 9999]),
+        tenant=st.none() | tenants_named,
+        kind=st.none() | three,
+    )
     def put_artifact(self, data: bytes, tenant: str | None, kind: str | None) -> None:
         backend, owner, refused = self.seen_by(tenant)
         if refused is not None:
             return self.refuses(refused, lambda: backend.put_artifact(data, kind))
         kept = self.model.artifacts.setdefault((owner, data), kind)
         digest = hashlib.sha256(data).hexdigest()
-        assert backend.put_artifact(data, kind) == ArtifactRef(hash=digest, size=len(data), media_type=kept)
+        assert backend.put_artifact(data, kind) == ArtifactRef(
+            hash=digest, size=len(data), media_type=kept
+        )
         return None
 
     @precondition(lambda self: len(self.model.tokens) < 6)
@@ -11955,7 +14203,11 @@ class StateRules(LogRules):
         if refused is not None:
             return self.refuses(refused, lambda: backend.create_token("n", "r"))
         secret, token = backend.create_token("n", "r", expires_at=expires)
-        assert (token.tenant_id, token.created_at, token.expires_at) == (owner, self.clock(), expires)
+        assert (token.tenant_id, token.created_at, token.expires_at) == (
+            owner,
+            self.clock(),
+            expires,
+        )
         assert token.revoked_at is None
         self.model.tokens[secret] = token
         return None
@@ -11971,12 +14223,16 @@ class StateRules(LogRules):
     @invariant()
     def state_agrees(self) -> None:
         state, model = self.store.state, self.model
-        runs = sorted(model.runs.values(), key=lambda run: (run.updated_at, run.execution_id), reverse=True)
+        runs = sorted(
+            model.runs.values(), key=lambda run: (run.updated_at, run.execution_id), reverse=True
+        )
         assert state.list_executions() == runs
         assert state.list_executions("running") == [run for run in runs if run.status == "running"]
         for run in "abc":
             newest = max((place for place in model.snapshots if place[0] == run), default=None)
-            assert state.latest_snapshot(run) == (None if newest is None else model.snapshots[newest])
+            assert state.latest_snapshot(run) == (
+                None if newest is None else model.snapshots[newest]
+            )
         for tenant in ("default", "t"):
             if tenant not in model.tenants:
                 continue
@@ -11989,10 +14245,14 @@ class StateRules(LogRules):
                 found = view.get_artifact(hashlib.sha256(data).hexdigest())
                 assert found == (data if (tenant, data) in model.artifacts else None)
         for secret, token in model.tokens.items():
-            lives = token.revoked_at is None and (token.expires_at is None or token.expires_at > self.clock())
+            lives = token.revoked_at is None and (
+                token.expires_at is None or token.expires_at > self.clock()
+            )
             valid = lives and self.active(token.tenant_id)
             assert state.validate_token(secret) == (token if valid else None)
-        listed = sorted(model.tokens.values(), key=lambda token: (token.created_at, token.id), reverse=True)
+        listed = sorted(
+            model.tokens.values(), key=lambda token: (token.created_at, token.id), reverse=True
+        )
         assert state.list_tokens() == listed
 
 
@@ -12007,7 +14267,10 @@ class ItemRules(StateRules):
     @precondition(lambda self: self.model.known)
     @rule(id=three, run=three, queue=st.sampled_from("pq"), most=st.integers(0, 3), at=ages)
     def enqueue(self, id: str, run: str, queue: str, most: int, at: datetime | None) -> None:
-        item, now = WorkItem(id=id, execution_id=run, queue_type=queue, max_attempts=most, available_at=at), self.clock()
+        item, now = (
+            WorkItem(id=id, execution_id=run, queue_type=queue, max_attempts=most, available_at=at),
+            self.clock(),
+        )
         if run not in self.model.known:
             self.refuses(NotFound, lambda: self.store.state.enqueue_work_item(item))
         elif id in self.model.items:
@@ -12023,8 +14286,14 @@ class ItemRules(StateRules):
         """One more attempt of an item has failed."""
         item = self.model.items[id]
         attempt = item.attempt + 1
-        last_error = item.last_error if error is None or (error == "the lease expired" and item.last_error) else error
-        item = dataclasses.replace(item, attempt=attempt, last_error=last_error, worker_id=None, lease_expires_at=None)
+        last_error = (
+            item.last_error
+            if error is None or (error == "the lease expired" and item.last_error)
+            else error
+        )
+        item = dataclasses.replace(
+            item, attempt=attempt, last_error=last_error, worker_id=None, lease_expires_at=None
+        )
         if attempt >= item.max_attempts:
             self.model.dead[id] = self.clock()
             item.status = WorkItemStatus.DEAD_LETTERED
@@ -12044,9 +14313,12 @@ class ItemRules(StateRules):
     def claim(self, queues: str, lease: int) -> None:
         self.take_back(queues)
         due = [
-            (item.available_at, id) for id, item in self.model.items.items()
-            if item.status is WorkItemStatus.PENDING and item.queue_type in queues
-            and item.available_at is not None and item.available_at <= self.clock()
+            (item.available_at, id)
+            for id, item in self.model.items.items()
+            if item.status is WorkItemStatus.PENDING
+            and item.queue_type in queues
+            and item.available_at is not None
+            and item.available_at <= self.clock()
         ]
         got = self.store.state.claim_work_item("w", [*queues], lease_seconds=lease)
         if not due:
@@ -12054,13 +14326,21 @@ class ItemRules(StateRules):
             return
         id = min(due)[1]
         self.model.items[id] = dataclasses.replace(
-            self.model.items[id], status=WorkItemStatus.CLAIMED, worker_id="w",
-            lease_fence=self.model.items[id].lease_fence + 1, lease_expires_at=self.clock() + seconds(lease),
+            self.model.items[id],
+            status=WorkItemStatus.CLAIMED,
+            worker_id="w",
+            lease_fence=self.model.items[id].lease_fence + 1,
+            lease_expires_at=self.clock() + seconds(lease),
         )
         assert got == self.model.items[id]
 
     @precondition(lambda self: self.model.items)
-    @rule(id=three, stale=st.booleans(), how=st.sampled_from(["complete", "fail", "retry", "turn"]), value=small_json)
+    @rule(
+        id=three,
+        stale=st.booleans(),
+        how=st.sampled_from(["complete", "fail", "retry", "turn"]),
+        value=small_json,
+    )
     def settle(self, id: str, stale: bool, how: str, value: Any) -> None:
         state = self.store.state
         item = self.model.items.get(id, WorkItem(id=id, execution_id="a", queue_type="q"))
@@ -12071,13 +14351,21 @@ class ItemRules(StateRules):
             "fail": partial(state.fail_work_item, id, "failed", lease_fence=fence),
             "retry": partial(state.retry_work_item, id, "again", delay=1, lease_fence=fence),
             "turn": partial(
-                state.commit_turn, id, fence, event, snapshot_state=value, effect_key=f"turn {id}", effect=value
+                state.commit_turn,
+                id,
+                fence,
+                event,
+                snapshot_state=value,
+                effect_key=f"turn {id}",
+                effect=value,
             ),
         }
         call = calls[how]
         if id not in self.model.items:
             return self.refuses(NotFound, call)
-        held = item.status is WorkItemStatus.CLAIMED or (how == "retry" and item.status is WorkItemStatus.FAILED)
+        held = item.status is WorkItemStatus.CLAIMED or (
+            how == "retry" and item.status is WorkItemStatus.FAILED
+        )
         if stale or not held:
             return self.refuses(LeaseLost, call)
         if how == "retry":
@@ -12086,7 +14374,9 @@ class ItemRules(StateRules):
             return None
         changed = dataclasses.replace(item, lease_expires_at=None, status=WorkItemStatus.COMPLETED)
         if how == "fail":
-            changed = dataclasses.replace(changed, status=WorkItemStatus.FAILED, last_error="failed")
+            changed = dataclasses.replace(
+                changed, status=WorkItemStatus.FAILED, last_error="failed"
+            )
         self.model.items[id] = changed
         if how != "turn":
             assert call() == changed
@@ -12096,9 +14386,16 @@ class ItemRules(StateRules):
         assert call() == sequence
         with self.store.transaction() as tx:
             place = item.execution_id, sequence
-            [(made,)] = tx.execute("SELECT id FROM flowstore_snapshots WHERE execution_id = ? AND at_sequence = ?", place)
+            [(made,)] = tx.execute(
+                "SELECT id FROM flowstore_snapshots WHERE execution_id = ? AND at_sequence = ?",
+                place,
+            )
         self.model.snapshots[place] = Snapshot(
-            execution_id=item.execution_id, at_sequence=sequence, state=value, created_at=self.clock(), id=made
+            execution_id=item.execution_id,
+            at_sequence=sequence,
+            state=value,
+            created_at=self.clock(),
+            id=made,
         )
         return None
 
@@ -12120,7 +14417,9 @@ class ItemRules(StateRules):
         items = sorted(self.model.items.values(), key=lambda item: (item.available_at, item.id))
         assert self.store.state.list_work_items() == items
         for status in WorkItemStatus:
-            assert self.store.state.list_work_items(status=status) == [i for i in items if i.status is status]
+            assert self.store.state.list_work_items(status=status) == [
+                i for i in items if i.status is status
+            ]
         dead = sorted(((at, id) for id, at in self.model.dead.items()), reverse=True)
         assert [(d.dead_lettered_at, d.id) for d in self.store.state.list_dead_letters()] == dead
 
@@ -12129,13 +14428,20 @@ class WorkflowRules(Machine):
     """Instances with their pointers, subscriptions, events, errors, counters and commands."""
 
     pointers = st.lists(
-        st.tuples(st.sampled_from("pqrs"), st.sampled_from(PointerStatus), small_json), max_size=4,
+        st.tuples(st.sampled_from("pqrs"), st.sampled_from(PointerStatus), small_json),
+        max_size=4,
         unique_by=lambda made: made[0],
     )
 
-    def made(self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus) -> WorkflowInstance:
+    def made(
+        self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus
+    ) -> WorkflowInstance:
         return WorkflowInstance(
-            id=id, name=name, workflow_definition_id="d", next_execution=due, status=status,
+            id=id,
+            name=name,
+            workflow_definition_id="d",
+            next_execution=due,
+            status=status,
             execution_pointers=[
                 ExecutionPointer(id=key, step_id=step, status=word, outcome=value)
                 for step, (key, word, value) in enumerate(pointers)
@@ -12143,18 +14449,26 @@ class WorkflowRules(Machine):
         )
 
     def taken(self, name: str, id: str | None = None) -> bool:
-        return name in {instance.name for instance in self.model.instances.values() if instance.id != id}
+        return name in {
+            instance.name for instance in self.model.instances.values() if instance.id != id
+        }
 
     @rule(id=three, name=st.sampled_from(["", "d-1", "d-2", "n"]), pointers=pointers, due=st.none() | st.integers(0, 9),
           status=st.sampled_from(WorkflowStatus))  # fmt: skip
-    def create_instance(self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus) -> None:
+    def create_instance(
+        self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus
+    ) -> None:
         instance = self.made(id, name, pointers, due, status)
         if id in self.model.instances or self.taken(name):
-            return self.refuses(AlreadyExists, lambda: self.store.workflows.create_new_workflow(instance))
+            return self.refuses(
+                AlreadyExists, lambda: self.store.workflows.create_new_workflow(instance)
+            )
         while not name or self.taken(name):
             self.model.counters["d"] = self.model.counters.get("d", 0) + 1
             name = f"d-{self.model.counters['d']}"
-        self.model.instances[id] = dataclasses.replace(instance, name=name, create_time=self.clock())
+        self.model.instances[id] = dataclasses.replace(
+            instance, name=name, create_time=self.clock()
+        )
         assert self.store.workflows.create_new_workflow(instance) == id
         return None
 
@@ -12162,12 +14476,29 @@ class WorkflowRules(Machine):
     @rule(id=three, name=st.sampled_from(["", "d-1", "n"]), pointers=pointers, due=st.none() | st.integers(0, 9),
           status=st.sampled_from(WorkflowStatus), subscription=st.none() | three)  # fmt: skip
     def persist(
-        self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus, subscription: str | None
+        self,
+        id: str,
+        name: str,
+        pointers: Any,
+        due: int | None,
+        status: WorkflowStatus,
+        subscription: str | None,
     ) -> None:
         instance = self.made(id, name, pointers, due, status)
-        added = [] if subscription is None else [EventSubscription(
-            id=subscription, workflow_id=id, step_id=0, execution_pointer_id="p", event_name="paid", event_key="k"
-        )]
+        added = (
+            []
+            if subscription is None
+            else [
+                EventSubscription(
+                    id=subscription,
+                    workflow_id=id,
+                    step_id=0,
+                    execution_pointer_id="p",
+                    event_name="paid",
+                    event_key="k",
+                )
+            ]
+        )
         call = partial(self.store.workflows.persist_workflow_with_subscriptions, instance, added)
         stored = self.model.instances.get(id)
         if stored is None:
@@ -12175,7 +14506,9 @@ class WorkflowRules(Machine):
         if self.taken(name, id) or subscription in self.model.subscriptions:
             return self.refuses(AlreadyExists, call)
         for one in added:
-            self.model.subscriptions[one.id] = dataclasses.replace(one, subscribe_as_of=self.clock())
+            self.model.subscriptions[one.id] = dataclasses.replace(
+                one, subscribe_as_of=self.clock()
+            )
         self.model.instances[id] = dataclasses.replace(
             instance, name=name or stored.name, create_time=stored.create_time
         )
@@ -12191,8 +14524,12 @@ class WorkflowRules(Machine):
 
     def drop(self, gone: set[str]) -> None:
         model = self.model
-        model.instances = {id: instance for id, instance in model.instances.items() if id not in gone}
-        model.subscriptions = {id: one for id, one in model.subscriptions.items() if one.workflow_id not in gone}
+        model.instances = {
+            id: instance for id, instance in model.instances.items() if id not in gone
+        }
+        model.subscriptions = {
+            id: one for id, one in model.subscriptions.items() if one.workflow_id not in gone
+        }
         model.terminated &= model.subscriptions.keys()
         model.errors = [error for error in model.errors if error.workflow_id not in gone]
 
@@ -12200,8 +14537,11 @@ class WorkflowRules(Machine):
     @rule(status=st.sampled_from(WorkflowStatus))
     def purge(self, status: WorkflowStatus) -> None:
         gone = {
-            id for id, instance in self.model.instances.items()
-            if instance.status is status and instance.create_time is not None and instance.create_time < self.clock()
+            id
+            for id, instance in self.model.instances.items()
+            if instance.status is status
+            and instance.create_time is not None
+            and instance.create_time < self.clock()
         }
         assert self.store.workflows.purge_workflows(status, self.clock()) == len(gone)
         self.drop(gone)
@@ -12221,7 +14561,9 @@ class WorkflowRules(Machine):
         free = self.is_free(self.model.subscriptions[id])
         if free:
             self.model.subscriptions[id] = dataclasses.replace(
-                self.model.subscriptions[id], external_token=token, external_worker_id="host",
+                self.model.subscriptions[id],
+                external_token=token,
+                external_worker_id="host",
                 external_token_expiry=until,
             )
         assert call() is free
@@ -12259,7 +14601,9 @@ class WorkflowRules(Machine):
     @rule(id=three, done=st.booleans())
     def mark_event(self, id: str, done: bool) -> None:
         workflows = self.store.workflows
-        call = partial(workflows.mark_event_processed if done else workflows.mark_event_unprocessed, id)
+        call = partial(
+            workflows.mark_event_processed if done else workflows.mark_event_unprocessed, id
+        )
         if id not in self.model.events:
             return self.refuses(NotFound, call)
         self.model.events[id] = dataclasses.replace(self.model.events[id], is_processed=done)
@@ -12267,10 +14611,16 @@ class WorkflowRules(Machine):
 
     @rule(ids=st.lists(three, max_size=3), torn=st.booleans())
     def persist_errors(self, ids: list[str], torn: bool) -> None:
-        made = [ExecutionError(workflow_id=id, execution_pointer_id="p", message=f"{n}") for n, id in enumerate(ids)]
+        made = [
+            ExecutionError(workflow_id=id, execution_pointer_id="p", message=f"{n}")
+            for n, id in enumerate(ids)
+        ]
         if torn:
             wrong = dataclasses.replace(made[0], message="\0") if made else None
-            return self.refuses(InvalidData, lambda: self.store.workflows.persist_errors([*made, wrong]))  # type: ignore[list-item]
+            return self.refuses(
+                InvalidData,
+                lambda: self.store.workflows.persist_errors([*made, wrong]),  # type: ignore[list-item]
+            )
         self.model.errors += [dataclasses.replace(error, error_time=self.clock()) for error in made]
         return self.store.workflows.persist_errors(made)
 
@@ -12290,10 +14640,16 @@ class WorkflowRules(Machine):
                 raise KeyError(found.data)
 
         if self.blocks:
-            return self.refuses(StorageError, lambda: self.store.workflows.process_commands(None, print))
+            return self.refuses(
+                StorageError, lambda: self.store.workflows.process_commands(None, print)
+            )
         seen: list[str] = []
         now = self.clock().timestamp() * 1000
-        due = [data for at, data in sorted((at, data) for data, at in self.model.commands.items()) if at <= now]
+        due = [
+            data
+            for at, data in sorted((at, data) for data, at in self.model.commands.items())
+            if at <= now
+        ]
         failing = [data for data in due if data in fail]
         try:
             assert self.store.workflows.process_commands(None, handler) == len(due) and not failing
@@ -12312,36 +14668,54 @@ class WorkflowRules(Machine):
         for id in "abc":
             if id in model.instances:
                 assert workflows.get_workflow_instance(id) == model.instances[id]
-                assert workflows.get_workflow_instance_by_name(model.instances[id].name) == model.instances[id]
+                assert (
+                    workflows.get_workflow_instance_by_name(model.instances[id].name)
+                    == model.instances[id]
+                )
             if id in model.subscriptions:
                 assert workflows.get_subscription(id) == model.subscriptions[id]
             if id in model.events:
                 assert workflows.get_event(id) == model.events[id]
             errors = [error for error in model.errors[::-1] if error.workflow_id == id]
             assert workflows.list_errors(id) == errors
-        assert workflows.get_workflow_instances([*"cab"]) == [model.instances[id] for id in "cab" if id in model.instances]
+        assert workflows.get_workflow_instances([*"cab"]) == [
+            model.instances[id] for id in "cab" if id in model.instances
+        ]
         due = [
-            (instance.next_execution, id) for id, instance in model.instances.items()
-            if instance.status is WorkflowStatus.RUNNABLE and isinstance(instance.next_execution, int)
+            (instance.next_execution, id)
+            for id, instance in model.instances.items()
+            if instance.status is WorkflowStatus.RUNNABLE
+            and isinstance(instance.next_execution, int)
             and instance.next_execution <= milliseconds
         ]
         assert workflows.get_runnable_instances() == [id for _, id in sorted(due)]
         begun = sorted(
-            (one.subscribe_as_of, id) for id, one in model.subscriptions.items()
-            if id not in model.terminated and one.subscribe_as_of is not None and one.subscribe_as_of <= now
+            (one.subscribe_as_of, id)
+            for id, one in model.subscriptions.items()
+            if id not in model.terminated
+            and one.subscribe_as_of is not None
+            and one.subscribe_as_of <= now
         )
-        assert [one.id for one in workflows.get_subscriptions("paid", "k")] == [id for _, id in begun]
+        assert [one.id for one in workflows.get_subscriptions("paid", "k")] == [
+            id for _, id in begun
+        ]
         free = [model.subscriptions[id] for _, id in begun if self.is_free(model.subscriptions[id])]
         assert workflows.get_first_open_subscription("paid", "k") == (free[0] if free else None)
         happened = sorted(
-            (event.event_time, id) for id, event in model.events.items() if event.event_time and event.event_time <= now
+            (event.event_time, id)
+            for id, event in model.events.items()
+            if event.event_time and event.event_time <= now
         )
         assert workflows.get_events("paid", "k") == [id for _, id in happened]
-        assert workflows.get_runnable_events() == [id for _, id in happened if not model.events[id].is_processed]
+        assert workflows.get_runnable_events() == [
+            id for _, id in happened if not model.events[id].is_processed
+        ]
         counts = self.store.stats()["tables"]
         assert counts["scheduled_commands"] == len(model.commands)
         assert counts["workflows"] == len(model.instances)
-        assert counts["execution_pointers"] == sum(len(one.execution_pointers) for one in model.instances.values())
+        assert counts["execution_pointers"] == sum(
+            len(one.execution_pointers) for one in model.instances.values()
+        )
 
 
 class EverythingRules(FlowRules, ItemRules, WorkflowRules):
@@ -12387,27 +14761,47 @@ class EverythingRules(FlowRules, ItemRules, WorkflowRules):
     @rule()
     def nobody_else_sees_it(self) -> None:
         before = self.blocks[0][1]
-        found = Caller(lambda: [self.store.stats()["tables"][name] for name in ("flows", "workflows")]).outcome()
+        found = Caller(
+            lambda: [self.store.stats()["tables"][name] for name in ("flows", "workflows")]
+        ).outcome()
         assert found == [len(before.flows), len(before.instances)]
 
 
-def modelled(rules: type[RuleBasedStateMachine], in_file: bool, examples: int = 25, steps: int = 40) -> Any:
+def modelled(
+    rules: type[RuleBasedStateMachine], in_file: bool, examples: int = 25, steps: int = 40
+) -> Any:
     """The test case of a model, in memory or in a file."""
-    machine: Any = type(f"{rules.__name__}In{'File' if in_file else 'Memory'}", (rules,), {"in_file": in_file})
+    machine: Any = type(
+        f"{rules.__name__}In{'File' if in_file else 'Memory'}", (rules,), {"in_file": in_file}
+    )
     case = machine.TestCase
     examples *= int(os.environ.get("FLOWSTORE_MODEL_EXAMPLES", "1"))
     case.settings = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None,
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
         phases=[Phase.generate],  # shrinking would outlast the watchdog
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     )
     return case
 
 
-TestFlowsByAModelInMemory, TestFlowsByAModelInAFile = modelled(FlowRules, False), modelled(FlowRules, True)
-TestLogsByAModelInMemory, TestLogsByAModelInAFile = modelled(LogRules, False), modelled(LogRules, True)
-TestStateByAModelInMemory, TestStateByAModelInAFile = modelled(StateRules, False), modelled(StateRules, True)
-TestItemsByAModelInMemory, TestItemsByAModelInAFile = modelled(ItemRules, False), modelled(ItemRules, True)
+TestFlowsByAModelInMemory, TestFlowsByAModelInAFile = (
+    modelled(FlowRules, False),
+    modelled(FlowRules, True),
+)
+TestLogsByAModelInMemory, TestLogsByAModelInAFile = (
+    modelled(LogRules, False),
+    modelled(LogRules, True),
+)
+TestStateByAModelInMemory, TestStateByAModelInAFile = (
+    modelled(StateRules, False),
+    modelled(StateRules, True),
+)
+TestItemsByAModelInMemory, TestItemsByAModelInAFile = (
+    modelled(ItemRules, False),
+    modelled(ItemRules, True),
+)
 TestWorkflowsByAModelInMemory = modelled(WorkflowRules, False)
 TestWorkflowsByAModelInAFile = modelled(WorkflowRules, True)
 TestEverythingByAModelInMemory = modelled(EverythingRules, False, 30, 60)
@@ -12439,14 +14833,20 @@ def write_everywhere(store_engine: flowstore.Store, key: str) -> None:
         with store_engine.transaction():
             store_engine.flows.append_event(key, key, {})
             store_engine.events.append("all", "default", event(key), event_id=key)
-        store_engine.state.enqueue_work_item(flowstore.WorkItem(id=key, execution_id="all", queue_type="kept"))
-        store_engine.workflows.create_new_workflow(flowstore.WorkflowInstance(
-            id=key, workflow_definition_id="d", execution_pointers=pointers
-        ))
+        store_engine.state.enqueue_work_item(
+            flowstore.WorkItem(id=key, execution_id="all", queue_type="kept")
+        )
+        store_engine.workflows.create_new_workflow(
+            flowstore.WorkflowInstance(
+                id=key, workflow_definition_id="d", execution_pointers=pointers
+            )
+        )
         store_engine.workflows.create_event(flowstore.Event(id=key, event_name="n", event_key="k"))
-        store_engine.workflows.schedule_command(flowstore.ScheduledCommand(
-            command_name=flowstore.CommandName.PROCESS_EVENT, data=key, execute_time=0
-        ))
+        store_engine.workflows.schedule_command(
+            flowstore.ScheduledCommand(
+                command_name=flowstore.CommandName.PROCESS_EVENT, data=key, execute_time=0
+            )
+        )
         tx.execute("INSERT INTO mine (key) VALUES (?)", (key,))
 
 
@@ -12470,7 +14870,9 @@ def crashing(path: str, name: str) -> None:
         say("pair", key)
 
     def work(key: str) -> None:
-        state.enqueue_work_item(flowstore.WorkItem(id=f"item.{key}", execution_id="items", queue_type="q"))
+        state.enqueue_work_item(
+            flowstore.WorkItem(id=f"item.{key}", execution_id="items", queue_type="q")
+        )
         say("item", f"item.{key}")
         item = state.claim_work_item("w", ["q"], lease_seconds=0.05)
         if item is not None:
@@ -12480,10 +14882,14 @@ def crashing(path: str, name: str) -> None:
             say("done", item.id)
 
     def turn(key: str) -> None:
-        state.enqueue_work_item(flowstore.WorkItem(id=f"turn.{key}", execution_id="turns", queue_type="t"))
+        state.enqueue_work_item(
+            flowstore.WorkItem(id=f"turn.{key}", execution_id="turns", queue_type="t")
+        )
         item = state.claim_work_item("w", ["t"], lease_seconds=0.05)
         if item is not None:
-            state.commit_turn(item, None, event(item.id), snapshot_state=item.id, effect_key=item.id, effect=1)
+            state.commit_turn(
+                item, None, event(item.id), snapshot_state=item.id, effect_key=item.id, effect=1
+            )
             say("turn", item.id)
 
     def count(key: str) -> None:
@@ -12506,7 +14912,9 @@ def crashing(path: str, name: str) -> None:
     def loop(kind: Callable[[str], None], me: int) -> None:
         for number in range(10**9):
             try:
-                with contextlib.suppress(flowstore.LeaseLost):  # it lasts 50 ms here: others may have taken it over
+                with contextlib.suppress(
+                    flowstore.LeaseLost
+                ):  # it lasts 50 ms here: others may have taken it over
                     kind(f"{name}.{me}.{number}")
             except BaseException as error:
                 say("failed", repr(error))
@@ -12523,7 +14931,9 @@ def prepared_for_crashes(path: Path) -> None:
         for run in ("items", "turns"):
             store.state.create_execution(WorkflowExecution(execution_id=run, workflow_id="w"))
         store.flows.insert(Flow(id="counter", state={"n": 0}))
-        store.workflows.create_new_workflow(WorkflowInstance(id="host", name="host", workflow_definition_id="h"))
+        store.workflows.create_new_workflow(
+            WorkflowInstance(id="host", name="host", workflow_definition_id="h")
+        )
 
 
 class Verdict:
@@ -12555,21 +14965,40 @@ class Verdict:
             counted = Counter(keys(store, "pairs"))
             found["pair"] = set(counted)
             self.torn += [f"{key}: {times} times" for key, times in counted.items() if times != 2]
-            items = dict(tx.execute("SELECT id, status FROM flowstore_work_items WHERE execution_id = 'items'"))
+            items = dict(
+                tx.execute(
+                    "SELECT id, status FROM flowstore_work_items WHERE execution_id = 'items'"
+                )
+            )
             found["item"] = set(items)
             done = keys(store, "items")
             found["done"] = set(done)
             self.torn += [f"{key} was done {n} times" for key, n in Counter(done).items() if n != 1]
             completed = {key for key, status in items.items() if status == "completed"}
-            self.torn += [f"{key} is done and not completed, or the other way" for key in completed ^ set(done)]
-            turns = dict(tx.execute("SELECT id, status FROM flowstore_work_items WHERE execution_id = 'turns'"))
+            self.torn += [
+                f"{key} is done and not completed, or the other way"
+                for key in completed ^ set(done)
+            ]
+            turns = dict(
+                tx.execute(
+                    "SELECT id, status FROM flowstore_work_items WHERE execution_id = 'turns'"
+                )
+            )
             ended = keys(store, "turns")
             effects = {key for (key,) in tx.execute("SELECT key FROM flowstore_effects")}
-            states = [state for (state,) in tx.execute("SELECT state FROM flowstore_snapshots ORDER BY at_sequence")]
+            states = [
+                state
+                for (state,) in tx.execute(
+                    "SELECT state FROM flowstore_snapshots ORDER BY at_sequence"
+                )
+            ]
             found["turn"] = set(ended)
             if not ([json.loads(state) for state in states] == ended and effects == set(ended)):
                 self.torn.append("turns")
-            self.torn += [f"turn {key}" for key in {k for k, s in turns.items() if s == "completed"} ^ set(ended)]
+            self.torn += [
+                f"turn {key}"
+                for key in {k for k, s in turns.items() if s == "completed"} ^ set(ended)
+            ]
             flow = store.flows.get("counter")
             assert flow is not None
             trail = [event.payload for event in store.flows.list_events("counter", limit=MAX_INT)]
@@ -12690,7 +15119,9 @@ def test_after_a_loss_of_power_the_file_holds_a_consistent_prefix_of_what_was_wr
     with capsys.disabled():
         print(f"\npower: {len(images)} stops, {sum(cut > 0 for _, cut, _ in images)} of the logs cut, "
               f"{len(said)} transactions acknowledged, each image a prefix, 0 torn")  # fmt: skip
-    assert lost or CRASH_ROUNDS < 30, "some of the cuts took away what only a disk that lies can lose"
+    assert lost or CRASH_ROUNDS < 30, (
+        "some of the cuts took away what only a disk that lies can lose"
+    )
 
 
 # --- broken files, vanished folders, no permission ---
@@ -12709,9 +15140,11 @@ def test_a_stored_text_that_is_no_text_any_more_is_corrupt_in_one_sentence(path:
 def everything_in(store: Store) -> list[Any]:
     """All that reads can show of what `furnished_for_damage` wrote."""
     return [
-        store.events.read_all(limit=MAX_INT), store.state.list_work_items(limit=MAX_INT),
+        store.events.read_all(limit=MAX_INT),
+        store.state.list_work_items(limit=MAX_INT),
         store.workflows.get_workflow_instances([f"all.{n}" for n in range(60)]),
-        *(store.flows.get(f"all.{n}") for n in range(60)), *(store.flows.list_events(f"all.{n}") for n in range(60)),
+        *(store.flows.get(f"all.{n}") for n in range(60)),
+        *(store.flows.list_events(f"all.{n}") for n in range(60)),
         {name: count for name, count in store.stats().items() if name != "wal_bytes"},
     ]
 
@@ -12755,7 +15188,9 @@ def test_any_page_overwritten_is_store_corrupt_or_named_by_check_and_mends_with_
         assert everything_in(store) == sound
         assert store.check() == []
     with capsys.disabled():
-        print(f"\ndamage: {len(whole) // 4096} pages overwritten one at a time, told {dict(told)}, 0 unnoticed")
+        print(
+            f"\ndamage: {len(whole) // 4096} pages overwritten one at a time, told {dict(told)}, 0 unnoticed"
+        )
     assert told["by check()"] + told["by open()"] == len(whole) // 4096
 
 
@@ -12775,21 +15210,29 @@ def test_a_truncated_file_is_store_corrupt_and_left_as_it_was(
         assert store.check() == []
 
 
-def test_a_folder_that_vanishes_under_an_open_store_is_a_storage_error_until_it_is_back(tmp_path: Path) -> None:
+def test_a_folder_that_vanishes_under_an_open_store_is_a_storage_error_until_it_is_back(
+    tmp_path: Path,
+) -> None:
     folder, away = tmp_path / "here", tmp_path / "away"
     folder.mkdir()
     with flowstore.open(folder / "app.db") as store:
         acknowledged = [write(store, "run", "before")]
         folder.rename(away)
         calls: list[Callable[[], Any]] = [
-            partial(store.events.load_events, "run"), store.check, store.stats, partial(flowstore.open, folder / "app.db"),
-            partial(store.backup, tmp_path / "copy.db"), partial(store.backup, folder / "copy.db"),
+            partial(store.events.load_events, "run"),
+            store.check,
+            store.stats,
+            partial(flowstore.open, folder / "app.db"),
+            partial(store.backup, tmp_path / "copy.db"),
+            partial(store.backup, folder / "copy.db"),
         ]
         for call in calls:
             with pytest.raises(StorageError) as caught:
                 call()
             assert one_sentence(caught.value)
-        with contextlib.suppress(StorageError):  # the file is open: it may be written where it is now
+        with contextlib.suppress(
+            StorageError
+        ):  # the file is open: it may be written where it is now
             acknowledged.append(write(store, "run", "meanwhile"))
         assert not folder.exists() and not (tmp_path / "copy.db").exists()
         away.rename(folder)
@@ -12911,11 +15354,17 @@ def of_version_1(path: Path) -> Path:
 def version_of(path: Path) -> tuple[str, int]:
     """The version that a file says it is of, and how many rows only version 2 has."""
     with contextlib.closing(sqlite3.connect(path)) as plain:
-        [(version,)] = plain.execute("SELECT value FROM flowstore_meta WHERE key = 'schema'").fetchall()
-        tables = plain.execute("SELECT name FROM sqlite_master WHERE name = 'flowstore_second'").fetchall()
+        [(version,)] = plain.execute(
+            "SELECT value FROM flowstore_meta WHERE key = 'schema'"
+        ).fetchall()
+        tables = plain.execute(
+            "SELECT name FROM sqlite_master WHERE name = 'flowstore_second'"
+        ).fetchall()
         columns = [row[1] for row in plain.execute("PRAGMA table_info(flows)")]
         assert bool(tables) == ("weight" in columns) == (version == "2"), "an upgrade is half there"
-        count = plain.execute("SELECT COUNT(*) FROM flowstore_second").fetchone()[0] if tables else 0
+        count = (
+            plain.execute("SELECT COUNT(*) FROM flowstore_second").fetchone()[0] if tables else 0
+        )
         assert plain.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         return version, count
 
@@ -12963,7 +15412,9 @@ def test_an_upgrade_between_two_looks_at_a_file_is_no_missing_table(
 
 
 @needs_kill
-def test_a_process_killed_in_the_middle_of_an_upgrade_leaves_the_old_file_or_the_new_one(of_version_1: Path) -> None:
+def test_a_process_killed_in_the_middle_of_an_upgrade_leaves_the_old_file_or_the_new_one(
+    of_version_1: Path,
+) -> None:
     script, whole = UPGRADE.format(rows=300_000), of_version_1.read_bytes()
     seen: Counter[str] = Counter()
     for number in range(12):
@@ -13033,7 +15484,9 @@ def ending_with_open_stores(path: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["end", "error"])
-def test_the_interpreter_ends_with_open_stores_and_threads_inside_calls(path: Path, how: str) -> None:
+def test_the_interpreter_ends_with_open_stores_and_threads_inside_calls(
+    path: Path, how: str
+) -> None:
     with Process(ending_with_open_stores, path, how) as child:
         first = [child.read() for _ in range(20)]
         output, errors = child.popen.communicate("go\n", timeout=WATCHDOG)
@@ -13128,7 +15581,10 @@ def test_short_lived_threads_of_every_kind_leave_no_descriptor_behind(path: Path
 
 def test_a_slow_reader_costs_what_is_written_meanwhile_and_no_more(path: Path) -> None:
     chunk, bound = 1_000_000, flowstore._WAL_BOUND
-    with flowstore.open(path, synchronous="OFF") as store, flowstore.open(path, read_only=True) as reader:
+    with (
+        flowstore.open(path, synchronous="OFF") as store,
+        flowstore.open(path, read_only=True) as reader,
+    ):
         number = itertools.count()
 
         def write_on(bytes_: int) -> int:
@@ -13155,9 +15611,14 @@ def test_a_slow_reader_costs_what_is_written_meanwhile_and_no_more(path: Path) -
 # --- backups ---
 
 
-def test_backups_under_load_are_consistent_prefixes_and_can_be_worked_on(path: Path, tmp_path: Path) -> None:
+def test_backups_under_load_are_consistent_prefixes_and_can_be_worked_on(
+    path: Path, tmp_path: Path
+) -> None:
     prepared_for_crashes(path)
-    with Process(stopped_now_and_then, path) as child, flowstore.open(path, read_only=True) as reader:
+    with (
+        Process(stopped_now_and_then, path) as child,
+        flowstore.open(path, read_only=True) as reader,
+    ):
         child.read()
         copies: list[tuple[Path, set[str]]] = []
         for number in range(6):
@@ -13192,7 +15653,9 @@ def backing_up(path: str, copied: str) -> None:
 
 
 @needs_kill
-def test_a_backup_whose_process_is_killed_is_complete_or_not_there(path: Path, tmp_path: Path) -> None:
+def test_a_backup_whose_process_is_killed_is_complete_or_not_there(
+    path: Path, tmp_path: Path
+) -> None:
     with flowstore.open(path) as store, store.transaction() as tx:
         tx.execute("CREATE TABLE ballast (text TEXT)")
         tx.executemany("INSERT INTO ballast VALUES (?)", [("x" * 1000,)] * 20_000)
@@ -13233,7 +15696,16 @@ class Whole(int):
     """A number of a type of its own."""
 
 
-SQL_IN_NAMES = ["x'; DROP TABLE flows; --", '"', "]) OR 1=1 --", "?1", ":name", "{tenant}", "%s", "flowstore_log"]
+SQL_IN_NAMES = [
+    "x'; DROP TABLE flows; --",
+    '"',
+    "]) OR 1=1 --",
+    "?1",
+    ":name",
+    "{tenant}",
+    "%s",
+    "flowstore_log",
+]
 HOSTILE: list[Any] = [
     None, True, False, -1, 0, 1, 2**31, 2**63 - 1, 2**63, -(2**63) - 1, 10**5000, 1.5, -0.0, 1e308, float("nan"),
     float("inf"), -float("inf"), 1j, Decimal("NaN"), "", "a", "\0", "a\0b", NOT_UTF8, "a\udfff", "\U0010ffff", "x" * 255,
@@ -13257,17 +15729,30 @@ WELCOME: dict[str, Callable[[], dict[str, Any]]] = {
     "flows.update_with_revision": lambda: {"flow": Flow(id="f")},
     "flows.append_event": lambda: {"flow_id": "f", "kind": "k", "payload": {}},
     "flows.list_events": lambda: {"flow_id": "f", "limit": 1},
-    "flows.update_and_append": lambda: {"flow": Flow(id="f"), "event_kind": "k", "event_payload": {}},
+    "flows.update_and_append": lambda: {
+        "flow": Flow(id="f"),
+        "event_kind": "k",
+        "event_payload": {},
+    },
     "flows.insert_step": lambda: {"step": FlowStep(flow_id="f", run_id=flowstore.new_id())},
     "flows.update_step": lambda: {"step": FlowStep(id="s", flow_id="f", run_id="r")},
     "flows.get_step": lambda: {"id": "s"},
     "flows.list_steps": lambda: {"flow_id": "f"},
     "flows.find_step_by_run_id": lambda: {"flow_id": "f", "run_id": "r"},
     "flows.prune_terminal_flows": lambda: {"retain_days": 9},
-    "events.append": lambda: {"execution_id": "e1", "tenant_id": "default", "event": EVENT, "expected_sequence": None,
-                              "event_id": None},
-    "events.append_batch": lambda: {"execution_id": "e1", "tenant_id": "default", "events": [EVENT],
-                                    "expected_sequence": None},
+    "events.append": lambda: {
+        "execution_id": "e1",
+        "tenant_id": "default",
+        "event": EVENT,
+        "expected_sequence": None,
+        "event_id": None,
+    },
+    "events.append_batch": lambda: {
+        "execution_id": "e1",
+        "tenant_id": "default",
+        "events": [EVENT],
+        "expected_sequence": None,
+    },
     "events.load_events": lambda: {"execution_id": "e1"},
     "events.load_events_after": lambda: {"execution_id": "e1", "after_seq": 0},
     "events.get_latest_sequence": lambda: {"execution_id": "e1"},
@@ -13275,7 +15760,12 @@ WELCOME: dict[str, Callable[[], dict[str, Any]]] = {
     "events.execution_exists": lambda: {"execution_id": "e1"},
     "events.count_events": lambda: {"execution_id": "e1"},
     "events.iter_events": lambda: {"execution_id": "e1", "after_seq": 0, "chunk": 9},
-    "events.tail": lambda: {"after_position": 0, "timeout": 0.0, "tenant_id": "default", "execution_id": "e1"},
+    "events.tail": lambda: {
+        "after_position": 0,
+        "timeout": 0.0,
+        "tenant_id": "default",
+        "execution_id": "e1",
+    },
     "state.timeline": lambda: {"execution_id": "e1"},
     "events.read_all": lambda: {"after_position": 0, "limit": 1, "tenant_id": None},
     "state.create_execution": lambda: {"execution": WorkflowExecution(workflow_id="w")},
@@ -13284,31 +15774,68 @@ WELCOME: dict[str, Callable[[], dict[str, Any]]] = {
     "state.update_execution_status": lambda: {"id": "e1", "status": "running"},
     "state.update_execution_current_state": lambda: {"id": "e1", "state": {}},
     "state.patch_append_array": lambda: {"id": "e1", "key": "k", "value": 1},
-    "state.append_event": lambda: {"execution_id": "e1", "event": EVENT, "expected_sequence": None, "event_id": None},
+    "state.append_event": lambda: {
+        "execution_id": "e1",
+        "event": EVENT,
+        "expected_sequence": None,
+        "event_id": None,
+    },
     "state.get_events": lambda: {"execution_id": "e1"},
     "state.get_events_since": lambda: {"execution_id": "e1", "since_sequence": 0},
     "state.latest_sequence": lambda: {"execution_id": "e1"},
-    "state.write_snapshot": lambda: {"snapshot": Snapshot(execution_id="e1", at_sequence=1, state={})},
+    "state.write_snapshot": lambda: {
+        "snapshot": Snapshot(execution_id="e1", at_sequence=1, state={})
+    },
     "state.latest_snapshot": lambda: {"execution_id": "e1"},
     "state.prune_snapshots": lambda: {"execution_id": "e1", "keep": 1},
     "state.replay": lambda: {"execution_id": "e1", "reducer": no_reduce, "initial": None},
     "state.enqueue_work_item": lambda: {"item": WorkItem(execution_id="e1", queue_type="q")},
     "state.get_work_item": lambda: {"item_id": "held"},
-    "state.list_work_items": lambda: {"status": None, "queue_type": None, "execution_id": None, "limit": 1, "offset": 0},
-    "state.claim_work_item": lambda: {"worker_id": "w", "queue_types": ["none"], "lease_seconds": 1},
-    "state.renew_lease": lambda: {"item_id": "held", "worker_id": "w1", "lease_fence": None, "lease_seconds": 1},
+    "state.list_work_items": lambda: {
+        "status": None,
+        "queue_type": None,
+        "execution_id": None,
+        "limit": 1,
+        "offset": 0,
+    },
+    "state.claim_work_item": lambda: {
+        "worker_id": "w",
+        "queue_types": ["none"],
+        "lease_seconds": 1,
+    },
+    "state.renew_lease": lambda: {
+        "item_id": "held",
+        "worker_id": "w1",
+        "lease_fence": None,
+        "lease_seconds": 1,
+    },
     "state.hold": lambda: {"item": WorkItem(execution_id="e1", queue_type="q"), "lease_seconds": 1},
     "state.complete_work_item": lambda: {"item_id": "waiting", "lease_fence": 7},
     "state.fail_work_item": lambda: {"item_id": "waiting", "error": "e", "lease_fence": 7},
-    "state.retry_work_item": lambda: {"item_id": "waiting", "error": None, "delay": None, "lease_fence": 7},
+    "state.retry_work_item": lambda: {
+        "item_id": "waiting",
+        "error": None,
+        "delay": None,
+        "lease_fence": 7,
+    },
     "state.reclaim_expired_leases": dict,
     "state.move_to_dead_letter": lambda: {"item_id": "none", "last_error": "e"},
     "state.list_dead_letters": lambda: {"limit": 1, "offset": 0},
     "state.requeue_dead_letter": lambda: {"item_id": "none"},
-    "state.commit_turn": lambda: {"item_id": "waiting", "lease_fence": 7, "event": EVENT, "failed": False,
-                                  "snapshot_state": {}, "effect_key": "k", "effect": {}, "expected_sequence": None,
-                                  "event_id": None},
-    "state.store_workflow": lambda: {"definition": WorkflowDefinition(workflow_id="w", version="1", ir={})},
+    "state.commit_turn": lambda: {
+        "item_id": "waiting",
+        "lease_fence": 7,
+        "event": EVENT,
+        "failed": False,
+        "snapshot_state": {},
+        "effect_key": "k",
+        "effect": {},
+        "expected_sequence": None,
+        "event_id": None,
+    },
+    "state.store_workflow": lambda: {
+        "definition": WorkflowDefinition(workflow_id="w", version="1", ir={})
+    },
     "state.get_workflow": lambda: {"workflow_id": "w", "version": "1"},
     "state.record_effect": lambda: {"key": "k", "result": {}, "execution_id": None},
     "state.get_effect": lambda: {"key": "k", "default": None},
@@ -13323,11 +15850,18 @@ WELCOME: dict[str, Callable[[], dict[str, Any]]] = {
     "state.list_tenants": dict,
     "state.update_tenant": lambda: {"tenant": Tenant(id="t")},
     "state.for_tenant": lambda: {"tenant_id": "default"},
-    "workflows.create_new_workflow": lambda: {"instance": WorkflowInstance(
-        workflow_definition_id="d", execution_pointers=[ExecutionPointer(step_id=0)])},
-    "workflows.persist_workflow": lambda: {"instance": WorkflowInstance(id="w", workflow_definition_id="d")},
+    "workflows.create_new_workflow": lambda: {
+        "instance": WorkflowInstance(
+            workflow_definition_id="d", execution_pointers=[ExecutionPointer(step_id=0)]
+        )
+    },
+    "workflows.persist_workflow": lambda: {
+        "instance": WorkflowInstance(id="w", workflow_definition_id="d")
+    },
     "workflows.persist_workflow_with_subscriptions": lambda: {
-        "instance": WorkflowInstance(id="w", workflow_definition_id="d"), "subscriptions": []},
+        "instance": WorkflowInstance(id="w", workflow_definition_id="d"),
+        "subscriptions": [],
+    },
     "workflows.get_runnable_instances": lambda: {"as_at": None},
     "workflows.get_workflow_instance": lambda: {"id": "w"},
     "workflows.get_workflow_instance_by_name": lambda: {"name": "n"},
@@ -13335,13 +15869,25 @@ WELCOME: dict[str, Callable[[], dict[str, Any]]] = {
     "workflows.next_definition_sequence": lambda: {"definition_id": "d"},
     "workflows.delete_workflow": lambda: {"id": "none"},
     "workflows.purge_workflows": lambda: {"status": "Terminated", "older_than": START},
-    "workflows.create_event_subscription": lambda: {"subscription": EventSubscription(
-        workflow_id="w", step_id=0, execution_pointer_id="p", event_name="n", event_key="k")},
+    "workflows.create_event_subscription": lambda: {
+        "subscription": EventSubscription(
+            workflow_id="w", step_id=0, execution_pointer_id="p", event_name="n", event_key="k"
+        )
+    },
     "workflows.get_subscription": lambda: {"id": "none"},
     "workflows.terminate_subscription": lambda: {"id": "none"},
     "workflows.get_subscriptions": lambda: {"event_name": "n", "event_key": "k", "as_of": None},
-    "workflows.get_first_open_subscription": lambda: {"event_name": "n", "event_key": "k", "as_of": None},
-    "workflows.set_subscription_token": lambda: {"id": "sub", "token": "t", "worker_id": "w", "expiry": START},
+    "workflows.get_first_open_subscription": lambda: {
+        "event_name": "n",
+        "event_key": "k",
+        "as_of": None,
+    },
+    "workflows.set_subscription_token": lambda: {
+        "id": "sub",
+        "token": "t",
+        "worker_id": "w",
+        "expiry": START,
+    },
     "workflows.clear_subscription_token": lambda: {"id": "sub", "token": "none"},
     "workflows.create_event": lambda: {"event": Event(event_name="n", event_key="k")},
     "workflows.get_event": lambda: {"id": "none"},
@@ -13350,11 +15896,19 @@ WELCOME: dict[str, Callable[[], dict[str, Any]]] = {
     "workflows.mark_event_processed": lambda: {"id": "none"},
     "workflows.mark_event_unprocessed": lambda: {"id": "none"},
     "workflows.supports_scheduled_commands": dict,
-    "workflows.schedule_command": lambda: {"command": ScheduledCommand(
-        command_name=CommandName.PROCESS_EVENT, data="d", execute_time=0)},
-    "workflows.process_commands": lambda: {"as_of": START - timedelta(9999), "handler": print, "lease_seconds": 1},
-    "workflows.persist_errors": lambda: {"errors": [ExecutionError(
-        workflow_id="w", execution_pointer_id="p", message="m")]},
+    "workflows.schedule_command": lambda: {
+        "command": ScheduledCommand(
+            command_name=CommandName.PROCESS_EVENT, data="d", execute_time=0
+        )
+    },
+    "workflows.process_commands": lambda: {
+        "as_of": START - timedelta(9999),
+        "handler": print,
+        "lease_seconds": 1,
+    },
+    "workflows.persist_errors": lambda: {
+        "errors": [ExecutionError(workflow_id="w", execution_pointer_id="p", message="m")]
+    },
     "workflows.list_errors": lambda: {"workflow_id": "w", "limit": 1, "offset": 0},
     "workflows.ensure_store_exists": dict,
 }
@@ -13378,7 +15932,9 @@ def hostile_arguments(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for field in dataclasses.fields(record):
             for value in HOSTILE:
                 made = WELCOME[name]()[argument]  # with an id of its own
-                changed = dataclasses.replace(made[0] if isinstance(made, list) else made, **{field.name: value})
+                changed = dataclasses.replace(
+                    made[0] if isinstance(made, list) else made, **{field.name: value}
+                )
                 given = [changed] if isinstance(usual, list) else changed
                 yield f"{argument}.{field.name}", WELCOME[name]() | {argument: given}
     if name == "workflows.create_new_workflow":
@@ -13391,9 +15947,16 @@ def hostile_arguments(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def public_methods() -> list[str]:
     """Every method of every facet."""
-    facets = {"flows": FlowStore, "events": flowstore.EventStore, "state": StateBackend, "workflows": PersistenceProvider}
+    facets = {
+        "flows": FlowStore,
+        "events": flowstore.EventStore,
+        "state": StateBackend,
+        "workflows": PersistenceProvider,
+    }
     return [
-        f"{facet}.{name}" for facet, kind in facets.items() for name in dir(kind)
+        f"{facet}.{name}"
+        for facet, kind in facets.items()
+        for name in dir(kind)
         if not name.startswith("_") and callable(getattr(kind, name))
     ]
 
@@ -13405,7 +15968,9 @@ def test_every_public_method_is_given_hostile_arguments() -> None:
         facet, method = name.split(".")
         with flowstore.open(":memory:") as store:
             signature = inspect.signature(getattr(getattr(store, facet), method))
-        assert set(arguments()) >= set(signature.parameters) - {"wait"}, f"{name} has an argument that is not tried"
+        assert set(arguments()) >= set(signature.parameters) - {"wait"}, (
+            f"{name} has an argument that is not tried"
+        )
 
 
 @pytest.mark.parametrize("name", WELCOME)
@@ -13420,10 +15985,19 @@ def test_hostile_arguments_are_stored_or_refused_with_nothing_written_and_the_st
         store.flows.insert(Flow(id="f"))
         store.flows.insert_step(FlowStep(id="s", flow_id="f", run_id="r"))
         store.state.create_tenant(Tenant(id="t"))
-        store.workflows.create_new_workflow(WorkflowInstance(id="w", name="n", workflow_definition_id="d"))
-        store.workflows.create_event_subscription(EventSubscription(
-            id="sub", workflow_id="w", step_id=0, execution_pointer_id="p", event_name="n", event_key="k"
-        ))
+        store.workflows.create_new_workflow(
+            WorkflowInstance(id="w", name="n", workflow_definition_id="d")
+        )
+        store.workflows.create_event_subscription(
+            EventSubscription(
+                id="sub",
+                workflow_id="w",
+                step_id=0,
+                execution_pointer_id="p",
+                event_name="n",
+                event_key="k",
+            )
+        )
         call = getattr(getattr(store, facet), method)
 
         with store.transaction() as tx:
@@ -13434,13 +16008,19 @@ def test_hostile_arguments_are_stored_or_refused_with_nothing_written_and_the_st
             before = store.stats()["tables"]
             try:
                 found = call(**arguments)
-                if isinstance(found, types.GeneratorType) and method != "tail":  # which may wait for ever
+                if (
+                    isinstance(found, types.GeneratorType) and method != "tail"
+                ):  # which may wait for ever
                     list(found)
             except FlowStoreError as error:
-                assert one_sentence(error) and len(str(error)) < 2500, f"{name}, {argument}: {error!s:.300}"
+                assert one_sentence(error) and len(str(error)) < 2500, (
+                    f"{name}, {argument}: {error!s:.300}"
+                )
                 assert store.stats()["tables"] == before, f"{name}, {argument}: {error}"
             except Exception as error:
-                raise AssertionError(f"{name}, {argument}: {value!r:.80} raised {error!r}") from error
+                raise AssertionError(
+                    f"{name}, {argument}: {value!r:.80} raised {error!r}"
+                ) from error
         with store.transaction() as tx:
             assert tx.execute("SELECT name, sql FROM sqlite_master ORDER BY name") == tables
         assert store.check() == []
@@ -13457,7 +16037,9 @@ def test_the_hostile_inputs_were_many(capsys: pytest.CaptureFixture[str]) -> Non
     assert sum(tried.values()) > 10_000
 
 
-@pytest.mark.filterwarnings("ignore:The default date:DeprecationWarning")  # of newer versions' sqlite3
+@pytest.mark.filterwarnings(
+    "ignore:The default date:DeprecationWarning"
+)  # of newer versions' sqlite3
 def test_hostile_targets_options_paths_and_statements_are_refused_by_an_error_of_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -13483,7 +16065,9 @@ def test_hostile_targets_options_paths_and_statements_are_refused_by_an_error_of
             "busy_timeout": lambda v: flowstore.open(":memory:", busy_timeout=v).close(),
             "lease_seconds": lambda v: flowstore.open(":memory:", lease_seconds=v).close(),
             "backoff": lambda v: flowstore.open(":memory:", backoff=v).close(),
-            "clock": lambda v: flowstore.open(":memory:", clock=v).close() if not callable(v) else None,
+            "clock": lambda v: (
+                flowstore.open(":memory:", clock=v).close() if not callable(v) else None
+            ),
             "read_only": lambda v: flowstore.open("app.db", read_only=v).close(),
             "backup": store.backup,
             "backup in a folder": lambda v: store.backup(f"copies/{next(count)}{v[:2000]}"),
@@ -13501,7 +16085,9 @@ def test_hostile_targets_options_paths_and_statements_are_refused_by_an_error_of
                 except FlowStoreError as error:
                     assert one_sentence(error)
                 except Exception as error:
-                    raise AssertionError(f"{name}: {type(value).__name__} raised {error!r}") from error
+                    raise AssertionError(
+                        f"{name}: {type(value).__name__} raised {error!r}"
+                    ) from error
                 assert not store._engine.queue
         assert keys(store, "run") == ["kept"]
         assert store.check() == []
@@ -13514,8 +16100,23 @@ def test_only_the_token_itself_is_valid_and_only_its_hash_is_stored(store: Store
     digest = hashlib.sha256(secret.encode()).hexdigest()
     assert digest in row and not any(secret[3:] in str(value) for value in row)
     assert secret not in repr(token) and digest not in repr(token)
-    near = {secret[:-1], secret + "0", secret + "\n", " " + secret, secret.upper(), secret[3:], digest, token.id, "", "%", "fs_"}
-    near |= {secret[:at] + ("0" if secret[at] != "0" else "1") + secret[at + 1 :] for at in range(len(secret))}
+    near = {
+        secret[:-1],
+        secret + "0",
+        secret + "\n",
+        " " + secret,
+        secret.upper(),
+        secret[3:],
+        digest,
+        token.id,
+        "",
+        "%",
+        "fs_",
+    }
+    near |= {
+        secret[:at] + ("0" if secret[at] != "0" else "1") + secret[at + 1 :]
+        for at in range(len(secret))
+    }
     assert [text for text in near if store.state.validate_token(text) is not None] == []
     assert store.state.validate_token(secret) == token
     assert len({store.state.create_token("n", "r")[0] for _ in range(100)} | {secret}) == 101
@@ -13553,7 +16154,12 @@ def test_no_command_line_whatever_ends_in_a_traceback_or_harms_the_store(
     count = 0
 
     @given(command_lines)
-    @settings(max_examples=500, deadline=None, phases=[Phase.generate], suppress_health_check=[*HealthCheck])
+    @settings(
+        max_examples=500,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=[*HealthCheck],
+    )
     def call(arguments: list[str]) -> None:
         nonlocal count
         count += 1
@@ -13574,7 +16180,9 @@ def test_no_command_line_whatever_ends_in_a_traceback_or_harms_the_store(
         print(f"\ncommand line: {count} tried, 0 tracebacks")
 
 
-@pytest.mark.parametrize("argument", [b"\xff\xfe", b"a\nb", b"--store=\xff", b"\x1b[31m", b"x" * 5000])
+@pytest.mark.parametrize(
+    "argument", [b"\xff\xfe", b"a\nb", b"--store=\xff", b"\x1b[31m", b"x" * 5000]
+)
 @pytest.mark.parametrize("command", flowstore._COMMANDS)
 def test_bytes_that_are_no_text_are_one_line_on_the_command_line(
     tmp_path: Path, command: str, argument: bytes
@@ -13594,7 +16202,9 @@ def test_bytes_that_are_no_text_are_one_line_on_the_command_line(
 
 def test_each_promise_of_the_readme_names_a_test_that_there_is() -> None:
     [section] = re.findall(
-        r"\n## What flowstore promises\n(.*?)\n## ", (HERE / "README.md").read_text(encoding="utf-8"), re.DOTALL
+        r"\n## What flowstore promises\n(.*?)\n## ",
+        (HERE / "README.md").read_text(encoding="utf-8"),
+        re.DOTALL,
     )
     promises = [line for line in section.split("\n") if line.startswith("- ")]
     assert len(promises) > 30
@@ -13611,7 +16221,9 @@ def test_each_promise_of_the_readme_names_a_test_that_there_is() -> None:
 
 @pytest.fixture
 def server(postgres: PostgresServer) -> Iterator[Store]:
-    with flowstore.open(postgres.target(), synchronous="OFF", lease_seconds=10, backoff=float) as opened:
+    with flowstore.open(
+        postgres.target(), synchronous="OFF", lease_seconds=10, backoff=float
+    ) as opened:
         yield opened
 
 
@@ -13636,7 +16248,11 @@ def test_eight_processes_claim_each_item_once(postgres: PostgresServer, queues: 
         create(store)
         for _ in range(4):
             with store.transaction():
-                wanted += [enqueue(store, queue_type=queue) for queue in queues.split(",") for _ in range(100)]
+                wanted += [
+                    enqueue(store, queue_type=queue)
+                    for queue in queues.split(",")
+                    for _ in range(100)
+                ]
         claimers = [script(CLAIMER, target, queues) for _ in range(8)]
         assert sorted(" ".join(map(finished, claimers)).split()) == sorted(wanted)
         assert store.stats()["tables"]["flowstore_work_items"] == len(wanted)
@@ -13651,19 +16267,36 @@ def test_a_claim_on_a_server_looks_at_few_pages_whatever_waits_or_is_leased_else
     create(server)
     item = enqueue(server, queue_type="other")
     with server.transaction() as tx:
-        names = [name for (name,) in tx.execute(
-            "SELECT attname FROM pg_attribute WHERE attrelid = 'flowstore_work_items'::regclass AND attnum > 0")]
+        names = [
+            name
+            for (name,) in tx.execute(
+                "SELECT attname FROM pg_attribute WHERE attrelid = 'flowstore_work_items'::regclass AND attnum > 0"
+            )
+        ]
         for status in ("pending", "claimed"):
-            new = {"id": f"'{status}-' || n", "status": f"'{status}'", "lease_expires_at": "n", "available_at": "n"}
-            tx.execute(f"""INSERT INTO flowstore_work_items ({', '.join(names)}) SELECT
-                {', '.join(new.get(name, name) for name in names)}
-                FROM generate_series(1, 20000) n CROSS JOIN flowstore_work_items WHERE id = ?""", (item,))
+            new = {
+                "id": f"'{status}-' || n",
+                "status": f"'{status}'",
+                "lease_expires_at": "n",
+                "available_at": "n",
+            }
+            tx.execute(
+                f"""INSERT INTO flowstore_work_items ({", ".join(names)}) SELECT
+                {", ".join(new.get(name, name) for name in names)}
+                FROM generate_series(1, 20000) n CROSS JOIN flowstore_work_items WHERE id = ?""",
+                (item,),
+            )
     with server.transaction() as tx:
         claim, look = flowstore._queue_sql(len(queues))
-        for sql, values in ((claim, ["w", 2**40, *queues, 2**50, *queues, 0]), (look, [*queues, 2**50, *queues, 2**50])):
+        for sql, values in (
+            (claim, ["w", 2**40, *queues, 2**50, *queues, 0]),
+            (look, [*queues, 2**50, *queues, 2**50]),
+        ):
             for place in sql.places if tenant else ():
                 values.insert(place, tenant)
-            [([plan],)] = tx.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql.one if tenant else sql.all}", values)
+            [([plan],)] = tx.execute(
+                f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql.one if tenant else sql.all}", values
+            )
             assert plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"] < 60
 
 
@@ -13680,7 +16313,9 @@ def test_processes_append_side_by_side_without_a_gap_and_a_reader_of_all_misses_
             assert any(appender.poll() in (None, 0) for appender in appenders)
             seen += store.events.read_all(seen[-1].position if seen else 0, 7)
         told = list(map(finished, appenders))
-        assert sorted(map(int, " ".join(told).split())) == sorted([*range(1, 240 // executions + 1)] * executions)
+        assert sorted(map(int, " ".join(told).split())) == sorted(
+            [*range(1, 240 // executions + 1)] * executions
+        )
         assert seen == sorted(seen, key=lambda stored: stored.position) == store.events.read_all()
         for number in range(executions):
             log = store.events.load_events(f"e{number}")
@@ -13717,7 +16352,11 @@ def test_what_a_killed_client_was_told_is_stored(postgres: PostgresServer) -> No
         assert appender.stdout is not None
         told = [int(appender.stdout.readline()) for _ in range(20)]
         appender.kill()
-        told += [int(line) for line in appender.communicate()[0].splitlines(keepends=True) if line.endswith("\n")]
+        told += [
+            int(line)
+            for line in appender.communicate()[0].splitlines(keepends=True)
+            if line.endswith("\n")
+        ]
         assert told == list(range(1, len(told) + 1))
         assert [stored.sequence for stored in store.events.load_events("e1")][: len(told)] == told
         assert store.events.append("e1", "default", EVENT) >= len(told) + 1
@@ -13736,12 +16375,19 @@ class LossyLine:
     def serve(self) -> None:
         with contextlib.suppress(OSError):
             while True:
-                ends = self.listener.accept()[0], socket.create_connection(("127.0.0.1", self.there))
+                ends = (
+                    self.listener.accept()[0],
+                    socket.create_connection(("127.0.0.1", self.there)),
+                )
                 lost = threading.Event()
                 for asks, (source, sink) in enumerate([ends[::-1], ends]):
-                    threading.Thread(target=self.pump, args=(source, sink, lost, bool(asks)), daemon=True).start()
+                    threading.Thread(
+                        target=self.pump, args=(source, sink, lost, bool(asks)), daemon=True
+                    ).start()
 
-    def pump(self, source: socket.socket, sink: socket.socket, lost: threading.Event, asks: bool) -> None:
+    def pump(
+        self, source: socket.socket, sink: socket.socket, lost: threading.Event, asks: bool
+    ) -> None:
         with contextlib.suppress(OSError), source, sink:
             while data := source.recv(1 << 16):
                 if asks and self.cut:
@@ -13754,7 +16400,9 @@ class LossyLine:
 
 
 @pytest.mark.postgres
-def test_what_is_done_to_an_item_whose_answer_is_lost_is_done_again_or_in_doubt(postgres: PostgresServer) -> None:
+def test_what_is_done_to_an_item_whose_answer_is_lost_is_done_again_or_in_doubt(
+    postgres: PostgresServer,
+) -> None:
     line = LossyLine(postgres.port)
     with flowstore.open(postgres.target().replace(f":{postgres.port}/", f":{line.port}/")) as store:
         create(store)
@@ -13764,14 +16412,18 @@ def test_what_is_done_to_an_item_whose_answer_is_lost_is_done_again_or_in_doubt(
         assert item.id == second  # that of the lost answer waits for the end of its lease
         assert look(store, first).status is WorkItemStatus.CLAIMED
         line.cut = True
-        assert store.state.renew_lease(item, lease_seconds=60) == look(store, item.id).lease_expires_at
+        assert (
+            store.state.renew_lease(item, lease_seconds=60) == look(store, item.id).lease_expires_at
+        )
         line.cut = True
         with pytest.raises(StorageError, match="look whether") as caught:
             store.state.complete_work_item(item)
         assert isinstance(caught.value.__cause__, LeaseLost)
         assert look(store, item.id).status is WorkItemStatus.COMPLETED
         line.cut = True
-        assert store.state.fail_work_item(third, "no").status is WorkItemStatus.FAILED  # without a fence: no harm
+        assert (
+            store.state.fail_work_item(third, "no").status is WorkItemStatus.FAILED
+        )  # without a fence: no harm
         assert not line.cut
     line.listener.close()
 
@@ -13783,7 +16435,12 @@ def test_acknowledged_writes_survive_a_crash_of_the_server_and_the_store_goes_on
         server = PostgresServer(Path(folder))
         try:
             with flowstore.open(server.target()) as store:
-                stored, raised, doubtful, done = list[str](), list[str](), set[str](), threading.Event()
+                stored, raised, doubtful, done = (
+                    list[str](),
+                    list[str](),
+                    set[str](),
+                    threading.Event(),
+                )
 
                 def work(me: int) -> None:
                     for number in itertools.count():
@@ -13821,7 +16478,9 @@ def test_acknowledged_writes_survive_a_crash_of_the_server_and_the_store_goes_on
 
 
 @pytest.mark.postgres
-def test_a_block_that_loses_is_busy_with_nothing_written_and_may_be_run_again(server: Store) -> None:
+def test_a_block_that_loses_is_busy_with_nothing_written_and_may_be_run_again(
+    server: Store,
+) -> None:
     flow = server.flows.insert(Flow())
 
     def block() -> Flow:
@@ -13830,7 +16489,12 @@ def test_a_block_that_loses_is_busy_with_nothing_written_and_may_be_run_again(se
             assert read is not None
             server.events.append("e1", "default", EVENT)
             if not server.events.execution_exists("other"):
-                in_thread(lambda: (server.flows.update_with_revision(flow), server.events.append("other", "t", EVENT)))
+                in_thread(
+                    lambda: (
+                        server.flows.update_with_revision(flow),
+                        server.events.append("other", "t", EVENT),
+                    )
+                )
             return server.flows.update_with_revision(read)
 
     with pytest.raises(StoreBusy):
@@ -13895,12 +16559,28 @@ def test_the_longest_ids_fit_every_index(server: Store) -> None:
     flow = server.flows.insert(Flow(id=long(), owner_session_key=long()))
     server.flows.insert_step(FlowStep(id=long(), flow_id=flow.id, run_id=long()))
     host, event = server.workflows, (long(), long())
-    host.create_new_workflow(WorkflowInstance(
-        id=long(), name=long(), workflow_definition_id=long(), execution_pointers=[ExecutionPointer(id=long(), step_id=0)]))
+    host.create_new_workflow(
+        WorkflowInstance(
+            id=long(),
+            name=long(),
+            workflow_definition_id=long(),
+            execution_pointers=[ExecutionPointer(id=long(), step_id=0)],
+        )
+    )
     host.create_event(Event(id=long(), event_name=event[0], event_key=event[1]))
-    host.create_event_subscription(EventSubscription(
-        id=long(), workflow_id=long(), step_id=0, execution_pointer_id=long(), event_name=event[0], event_key=event[1]))
-    host.schedule_command(ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=long(512), execute_time=0))
+    host.create_event_subscription(
+        EventSubscription(
+            id=long(),
+            workflow_id=long(),
+            step_id=0,
+            execution_pointer_id=long(),
+            event_name=event[0],
+            event_key=event[1],
+        )
+    )
+    host.schedule_command(
+        ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=long(512), execute_time=0)
+    )
     assert len(host.get_events(*event)) == len(host.get_subscriptions(*event)) == 1
 
 
@@ -13909,11 +16589,15 @@ def test_the_users_sql_may_hold_whatever_the_server_understands(server: Store) -
     with server.transaction() as tx:
         assert tx.execute("SELECT '?', \"q?\".a, $$ ? $$, E'\\'?', 5 % 3, ?::text -- ?\n FROM (SELECT 1 AS a) \"q?\" /* ? */",
                           ("%s",)) == [("?", 1, " ? ", "'?", 2, "%s")]  # fmt: skip
-        assert tx.execute("SELECT :b::int + :a::int, (ARRAY[1, 2, 3])[1:2]", {"a": 1, "b": 2}) == [(3, [1, 2])]
+        assert tx.execute("SELECT :b::int + :a::int, (ARRAY[1, 2, 3])[1:2]", {"a": 1, "b": 2}) == [
+            (3, [1, 2])
+        ]
 
 
 @pytest.mark.postgres
-def test_a_server_is_asked_for_its_schema_and_told_without_the_password(postgres: PostgresServer) -> None:
+def test_a_server_is_asked_for_its_schema_and_told_without_the_password(
+    postgres: PostgresServer,
+) -> None:
     target = postgres.target()
     with pytest.raises(StorageError):
         flowstore.open(target, read_only=True)
@@ -13923,8 +16607,15 @@ def test_a_server_is_asked_for_its_schema_and_told_without_the_password(postgres
         store.events.append("e1", "default", EVENT)
     with flowstore.open(target, read_only=True) as store, store.transaction():
         assert store.events.count_events("e1") == 1
-        for call in (lambda: store.events.append("e1", "default", EVENT), store.workflows.ensure_store_exists):
-            with contextlib.nullcontext() if call == store.workflows.ensure_store_exists else pytest.raises(StorageError):
+        for call in (
+            lambda: store.events.append("e1", "default", EVENT),
+            store.workflows.ensure_store_exists,
+        ):
+            with (
+                contextlib.nullcontext()
+                if call == store.workflows.ensure_store_exists
+                else pytest.raises(StorageError)
+            ):
                 call()
     with flowstore.open(postgres.target()) as other:
         assert not other.events.execution_exists("e1")
@@ -13952,7 +16643,9 @@ def test_both_sides_of_a_fork_go_on_with_connections_of_their_own(server: Store)
 
 
 @pytest.mark.postgres
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")  # psycopg's
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)  # psycopg's
 def test_blocks_whose_end_is_never_run_leave_their_connections_to_others(server: Store) -> None:
     for number in range(3 * flowstore._CONNECTIONS):
         block = server.transaction()
@@ -13964,12 +16657,16 @@ def test_blocks_whose_end_is_never_run_leave_their_connections_to_others(server:
 
 
 @pytest.mark.postgres
-def test_a_task_that_gives_up_its_block_while_it_begins_leaves_no_transaction_open(postgres: PostgresServer) -> None:
+def test_a_task_that_gives_up_its_block_while_it_begins_leaves_no_transaction_open(
+    postgres: PostgresServer,
+) -> None:
     async def body() -> None:
         async with flowstore.open_async(target := postgres.target()) as store:
             async with contextlib.AsyncExitStack() as held:
                 for number in range(flowstore._CONNECTIONS):
-                    with flowstore.open(target) as other:  # so that a block is begun by each connection, and waits
+                    with flowstore.open(
+                        target
+                    ) as other:  # so that a block is begun by each connection, and waits
                         await asyncio.create_task(held.enter_async_context(store.transaction()))
                         other.events.append(f"other-{number}", "default", EVENT)
                 for _ in range(3):
@@ -13985,8 +16682,13 @@ def test_a_task_that_gives_up_its_block_while_it_begins_leaves_no_transaction_op
                     await store.events.append(f"many-{number}", "default", EVENT)
                     await asyncio.sleep(0.01)
 
-            await asyncio.wait_for(asyncio.gather(*(until_it_wins(one, number) for number in range(24))), 25)
-            assert sum([await store.events.count_events(f"many-{number}") for number in range(24)]) == 24
+            await asyncio.wait_for(
+                asyncio.gather(*(until_it_wins(one, number) for number in range(24))), 25
+            )
+            assert (
+                sum([await store.events.count_events(f"many-{number}") for number in range(24)])
+                == 24
+            )
 
     async def until_it_wins(one: Callable[[int], Coroutine[Any, Any, None]], number: int) -> None:
         for _ in range(100):
@@ -14014,7 +16716,12 @@ def test_reads_go_on_while_writers_wait_for_a_row_that_a_block_changed(server: S
     held = Background(hold)
     assert begun.wait(60)
     writers = [Background(write) for _ in range(flowstore._CONNECTIONS)]
-    until(lambda: [one.lent for one in list(server._engine.connections)].count(True) == flowstore._CONNECTIONS)
+    until(
+        lambda: (
+            [one.lent for one in list(server._engine.connections)].count(True)
+            == flowstore._CONNECTIONS
+        )
+    )
     assert server.flows.get(flow.id) == flow
     ended.set()
     for each in (held, *writers):
@@ -14022,7 +16729,9 @@ def test_reads_go_on_while_writers_wait_for_a_row_that_a_block_changed(server: S
 
 
 @pytest.mark.postgres
-def test_a_read_that_fails_in_a_block_is_undone_alone_and_what_ends_the_block_is_told(server: Store) -> None:
+def test_a_read_that_fails_in_a_block_is_undone_alone_and_what_ends_the_block_is_told(
+    server: Store,
+) -> None:
     read: Any = flowstore._read
     slow = read(lambda facet, connection: connection.rows("SELECT pg_sleep(1)"))
     create(server)
@@ -14058,7 +16767,9 @@ def test_readers_and_writers_leave_each_other_connections(postgres: PostgresServ
 
 
 @pytest.mark.postgres
-def test_a_block_that_could_not_begin_in_another_has_no_connection_to_give_back(server: Store) -> None:
+def test_a_block_that_could_not_begin_in_another_has_no_connection_to_give_back(
+    server: Store,
+) -> None:
     with server.transaction():
         nested = server._engine.transaction()
         nested.adopt(0, None)
@@ -14070,7 +16781,9 @@ def test_a_block_that_could_not_begin_in_another_has_no_connection_to_give_back(
 
 
 @pytest.mark.postgres
-def test_who_holds_a_row_goes_on_however_many_tasks_have_given_up_waiting_for_it(postgres: PostgresServer) -> None:
+def test_who_holds_a_row_goes_on_however_many_tasks_have_given_up_waiting_for_it(
+    postgres: PostgresServer,
+) -> None:
     async def body() -> None:
         async with flowstore.open_async(postgres.target(), busy_timeout=20) as store:
             flow = await store.flows.insert(Flow())
@@ -14087,7 +16800,9 @@ def test_who_holds_a_row_goes_on_however_many_tasks_have_given_up_waiting_for_it
                 held.set()
                 await asyncio.sleep(0.5)
                 await store.flows.insert(Flow())
-            assert {type(one) for one in await asyncio.gather(*waiters, return_exceptions=True)} == {TimeoutError}
+            assert {
+                type(one) for one in await asyncio.gather(*waiters, return_exceptions=True)
+            } == {TimeoutError}
 
     asyncio.run(body())
 
@@ -14125,13 +16840,19 @@ def test_a_role_that_may_do_little_opens_a_schema_that_is_there(postgres: Postgr
     with flowstore.open(user) as store:
         assert store.events.append("e1", "default", EVENT | {"text": "\u6f22"}) == 1
         # What tells it that a server was started again since: else a lost COMMIT is never sure.
-        number = store._engine._with_connection(lambda tx: (tx.db.begin("SERIALIZABLE"), tx.db.number, tx.db.since))
-        assert store._engine.on_its_own(lambda tx: tx.rows(flowstore._FATE, *number[1:]))[0][1] is True
+        number = store._engine._with_connection(
+            lambda tx: (tx.db.begin("SERIALIZABLE"), tx.db.number, tx.db.since)
+        )
+        assert (
+            store._engine.on_its_own(lambda tx: tx.rows(flowstore._FATE, *number[1:]))[0][1] is True
+        )
 
 
 @pytest.mark.postgres
 @pytest.mark.parametrize("login", ["postgres:se#cret", "postgres:se?cret", "postgres:se[cret"])
-def test_no_password_is_told(postgres: PostgresServer, login: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_password_is_told(
+    postgres: PostgresServer, login: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     target = postgres.target().replace("postgres:secret", login)
     assert login in target
     with flowstore.open(target + "&application_name=a%20b") as store, store.transaction() as tx:
@@ -14144,11 +16865,18 @@ def test_no_password_is_told(postgres: PostgresServer, login: str, capsys: pytes
 
 
 @pytest.mark.postgres
-def test_a_tasks_block_that_finds_no_connection_leaves_those_of_others_alone(postgres: PostgresServer) -> None:
+def test_a_tasks_block_that_finds_no_connection_leaves_those_of_others_alone(
+    postgres: PostgresServer,
+) -> None:
     async def body() -> None:
-        async with flowstore.open_async(postgres.target(), busy_timeout=1) as store, contextlib.AsyncExitStack() as held:
+        async with (
+            flowstore.open_async(postgres.target(), busy_timeout=1) as store,
+            contextlib.AsyncExitStack() as held,
+        ):
             for _ in range(flowstore._CONNECTIONS):
-                task = asyncio.create_task(held.enter_async_context(store.transaction()))  # each a block of its own
+                task = asyncio.create_task(
+                    held.enter_async_context(store.transaction())
+                )  # each a block of its own
                 await task
             for _ in range(2):
                 with pytest.raises(StoreBusy):
@@ -14157,7 +16885,11 @@ def test_a_tasks_block_that_finds_no_connection_leaves_those_of_others_alone(pos
             engine = store._engine.sync
             assert not engine.readers
             await held.aclose()
-            assert len({*engine.readers} - {engine.writer}) == len(engine.readers) == flowstore._CONNECTIONS
+            assert (
+                len({*engine.readers} - {engine.writer})
+                == len(engine.readers)
+                == flowstore._CONNECTIONS
+            )
             assert await store.events.append("e1", "default", EVENT) == 1
 
     asyncio.run(body())
@@ -14181,9 +16913,17 @@ def in_all(store: Store) -> dict[str, Any]:
 
 @pytest.mark.postgres
 def test_a_copy_up_and_down_again_is_equal_and_goes_on_where_it_was_broken_off(
-    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    postgres: PostgresServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    source, up, down, other = str(tmp_path / "a.db"), postgres.target(), str(tmp_path / "b.db"), postgres.target()
+    source, up, down, other = (
+        str(tmp_path / "a.db"),
+        postgres.target(),
+        str(tmp_path / "b.db"),
+        postgres.target(),
+    )
     with flowstore.open(source) as store:
         flow = store.flows.insert(Flow(goal="\u00e9"))
         store.flows.append_event(flow.id, "k", {})
@@ -14191,7 +16931,9 @@ def test_a_copy_up_and_down_again_is_equal_and_goes_on_where_it_was_broken_off(
             store.events.append(f"e{number % 7}", "acme", {"type": "t", "n": number})
         enqueue(store, execution_id="e1")
         store.state.put_artifact(b"\0\xff")
-        store.workflows.create_new_workflow(instance(execution_pointers=[ExecutionPointer(step_id=1)]))
+        store.workflows.create_new_workflow(
+            instance(execution_pointers=[ExecutionPointer(step_id=1)])
+        )
 
     def stop(_stream: object, done: int = 0, *_: object) -> NoReturn:
         raise KeyboardInterrupt
@@ -14224,7 +16966,10 @@ def test_a_backup_of_a_server_is_a_file(server: Store, tmp_path: Path) -> None:
 
 @pytest.mark.postgres
 def test_the_commands_take_a_server(
-    postgres: PostgresServer, files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    postgres: PostgresServer,
+    files: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target = postgres.target()
     assert flowstore.main(["selftest", "--target", target]) == 0
@@ -14232,7 +16977,9 @@ def test_the_commands_take_a_server(
     assert flowstore.main(["check", target]) == 0
     assert flowstore.main(["compact", target]) == 0
     assert "FAIL" not in capsys.readouterr().out
-    monkeypatch.setattr(flowstore._Bench, "compare", lambda on, *sides: (True, "", [sides[0](), sides[1][2]()]))
+    monkeypatch.setattr(
+        flowstore._Bench, "compare", lambda on, *sides: (True, "", [sides[0](), sides[1][2]()])
+    )
     monkeypatch.setattr(flowstore, "_under", lambda most, unit, values: (True, "", [*values][:1]))
     assert flowstore.main(["bench", "--quick", "--json", "--target", target]) == 0
     [claims, wake, idle] = json.loads(capsys.readouterr().out)["rows"]
