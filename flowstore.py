@@ -56,7 +56,6 @@ import marshal
 import math
 import operator
 import os
-import random
 import re
 import sqlite3
 import sys
@@ -79,6 +78,7 @@ from typing import (
     ClassVar,
     Concatenate,
     Generic,
+    NamedTuple,
     ParamSpec,
     Self,
     TypeAlias,
@@ -1239,14 +1239,50 @@ _COMMAND = _Mapper(ScheduledCommand, "scheduled_commands", "command")
 _ERROR = _Mapper(ExecutionError, "execution_errors", "error")
 
 
-# ============================================================================================================
-# Engine: SQLite connections, transactions, group commit, waiting, fork
-# ============================================================================================================
+# ====================================================================================================
+# Connections: one connection, the pool of readers, files and their guards, waiting for others
+# ====================================================================================================
 
-_WAL_BOUND = 16 << 20
-_GROUP_MOST = 1000  # operations in one commit: enough to hide the fsync, few enough to keep each transaction short
-_TICK = 0.02  # how often a waiter looks for what other processes wrote
 _IDLE_READERS = 8
+_WAL_FRAMES = 3000  # the log is checkpointed at that many pages: commits often change the same ones
+_WAL_BOUND = 16 << 20  # bytes of the log from which on a checkpoint waits for readers
+
+# The real time that passes, for waits. (A partial, since freezegun replaces every module's name for time.monotonic.)
+_monotonic: Callable[[], float] = (
+    functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
+    if hasattr(time, "CLOCK_MONOTONIC")
+    else functools.partial(time.monotonic)
+)
+
+
+def _shared_by_copies() -> Any:
+    """What all copies of this module in the process share: it may be reloaded, or vendored twice.
+
+    A fork, a file that is the parent's and a lock on a file concern every copy."""
+    name = "_flowstore_process"
+    shared: Any = sys.modules.get(name)
+    if shared is None:
+        shared = type(sys)(name)
+        shared.lock = threading.RLock()  # over the engines, held while a fork goes on
+        shared.engines = weakref.WeakSet()
+        shared.forking = []  # the engines that the fork under way has stopped
+        shared.fork_hooks = False  # whether they are registered
+        shared.files_of_parent = set()  # file ids that a forked child must not touch
+        shared.leaked = []  # connections that are never closed, since closing them would do harm
+        shared.pin_lock = (
+            threading.RLock()
+        )  # over the two below; who holds it waits for no other lock
+        shared.pins = {}  # by file id: how many connections are open, and the descriptors that hold a second lock
+        shared.lock_descriptors = {}  # by file id: our own descriptor, where locks have to be taken again
+        # The innermost open transaction block of this thread or task, one per engine. Tasks inherit it from the
+        # task that starts them. Weak, so that a block whose end was never run is noticed and rolled back.
+        shared.blocks = contextvars.ContextVar("flowstore", default=())
+        sys.modules[name] = shared
+    return shared
+
+
+_process = _shared_by_copies()
+_blocks: contextvars.ContextVar[tuple[weakref.ref[_Block], ...]] = _process.blocks
 
 
 def _failure(error: Exception) -> FlowStoreError:
@@ -1260,17 +1296,17 @@ def _failure(error: Exception) -> FlowStoreError:
         )
     if code == sqlite3.SQLITE_FULL:
         return StoreFull("the disk is full, nothing was written: make room and try again")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "decode to UTF-8" in str(
-        error
-    ):  # that has no code
+    if code in (
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+    ) or "decode to UTF-8" in str(error):  # an error without a code
         return StoreCorrupt(
             f"the file is damaged or not an SQLite database ({error!s:.60}): restore it from a backup"
         )
     if code == sqlite3.SQLITE_TOOBIG or isinstance(error, sqlite3.DataError):
         return InvalidData(f"the value is too large to be stored: {error}")
-    return StorageError(
-        f"the database {'cannot be written' if code == sqlite3.SQLITE_READONLY else 'failed'}: {error}"
-    )
+    what = "cannot be written" if code == sqlite3.SQLITE_READONLY else "failed"
+    return StorageError(f"the database {what}: {error}")
 
 
 # What sqlite3 raises for a statement; values that it cannot bind raise the last three.
@@ -1280,17 +1316,18 @@ _DRIVER_ERRORS = (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError, T
 class _Tx:
     """One connection as operations see it: rows in, rows out, the driver's errors as ours."""
 
-    __slots__ = ("_clock", "db")
+    __slots__ = ("_clock", "db", "file_id")
 
     def __init__(self, db: Any, clock: Callable[[], datetime] | None) -> None:
         self.db = db  # an sqlite3.Connection, or what is used like one
+        self.file_id: tuple[int, ...] = ()  # of the database file, when its connections are counted
         self._clock = clock
 
     def rows(self, sql: str, *params: Any) -> list[tuple[Any, ...]]:
         """All rows of a statement: a cursor left half read would hold its snapshot open."""
         try:
-            found: list[tuple[Any, ...]] = self.db.execute(sql, params).fetchall()
-            return found
+            rows: list[tuple[Any, ...]] = self.db.execute(sql, params).fetchall()
+            return rows
         except _DRIVER_ERRORS as error:
             raise _failure(error) from error
 
@@ -1299,17 +1336,19 @@ class _Tx:
         rows = self.rows(sql, *params)
         return rows[0] if rows else None
 
-    def run(self, sql: str, *params: Any, many: Iterable[Sequence[Any]] | None = None) -> int:
-        """Execute a statement, once or for each of many rows of parameters; how many rows it wrote."""
+    def run(self, sql: str, *params: Any) -> int:
+        """Execute a statement; how many rows it wrote."""
         try:
-            done = self.db.execute(sql, params) if many is None else self.db.executemany(sql, many)
-            return int(done.rowcount)
+            return int(self.db.execute(sql, params).rowcount)
         except _DRIVER_ERRORS as error:
             raise _failure(error) from error
 
     def run_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
-        """Execute a statement for each of the rows."""
-        return self.run(sql, many=rows)
+        """Execute a statement for each of the rows of parameters; how many rows it wrote."""
+        try:
+            return int(self.db.executemany(sql, rows).rowcount)
+        except _DRIVER_ERRORS as error:
+            raise _failure(error) from error
 
     def rollback(self) -> None:
         """Undo what is open, if anything."""
@@ -1329,21 +1368,20 @@ def _add_tenant(tx: _Tx, tenant_id: str) -> None:
 
 
 class _Connection:
-    """One SQLite connection under a lock of its own; opened at its first use, and again after a fork."""
+    """One database connection under a lock of its own: opened at its first use, and again after a fork."""
 
-    def __init__(self, connect: Callable[[], Any], clock: Callable[[], datetime] | None) -> None:
+    def __init__(self, connect: Callable[[], _Tx], disconnect: Callable[[_Tx], object]) -> None:
         self.lock = threading.RLock()
         self.tx: _Tx | None = None
-        self.wal = -1  # of the writer: a descriptor of the write-ahead log, to see how large it is
-        self.lent: bool | None = None  # to a call or a block: whether to one that writes
+        self.companions: list[Any] = []  # of the writer: what is closed before it
         self._connect = connect
-        self._clock = clock
+        self._disconnect = disconnect
 
     def use(self) -> _Tx:
         """The open connection; the caller holds the lock."""
         if self.tx is None:
             try:
-                self.tx = _Tx(self._connect(), self._clock)
+                self.tx = self._connect()
             except _DRIVER_ERRORS as error:
                 raise _failure(error) from error
         return self.tx
@@ -1355,15 +1393,1211 @@ class _Connection:
 
     def close(self) -> None:
         """Close; what is not committed is rolled back."""
-        tx, wal, self.tx, self.wal = self.tx, self.wal, None, -1
-        if wal >= 0:
-            os.close(wal)
+        tx = self.tx
+        self.tx = None
+        for companion in self.companions:
+            companion.close()
         if tx is not None:
-            tx.db.close()
+            self._disconnect(tx)
+
+    def leak(self) -> None:
+        """Never close it: closing would write to a file, or end a session, that is another's now."""
+        tx = self.tx
+        self.tx = None
+        if tx is not None:
+            _keep_for_ever(tx.db)
+        for companion in self.companions:
+            companion.leak()
 
     __del__ = (
         close  # of a store that was dropped without close(): a descriptor does not close itself
     )
+
+
+def _keep_for_ever(db: object) -> None:
+    """Keep a reference that outlives the interpreter's own cleaning up."""
+    _process.leaked.append(db)
+    with contextlib.suppress(Exception):
+        import ctypes
+
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
+
+
+class _Pool:
+    """The connections of one engine: readers that calls check out and in, and those that are made for one use.
+
+    There are as many readers as calls that read at one time, not as many as threads were ever started."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self.mutex = engine.mutex
+        self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()  # all that are there
+        self.idle: list[_Connection] = []
+        self.keeps_idle = True
+        self._connect = engine.connect
+        self._disconnect = engine.disconnect
+
+    def new_connection(self) -> _Connection:
+        """A connection that the caller closes."""
+        connection = _Connection(self._connect, self._disconnect)
+        with self.mutex:
+            self.connections.add(connection)
+        return connection
+
+    def check_out(self, writes: bool = False) -> _Connection:
+        """A connection for one call or block, an idle one first. On a server, those that write have a limit."""
+        with self.mutex:
+            if self.idle:
+                return self.idle.pop()
+        return self.new_connection()
+
+    def check_in(self, connection: _Connection) -> None:
+        """Take a connection back; a transaction that is still open on it is rolled back."""
+        with connection.lock:
+            if connection.tx is not None:
+                try:
+                    if connection.tx.db.in_transaction:
+                        connection.tx.db.rollback()
+                except (sqlite3.Error, StorageError):  # it is broken
+                    connection.close()
+        with self.mutex:
+            if self.keeps_idle and len(self.idle) < _IDLE_READERS:
+                self.idle.append(connection)
+                return
+        with connection.lock:
+            connection.close()
+
+
+def _close_all(connections: Iterable[_Connection]) -> None:
+    for connection in list(connections):
+        if connection.lock.acquire(timeout=1):
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+            connection.lock.release()
+
+
+# --- files ---
+def _file_id(path: str | int) -> tuple[int, ...]:
+    """Inode and device of a path or descriptor; zeros where there is no such file."""
+    with contextlib.suppress(OSError):
+        return os.stat(path)[1:3]
+    return (0, 0)
+
+
+def _size_and_mtime(path: str) -> tuple[int, int]:
+    """How large a file is and when it was written; zeros where it is not, for a log may go at any moment."""
+    with contextlib.suppress(OSError):
+        state = os.stat(path)
+        return state.st_size, state.st_mtime_ns
+    return 0, 0
+
+
+def _can_lock(path: str) -> bool:
+    """Whether SQLite can make the files beside the database that it needs for locking."""
+    return os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
+
+
+def _file_uri(path: str, read_only: bool) -> str:
+    """How to open the file: never creating it by the way, and read-only in the way its folder allows."""
+    import pathlib
+
+    uri = pathlib.Path(path).as_uri()
+    if not read_only:
+        return uri + "?mode=rw"
+    if _can_lock(path) or (os.path.exists(path + "-wal") and os.path.exists(path + "-shm")):
+        return uri + "?mode=ro"
+    if _size_and_mtime(path + "-wal")[0]:
+        raise StorageError(
+            f"{path}: a crash left a write-ahead log beside it, which cannot be read here: open it once "
+            "where it may be written, or copy it together with its -wal"
+        )
+    return (
+        uri + "?mode=ro&immutable=1"
+    )  # at rest; whether somebody writes it is looked at after each read
+
+
+def _create_file(path: str) -> None:
+    """Make an empty file, unless there is one; what is wrong with the path is told by the attempt to open it.
+
+    Made here, not by SQLite, so that the umask alone decides who may read it. It gets its name when its descriptor is
+    closed: closing that would drop the locks of a thread that has opened the file meanwhile."""
+    new = f"{path}.{new_id()}.new"
+    with contextlib.suppress(OSError):
+        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
+        finally:
+            os.remove(new)
+
+
+def _sync(path: str, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- the guard on SQLite's locks ---
+# SQLite's locks on a file are POSIX locks: the close of any descriptor of the file, by whatever code in the process,
+# drops all that the process has. Another process may then take itself for the last, and delete the log in use. On
+# Linux a second lock on the same bytes, which belongs to SQLite's own descriptor alone, keeps the file; elsewhere the
+# shared lock is taken again before each transaction, and _Log tells whether the log was deleted all the same.
+_SHARED_BYTES = (0x40000002, 510)  # where SQLite's shared lock lies in a file, and how long it is
+
+
+def _lock_shared_bytes(descriptor: int, command: int, kind: int) -> bool:
+    import fcntl
+    import struct
+
+    try:
+        fcntl.fcntl(descriptor, command, struct.pack("hhqqi4x", kind, 0, *_SHARED_BYTES, 0))
+    except OSError:
+        return False
+    return True
+
+
+def _pin_locks(path: str) -> tuple[int, ...]:
+    """Hold SQLite's shared lock a second time, by its own descriptors; none where the system has no such lock.
+
+    Raises StoreBusy when the log is not there any more: it was deleted before the lock was held."""
+    try:
+        import fcntl
+
+        ids = {int(name): _file_id(int(name)) for name in os.listdir("/proc/self/fd")}
+        command = fcntl.F_OFD_SETLK
+    except (ImportError, AttributeError, OSError):
+        return ()
+    matching = [descriptor for descriptor, id in ids.items() if id == _file_id(path)]
+    # The kernel names a lock at the descriptor through which it was taken. If it was dropped already: at all of them.
+    locking = [
+        one for one in matching if str(_SHARED_BYTES[0]) in _read_text(f"/proc/self/fdinfo/{one}")
+    ]
+    pinned = [one for one in locking or matching if _lock_shared_bytes(one, command, fcntl.F_RDLCK)]
+    if pinned and _file_id(path + "-wal") not in ids.values():
+        _unpin_locks(pinned)
+        raise StoreBusy("the write-ahead log was deleted while the file was being opened")
+    return tuple(pinned)
+
+
+def _unpin_locks(descriptors: Iterable[int]) -> None:
+    """Give the second lock back: whoever closes last has to be able to lock the file for itself alone."""
+    for descriptor in descriptors:
+        import fcntl
+
+        _lock_shared_bytes(descriptor, fcntl.F_OFD_SETLK, fcntl.F_UNLCK)
+
+
+def _read_text(path: str) -> str:
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return os.read(descriptor, 65536).decode(errors="replace")
+        finally:
+            os.close(descriptor)
+    return ""
+
+
+def _take_shared_lock_again(path: str) -> bool:
+    """Take the process's shared lock on a file, which it may have lost; False while another has it all for itself.
+
+    The descriptor is never closed: that would drop the lock."""
+    import fcntl
+
+    id = _file_id(path)
+    with _process.pin_lock:
+        if id not in _process.lock_descriptors:
+            try:
+                _process.lock_descriptors[id] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                return False
+    return _lock_shared_bytes(_process.lock_descriptors[id], fcntl.F_SETLK, fcntl.F_RDLCK)
+
+
+def _count_connection(path: str, tx: _Tx) -> bool:
+    """Count a new connection to a file, the first of which pins the locks; whether they are pinned."""
+    tx.file_id = _file_id(path)
+    with _process.pin_lock:
+        count, pinned = _process.pins.get(tx.file_id, (0, ()))
+        pinned = pinned or _pin_locks(path)
+        _process.pins[tx.file_id] = (count + 1, pinned)
+    return bool(pinned)
+
+
+def _close_database(tx: _Tx) -> None:
+    """Close a connection to a file; the last one of the process unpins the locks before."""
+    with _process.pin_lock:
+        count, pinned = _process.pins.pop(tx.file_id, (1, ()))
+        if count > 1:
+            _process.pins[tx.file_id] = (count - 1, pinned)
+        else:
+            _unpin_locks(pinned)
+        tx.db.close()
+
+
+def _is_locked_by_others(path: str) -> bool:
+    """Whether another process has the file open."""
+    import fcntl
+    import struct
+
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, *_SHARED_BYTES, 0)
+    answer = fcntl.fcntl(_process.lock_descriptors[_file_id(path)], fcntl.F_GETLK, lock)
+    return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
+
+
+class _Log:
+    """The write-ahead log beside a file: whether it is full, and whether it is still the file's."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path + "-wal"
+        self._descriptor = -1
+        self._frame_bytes = 0
+        self._seen_mark = (
+            b""  # what stands at the full mark of a log that has been begun anew since
+        )
+
+    def open(self) -> None:
+        """Open it, as soon as SQLite has: what is found under its name later may be another one."""
+        if self._descriptor < 0:
+            with contextlib.suppress(OSError):
+                self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+    def _read(self, size: int, offset: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._descriptor, size, offset)
+        os.lseek(self._descriptor, offset, os.SEEK_SET)
+        return os.read(self._descriptor, size)
+
+    def is_full(self) -> bool:
+        """Whether the log has its 3,000th frame. Its size does not tell: a log that is begun anew keeps it.
+
+        Each frame has the salt of its log, which stands in the log's header too."""
+        try:
+            if not self._frame_bytes:
+                page_bytes = int.from_bytes(self._read(4, 8), "big")
+                self._frame_bytes = page_bytes and 24 + page_bytes
+            mark = self._read(8, 40 + (_WAL_FRAMES - 1) * self._frame_bytes)
+            if mark == self._seen_mark:
+                return False
+            if mark == self._read(8, 16):
+                return True
+            self._seen_mark = mark
+        except OSError:
+            self.open()
+        return False
+
+    def size(self) -> int:
+        """Bytes of the log."""
+        return os.fstat(self._descriptor).st_size
+
+    def was_deleted(self) -> bool:
+        """Whether it has no name any more: another process took it for left over, and what is in it is lost."""
+        try:
+            return os.fstat(self._descriptor).st_nlink == 0
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Close the descriptor: no lock is lost by that, for SQLite has none on a log."""
+        descriptor = self._descriptor
+        self._descriptor = -1
+        self._frame_bytes = 0
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    leak = close
+
+
+# ====================================================================================================
+# Writer: group commit, interrupts, checkpoints, and who is told of a commit
+# ====================================================================================================
+
+_GROUP_MOST = 1000  # operations in one commit: enough to hide the fsync, few enough to keep each transaction short
+_POLL_INTERVAL = 0.02  # seconds between two looks of a waiter at what other processes wrote
+
+
+class _CallState(enum.Enum):
+    WAITING = enum.auto()  # in the queue, or on the way there: it may still time out
+    TAKEN = enum.auto()  # in a leader's group: its outcome comes, however late
+    LEADING = enum.auto()  # it has the writer
+    DONE = enum.auto()  # result or error say what became of it
+    ABANDONED = enum.auto()  # nobody waits for it: its thread has gone on, or its block was dropped
+
+
+_WAITING, _TAKEN, _LEADING, _DONE, _ABANDONED = _CallState
+
+
+class _Call:
+    """One caller that wants the writer: with an operation, with a batch of them, or for itself alone."""
+
+    state = _WAITING
+    operation: Any = None  # a _Method
+    facet: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+    batch: Sequence[_Call] = ()  # what an event loop sends as one
+    future: asyncio.Future[Any]  # of a call in such a batch: what its task awaits
+    thread = 0
+    result: Any = None
+    error: BaseException | None = None
+    gate: threading.Lock | None = None  # what its thread waits at
+    deadline = 0.0
+    begun = False  # as leader: its transaction has begun
+    file_is_busy = False  # as leader: another process has the file
+    runs_alone = (
+        False  # it failed in another's group by no error of ours: its own thread meets it again
+    )
+
+
+class _CommitListeners:
+    """Who is told of each commit of this process; what other processes write is looked for now and then."""
+
+    def __init__(self) -> None:
+        self.wakers: set[Callable[[], object]] = set()
+
+    def notify(self) -> None:
+        """Wake all of them."""
+        for wake in list(self.wakers):
+            with contextlib.suppress(
+                RuntimeError
+            ):  # it was woken already, or its event loop has ended
+                wake()
+
+    def poll_interval(self, seconds: float, interval: float) -> float:
+        """How long to wait before the next look: longer when many of us are looking."""
+        return max(0.0, min(seconds, interval * (2 if len(self.wakers) > 16 else 1)))
+
+
+class _Writer:
+    """The one connection that writes, shared by group commit.
+
+    A durable commit costs one fsync, whatever it carries. The caller that finds the writer free leads: it begins a
+    transaction, takes every operation that queued meanwhile, runs them all, commits, wakes their callers and hands
+    the lead to the first that has queued since. `leader`, `queue` and the calls in them change only under `mutex`.
+    Whoever holds a connection's lock may take the mutex, never the other way round."""
+
+    def __init__(self, engine: _Engine, log: _Log | None) -> None:
+        self.engine = engine
+        self.mutex = engine.mutex
+        self.connection = engine.pool.new_connection()
+        self.leader: _Call | None = None
+        self.queue: deque[_Call] = deque()
+        self.group: list[_Call] = []  # what the leader commits together
+        self.committed: list[object] = []  # not empty: the leader's COMMIT has succeeded
+        self.next_yield = 0.0
+        self.log = log
+        self.checkpointer: _Connection | None = None
+        self.wait_at_bytes = _WAL_BOUND
+        self.drain_seconds = 0.01
+        if log is not None:
+            # Only the writer's lock is taken for it: a fork that holds one lock and waits for the other would hang.
+            self.checkpointer = _Connection(engine.connect, engine.disconnect)
+            self.connection.companions = [self.checkpointer, log]
+
+    # --- one call ---
+    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation in a transaction of its own, or in one with others'."""
+        if operation.writes and self.engine.options.read_only:
+            self.engine.refuse_read_only()
+        call = _Call()
+        call.operation = operation
+        call.facet = facet
+        call.args = args
+        call.kwargs = kwargs
+        self.lead(call, self._commit_calls)
+        if call.error is not None:
+            try:
+                raise call.error
+            finally:
+                del call  # its error's traceback leads back to this frame
+        return call.result
+
+    def run_batch(self, calls: list[_Call]) -> None:
+        """Run operations in one transaction, each on its own: every call gets its result or error."""
+        call = _Call()
+        call.batch = calls
+        call.deadline = max(one.deadline for one in calls)
+        self.lead(call, self._commit_calls)
+        if call.error is not None:
+            raise call.error
+
+    def lead(self, call: _Call, action: Callable[[_Call], bool], *, keep: bool = False) -> None:
+        """Lead and run `action` until it returns True, unless another leader does the call; then hand the lead on.
+
+        Whatever exception strikes, and wherever, the lead is handed on: not committed, what the leader began is
+        rolled back and the others of its group queue again; committed, all of them are done. This stands in one
+        frame on purpose: to give the lead up takes no more stack than to take it, so not even a RecursionError
+        prevents it, and between the two no Python function begins, so nor does Ctrl-C. With `keep` the call goes on
+        leading after a success, until it is led again."""
+        kept = False
+        try:
+            with self.mutex:
+                if self.leader is None and not self.engine.closed:
+                    self.leader = call
+                    call.thread = threading.get_ident()
+                    call.state = _LEADING
+            if self.leader is call or self._wait_for_lead(call):
+                while not action(call):
+                    self._pause_for_others(call)
+                if keep:
+                    kept = True
+                elif self.queue and _monotonic() > self.next_yield:
+                    self._yield_to_other_processes()
+        finally:
+            struck: BaseException | None = None
+            while not kept:
+                try:
+                    if self.leader is call:
+                        with self.connection.lock:
+                            tx = self.connection.tx
+                            if call.begun and tx is not None and tx.db.in_transaction:
+                                try:
+                                    tx.db.rollback()
+                                except sqlite3.Error:
+                                    self.connection.close()
+                            with self.mutex:
+                                for other in reversed(self.group):
+                                    if other is call:
+                                        continue
+                                    if self.committed:
+                                        other.state = _DONE
+                                    elif other.state is _TAKEN:
+                                        if other not in self.queue:
+                                            self.queue.appendleft(other)
+                                        other.state = _WAITING
+                                    if other.gate is not None and other.gate.locked():
+                                        other.gate.release()
+                                self.group = []
+                                if call in self.queue:
+                                    self.queue.remove(call)
+                                following = self.queue[0] if self.queue else None
+                                self.leader = following
+                                if (
+                                    following is not None
+                                    and following.gate is not None
+                                    and following.gate.locked()
+                                ):
+                                    following.gate.release()
+                    elif call.gate is not None:  # it may be in the queue
+                        with self.mutex:
+                            if call in self.queue:
+                                self.queue.remove(call)
+                            if call.state is not _DONE:
+                                call.state = _ABANDONED  # in another's group it is, perhaps
+                            if self.leader is call:
+                                continue  # handed to it meanwhile
+                    break
+                except BaseException as error:  # a second one: each step can be repeated
+                    struck = error
+            if struck is not None:
+                raise struck
+
+    def _wait_for_lead(self, call: _Call) -> bool:
+        """Queue for the writer: True with the lead, False when another leader has done the call."""
+        if self.mutex._is_owned():  # type: ignore[attr-defined]
+            raise StorageError(
+                "this call interrupts another one of its thread, which it would have to wait for: call again later"
+            )
+        call.gate = threading.Lock()
+        call.gate.acquire()
+        call.thread = threading.get_ident()
+        call.deadline = call.deadline or _monotonic() + self.engine.options.busy_timeout
+        with self.mutex:
+            leader = self.leader
+            if leader is not None and leader.state is _LEADING and leader.thread == call.thread:
+                raise StorageError(
+                    "this thread already holds the store (another task's open transaction, or code that "
+                    "runs inside an operation) and could only wait for itself"
+                )
+            self.queue.append(call)
+        while True:
+            with self.mutex:
+                if call.state is _DONE:
+                    return False
+                if call.state is _WAITING:
+                    if self._may_lead(call):
+                        self.leader = call
+                        call.state = _LEADING
+                        self.queue.remove(call)
+                        return True
+                    self.engine.refuse_closed()
+                    if self._is_late(call):
+                        raise self.engine.busy_error()
+            left = -1 if call.state is _TAKEN else max(0.0, call.deadline - _monotonic())
+            call.gate.acquire(timeout=left)
+
+    def _may_lead(self, call: _Call) -> bool:
+        leader = self.leader
+        return (
+            leader is None
+            or leader is call
+            or leader.state is _ABANDONED
+            # Handed to a call that this one interrupts: its thread cannot take the lead before this one has ended.
+            or (leader.state is _WAITING and leader.thread == call.thread)
+        )
+
+    def _is_late(self, call: _Call) -> bool:
+        """Whether a waiting call gives up. A commit under way does not hold the store: it is waited for."""
+        now = _monotonic()
+        if now < call.deadline:
+            return False
+        leader = self.leader
+        if leader is None or leader.file_is_busy or not (leader.operation or leader.batch):
+            return True
+        call.deadline = now + 0.01
+        return False
+
+    def _pause_for_others(self, call: _Call) -> None:
+        """As leader: wait a little, since another process has the file."""
+        call.deadline = call.deadline or _monotonic() + self.engine.options.busy_timeout
+        if self.engine.log_may_vanish:
+            self.engine.reopen_after_lost_log()
+        self.engine.pause(call.deadline)
+
+    def _yield_to_other_processes(self) -> None:
+        """Threads that hand on the lead without a break would starve other processes, who only try now and then."""
+        time.sleep(0.0005)
+        self.next_yield = _monotonic() + 0.025
+
+    # --- what a leader does ---
+    def _begin(self, leader: _Call) -> bool:
+        """BEGIN IMMEDIATE, under the connection's lock; False when another process has the file."""
+        try:
+            db = (self.connection.tx or self.connection.use()).db
+            if db.in_transaction:  # of a block whose end was never run
+                db.rollback()
+            if self.engine.log_may_vanish and not self.engine.has_log():
+                leader.file_is_busy = True
+                return False
+            db.execute("BEGIN IMMEDIATE")
+            if self.log is not None and self.log.is_full():
+                self._checkpoint(db, self.log)
+        except (sqlite3.Error, StoreBusy) as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(
+                failure := _failure(error), StoreBusy
+            ):
+                raise failure from error
+            leader.file_is_busy = True
+            return False
+        self.committed.clear()
+        leader.begun = True
+        leader.file_is_busy = False
+        return True
+
+    def _commit_calls(self, leader: _Call) -> bool:
+        """Begin, run the leader's call and what has queued, commit; False while another process has the file."""
+        with self.connection.lock:
+            if not self._begin(leader):
+                return False
+            tx = self.connection.use()
+            operation = leader.operation
+            if operation is None or (self.queue and not leader.runs_alone):
+                wrote = self._commit_group(tx, leader)
+            else:
+                leader.result = operation.run(leader.facet, tx, leader.args, leader.kwargs)
+                self._commit(tx, leader)
+                wrote = operation.writes
+        if wrote:  # in memory, reads come this way too: they are no news
+            self.engine.note_commit()
+        return True
+
+    def _commit_group(self, tx: _Tx, leader: _Call) -> bool:
+        """Run the leader's call and what has queued, all in one commit; whether they wrote."""
+        self.group = [leader]
+        if not leader.runs_alone:
+            self._take_queue()
+        try:
+            tx.run("SAVEPOINT flowstore_group")  # to begin again without giving the file to others
+            savepoints = False
+            while not self._run_group(tx, leader, savepoints):
+                tx.run("ROLLBACK TO flowstore_group")
+                savepoints = True
+            self._commit(tx, leader)
+        except StorageError as error:  # the transaction of all of them
+            for member in self.group:
+                for call in member.batch or (member,):
+                    call.result = None
+                    call.error = _copy_error(error)
+        wrote = False
+        for member in self.group:
+            member.state = _DONE
+            if member.gate is not None and member.gate.locked():
+                member.gate.release()
+            for call in member.batch or (member,):
+                wrote = wrote or (call.operation is not None and call.operation.writes)
+        self.group = []
+        return wrote
+
+    def _take_queue(self) -> None:
+        """Move what can be run together from the queue into the group."""
+        with self.mutex:
+            while self.queue and len(self.group) < _GROUP_MOST:
+                call = self.queue[0]
+                if call.runs_alone or not (call.operation or call.batch):
+                    return
+                call.state = (
+                    _TAKEN  # in this order: interrupted between two steps, no call is nowhere
+                )
+                self.group.append(call)
+                self.queue.popleft()
+
+    def _run_group(self, tx: _Tx, leader: _Call, savepoints: bool) -> bool:
+        """Run the calls of the group; False when they have to begin again, with savepoints.
+
+        A failure of the database itself is everybody's: after a full disk or an I/O error SQLite may have rolled
+        back all of it, and a savepoint outside a transaction would open one that its release commits."""
+        db = tx.db
+        for member in list(self.group):
+            for call in member.batch or (member,):
+                changes = db.total_changes
+                if savepoints:
+                    tx.run("SAVEPOINT flowstore_call")
+                try:
+                    call.result = call.operation.run(call.facet, tx, call.args, call.kwargs)
+                    call.error = None
+                except StorageError:
+                    raise
+                except Exception as error:
+                    if not db.in_transaction:
+                        raise StorageError("the database ended the transaction") from error
+                    if not isinstance(error, FlowStoreError) and not (
+                        member is leader and member.batch
+                    ):
+                        if member is leader or self._send_back(member, error):
+                            raise
+                        return False
+                    call.result = None
+                    call.error = error
+                    if savepoints:
+                        tx.run("ROLLBACK TO flowstore_call")
+                    elif db.total_changes != changes:
+                        return False
+                if savepoints:
+                    tx.run("RELEASE flowstore_call")
+        return True
+
+    def _send_back(self, member: _Call, error: Exception) -> bool:
+        """Let another's call, which failed by no error of ours, be run by its own thread alone.
+
+        True when the error is this thread's own: a signal handler's, or that of a full stack."""
+        member.runs_alone = True
+        if _came_from_outside(error):
+            return True
+        with self.mutex:
+            self.queue.appendleft(member)
+            self.group.remove(member)
+            member.state = _WAITING
+        return False
+
+    def _commit(self, tx: _Tx, leader: _Call) -> None:
+        while tx.db.in_transaction:
+            try:
+                # extend() drains map() in C: no Ctrl-C can come between the end of COMMIT and the note of it.
+                self.committed.extend(map(type, map(tx.db.execute, ("COMMIT",))))
+            except sqlite3.Error as error:
+                failure = _failure(error)
+                if not isinstance(failure, StoreBusy):
+                    raise failure from error
+                # Never in WAL mode; a file that someone took out of it may have readers.
+                self.engine.pause(leader.deadline or _monotonic() + 1)
+        if self.engine.log_may_vanish and self.log is not None and self.log.was_deleted():
+            raise StorageError(
+                "another process deleted the write-ahead log during COMMIT: look whether this was stored"
+            )
+
+    # --- having the writer for oneself ---
+    def begin_block(self, call: _Call) -> bool:
+        """Begin the transaction of a block that leads; False when another process has the file."""
+        with self.connection.lock:
+            return self._begin(call)
+
+    def commit_block(self, call: _Call) -> bool:
+        """Commit the transaction of a block that leads."""
+        with self.connection.lock:
+            self._commit(self.connection.use(), call)
+        self.engine.note_commit()
+        return True
+
+    def alone(self, action: Callable[[_Tx], R]) -> R:
+        """Run `action` on the writer outside any transaction, while nobody else of this process writes."""
+        results: list[R] = []
+
+        def run(_: _Call) -> bool:
+            with self.connection.lock:
+                results.append(action(self.connection.use()))
+            return True
+
+        self.lead(_Call(), run)
+        return results[0]
+
+    # --- the write-ahead log ---
+    def _checkpoint(self, db: sqlite3.Connection, log: _Log) -> None:
+        """Copy the log into the file, while the transaction that `db` has just begun keeps all others out.
+
+        SQLite 3.7.0 to 3.51.2 can lose what was committed when somebody begins the log anew while a checkpoint
+        begins ("WAL-reset bug"). Nobody can while the write lock is held, so a second connection checkpoints then.
+        Past 16 MB it waits, for a second at most, until the readers there are have ended: new ones read past the
+        log meanwhile. Where a foreign reader holds it longer, the next try comes 16 MB later."""
+        if self.checkpointer is None:
+            return
+        try:
+            size = log.size()
+            waits = size >= self.wait_at_bytes
+            deadline = _monotonic() + 1
+            helper = self.checkpointer.use()
+            busy, pages, copied = helper.rows("PRAGMA wal_checkpoint(PASSIVE)")[0]
+            while waits and (busy or pages != copied) and _monotonic() < deadline:
+                time.sleep(0.001)
+                busy, pages, copied = helper.rows("PRAGMA wal_checkpoint(PASSIVE)")[0]
+        except (StorageError, OSError):
+            return  # what was committed is committed: the next one tries again
+        complete = not busy and pages == copied
+        self.wait_at_bytes = _WAL_BOUND
+        if waits and (not complete or self.drain_seconds >= 1):
+            self.wait_at_bytes = size + _WAL_BOUND
+        if not complete:
+            return
+        self.drain_seconds = min(1.0, 2 * self.drain_seconds) if waits else 0.005
+        if waits:
+            time.sleep(self.drain_seconds)  # for those who read the end of the log
+        db.rollback()
+        db.execute(
+            "BEGIN IMMEDIATE"
+        )  # its snapshot needs nothing of the log, so what it writes begins the log anew
+
+    def mind_log(self, tx: _Tx) -> None:
+        """Checkpoint the log if it is full."""
+        call = _Call()
+        if self._begin(call):
+            tx.rollback()
+
+    def empty_log(self, tx: _Tx) -> None:
+        """Checkpoint and truncate the log; StoreBusy while a reader needs it.
+
+        Where TRUNCATE does not get the write lock in time it goes on without: the checkpointer's snapshot, which
+        reads past the log, then keeps it from copying anything."""
+        if self.checkpointer is None or not self._begin(_Call()):
+            raise self.engine.busy_error()
+        helper = self.checkpointer.use()
+        try:
+            busy, pages, copied = helper.rows("PRAGMA wal_checkpoint(PASSIVE)")[0]
+            helper.run("BEGIN")
+            helper.rows("SELECT value FROM flowstore_meta LIMIT 1")
+            tx.rollback()
+            if busy or pages != copied:
+                raise StoreBusy("a reader holds the write-ahead log: it could not be emptied")
+            tx.run("PRAGMA busy_timeout = 20")
+            busy = tx.rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
+            if busy:
+                raise StoreBusy("a reader holds the write-ahead log: it could not be emptied")
+        finally:
+            tx.rollback()
+            helper.rollback()
+            tx.run("PRAGMA busy_timeout = 0")
+
+
+def _came_from_outside(error: Exception) -> bool:
+    """Whether an exception has nothing to do with the operation in which it struck.
+
+    That is a full stack or memory, and what a signal handler or a trace function raised. What is raised in this
+    module's own code without being one of its errors was put there by another thread."""
+    if isinstance(error, (RecursionError, MemoryError)):
+        return True
+    codes = {getattr(sys.gettrace(), "__code__", None)}
+    if "signal" in sys.modules:
+        import signal
+
+        codes |= {
+            getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()
+        }
+    traceback = error.__traceback__
+    depth = 0
+    while traceback is not None:
+        if traceback.tb_frame.f_code in codes:
+            return True
+        if traceback.tb_next is None:
+            return depth > 0 and traceback.tb_frame.f_globals is globals()
+        traceback = traceback.tb_next
+        depth += 1
+    return False
+
+
+def _copy_error(error: Exception) -> Exception:
+    """The same error for another thread: a traceback belongs to one."""
+    copy = type(error)(*error.args)
+    copy.__cause__ = error.__cause__
+    return copy
+
+
+# ====================================================================================================
+# Transactions: the block, savepoints, the user's own SQL
+# ====================================================================================================
+
+_REFUSED_SQL = re.compile(
+    r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|"
+    r"VACUUM|PRAGMA|SET(?!\s+(?:LOCAL|CONSTRAINTS)\b)|RESET|DISCARD)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def _as_mapping(parameters: Any) -> Any:
+    return dict(parameters) if hasattr(parameters, "keys") else parameters
+
+
+def _as_list(rows: Iterable[Any]) -> list[Any]:
+    if not hasattr(rows, "__iter__"):
+        raise InvalidData(f"rows: rows of values are needed, not {type(rows).__name__}")
+    return list(rows)
+
+
+def _reserve_stack(frames: int) -> None:
+    """RecursionError here, before anything is held, where the end of a block would not have that many frames."""
+    if frames:
+        _reserve_stack(frames - 1)
+
+
+class Transaction:
+    """An open transaction, for the user's own SQL in the same database."""
+
+    def __init__(self, block: _Block) -> None:
+        # Weakly: a block whose end was lost must not be kept open by the variable it was given to.
+        self._block = weakref.ref(block)
+
+    def execute(
+        self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
+    ) -> list[tuple[Any, ...]]:
+        """Run one statement of the user's own and return its rows.
+
+        Raises StorageError for the driver's error, for statements that would end the transaction or reach outside
+        it (BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, ATTACH, VACUUM, PRAGMA), and after the block."""
+        return self._innermost().execute(sql, parameters)
+
+    def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
+        """Run one statement for each of the rows; errors as with `execute`."""
+        self._innermost().execute(sql, _as_list(rows), many=True)
+
+    def _innermost(self) -> _Block:
+        """The innermost block here: SQL given to an outer `tx` belongs to the block nested in it."""
+        block = self._block()
+        if block is None or not block.is_open:
+            raise StorageError("the transaction has ended: use tx inside its with block only")
+        innermost = block.engine.block()
+        if innermost is None or innermost.root is not block.root:
+            raise StorageError("the transaction belongs to the thread or task that opened it")
+        return innermost
+
+
+class _TransactionEnded(StorageError):
+    """A transaction has ended while a call of another task was on its way into it."""
+
+
+class _Nested(NamedTuple):
+    """A block that is open in an outermost one, and its savepoint."""
+
+    block: weakref.ref[_Block]
+    savepoint: str
+
+
+class _Block:
+    """`with store.transaction()`: everything that the thread or task does in it, or nothing.
+
+    The `with` statement alone holds it. If an interrupt strikes so that its end is never run, it is collected, and
+    its finalizer leaves word that the next caller may roll back and have the writer."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self.engine = engine
+        self.thread: int | None = (
+            None  # its owner's; 0: a task, whose statements run in the loop's worker
+        )
+        self.owner: object = None
+        self.begun = False  # and not ended
+        self.parent: _Block | None = None
+        self.nested: list[
+            _Nested
+        ] = []  # of the outermost block: those open in it, the innermost last
+        self.savepoint = ""
+        self.turn: Any = None  # of a task's block: the lock that a statement in it, or a block nested in it, holds
+        self._call: _Call | None = None  # of an outermost block: what leads the writer for it
+        self._connection: _Connection | None = None
+        self._ref = weakref.ref(self)
+
+    def __enter__(self) -> Transaction:
+        _reserve_stack(20)
+        thread = threading.get_ident()
+        self.bind(thread, thread)
+        self.begin()
+        return self.activate()
+
+    def bind(self, thread: int, owner: object) -> None:
+        """Record the owner: the thread whose calls join the block, and the thread or task that opened it."""
+        if self.thread is not None:
+            raise StorageError(
+                "a transaction object opens one block: call store.transaction() again"
+            )
+        self.parent = self.engine.block()
+        self.thread = thread
+        self.owner = owner
+
+    def begin(self, deadline: float = 0.0) -> None:
+        """Begin a transaction, or a savepoint in the parent's; StoreBusy when others hold the store too long."""
+        if self.parent is None:
+            self._begin_transaction(deadline)
+            self.engine.open_blocks[self.owner] = self._ref
+        else:
+            connection = self.parent.connection
+            with connection.lock:
+                tx = self.parent.tx()
+                self._connection = connection
+                self.savepoint = (
+                    f"flowstore_{new_id()[24:]}"  # a name once used may still stand below
+                )
+                tx.run(f"SAVEPOINT {self.savepoint}")
+                self.root.nested.append(_Nested(self._ref, self.savepoint))
+        self.begun = True
+
+    def _begin_transaction(self, deadline: float) -> None:
+        engine = self.engine
+        if engine.blocks_lead():
+            self._connection = engine.writer.connection
+            self._call = _Call()
+            self._call.deadline = deadline
+            engine.writer.lead(self._call, engine.writer.begin_block, keep=True)
+        else:
+            engine.retry_while_busy(self._begin_on_reader)
+
+    def _begin_on_reader(self) -> None:
+        self._connection = self.engine.pool.check_out(writes=True)
+        try:
+            with self._connection.lock:
+                self.engine.begin_on_reader(self._connection.use())
+        except BaseException:
+            self._return_connection()
+            raise
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it can be used: a block ends with the one that it is nested in."""
+        return self.begun and (self.parent is None or self.parent.is_open)
+
+    @property
+    def root(self) -> _Block:
+        """The outermost block."""
+        return self if self.parent is None else self.parent.root
+
+    @property
+    def connection(self) -> _Connection:
+        """The connection of a block that has begun."""
+        if self._connection is None:
+            raise _TransactionEnded("the transaction has ended: use tx inside its with block only")
+        return self._connection
+
+    def activate(self) -> Transaction:
+        """Make it the block that calls of this context join."""
+        _blocks.set((self._ref, *(ref for ref in _blocks.get() if ref() is not None)))
+        return Transaction(self)
+
+    def deactivate(self) -> None:
+        """Let later calls of this context no longer join it."""
+        _blocks.set(tuple(ref for ref in _blocks.get() if ref is not self._ref))
+
+    def tx(self) -> _Tx:
+        """The open transaction, under the connection's lock; StorageError when the block can no longer be used."""
+        self.engine.refuse_closed()
+        if not self.is_open:
+            raise _TransactionEnded("the transaction has ended: use tx inside its with block only")
+        tx = self.connection.use()
+        if not tx.db.in_transaction:
+            raise StorageError(
+                "the database ended this transaction, nothing of it was stored: run the block again"
+            )
+        nested = self.root.nested
+        while nested and nested[-1].block() is None:  # its end was never run
+            with contextlib.suppress(StorageError):  # its RELEASE may have run already
+                tx.run(f"ROLLBACK TO {nested[-1].savepoint}")
+            nested.pop()
+        innermost = nested[-1].block() if nested else self.root
+        if innermost is not self:
+            raise StorageError(
+                "another task has a transaction nested in this one: let it end first"
+            )
+        return tx
+
+    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation as a savepoint of its own."""
+        with self.connection.lock:
+            tx = self.tx()
+            if operation.writes:
+                self.engine.refuse_read_only()
+            elif not self.engine.failed_reads_end_transactions:
+                return operation.run(facet, tx, args, kwargs)
+            return self._in_savepoint(tx, lambda: operation.run(facet, tx, args, kwargs))
+
+    def execute(self, sql: object, parameters: Any, *, many: bool = False) -> list[tuple[Any, ...]]:
+        """Run a statement of the user's own."""
+        if not isinstance(sql, str):
+            raise InvalidData(f"sql: text is needed, not {type(sql).__name__}")
+        if refused := _REFUSED_SQL.match(sql):
+            raise StorageError(
+                f"{refused[1].upper()} is not for a statement inside transaction(): the block does that"
+            )
+        values = [_as_mapping(row) for row in parameters] if many else _as_mapping(parameters)
+        with self.connection.lock:
+            tx = self.tx()
+            execute = tx.db.executemany if many else tx.db.execute
+            try:
+                return self._in_savepoint(tx, lambda: execute(sql, values).fetchall())
+            except (*_DRIVER_ERRORS, ValueError, LookupError) as error:
+                raise StorageError(f"the statement failed: {error}") from error
+
+    @staticmethod
+    def _in_savepoint(tx: _Tx, action: Callable[[], R]) -> R:
+        tx.run("SAVEPOINT flowstore_call")
+        try:
+            result = action()
+        except BaseException:
+            if (
+                tx.db.in_transaction
+            ):  # not after an error with which SQLite has rolled back everything
+                tx.run("ROLLBACK TO flowstore_call")
+                tx.run("RELEASE flowstore_call")
+            raise
+        tx.run("RELEASE flowstore_call")
+        return result
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        try:
+            self.finish(commit=kind is None)
+        except StorageError:
+            if kind is None:
+                raise  # else what the block raised says more
+        finally:
+            self.deactivate()
+
+    def finish(self, commit: bool) -> None:
+        """Commit or roll back, and give the writer to others, whatever happens."""
+        try:
+            with self.connection.lock:
+                tx = self.tx()
+                if self.parent is not None:
+                    if not commit:
+                        tx.run(f"ROLLBACK TO {self.savepoint}")
+                    tx.run(f"RELEASE {self.savepoint}")
+                elif commit and self._call is None:
+                    self.engine.commit_on_reader(tx)
+            if commit and self._call is not None:
+                self.engine.writer.lead(self._call, self.engine.writer.commit_block)
+        finally:
+            self._unregister()
+
+    def _unregister(self) -> None:
+        self.begun = False
+        if self.parent is None:
+            self.engine.open_blocks.pop(self.owner, None)
+            self._return_connection()
+        else:
+            self.root.nested[:] = [one for one in self.root.nested if one.block is not self._ref]
+
+    def _return_connection(self) -> None:
+        """After an outermost block: give back what it held; what is not committed is rolled back."""
+        if self._call is not None:
+            if self.engine.writer.leader is self._call:
+                self.engine.writer.lead(self._call, lambda _: True)
+        elif self._connection is not None:
+            connection = self._connection
+            self._connection = None
+            self.engine.pool.check_in(connection)
+
+    def __del__(self) -> None:
+        # Runs at any point of any thread, so it takes no lock: who waits looks for itself.
+        if self._call is None:
+            return
+        writer = self.engine.writer
+        if writer.leader is self._call:
+            self._call.state = _ABANDONED
+        for waiting in [writer.leader, *list(writer.queue)[:1]]:
+            if waiting is not None and waiting.gate is not None:
+                with contextlib.suppress(RuntimeError):  # it was woken already
+                    waiting.gate.release()
+
+
+# ====================================================================================================
+# Fork: what happens before and after one
+# ====================================================================================================
+
+# SQLite keeps its file locks in a table per process. A fork copies the table but not the locks, so a child that held on
+# to a connection would take the file for locked when it is not, and lose what is written. So every connection of every
+# store is closed before a fork, and opened again on both sides at its next use.
+
+
+def _stop_engines() -> None:
+    """Before a fork: wait for the statements being executed, and close every connection."""
+    _process.lock.acquire()
+    _process.forking[:] = _process.engines
+    for engine in _process.forking:
+        engine.before_fork()
+    _process.pin_lock.acquire()
+
+
+def _resume_engines() -> None:
+    """After a fork, in the parent."""
+    for engine in _process.forking:
+        engine.after_fork_in_parent()
+    _process.forking.clear()
+    _release_fully(_process.pin_lock)
+    _release_fully(_process.lock)
+
+
+def _restart_engines() -> None:
+    """After a fork, in the child, which has this thread alone."""
+    for engine in _process.forking:
+        engine.after_fork_in_child()
+    _process.forking.clear()
+    _release_fully(_process.pin_lock)
+    _release_fully(_process.lock)
+
+
+def _release_fully(lock: Any) -> None:
+    """Release an RLock of this thread, however often it was taken: an interrupted step begins again."""
+    if lock._is_owned():
+        lock._release_save()
+
+
+def _until_done(step: Callable[[], None]) -> None:
+    """Do a step for every engine, whatever exception strikes: one that is left out would keep its locks for ever.
+
+    The exception is raised at the end. Python reports it, and the fork goes on."""
+    struck: BaseException | None = None
+    limit = sys.getrecursionlimit()
+    while True:
+        try:
+            step()
+            break
+        except BaseException as error:
+            struck = error
+            if isinstance(error, RecursionError):
+                sys.setrecursionlimit(limit + 1000)
+    sys.setrecursionlimit(limit)
+    if struck is not None:
+        raise struck
+
+
+if hasattr(os, "register_at_fork") and not _process.fork_hooks:
+    _process.fork_hooks = True
+    os.register_at_fork(
+        before=functools.partial(_until_done, _stop_engines),
+        after_in_parent=functools.partial(_until_done, _resume_engines),
+        after_in_child=functools.partial(_until_done, _restart_engines),
+    )
+
+
+# ====================================================================================================
+# Operations: the engine that runs them, how a method becomes a call, tenants' SQL, pruning
+# ====================================================================================================
 
 
 class _Method(Generic[F, P, R]):
@@ -1453,195 +2687,200 @@ def _steps(function: Callable[Concatenate[F, P], Generator[Any, Any, R]]) -> _Me
     return _Method(function, "steps")
 
 
-class _Call:
-    """One caller that wants the writer: with an operation, with a batch of them, or for itself alone."""
-
-    gate: threading.Lock | None = None
-    deadline = 0.0
-    batch: Sequence[_Call] = ()  # what an event loop sends as one
-    future: asyncio.Future[Any]  # of a call in such a batch: what its task awaits
-    result: Any = None
-    error: BaseException | None = None
-    done = False  # result or error hold what became of it
-    taken = False  # in a leader's group: it no longer times out
-    running = False  # as leader: its transaction has begun
-    held_up = False  # as leader: another process has the file
-    abandoned = False  # its thread has gone on, or the block that held the transaction is gone
-
-    def __init__(
-        self, operation: Any = None, facet: Any = None, args: Any = (), kwargs: Any = None
-    ) -> None:
-        self.operation: _Method[Any, Any, Any] | None = operation
-        self.facet = facet
-        self.args = args
-        self.kwargs = kwargs
-        self.thread = threading.get_ident()
-
-    def wake(self) -> None:
-        """Let its thread look at the shared state again; doing so twice does no harm."""
-        if self.gate is not None:
-            with contextlib.suppress(RuntimeError):
-                self.gate.release()
-
-
-# The innermost open transaction block of this thread or task, one per engine. Tasks inherit it from the task that
-# starts them; it is held weakly, so that a block whose end was never run can be noticed and rolled back.
-_blocks: contextvars.ContextVar[tuple[weakref.ref[_Block], ...]] = contextvars.ContextVar(
-    "flowstore", default=()
-)
-
-
 class _Engine:
-    """One SQLite database: a writer that callers share by group commit, and a stack of readers.
+    """One SQLite database: the writer, the readers, and what runs an operation on them.
 
-    A durable commit costs one fsync, whatever it carries. The caller that finds the writer free leads: it begins a
-    transaction, takes every operation that queued meanwhile, runs them all, commits, wakes their callers and hands
-    the lead to the first that has queued since. `lead`, `queue` and the calls in them change only under `mutex`.
-    Whoever holds a connection's lock may take the mutex, never the other way round."""
+    `_PostgresEngine` is the other one: what it does in another way is a method here."""
 
-    one_writer = True
-    most = math.inf  # connections for calls that read, and for calls and blocks that write
-    tick = _TICK
-    ddl: ClassVar[
-        Sequence[tuple[str, str]]
-    ] = ()  # how the engine words the schema: patterns, and what stands for them
+    max_writers = 1  # connections that write side by side
+    failed_reads_end_transactions = False
+    listens = False  # whether a commit of another process is told, so that nobody has to look
 
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
-        self.sync = self
         self.target = target
-        # None: in memory. Where the file itself is, for there its log is too, whatever link it was named by.
+        # The real path, not a symbolic link: SQLite has the log beside the real file. None: in memory, or a server.
         self.path = None if path is None else os.path.realpath(path)
         self.options = options  # what open() was asked for
-        self.in_memory = self.one_writer and path is None
-        # Whether the file may not be locked: that makes files beside it, which its owner has to be able to write.
-        self.shut = bool(self.path and options.read_only and not _writable(self.path))
-        # Whether a transaction block shuts the writes of all others out.
-        self.exclusive = self.one_writer and (self.in_memory or not options.read_only)
-        self.mutex = threading.RLock()
-        self.lead: _Call | None = None
-        self.queue: deque[_Call] = deque()
-        self.group: list[_Call] = []
-        self.outcome: list[object] = []  # not empty: the group's COMMIT has succeeded
+        self.in_memory = self.keeps_in_memory()
+        # A read-only store where SQLite cannot make the files that it locks with: it reads without locks.
+        self.cannot_lock = bool(self.path and options.read_only and not _can_lock(self.path))
+        self.log = None if self.path is None or self.cannot_lock else _Log(self.path)
+        self.log_may_vanish = (
+            False  # nothing holds the file's locks for sure: look whether the log is still its own
+        )
         self.closed = False
         self.commits = 0
-        self.watching: set[Callable[[], object]] = (
-            set()
-        )  # what wakes each of those that wait for a commit
-        self.blocks: dict[
-            object, Callable[[], Any]
-        ] = {}  # by thread or task, a reference to the block it has open
-        self.checkpoint_at = _WAL_BOUND
-        self.breath = 0.0
-        self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()
-        self.writer = self._new_connection()
-        self.readers: list[_Connection] = []
-        self.lines: tuple[deque[weakref.ref[threading.Lock]], ...] = (
-            deque(),
-            deque(),
-        )  # for one: of reads, of writes
-        self._held: list[_Connection] = []
-        with _fork_lock:
-            _engines.add(self)
+        self.listeners = _CommitListeners()
+        self.open_blocks: dict[
+            object, weakref.ref[_Block]
+        ] = {}  # by the thread or task that opened them
+        self.mutex = threading.RLock()
+        self.pool = self.make_pool()
+        self.writer = _Writer(self, self.log)
+        with _process.lock:
+            _process.engines.add(self)
         try:
             self._prepare()
         except BaseException:
-            self.writer.close()
+            self.writer.connection.close()
             raise
-        weakref.finalize(self, _close_all, self.connections)
+        weakref.finalize(self, _close_all, self.pool.connections)
+
+    def keeps_in_memory(self) -> bool:
+        """Whether there is one connection for all, and nothing on a disk."""
+        return self.path is None
+
+    def blocks_lead(self) -> bool:
+        """Whether a transaction block has the writer for itself. Others only read: they are snapshots."""
+        return self.in_memory or not self.options.read_only
+
+    def make_pool(self) -> _Pool:
+        """The readers."""
+        pool = _Pool(self)
+        pool.keeps_idle = (
+            not self.cannot_lock
+        )  # how to open such a file may have changed by the next call
+        return pool
 
     # --- connections ---
-    def _new_connection(self) -> _Connection:
-        connection = _Connection(self._connect, self.options.clock)
-        with self.mutex:
-            self.connections.add(connection)
-        return connection
-
-    def _connect(self) -> sqlite3.Connection:
+    def connect(self) -> _Tx:
+        """A new connection to the database, which `disconnect` closes."""
         self.refuse_closed()
         if self.path is None:
             db = sqlite3.connect(
                 ":memory:", isolation_level=None, check_same_thread=False, cached_statements=256
             )
             db.execute("PRAGMA foreign_keys = ON")
-            return db
-        uri = _file_uri(self.path, self.options.read_only)
-        # timeout=0: waiting for other processes is done by _pause, in steps far shorter than SQLite's 100 ms.
+            return _Tx(db, self.options.clock)
+        # timeout=0: waiting for other processes is done by pause(), in steps far shorter than SQLite's 100 ms.
         db = sqlite3.connect(
-            uri,
+            _file_uri(self.path, self.options.read_only),
             uri=True,
             timeout=0,
             isolation_level=None,
             check_same_thread=False,
             cached_statements=256,
         )
+        tx = _Tx(db, self.options.clock)
         try:
-            if "unix-none" in uri:
-                db.execute(
-                    "PRAGMA locking_mode = EXCLUSIVE"
-                )  # no -shm can be made here: keep the index in memory
             for pragma in (
                 "foreign_keys = ON",
                 f"synchronous = {self.options.synchronous}",
                 "fullfsync = ON",  # macOS: an fsync that reaches the disk; elsewhere without effect
                 "checkpoint_fullfsync = ON",
-                # Pages that many commits change go to the file once: calls on a thousand executions change a thousand.
-                "wal_autocheckpoint = 3000",
-                "journal_size_limit = 12582912",  # a restarted WAL shrinks to that, below the bound on its size
+                "wal_autocheckpoint = 0",  # the writer does it, under the write lock
+                "journal_size_limit = 12582912",  # a log that is begun anew shrinks to that, below its bound
                 "cache_size = -16384",
-                *(("query_only = ON",) if self.options.read_only else ()),
             ):
                 db.execute(f"PRAGMA {pragma}")
+            if self.options.read_only:
+                db.execute("PRAGMA query_only = ON")
+            if not self.cannot_lock and tx.row("PRAGMA journal_mode") == ("wal",):
+                tx.row(
+                    "PRAGMA schema_version"
+                )  # a read: it takes the shared lock, and opens the log
+                pinned = _count_connection(self.path, tx)
+                self.log_may_vanish = not pinned and os.name == "posix"
+                if self.log is not None:
+                    self.log.open()
         except BaseException:
-            db.close()
+            self.disconnect(tx)
             raise
-        return db
+        return tx
+
+    def disconnect(self, tx: _Tx) -> None:
+        """Close a connection."""
+        if tx.file_id:
+            _close_database(tx)
+        else:
+            tx.db.close()
 
     def refuse_closed(self) -> None:
         """StoreClosed after close(); StorageError where the file has to be left to the parent of this process."""
         if self.closed:
             raise StoreClosed("the store is closed: open it again")
-        if _left_behind and self.path is not None and _file_id(self.path) in _left_behind:
+        if (
+            _process.files_of_parent
+            and self.path is not None
+            and _file_id(self.path) in _process.files_of_parent
+        ):
             raise StorageError(
                 "this process was forked while a transaction was open on the file, which is the "
                 "parent's: fork outside transactions, or start a new process"
             )
 
-    def _pause(self, deadline: float) -> None:
+    def refuse_read_only(self) -> None:
+        """StorageError when nothing may be changed."""
+        if self.options.read_only:
+            raise StorageError("the store was opened read-only: nothing can be changed through it")
+
+    def busy_error(self) -> StoreBusy:
+        """What is raised after waiting in vain."""
+        return StoreBusy(
+            "another process or transaction held the store for more than "
+            f"{self.options.busy_timeout:g} s (busy_timeout); nothing was written"
+        )
+
+    def pause(self, deadline: float) -> None:
         """Sleep a little while another process holds the file; StoreBusy once that has lasted too long."""
         self.refuse_closed()
-        left = deadline - time.monotonic()
+        left = deadline - _monotonic()
         if left <= 0:
-            raise StoreBusy(
-                "another process or transaction held the store for more than "
-                f"{self.options.busy_timeout:g} s (busy_timeout); nothing was written"
-            )
+            raise self.busy_error()
+        import random
+
         time.sleep(min(left, random.uniform(0.0001, 0.001)))
 
-    def _patiently(self, action: Callable[[], R]) -> R:
+    def retry_while_busy(self, action: Callable[[], R]) -> R:
         """Run something that finds the file held by another process for a moment, until it does not."""
-        deadline = time.monotonic() + self.options.busy_timeout
+        deadline = 0.0
         while True:
             try:
                 return action()
             except StoreBusy:
-                self._pause(deadline)
+                deadline = deadline or _monotonic() + self.options.busy_timeout
+                self.pause(deadline)
+
+    # --- a log that may vanish ---
+    def has_log(self) -> bool:
+        """Take the shared lock that the process may have lost; whether the log is still the file's."""
+        if self.path is None or self.log is None:
+            return True
+        return _take_shared_lock_again(self.path) and not self.log.was_deleted()
+
+    def reopen_after_lost_log(self) -> None:
+        """After the log was deleted: close every connection of this process to the file, and go on with what it is.
+
+        All of them share what SQLite keeps of the old log. Their log has nothing that the file has not, and SQLite
+        deletes the log of the last who closes, whatever log that is: so not where a crash left one meanwhile."""
+        if self.path is None or self.log is None or not self.log.was_deleted():
+            return
+        if _size_and_mtime(self.log.path)[0] and not _is_locked_by_others(self.path):
+            raise StorageError(
+                f"{self.path}: other code in this process dropped the locks on the file, and a crash left a "
+                "write-ahead log since: end this process, and open the file again"
+            )
+        with _process.lock:
+            engines = [one for one in _process.engines if one.path == self.path]
+            for engine in engines:
+                engine.before_fork()
+            for engine in engines:
+                engine.after_fork_in_parent()
 
     # --- opening ---
     def _prepare(self) -> None:
         """Create or upgrade the tables, in one transaction, whoever else opens the file at the same time."""
         if self.path is None:
-            with self.writer.lock:
-                self._build(self.writer.use(), None)
+            with self.writer.connection.lock:
+                self._build(self.writer.connection.use(), None)
             return
         if not self.options.read_only and not os.path.exists(self.path):
-            # Made here, not by SQLite, so that the umask alone decides who may read it.
-            with contextlib.suppress(OSError):  # what is wrong is told by the attempt to open it
-                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
-        self._patiently(self._prepare_file)
+            _create_file(self.path)
+        self.retry_while_busy(self._prepare_file)
 
     def _prepare_file(self) -> None:
-        with self.writer.lock:
-            tx = self.writer.use()
+        with self.writer.connection.lock:
+            tx = self.writer.connection.use()
             if self._version(tx) == _SCHEMA_VERSION and (
                 self.options.read_only or self._in_wal_mode(tx)
             ):
@@ -1663,6 +2902,8 @@ class _Engine:
                 tx.run("COMMIT")
             finally:
                 tx.rollback()
+            if not tx.file_id:  # it was not in WAL mode when it was opened: open it as it is now
+                self.writer.connection.close()
 
     @staticmethod
     def _in_wal_mode(tx: _Tx) -> bool:
@@ -1708,6 +2949,10 @@ class _Engine:
         """What there is in the database, by names that are compared without regard to case."""
         return {name.lower() for (name,) in tx.rows("SELECT name FROM sqlite_master")}
 
+    def schema_in_own_words(self, script: str) -> str:
+        """The schema, as this engine writes it."""
+        return script
+
     def _build(self, tx: _Tx, version: int | None) -> None:
         """Make the tables, or upgrade those of an older version."""
         script = (
@@ -1715,9 +2960,7 @@ class _Engine:
             if version is None
             else ";".join(_UPGRADES[old] for old in range(version, _SCHEMA_VERSION))
         )
-        for pattern, meaning in self.ddl:
-            script = re.sub(pattern, meaning, script)
-        for statement in _statements(script):
+        for statement in _statements(self.schema_in_own_words(script)):
             tx.run(statement)
         if version is None:
             tx.run(
@@ -1729,35 +2972,82 @@ class _Engine:
     # --- running operations ---
     def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation: in the caller's open transaction, or in one of its own."""
-        if _blocks.get() and (block := self.block()) is not None:
-            return block.run(operation, facet, args, kwargs)
-        if operation.writes:
-            self.refuse_read_only()
-        if not self.in_memory and not (operation.writes and self.one_writer):
-            read = functools.partial(
-                self._with_connection,
-                lambda tx: self._run_beside(tx, operation, facet, args, kwargs),
-                operation.writes,
-            )
-            return self._patiently(
-                functools.partial(self._undisturbed, read) if self.shut else read
-            )
-        call = _Call(operation, facet, args, kwargs)
-        self.with_lead(call, self._try)
-        if call.error is not None:
-            try:
-                raise call.error
-            finally:
-                del call  # its error's traceback leads back to this frame
-        return call.result
+        if _blocks.get():
+            block = self.block()
+            if block is not None:
+                return block.run(operation, facet, args, kwargs)
+        if operation.writes or self.in_memory:
+            return self.writer.run(operation, facet, args, kwargs)
+        read = functools.partial(self._read, operation, facet, args, kwargs)
+        if self.cannot_lock or self.log_may_vanish:
+            return self.retry_while_busy(lambda: self._read_again_if_changed(read))
+        return self.retry_while_busy(read)
 
-    def run_batch(self, calls: list[_Call]) -> None:
-        """Run operations in one transaction, each on its own: every call gets its result or error."""
-        call = _Call()
-        call.batch, call.deadline = calls, max(one.deadline for one in calls)
-        self.with_lead(call, self._try)
-        if call.error is not None:
-            raise call.error
+    def _read(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+        connection = self.pool.check_out()
+        try:
+            with connection.lock:
+                tx = connection.tx or connection.use()
+                return self.run_on_reader(tx, operation, facet, args, kwargs)
+        finally:
+            self.pool.check_in(connection)
+
+    def _read_again_if_changed(self, read: Callable[[], R]) -> R:
+        """Read without a lock that holds: once more, when somebody wrote the file or deleted its log meanwhile."""
+        while True:
+            stamps = self._file_stamps()
+            result = None
+            error: FlowStoreError | None = None
+            try:
+                result = read()
+            except FlowStoreError as failure:
+                error = failure
+            if self.log is not None and self.log.was_deleted():
+                self.reopen_after_lost_log()
+            elif not self.cannot_lock or self._file_stamps() == stamps:
+                if error is not None:
+                    raise error
+                return result  # type: ignore[return-value]
+
+    def run_on_reader(
+        self, tx: _Tx, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """Run an operation on a connection of its own; what it leaves open is rolled back with that."""
+        if operation.snapshot:
+            tx.run("BEGIN")
+        return operation.run(facet, tx, args, kwargs)
+
+    def with_connection(self, action: Callable[[_Tx], R], writes: bool = False) -> R:
+        """Run `action` on a connection from the pool."""
+        connection = self.pool.check_out(writes)
+        try:
+            with connection.lock:
+                return action(connection.use())
+        finally:
+            self.pool.check_in(connection)
+
+    def on_new_connection(self, action: Callable[[_Tx], R]) -> R:
+        """Run `action` on a connection of its own (in memory: on the one there is)."""
+        if self.in_memory:
+            return self.writer.alone(action)
+
+        def run() -> R:
+            connection = self.pool.new_connection()
+            with connection.lock:
+                try:
+                    return action(connection.use())
+                finally:
+                    connection.close()
+
+        return self.retry_while_busy(run)
+
+    def _file_stamps(self) -> list[tuple[int, int]]:
+        """What tells that the file was written, where it is read without locks."""
+        return [_size_and_mtime(f"{self.path}{suffix}") for suffix in ("", "-wal")]
+
+    def in_thread(self, function: Callable[..., R], *args: Any) -> R:
+        """Run something that blocks; an async store does so in a thread."""
+        return function(*args)
 
     @staticmethod
     def drive(steps: Generator[Any, Any, R]) -> R:
@@ -1770,475 +3060,69 @@ class _Engine:
                 result: R = end.value
                 return result
 
-    def refuse_read_only(self) -> None:
-        """StorageError when nothing may be changed."""
-        if self.options.read_only:
-            raise StorageError("the store was opened read-only: nothing can be changed through it")
-
-    def _run_beside(
-        self, tx: _Tx, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
-    ) -> Any:
-        """Run an operation on a connection of its own; what it leaves open is rolled back with that."""
-        if operation.snapshot:
-            tx.run("BEGIN")
-        return operation.run(facet, tx, args, kwargs)
-
-    def _undisturbed(self, read: Callable[[], R]) -> R:
-        """Read a file that cannot be locked here: once more, when somebody wrote it meanwhile."""
-        while True:
-            before = _unlocked(self.path)
-            try:
-                result = read()
-            except FlowStoreError:
-                if _unlocked(self.path) == before:
-                    raise
-                continue
-            if before is None or _unlocked(self.path) == before:
-                return result
-
-    def _with_connection(self, action: Callable[[_Tx], R], writes: bool = True) -> R:
-        connection = self._lend(writes) if self.one_writer else self._borrow(writes)
-        try:
-            with connection.lock:
-                return action(connection.use())
-        finally:
-            self._give_back(connection)
-
-    def _borrow(self, writes: bool = True) -> _Connection:
-        """A connection for one call or block, an idle one first; StoreBusy while all that there may be are in use."""
-        gate, line, deadline = (
-            threading.Lock(),
-            self.lines[writes],
-            time.monotonic() + self.options.busy_timeout,
-        )
-        place = weakref.ref(
-            gate
-        )  # weakly: where an interrupt leaves the end of this unrun, nobody is held up
-        try:
-            line.append(
-                place
-            )  # first come, first served; reads apart from writes, which may wait for each other
-            while True:
-                self.refuse_closed()
-                gate.acquire(blocking=False)
-                with self.mutex:
-                    if (
-                        self._first(line) is gate
-                        and sum(one.lent is writes for one in self.connections) < self.most
-                    ):
-                        return self._lend(writes)
-                if (left := deadline - time.monotonic()) <= 0:
-                    raise StoreBusy(
-                        f"all {self.most} connections of this store were in use too long"
-                    )
-                gate.acquire(timeout=min(0.1, left))  # of a block that was dropped nobody is told
-        finally:
-            with self.mutex, contextlib.suppress(ValueError):
-                line.remove(place)
-            self._call_next()
-
-    @staticmethod
-    def _first(line: deque[weakref.ref[threading.Lock]]) -> threading.Lock | None:
-        """Who waits longest; the caller holds the mutex."""
-        while line and line[0]() is None:
-            line.popleft()
-        return line[0]() if line else None
-
-    def _lend(self, writes: bool) -> _Connection:
-        with self.mutex:
-            connection = self.readers.pop() if self.readers else self._new_connection()
-            connection.lent = writes
-        return connection
-
-    def _call_next(self) -> None:
-        with self.mutex:
-            for gate in map(self._first, self.lines):
-                if gate is not None:
-                    with contextlib.suppress(RuntimeError):  # it was called already
-                        gate.release()
-
-    def _give_back(self, connection: _Connection) -> None:
-        with connection.lock:
-            try:
-                if connection.tx is not None:
-                    connection.tx.rollback()
-            except StorageError:  # it is broken
-                connection.close()
-        with self.mutex:
-            connection.lent = None
-            # How the file is to be opened may have changed, where it cannot be locked.
-            keep = len(self.readers) < _IDLE_READERS and not self.closed and not self.shut
-            if keep:
-                self.readers.append(connection)
-        if not keep:
-            with connection.lock:
-                connection.close()
-        if any(self.lines):
-            self._call_next()
-
-    def with_lead(
-        self, call: _Call, action: Callable[[_Call], bool], *, keep: bool = False
-    ) -> None:
-        """Lead and run `action` until it returns True, unless another leader does the call; then hand the lead on.
-
-        Safe against two interrupts in a row, at any point."""
-        call.deadline = call.deadline or time.monotonic() + self.options.busy_timeout
-        try:
-            with self.mutex:
-                if self.lead is None and not self.closed:
-                    self.lead = call
-            if self.lead is call or self._lead_or_be_served(call):
-                while not action(call):
-                    self._pause(call.deadline)
-                if not keep:
-                    self._hand_on(call)
-        except BaseException:
-            try:
-                self._repair(call)
-            except BaseException:
-                self._repair(call)
-                raise
-            raise
-
-    def _hand_on(self, leader: _Call) -> None:
-        with self.mutex:
-            if not self.queue:
-                self.lead = None
-                return
-        if time.monotonic() > self.breath:
-            # Threads that hand on the lead without a break would starve other processes, who can only try now and then.
-            time.sleep(0.0005)
-            self.breath = time.monotonic() + 0.025
-        self._pass_on(leader)
-
-    def _lead_or_be_served(self, call: _Call) -> bool:
-        """Wait for the writer: True with the lead, False when another leader has done the call."""
-        call.gate = threading.Lock()
-        call.gate.acquire()
-        with self.mutex:
-            if (
-                self.lead is not None
-                and not self.lead.abandoned
-                and self.lead.thread == call.thread
-            ):
-                raise StorageError(
-                    "this thread already holds the store (another task's open transaction, or code that "
-                    "runs inside an operation) and could only wait for itself"
-                )
-            self.queue.append(call)
-        while True:
-            with self.mutex:
-                if call.done:
-                    return False
-                leads, late = (
-                    self.lead is call or self._lead_is_free(),
-                    time.monotonic() >= call.deadline,
-                )
-                if (
-                    late
-                    and not leads
-                    and self.lead
-                    and self.lead.operation
-                    and not self.lead.held_up
-                ):
-                    call.deadline, late = (
-                        time.monotonic() + 0.01,
-                        False,
-                    )  # a commit under way: nobody holds the store
-                if not call.taken and (leads or late or self.closed):
-                    self.queue.remove(call)
-                    self.refuse_closed()
-                    if leads:
-                        self.lead = call
-                        return True
-                    self._pause(call.deadline)  # raises StoreBusy
-            # A call that was taken is being run: its outcome comes, however late.
-            call.gate.acquire(
-                timeout=-1 if call.taken else max(0.0, call.deadline - time.monotonic())
-            )
-
-    def _lead_is_free(self) -> bool:
-        return self.lead is None or self.lead.abandoned
-
-    def _begin(self, call: _Call) -> bool:
-        """BEGIN IMMEDIATE on the writer, whose lock the caller holds; False when another process has the file."""
-        try:
-            db = (self.writer.tx or self.writer.use()).db
-            if db.in_transaction:  # of a block whose end was never run
-                db.rollback()
-            db.execute("BEGIN IMMEDIATE")
-        except (StoreBusy, sqlite3.Error) as error:
-            if isinstance(error, sqlite3.Error) and not isinstance(
-                failure := _failure(error), StoreBusy
-            ):
-                raise failure from error
-            call.held_up = True
-            return False
-        call.running, call.held_up = True, False
-        self.outcome.clear()
-        return True
-
-    def _try(self, leader: _Call) -> bool:
-        """Begin, run the leader's operation and what has queued, commit; False while another process has the file."""
-        operation = leader.operation
-        with self.writer.lock:
-            if not self._begin(leader):
-                return False
-            tx = self.writer.use()
-            try:
-                if operation is None or self.queue:
-                    wrote = self._try_group(tx, leader)
-                else:
-                    wrote = operation.writes
-                    try:
-                        leader.result = operation.run(leader.facet, tx, leader.args, leader.kwargs)
-                        self._commit(tx, leader.deadline)
-                    except Exception as error:
-                        leader.error, wrote = error, False
-            finally:
-                if tx.db.in_transaction:
-                    tx.rollback()
-            for call in self.group:
-                call.wake()
-            self.group = []
-            if wrote:  # in memory reads come this way too: they are no news
-                self._committed(tx)
-        return True
-
-    def _try_group(self, tx: _Tx, leader: _Call) -> bool:
-        self.group = [leader]
-        self._take()  # only now: until here each of them could time out on its own clock
-        calls = [call for one in self.group for call in (one.batch or (one,))]
-        try:
-            tx.run("SAVEPOINT flowstore_group")  # to begin again without giving the file to others
-            if not self._run_group(tx, calls, savepoints=False):
-                tx.run("ROLLBACK TO flowstore_group")
-                self._run_group(tx, calls, savepoints=True)
-            self._commit(tx, leader.deadline)
-        except StorageError as error:  # the transaction of all of them
-            for call in calls:
-                call.result, call.error = None, _copy(error)
-        for call in self.group:
-            call.done = True
-        return any(call.operation is not None and call.operation.writes for call in calls)
-
-    def _take(self) -> None:
-        with self.mutex:
-            while (
-                self.queue
-                and (self.queue[0].operation or self.queue[0].batch)
-                and len(self.group) < _GROUP_MOST
-            ):
-                self.queue[
-                    0
-                ].taken = True  # in this order: struck between two steps, none of them is nowhere
-                self.group.append(self.queue[0])
-                self.queue.popleft()
-
-    @staticmethod
-    def _run_group(tx: _Tx, calls: list[_Call], savepoints: bool) -> bool:
-        """Run the operations of a group; False when one failed after it had written, without savepoints.
-
-        A failure of the database itself is everybody's: after a full disk or an I/O error SQLite may have rolled back
-        all of it already, and a savepoint outside a transaction would open one that its release commits."""
-        db = tx.db
-        for call in calls:
-            changes = db.total_changes
-            if savepoints:
-                tx.run("SAVEPOINT flowstore_call")
-            try:
-                call.result = call.operation.run(call.facet, tx, call.args, call.kwargs)  # type: ignore[union-attr]
-                call.error = None
-            except StorageError:
-                raise
-            except Exception as error:
-                if not db.in_transaction:
-                    raise StorageError("the database ended the transaction") from error
-                call.result, call.error = None, error
-                if savepoints:
-                    tx.run("ROLLBACK TO flowstore_call")
-                elif db.total_changes != changes:
-                    return False
-            if savepoints:
-                tx.run("RELEASE flowstore_call")
-        return True
-
-    def _commit(self, tx: _Tx, deadline: float) -> None:
-        while tx.db.in_transaction:
-            try:
-                # One step for an interrupt: either COMMIT has succeeded and `outcome` says so, or neither.
-                self.outcome.extend(map(type, map(tx.db.execute, ("COMMIT",))))
-            except sqlite3.Error as error:
-                failure = _failure(error)
-                if not isinstance(failure, StoreBusy):
-                    raise failure from error
-                self._pause(
-                    deadline
-                )  # never in WAL mode; a file that someone took out of it may have readers
-
-    def _committed(self, tx: _Tx) -> None:
-        """After a commit: tell those who wait for something to happen, and mind the WAL."""
+    # --- who is told of a commit ---
+    def note_commit(self) -> None:
+        """After a commit: wake those who wait for something to happen."""
         self.commits += 1
-        if self.watching:
-            self._wake_watchers()
-        if self.path is None:
-            return
-        try:
-            if (
-                writer := self.writer
-            ).wal < 0:  # kept open: a seek to its end costs a tenth of a stat
-                writer.wal = os.open(f"{self.path}-wal", os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            size = os.lseek(writer.wal, 0, os.SEEK_END)
-        except OSError:
-            return
-        if size >= _WAL_BOUND:
-            self._bound_wal(tx, size)
-        else:
-            self.checkpoint_at = _WAL_BOUND
-
-    def _wake_watchers(self) -> None:
-        for wake in list(self.watching):
-            with contextlib.suppress(
-                RuntimeError
-            ):  # it was woken already, or its event loop has ended
-                wake()
+        if self.listeners.wakers:
+            self.listeners.notify()
 
     def wait(self, seen: int, seconds: float) -> Any:
         """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
-        (gate := threading.Lock()).acquire()
-        with self.watch(gate.release):
+        gate = threading.Lock()
+        gate.acquire()
+        with self.listen(gate.release):
             if self.commits == seen:
-                gate.acquire(timeout=self.patience(seconds))
+                gate.acquire(timeout=self.listeners.poll_interval(seconds, _POLL_INTERVAL))
 
     @contextlib.contextmanager
-    def watch(self, wake: Callable[[], object]) -> Iterator[None]:
+    def listen(self, wake: Callable[[], object]) -> Iterator[None]:
         """Have `wake` called at each commit, and at the end of the store, while the block runs."""
-        self.watching.add(wake)
+        self.listeners.wakers.add(wake)
         try:
             self.refuse_closed()
             yield
         finally:
-            self.watching.discard(wake)
+            self.listeners.wakers.discard(wake)
 
-    def patience(self, seconds: float) -> float:
-        """How long to wait before a look at what other processes did: longer, when many of us are looking."""
-        return max(0.0, min(seconds, self.tick * (1 + (len(self.watching) > 16))))
-
-    def _pass_on(self, call: _Call) -> None:
-        """Hand the lead to the first in the queue; safe to repeat."""
-        with self.mutex:
-            if self.lead is call or self._lead_is_free():
-                self.lead = self.queue[0] if self.queue else None
-            following = self.lead
-        if following is not None:
-            following.wake()
-
-    def _repair(self, call: _Call) -> None:
-        """After an exception, Ctrl-C included, at any point of a call: leave the engine as if it had not been there.
-
-        Not committed: roll back and queue the others of the group again. Committed: all of them are done. It may
-        itself be interrupted and begin again, as every step can be repeated."""
-        if self.lead is call:
-            self._repair_lead(call)
-        with self.mutex:
-            call.abandoned = (
-                self.lead is not call
-            )  # in another's group it is, perhaps, but nobody waits for it
-            if call in self.queue:
-                self.queue.remove(call)
-        self._pass_on(call)
-
-    def _repair_lead(self, call: _Call) -> None:
-        with self.writer.lock:
-            if call.running and self.writer.tx is not None:
-                self.writer.tx.rollback()
-            with self.mutex:
-                others = [other for other in self.group if other is not call]
-                for other in reversed(others):
-                    if self.outcome:
-                        other.done = True
-                    if not other.done and not other.abandoned and other not in self.queue:
-                        self.queue.appendleft(other)
-                    other.taken = other.done
-                self.group = []
-        for other in others:
-            other.wake()
-
-    # --- the WAL's bound ---
-    def _bound_wal(self, tx: _Tx, size: int) -> None:
-        """Keep the WAL near 16 MB: readers that overlap for ever would let it grow for ever.
-
-        The one that commits past the bound waits, for a second at most, until the readers there are have ended; new
-        ones read past the WAL meanwhile. Where a foreign reader holds it longer, the next try comes 16 MB later."""
-        if size < self.checkpoint_at:
-            return
-        try:
-            tx.run("PRAGMA busy_timeout = 1000")
-            held = tx.row("PRAGMA wal_checkpoint(RESTART)")
-            # Restarted, the file shrinks at the next commit; until then its size says nothing.
-            self.checkpoint_at = size + 1 if held is not None and not held[0] else size + _WAL_BOUND
-        except StorageError:
-            self.checkpoint_at = (
-                size + _WAL_BOUND
-            )  # what was committed is committed: the next one tries again
-        finally:
-            tx.run("PRAGMA busy_timeout = 0")
-
-    # --- having the writer for oneself ---
-    def acquire(self, call: _Call) -> bool:
-        """Begin a transaction for the call that leads; False when another process has the file."""
-        with self.writer.lock:
-            return self._begin(call)
-
-    def begin_beside(self, tx: _Tx) -> None:
+    # --- transaction blocks ---
+    def begin_on_reader(self, tx: _Tx) -> None:
         """Begin the transaction of a block that leaves the writer to others: one snapshot."""
         tx.run("BEGIN")
         tx.rows(
             "SELECT value FROM flowstore_meta LIMIT 1"
         )  # the snapshot begins with the first read
 
-    def commit_beside(self, tx: _Tx) -> None:
-        """Commit the transaction that `begin_beside` began."""
+    def commit_on_reader(self, tx: _Tx) -> None:
+        """Commit the transaction that `begin_on_reader` began."""
         tx.run("COMMIT")
 
-    def commit(self) -> None:
-        """Commit the transaction that `acquire` began; `_repair` then hands on the lead."""
-        with self.writer.lock:
-            tx = self.writer.use()
-            self._commit(tx, time.monotonic() + self.options.busy_timeout)
-            self._committed(tx)
+    def block(self) -> _Block | None:
+        """The innermost transaction block that this thread or task has open, if any."""
+        for reference in _blocks.get():
+            block = reference()
+            if block is None or block.engine is not self or not block.begun:
+                continue
+            if block.thread in (0, threading.get_ident()):
+                if not block.is_open:
+                    raise StorageError(
+                        "the transaction that this one is nested in has ended: nothing of it was stored"
+                    )
+                return block
+        return None
 
-    def alone(self, action: Callable[[_Tx], R]) -> R:
-        """Run `action` on the writer outside any transaction, while nobody else writes."""
-        results: list[R] = []
+    def has_block(self, owner: object) -> bool:
+        """Whether a thread or task has a transaction block open."""
+        reference = self.open_blocks.get(owner)
+        block = reference() if reference is not None else None
+        return block is not None and block.is_open
 
-        def lead(_: _Call) -> bool:
-            with self.writer.lock:
-                results.append(action(self.writer.use()))
-            return True
+    def forbid_inside(self, what: str) -> None:
+        """StorageError inside one's own transaction."""
+        if self.block() is not None:
+            raise StorageError(f"{what} cannot be done inside a transaction: leave the block first")
 
-        self.with_lead(_Call(), lead)
-        return results[0]
-
-    def aside(self, function: Callable[..., R], *args: Any) -> R:
-        """Run something that blocks; an async store does so in a thread."""
-        return function(*args)
-
-    def on_its_own(self, action: Callable[[_Tx], R]) -> R:
-        """Run `action` on a connection of its own (in memory: on the one there is)."""
-        if self.in_memory:
-            return self.alone(action)
-
-        def run() -> R:
-            connection = self._new_connection()
-            with connection.lock:
-                try:
-                    return action(connection.use())
-                finally:
-                    connection.close()
-
-        return self._patiently(run)
-
+    # --- the whole store ---
     def now(self) -> datetime:
         """The store's time, in UTC."""
         clock = self.options.clock
@@ -2246,10 +3130,23 @@ class _Engine:
 
     def sizes(self, tx: _Tx) -> dict[str, int]:
         """Bytes of the database, and of the write-ahead log beside it."""
-        pages, size = tx.rows("PRAGMA page_count")[0][0], tx.rows("PRAGMA page_size")[0][0]
-        wal = f"{self.path}-wal"
-        wal_bytes = os.path.getsize(wal) if self.path is not None and os.path.exists(wal) else 0
-        return {"file_bytes": pages * size, "wal_bytes": wal_bytes}
+        pages = tx.rows("PRAGMA page_count")[0][0]
+        page_bytes = tx.rows("PRAGMA page_size")[0][0]
+        wal_bytes = 0 if self.path is None else _size_and_mtime(self.path + "-wal")[0]
+        return {"file_bytes": pages * page_bytes, "wal_bytes": wal_bytes}
+
+    def copy_to(self, tx: _Tx, path: str) -> None:
+        """Copy one state of the database into a new file, in steps, so that no write makes it begin anew."""
+        try:
+            copy = sqlite3.connect(path, isolation_level=None)
+            try:
+                self.begin_on_reader(tx)
+                tx.db.backup(copy, pages=4096)
+            finally:
+                copy.close()
+                tx.rollback()
+        except sqlite3.Error as error:
+            raise _failure(error) from error
 
     def backup(self, path: str) -> None:
         """Copy one state of the database to `path`; the copy gets its name when it is complete and on disk."""
@@ -2267,7 +3164,7 @@ class _Engine:
             raise StorageError(f"{path}: the folder does not exist: make it first")
         partial = f"{path}.{new_id()}.partial"
         try:
-            self.on_its_own(lambda tx: self._copy_to(tx, partial))
+            self.on_new_connection(lambda tx: self.copy_to(tx, partial))
             _sync(partial, os.O_RDWR)
             try:
                 os.link(partial, path)  # unlike a rename, never over a file that came meanwhile
@@ -2284,142 +3181,71 @@ class _Engine:
                 with contextlib.suppress(OSError):
                     os.remove(left)
 
-    def _copy_to(self, tx: _Tx, path: str) -> None:
-        _copy_database(tx, path)
-
     def compact(self) -> None:
-        """Return free pages in small steps, then empty the WAL."""
+        """Return free pages in small steps, then empty the log."""
         self.refuse_read_only()
-        while self._patiently(lambda: self.alone(_vacuum_step)):
-            pass
-        if self.path is not None:
-            self._patiently(lambda: self.alone(_truncate_wal))
+        while self.retry_while_busy(lambda: self.writer.alone(_vacuum_step)):
+            if self.log is not None:
+                self.retry_while_busy(lambda: self.writer.alone(self.writer.mind_log))
+        if self.log is not None:
+            self.retry_while_busy(lambda: self.writer.alone(self.writer.empty_log))
 
-    def transaction(self) -> _Block:
-        """A new transaction block, not begun."""
-        return _Block(self)
-
-    def block(self) -> _Block | None:
-        """The innermost transaction block that this thread or task has open, if any."""
-        for held in _blocks.get():
-            block = held()
-            mine = block is not None and block.engine is self and block.begun
-            if block is not None and mine and block.thread in (0, threading.get_ident()):
-                if not block.is_open:
-                    raise StorageError(
-                        "the transaction that this one is nested in has ended: nothing of it was stored"
-                    )
-                return block
-        return None
-
-    def has_block(self, owner: object) -> bool:
-        """Whether a thread or task has a transaction block open."""
-        block = self.blocks.get(owner, bool)()
-        return bool(block and block.is_open)
-
-    def forbid_inside(self, what: str) -> None:
-        """StorageError inside one's own transaction."""
-        if self.block() is not None:
-            raise StorageError(f"{what} cannot be done inside a transaction: leave the block first")
-
-    # --- closing ---
     def close(self) -> None:
         """Close every connection; who waits is woken with StoreClosed, an open transaction is rolled back."""
         with self.mutex:
             self.closed = True
-            waiting = list(self.queue)
-        for call in waiting:
-            call.wake()
-        self._wake_watchers()
-        with self.mutex:
-            connections = [one for one in self.connections if one is not self.writer]
-        for connection in (*connections, self.writer):  # the writer last: it leaves no WAL behind
+            self.pool.keeps_idle = False
+            for call in self.writer.queue:
+                if call.gate is not None and call.gate.locked():
+                    call.gate.release()
+            connections = [
+                one for one in self.pool.connections if one is not self.writer.connection
+            ]
+        self.listeners.notify()
+        for connection in (
+            *connections,
+            self.writer.connection,
+        ):  # the writer last: it leaves no log behind
             with connection.lock, contextlib.suppress(sqlite3.Error):
                 connection.close()
 
     # --- fork ---
     def before_fork(self) -> None:
-        """Wait for the statements being executed, then close every connection.
-
-        SQLite keeps its file locks in a table per process. `fork` copies the table but not the locks, so a child
-        that held on to a connection would take the file for locked when it is not, and lose what is written."""
+        """Wait for the statements being executed, then close every connection; all locks are this thread's then."""
         while True:
             with self.mutex:
-                known = set(self.connections)
+                known = set(self.pool.connections)
             for connection in known:
                 connection.lock.acquire()
             self.mutex.acquire()
-            if known.issuperset(self.connections):
+            if known.issuperset(self.pool.connections):
                 break
             self.mutex.release()
-        self._held = list(known)
         for connection in known:
             if self.path is not None and not connection.in_transaction:
                 connection.close()
 
     def after_fork_in_parent(self) -> None:
         """Go on: each connection is opened again at its next use."""
-        for lock in (self.mutex, *(connection.lock for connection in self._held)):
-            # However often it was taken: an interrupt may have made the step before begin again.
-            if lock._is_owned():  # type: ignore[attr-defined]
-                lock._release_save()  # type: ignore[attr-defined]
+        _release_fully(self.mutex)
+        for connection in list(self.pool.connections):
+            _release_fully(connection.lock)
 
     def after_fork_in_child(self) -> None:
         """Begin anew: the other threads, and what they held or waited for, exist in the parent alone."""
-        for connection in self._held:
-            connection.lock = threading.RLock()
-            if connection.in_transaction and connection.tx is not None:
+        for connection in self.pool.connections:
+            if connection.tx is not None and connection.in_transaction:
                 if self.path is None:
                     connection.tx.rollback()
                 else:
-                    # Closing it would write to the parent's file: it is kept for ever, and the file refused here.
-                    _keep_for_ever(connection.tx.db)
-                    connection.tx = None
-                    _left_behind.add(_file_id(self.path))
-        self.mutex = threading.RLock()
-        self.watching = set()
-        self.lead = None
-        self.queue.clear()
-        self.group = []
-
-
-_engines: weakref.WeakSet[_Engine] = weakref.WeakSet()
-_forking: list[_Engine] = []
-_fork_lock = threading.RLock()
-_left_behind: set[tuple[int, ...]] = set()
-_kept: list[object] = []
-
-
-def _keep_for_ever(db: sqlite3.Connection) -> None:
-    """A reference that outlives the interpreter's own cleaning up."""
-    _kept.append(db)
-    with contextlib.suppress(Exception):
-        import ctypes
-
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
-
-
-def _copy_database(tx: _Tx, path: str) -> None:
-    """Copy what one snapshot sees, in steps (each can be interrupted), so that no write makes it begin anew."""
-    try:
-        copy = sqlite3.connect(path, isolation_level=None)
-        try:
-            tx.run("BEGIN")
-            tx.rows("SELECT value FROM flowstore_meta LIMIT 1")
-            tx.db.backup(copy, pages=4096)
-        finally:
-            copy.close()
-            tx.rollback()
-    except sqlite3.Error as error:
-        raise _failure(error) from error
-
-
-def _sync(path: str, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+                    # Closing it would write to the parent's file.
+                    _process.files_of_parent.add(_file_id(self.path))
+                    connection.leak()
+        self.listeners = _CommitListeners()
+        self.writer.leader = None
+        self.writer.queue.clear()
+        self.writer.group = []
+        self.after_fork_in_parent()
 
 
 def _vacuum_step(tx: _Tx) -> bool:
@@ -2437,357 +3263,6 @@ def _vacuum_step(tx: _Tx) -> bool:
     return bool(0 < tx.rows("PRAGMA freelist_count")[0][0] < before)
 
 
-def _truncate_wal(tx: _Tx) -> None:
-    tx.run("PRAGMA busy_timeout = 1000")
-    try:
-        held = tx.row("PRAGMA wal_checkpoint(TRUNCATE)")
-    finally:
-        tx.run("PRAGMA busy_timeout = 0")
-    if held is not None and held[0]:
-        raise StoreBusy("a reader holds the write-ahead log: it could not be emptied")
-
-
-def _close_all(connections: Iterable[_Connection]) -> None:
-    for connection in list(connections):
-        if connection.lock.acquire(timeout=1):
-            with contextlib.suppress(sqlite3.Error):
-                connection.close()
-            connection.lock.release()
-
-
-def _copy(error: Exception) -> Exception:
-    """The same error for another thread: a traceback belongs to one."""
-    copy = type(error)(*error.args)
-    copy.__cause__ = error.__cause__
-    return copy
-
-
-def _file_id(path: str) -> tuple[int, ...]:
-    """Inode and device."""
-    with contextlib.suppress(OSError):
-        return os.stat(path)[1:3]
-    return (0, 0)
-
-
-def _written(path: str) -> tuple[int, int]:
-    """How large a file is and when it was written; zeros where it is not, for a log may go at any moment."""
-    with contextlib.suppress(OSError):
-        state = os.stat(path)
-        return state.st_size, state.st_mtime_ns
-    return 0, 0
-
-
-def _writable(path: str) -> bool:
-    return os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
-
-
-def _file_uri(path: str, read_only: bool) -> str:
-    """How to open the file: never creating it by the way, and read-only in the way its folder allows."""
-    import pathlib
-
-    uri = pathlib.Path(path).as_uri()
-    if not read_only:
-        return uri + "?mode=rw"
-    wal, shm = path + "-wal", path + "-shm"
-    if _writable(path) or (os.path.exists(wal) and os.path.exists(shm)):
-        return uri + "?mode=ro"
-    if not _written(wal)[0]:
-        return uri + "?mode=ro&immutable=1"  # at rest, and nobody here could write it
-    return uri + "?mode=ro&vfs=unix-none"
-
-
-def _unlocked(path: str | None) -> list[tuple[int, int]] | None:
-    """What tells that a file was written, where it is read without locks; None where it is not."""
-    return (
-        [_written(path), _written(path + "-wal")] if path and "&" in _file_uri(path, True) else None
-    )
-
-
-if hasattr(os, "register_at_fork"):
-
-    def _at_fork(step: str) -> None:
-        """Do a step for every engine, whatever interrupts it: nothing that is left out could be made good."""
-        global _fork_lock  # noqa: PLW0603 (a lock that another thread held is of no use in the child)
-        while True:
-            try:
-                if step == "before_fork":
-                    _fork_lock.acquire()
-                    _forking[:] = _engines
-                for engine in _forking:
-                    getattr(engine, step)()
-                if step == "after_fork_in_parent" and _fork_lock._is_owned():  # type: ignore[attr-defined]
-                    _fork_lock._release_save()  # type: ignore[attr-defined]
-                elif step == "after_fork_in_child":
-                    _fork_lock = threading.RLock()
-                if step != "before_fork":
-                    _forking.clear()
-                return
-            except KeyboardInterrupt:
-                continue
-
-    os.register_at_fork(
-        before=functools.partial(_at_fork, "before_fork"),
-        after_in_parent=functools.partial(_at_fork, "after_fork_in_parent"),
-        after_in_child=functools.partial(_at_fork, "after_fork_in_child"),
-    )
-
-_REFUSED_SQL = re.compile(
-    r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|"
-    r"VACUUM|PRAGMA|SET(?!\s+(?:LOCAL|CONSTRAINTS)\b)|RESET|DISCARD)\b",
-    re.IGNORECASE | re.DOTALL,
-)
-
-
-def _mapped(parameters: Any) -> Any:
-    return dict(parameters) if hasattr(parameters, "keys") else parameters
-
-
-def _every(rows: Iterable[Any]) -> list[Any]:
-    if not hasattr(rows, "__iter__"):
-        raise InvalidData(f"rows: rows of values are needed, not {type(rows).__name__}")
-    return list(rows)
-
-
-class Transaction:
-    """An open transaction, for the user's own SQL in the same database. Source: SqliteBackend::pool."""
-
-    def __init__(self, block: _Block) -> None:
-        # Weakly: a block whose end was lost must not be kept open by the variable it was given to.
-        self._block = weakref.ref(block)
-
-    def execute(
-        self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
-    ) -> list[tuple[Any, ...]]:
-        """Run one statement of the user's own and return its rows.
-
-        Raises StorageError for the driver's error, for statements that would end the transaction or reach outside
-        it (BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, ATTACH, VACUUM, PRAGMA), and after the block."""
-        return self.open().execute(sql, parameters)
-
-    def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
-        """Run one statement for each of the rows; errors as with `execute`."""
-        self.open().execute(sql, _every(rows), many=True)
-
-    def open(self) -> _Block:
-        """The innermost block here: SQL given to an outer `tx` belongs to the block nested in it."""
-        block = self._block()
-        if block is None or not block.is_open:
-            raise StorageError("the transaction has ended: use tx inside its with block only")
-        innermost = block.engine.block()
-        if innermost is None or innermost.root is not block.root:
-            raise StorageError("the transaction belongs to the thread or task that opened it")
-        return innermost
-
-
-class _Ended(StorageError):
-    """A transaction has ended while a call of another task was on its way into it."""
-
-
-class _Block:
-    """`with store.transaction()`: everything that the thread or task does in it, or nothing.
-
-    The `with` statement alone holds it. If an interrupt strikes so that its end is never run, it is collected, and
-    its finalizer leaves word that the next caller may roll back and have the writer."""
-
-    def __init__(self, engine: _Engine) -> None:
-        self.engine = engine
-        self.thread: int | None = (
-            None  # that it belongs to; 0: a task, whose statements run in the loop's worker
-        )
-        self.owner: object = None
-        self.begun = False  # and not ended
-        self.parent: _Block | None = None
-        self.nested: list[
-            tuple[weakref.ref[_Block], str]
-        ] = []  # of the outermost block: those open in it
-        self.savepoint = ""
-        self.turn: Any = None  # of a task's block: the lock that a statement in it holds, or a block nested in it
-        self._call: _Call | None = None
-        self._connection = engine.writer
-        self._ref = weakref.ref(self)
-
-    def __enter__(self) -> Transaction:
-        self.adopt(thread := threading.get_ident(), thread)
-        self.begin()
-        return self.enter()
-
-    def adopt(self, thread: int, owner: object) -> None:
-        """Belong to this thread, this thread or task, and this context from now on."""
-        if self.thread is not None:
-            raise StorageError(
-                "a transaction object opens one block: call store.transaction() again"
-            )
-        self.parent, self.thread, self.owner = self.engine.block(), thread, owner
-
-    def begin(self, deadline: float = 0.0) -> None:
-        """Begin a transaction, or a savepoint in the parent's; StoreBusy when others hold the store too long."""
-        if self.parent is not None:
-            with self.parent._connection.lock:
-                tx, self._connection = self.parent.tx(), self.parent._connection
-                self.savepoint = (
-                    f"flowstore_{new_id()[24:]}"  # a name once used may still stand below
-                )
-                tx.run(f"SAVEPOINT {self.savepoint}")
-                self.root.nested.append((self._ref, self.savepoint))
-        else:
-            self._acquire(deadline)
-            self.engine.blocks[self.owner] = self._ref
-        self.begun = True
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it can be used: a block ends with the one that it is nested in."""
-        return self.begun and (self.parent is None or self.parent.is_open)
-
-    def enter(self) -> Transaction:
-        """Make it the block that calls of this context join."""
-        _blocks.set((self._ref, *(ref for ref in _blocks.get() if ref() is not None)))
-        return Transaction(self)
-
-    def _acquire(self, deadline: float) -> None:
-        """Begin the transaction of an outermost block."""
-        if self.engine.exclusive:
-            self._call = _Call()
-            self._call.deadline = deadline
-            self.engine.with_lead(self._call, self.engine.acquire, keep=True)
-        else:
-            self.engine._patiently(self._begin_beside)
-
-    def _begin_beside(self) -> None:
-        self._connection = self.engine._borrow()
-        try:
-            with self._connection.lock:
-                self.engine.begin_beside(self._connection.use())
-        except BaseException:
-            self._release()
-            raise
-
-    @property
-    def root(self) -> _Block:
-        """The outermost block."""
-        return self if self.parent is None else self.parent.root
-
-    def tx(self) -> _Tx:
-        """The open transaction, under the connection's lock; StorageError when the block can no longer be used."""
-        self.engine.refuse_closed()
-        if not self.is_open:
-            raise _Ended("the transaction has ended: use tx inside its with block only")
-        tx = self._connection.use()
-        if not tx.db.in_transaction:
-            raise StorageError(
-                "the database ended this transaction, nothing of it was stored: run the block again"
-            )
-        nested = self.root.nested
-        while nested and nested[-1][0]() is None:  # its end was never run
-            with contextlib.suppress(StorageError):  # or almost: then its savepoint is gone already
-                tx.run(f"ROLLBACK TO {nested[-1][1]}")
-            nested.pop()
-        if (nested[-1][0]() if nested else self.root) is not self:
-            raise StorageError(
-                "another task has a transaction nested in this one: let it end first"
-            )
-        return tx
-
-    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation as a savepoint of its own."""
-        with self._connection.lock:
-            tx = self.tx()
-            if operation.writes:
-                self.engine.refuse_read_only()
-            elif (
-                self.engine.one_writer
-            ):  # a server ends the transaction for an error of a read, too
-                return operation.run(facet, tx, args, kwargs)
-            return self._in_savepoint(tx, lambda: operation.run(facet, tx, args, kwargs))
-
-    def execute(self, sql: object, parameters: Any, *, many: bool = False) -> list[tuple[Any, ...]]:
-        """Run a statement of the user's own."""
-        if not isinstance(sql, str):
-            raise InvalidData(f"sql: text is needed, not {type(sql).__name__}")
-        if refused := _REFUSED_SQL.match(sql):
-            raise StorageError(
-                f"{refused[1].upper()} is not for a statement inside transaction(): the block does that"
-            )
-        with self._connection.lock:
-            tx = self.tx()
-            execute = tx.db.executemany if many else tx.db.execute
-            given = [*map(_mapped, parameters)] if many else _mapped(parameters)
-            try:
-                return self._in_savepoint(tx, lambda: execute(sql, given).fetchall())
-            except (*_DRIVER_ERRORS, ValueError, LookupError) as error:
-                raise StorageError(f"the statement failed: {error}") from error
-
-    @staticmethod
-    def _in_savepoint(tx: _Tx, action: Callable[[], R]) -> R:
-        tx.run("SAVEPOINT flowstore_call")
-        try:
-            result = action()
-        except BaseException:
-            if (
-                tx.db.in_transaction
-            ):  # not after an error with which SQLite has rolled back everything
-                tx.run("ROLLBACK TO flowstore_call")
-                tx.run("RELEASE flowstore_call")
-            raise
-        tx.run("RELEASE flowstore_call")
-        return result
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
-    ) -> None:
-        try:
-            self.end(commit=kind is None)
-        except StorageError:
-            if kind is None:
-                raise  # else what the block raised says more
-        finally:
-            self.leave()
-
-    def leave(self) -> None:
-        """Let later calls of this context no longer join it."""
-        _blocks.set(tuple(ref for ref in _blocks.get() if ref is not self._ref))
-
-    def end(self, commit: bool) -> None:
-        """Commit or roll back, and give the writer to others, whatever happens."""
-        try:
-            with self._connection.lock:
-                tx = self.tx()
-                if self.parent is not None:
-                    if not commit:
-                        tx.run(f"ROLLBACK TO {self.savepoint}")
-                    tx.run(f"RELEASE {self.savepoint}")
-                elif commit and self._call is None:
-                    self.engine.commit_beside(tx)
-                elif commit:
-                    self.engine.commit()
-        finally:
-            self._let_go()
-
-    def _release(self) -> None:
-        """After an outermost block: give back what it held."""
-        if self._call is not None:
-            self.engine._repair(self._call)
-        elif self._connection is not self.engine.writer:
-            connection, self._connection = self._connection, self.engine.writer
-            self.engine._give_back(connection)
-
-    def _let_go(self) -> None:
-        self.begun = False
-        if self.parent is None:
-            self.engine.blocks.pop(self.owner, None)
-            self._release()
-        elif (self._ref, self.savepoint) in self.root.nested:
-            self.root.nested.remove((self._ref, self.savepoint))
-
-    def __del__(self) -> None:
-        # Runs at any point of any thread, so it takes no lock: who waits looks for itself.
-        if self._call is not None:
-            self._call.abandoned = self.engine.lead is self._call
-            for waiting in [self.engine.lead, *list(self.engine.queue)[:1]]:
-                if waiting is not None:
-                    waiting.wake()
-
-
 # --- the same engine for the tasks of an event loop ---
 class _AsyncEngine:
     """An engine whose calls are awaited: the writes of all tasks go to one worker thread, all that there are at once.
@@ -2799,9 +3274,9 @@ class _AsyncEngine:
         import asyncio
         from concurrent.futures import ThreadPoolExecutor
 
-        self.sync = engine
+        self.engine = engine
         self.loop = asyncio.get_running_loop()
-        self.turn = asyncio.Lock() if engine.one_writer else asyncio.Semaphore(int(engine.most))
+        self.turn = asyncio.Semaphore(engine.max_writers)
         self._running_loop = asyncio.get_running_loop
         self._waiting: list[_Call] = []
         self._patient: set[asyncio.Timeout] = set()
@@ -2811,7 +3286,7 @@ class _AsyncEngine:
         self._sender: asyncio.Task[None] | None = None
         # On a server each block has a thread, and another for its end behind a statement that was given up.
         self._worker = ThreadPoolExecutor(
-            1 if engine.one_writer else 2 * _IDLE_READERS, "flowstore-writer"
+            1 if engine.max_writers == 1 else 2 * engine.max_writers, "flowstore-writer"
         )
         self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
         self._writers = ThreadPoolExecutor(
@@ -2820,7 +3295,7 @@ class _AsyncEngine:
         self._others = ThreadPoolExecutor(32, "flowstore-aside")  # for what takes long
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.sync, name)
+        return getattr(self.engine, name)
 
     def refuse_foreign(self) -> None:
         """StorageError in another loop, StoreClosed after close()."""
@@ -2828,14 +3303,14 @@ class _AsyncEngine:
             raise StorageError(
                 "the store belongs to the event loop that opened it: open another one in this loop"
             )
-        self.sync.refuse_closed()
+        self.engine.refuse_closed()
 
     def in_worker(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
         """Run in the one thread that writes."""
         self.refuse_foreign()
         return self.loop.run_in_executor(self._worker, function, *args)
 
-    def aside(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
+    def in_thread(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
         """Run what takes long in a thread that nothing else waits for."""
         self.refuse_foreign()
         return self.loop.run_in_executor(self._others, function, *args)
@@ -2844,31 +3319,31 @@ class _AsyncEngine:
         self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
     ) -> Any:
         """Run an operation: in the task's open transaction, or in one of its own."""
-        while _blocks.get() and (block := self.sync.block()) is not None:
-            with contextlib.suppress(_Ended):
+        while _blocks.get() and (block := self.engine.block()) is not None:
+            with contextlib.suppress(_TransactionEnded):
                 return await self.in_block(block, block.run, operation, facet, args, kwargs)
-        if not self.sync.in_memory and not (operation.writes and self.sync.one_writer):
+        if not self.engine.in_memory and not (operation.writes and self.engine.max_writers == 1):
             self.refuse_foreign()
             pool = self._writers if operation.writes else self._readers
             return await self.loop.run_in_executor(
-                pool, self.sync.run, operation, facet, args, kwargs
+                pool, self.engine.run, operation, facet, args, kwargs
             )
         return await self.send(operation, facet, args, kwargs)
 
     async def in_block(self, block: _Block, function: Callable[..., R], *args: Any) -> R:
         """Run a statement of a block, while no other task has a transaction nested in it."""
-        await self.take_nesting(block)
+        await self.wait_for_nesting(block)
         try:
             return await self.in_worker(function, *args)
         finally:
             block.turn.release()
 
-    async def take_nesting(self, block: _Block) -> None:
+    async def wait_for_nesting(self, block: _Block) -> None:
         """Wait until no task has a transaction nested in a block, or a statement on its way; StorageError when late."""
         import asyncio
 
         try:
-            async with asyncio.timeout(self.sync.options.busy_timeout):
+            async with asyncio.timeout(self.engine.options.busy_timeout):
                 await block.turn.acquire()
         except TimeoutError:
             raise StorageError(
@@ -2881,9 +3356,13 @@ class _AsyncEngine:
         """Have an operation run in a batch, behind those that were sent before."""
         self.refuse_foreign()
         if operation.writes:
-            self.sync.refuse_read_only()
-        call = _Call(operation, facet, args, kwargs)
-        call.deadline = time.monotonic() + self.sync.options.busy_timeout
+            self.engine.refuse_read_only()
+        call = _Call()
+        call.operation = operation
+        call.facet = facet
+        call.args = args
+        call.kwargs = kwargs
+        call.deadline = _monotonic() + self.engine.options.busy_timeout
         future = call.future = self.loop.create_future()
         self._waiting.append(call)
         if self._sender is None:
@@ -2905,7 +3384,7 @@ class _AsyncEngine:
             try:
                 await self.take_turn(self._waiting[0].deadline)
             except StorageError as error:  # the time of some of them is up, or the store was closed
-                now = math.inf if self.sync.closed else time.monotonic()
+                now = math.inf if self.engine.closed else _monotonic()
                 late, self._waiting = (
                     self._waiting,
                     [call for call in self._waiting if call.deadline > now],
@@ -2916,7 +3395,7 @@ class _AsyncEngine:
                 batch = [call for call in self._waiting[:_GROUP_MOST] if not call.future.done()]
                 del self._waiting[:_GROUP_MOST]
                 if batch:
-                    sent = self.in_worker(self.sync.run_batch, batch)
+                    sent = self.in_worker(self.engine.writer.run_batch, batch)
                     # By a callback: this task may be cancelled meanwhile, and they get their answer all the same.
                     sent.add_done_callback(functools.partial(self._answer_all, batch))
                     self._batching = True
@@ -2935,7 +3414,7 @@ class _AsyncEngine:
     def _answer(calls: list[_Call], failure: Exception | None = None) -> None:
         for call in calls:
             if not call.future.done():
-                if error := call.error or (failure and _copy(failure)):
+                if error := call.error or (failure and _copy_error(failure)):
                     call.future.set_exception(error)
                 else:
                     call.future.set_result(call.result)
@@ -2946,7 +3425,7 @@ class _AsyncEngine:
 
         while True:
             try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())) as patience:
+                async with asyncio.timeout(max(0.0, deadline - _monotonic())) as patience:
                     self._patient.add(patience)
                     try:
                         await self.turn.acquire()
@@ -2954,11 +3433,9 @@ class _AsyncEngine:
                     finally:
                         self._patient.discard(patience)
             except TimeoutError:
-                if self.sync.closed or not self._batching:
-                    self.sync._pause(0.0)  # raises StoreBusy
-                deadline = (
-                    time.monotonic() + 0.01
-                )  # a commit under way: nobody is holding the store
+                if self.engine.closed or not self._batching:
+                    self.engine.pause(0.0)  # raises StoreBusy
+                deadline = _monotonic() + 0.01  # a commit under way: nobody is holding the store
 
     async def drive(self, steps: Generator[Any, Any, R]) -> R:
         """Walk through the steps of a method, awaiting those that can be awaited."""
@@ -2979,14 +3456,16 @@ class _AsyncEngine:
         import asyncio
 
         news = asyncio.Event()
-        if not self.sync.one_writer and (self._listening is None or self._listening.done()):
-            self._listening = self.aside(self.sync.wait, seen, seconds)  # for all of them
+        if self.engine.listens and (self._listening is None or self._listening.done()):
+            self._listening = self.in_thread(self.engine.wait, seen, seconds)  # for all of them
         with (
-            self.sync.watch(lambda: self.loop.call_soon_threadsafe(news.set)),
+            self.engine.listen(lambda: self.loop.call_soon_threadsafe(news.set)),
             contextlib.suppress(TimeoutError),
         ):
-            if self.sync.commits == seen:
-                async with asyncio.timeout(self.sync.patience(seconds)):
+            if self.engine.commits == seen:
+                async with asyncio.timeout(
+                    self.engine.listeners.poll_interval(seconds, _POLL_INTERVAL)
+                ):
                     await news.wait()
 
     async def close(self) -> None:
@@ -2994,7 +3473,7 @@ class _AsyncEngine:
         import asyncio
 
         if self._closing is None:
-            self._closing = self.aside(self.sync.close)
+            self._closing = self.in_thread(self.engine.close)
             self._closing.add_done_callback(self._closed)
         await asyncio.shield(self._closing)
 
@@ -3016,16 +3495,16 @@ class AsyncTransaction:
         self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
     ) -> list[tuple[Any, ...]]:
         """Run one statement of the user's own and return its rows; errors as `Transaction.execute` has them."""
-        block = self._transaction.open()
+        block = self._transaction._innermost()
         return await self._engine.in_block(block, block.execute, sql, parameters)
 
     async def executemany(
         self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]
     ) -> None:
         """Run one statement for each of the rows; errors as with `execute`."""
-        block = self._transaction.open()
+        block = self._transaction._innermost()
         await self._engine.in_block(
-            block, functools.partial(block.execute, many=True), sql, _every(rows)
+            block, functools.partial(block.execute, many=True), sql, _as_list(rows)
         )
 
 
@@ -3034,7 +3513,7 @@ class _AsyncBlock:
 
     def __init__(self, engine: _AsyncEngine) -> None:
         self._engine = engine
-        self._block: _Block = engine.sync.transaction()
+        self._block = _Block(engine.engine)
         self._turn: Any = None  # what is held, for others to wait for
         self._begun: asyncio.Future[None] | None = None
 
@@ -3043,25 +3522,25 @@ class _AsyncBlock:
 
         engine, block = self._engine, self._block
         engine.refuse_foreign()
-        block.adopt(0, asyncio.current_task())
+        block.bind(0, asyncio.current_task())
         block.turn = asyncio.Lock()
         while True:
-            deadline = time.monotonic() + engine.sync.options.busy_timeout
+            deadline = _monotonic() + engine.engine.options.busy_timeout
             if block.parent is not None:
-                await engine.take_nesting(block.parent)
+                await engine.wait_for_nesting(block.parent)
                 self._turn = block.parent.turn
-            elif engine.exclusive or not engine.one_writer:
+            elif engine.blocks_lead() or engine.max_writers > 1:
                 await engine.take_turn(deadline)
                 self._turn = engine.turn
             try:
                 self._begun = engine.in_worker(block.begin, deadline)
                 await asyncio.shield(self._begun)
-                return AsyncTransaction(engine, block.enter())
-            except _Ended:  # what it was to be nested in: it is one of its own
+                return AsyncTransaction(engine, block.activate())
+            except _TransactionEnded:  # what it was to be nested in: it is one of its own
                 self._end_turn()
-                block.parent = engine.sync.block()
+                block.parent = engine.engine.block()
             except BaseException:
-                if self._engine.one_writer or self._begun is None:
+                if self._engine.max_writers == 1 or self._begun is None:
                     self._undo()
                 else:  # behind it, in whatever thread that goes on
                     self._begun.add_done_callback(self._undo)
@@ -3072,7 +3551,7 @@ class _AsyncBlock:
         if begun is not None and not begun.cancelled():
             begun.exception()  # looked at, so that nobody complains of it
         try:
-            self._engine.in_worker(self._block.end, False).add_done_callback(self._end_turn)
+            self._engine.in_worker(self._block.finish, False).add_done_callback(self._end_turn)
         except StorageError:  # closed
             self._end_turn()
 
@@ -3091,9 +3570,9 @@ class _AsyncBlock:
         taken, ended = False, None
         try:
             with contextlib.suppress(StorageError):  # then its end says so
-                await self._engine.take_nesting(self._block)  # behind what was given up in it
+                await self._engine.wait_for_nesting(self._block)  # behind what was given up in it
                 taken = True
-            ended = self._engine.in_worker(self._block.end, kind is None)
+            ended = self._engine.in_worker(self._block.finish, kind is None)
             ended.add_done_callback(self._end_turn)
             await asyncio.shield(ended)
         except StorageError:
@@ -3104,8 +3583,8 @@ class _AsyncBlock:
                 self._undo()
             if taken:
                 self._block.turn.release()
-            self._block.leave()
-            if self._engine.sync.closed:
+            self._block.deactivate()
+            if self._engine.closed:
                 self._end_turn()
 
 
@@ -3731,11 +4210,11 @@ class EventStore(_LogFacet):
         self._engine.forbid_inside(
             "tail()"
         )  # where it goes on, too: what is not committed is no event yet
-        deadline = time.monotonic() + idle
+        deadline = _monotonic() + idle
         while True:
             seen = self._engine.commits
             events: list[StoredEvent] = yield self._news(place, tenant_id, execution_id)
-            left = deadline - time.monotonic()
+            left = deadline - _monotonic()
             if events or left <= 0:
                 return events
             yield self._engine.wait(seen, left)
@@ -4107,13 +4586,13 @@ class StateBackend(_LogFacet):
             *dict.fromkeys(_id(queue, f"queue_types[{index}]") for index, queue in enumerate(given))
         ]
         lease = self._lease(lease_seconds)
-        deadline = time.monotonic() + min(_seconds(wait, "wait"), threading.TIMEOUT_MAX)
+        deadline = _monotonic() + min(_seconds(wait, "wait"), threading.TIMEOUT_MAX)
         seen = self._engine.commits
         item: WorkItem | None = yield self._claim(worker, queues, lease)
         while (
             item is None
             and queues
-            and (left := deadline - time.monotonic()) > 0
+            and (left := deadline - _monotonic()) > 0
             and self._engine.block() is None
         ):
             yield self._engine.wait(seen, left)
@@ -5049,7 +5528,7 @@ class _StoreBase(_Facet):
 
         Raises StorageError for a path that exists, and inside one's own transaction."""
         self._engine.forbid_inside("backup()")
-        yield self._engine.aside(self._engine.sync.backup, _path(path, "path"))
+        yield self._engine.in_thread(self._engine.backup, _path(path, "path"))
 
     @_steps
     def check(self) -> _Steps[list[str]]:
@@ -5057,7 +5536,9 @@ class _StoreBase(_Facet):
 
         Raises StorageError inside one's own transaction."""
         self._engine.forbid_inside("check()")
-        problems: list[str] = yield self._engine.aside(self._engine.sync.on_its_own, _problems)
+        problems: list[str] = yield self._engine.in_thread(
+            self._engine.on_new_connection, _problems
+        )
         return problems
 
     @_steps
@@ -5066,7 +5547,7 @@ class _StoreBase(_Facet):
 
         Raises StoreBusy, and StorageError inside one's own transaction."""
         self._engine.forbid_inside("compact()")
-        yield self._engine.aside(self._engine.sync.compact)
+        yield self._engine.in_thread(self._engine.compact)
 
     @_steps
     def prune(
@@ -5148,8 +5629,7 @@ class Store(_StoreBase):
 
         Facet calls join it, each as a savepoint, as is a nested one; `tx.execute` runs the user's own SQL. What leaves
         the block as an exception undoes it. Raises StoreBusy, and StorageError when the database ended it."""
-        block: _Block = self._engine.transaction()
-        return block
+        return _Block(self._engine)
 
 
 # --- the same facets, awaited ---
@@ -5189,7 +5669,7 @@ class AsyncEventStore(_AsyncFacet, EventStore):
 
     def _tail_place(self, after: int | None, execution_id: str | None) -> Any:
         # It begins now, not when the loop comes to it: in memory, behind the writes that were sent before.
-        run = self._engine.send if self._engine.in_memory else self._engine.sync.run
+        run = self._engine.send if self._engine.in_memory else self._engine.engine.run
         return run(EventStore.__dict__["_tail_place"], self, (after, execution_id), {})
 
     async def _generate(self, place: Any, behind: Callable[[_Place], Any]) -> Any:
@@ -6180,7 +6660,12 @@ def _repr_html_(self: Any) -> str | None:
     """HTML for a notebook; where there is nothing to show at once, None, and the notebook shows the `repr`."""
     with contextlib.suppress(Exception):
         engine = getattr(self, "_engine", None)
-        if engine and engine.in_memory and engine.lead is not None and engine.block() is None:
+        if (
+            engine
+            and engine.in_memory
+            and engine.writer.leader is not None
+            and engine.block() is None
+        ):
             return None  # in memory, another's transaction would have to be waited for
         view = (
             self
@@ -7172,8 +7657,8 @@ def _bench_writer(target: str, seconds: float) -> list[float]:
     with open(target) as store:
 
         def write(_: int) -> list[float]:
-            run, waits, end = new_id(), list[float](), time.monotonic() + seconds
-            while time.monotonic() < end:
+            run, waits, end = new_id(), list[float](), _monotonic() + seconds
+            while _monotonic() < end:
                 waits.append(
                     _ms(
                         lambda: store.events.append(
@@ -7239,7 +7724,7 @@ def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
 
     def wake() -> float:
         both = wait(5)
-        time.sleep(random.uniform(0.2, 0.3))  # out of step with the times at which they look
+        time.sleep(0.2 + 0.1 * _random_bits() / 2**62)  # out of step with the times at which they look
         start = time.time()
         with store.transaction():
             store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type=queue))
@@ -7252,12 +7737,12 @@ def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
 def _bench_waiter(target: str, queue: str, seconds: float) -> tuple[float, float]:
     """Wait for an item of a queue, or without one for an event: when it came, and how many % of a core that took."""
     with open(target) as store:
-        begun, used = time.monotonic(), time.process_time()
+        begun, used = _monotonic(), time.process_time()
         if queue:
             store.state.claim_work_item("worker", [queue], wait=seconds)
         else:
             next(store.events.tail(timeout=seconds), None)
-        return time.time(), (time.process_time() - used) / (time.monotonic() - begun) * 100
+        return time.time(), (time.process_time() - used) / (_monotonic() - begun) * 100
 
 
 def _bench_workers(on: _Bench) -> _Verdict:
@@ -8059,8 +8544,8 @@ class _PostgresEngine(_Engine):
                 raise
 
     def _has_committed(self, lost: _PostgresDb) -> bool:
-        deadline = time.monotonic() + self.options.busy_timeout
-        while time.monotonic() < deadline and not self.closed:
+        deadline = _monotonic() + self.options.busy_timeout
+        while _monotonic() < deadline and not self.closed:
             with contextlib.suppress(StorageError):  # the server is starting again
                 status, sure = self.on_its_own(
                     lambda tx: tx.rows(_FATE, lost.number, lost.since)[0]
@@ -8075,7 +8560,7 @@ class _PostgresEngine(_Engine):
     def wait(self, seen: int, seconds: float) -> Any:
         """Wait until the server tells of a commit; one thread listens for all of them."""
         self.refuse_closed()
-        deadline = time.monotonic() + min(seconds, self.tick)
+        deadline = _monotonic() + min(seconds, self.tick)
         if not self.writer.lock.acquire(blocking=False):
             return super().wait(seen, seconds)
         try:
@@ -8083,13 +8568,11 @@ class _PostgresEngine(_Engine):
             if not listening:  # what was committed until now may not have been seen
                 db.execute(f'LISTEN "{self.schema}"')
             elif not self.closed and self.commits == seen:
-                for _ in db.db.notifies(
-                    timeout=max(0.0, deadline - time.monotonic()), stop_after=1
-                ):
+                for _ in db.db.notifies(timeout=max(0.0, deadline - _monotonic()), stop_after=1):
                     self.commits += 1
         except (StorageError, self.psycopg.Error):
             self.writer.close()
-            time.sleep(max(0.0, deadline - time.monotonic()))
+            time.sleep(max(0.0, deadline - _monotonic()))
         finally:
             self.writer.lock.release()
             self._wake_watchers()  # another one listens now
