@@ -83,6 +83,7 @@ from typing import (
     Self,
     TypeAlias,
     TypeVar,
+    cast,
     dataclass_transform,
     overload,
 )
@@ -1716,7 +1717,6 @@ class _Log:
 # ====================================================================================================
 
 _GROUP_MOST = 1000  # operations in one commit: enough to hide the fsync, few enough to keep each transaction short
-_POLL_INTERVAL = 0.02  # seconds between two looks of a waiter at what other processes wrote
 
 
 class _CallState(enum.Enum):
@@ -2693,6 +2693,7 @@ class _Engine:
     `_PostgresEngine` is the other one: what it does in another way is a method here."""
 
     max_writers = 1  # connections that write side by side
+    poll_seconds = 0.02  # between two looks of a waiter at what other processes wrote
     failed_reads_end_transactions = False
     listens = False  # whether a commit of another process is told, so that nobody has to look
 
@@ -2984,7 +2985,7 @@ class _Engine:
         return self.retry_while_busy(read)
 
     def _read(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
-        connection = self.pool.check_out()
+        connection = self.pool.check_out(operation.writes)
         try:
             with connection.lock:
                 tx = connection.tx or connection.use()
@@ -3073,7 +3074,7 @@ class _Engine:
         gate.acquire()
         with self.listen(gate.release):
             if self.commits == seen:
-                gate.acquire(timeout=self.listeners.poll_interval(seconds, _POLL_INTERVAL))
+                gate.acquire(timeout=self.listeners.poll_interval(seconds, self.poll_seconds))
 
     @contextlib.contextmanager
     def listen(self, wake: Callable[[], object]) -> Iterator[None]:
@@ -3340,10 +3341,9 @@ class _AsyncEngine:
 
     async def wait_for_nesting(self, block: _Block) -> None:
         """Wait until no task has a transaction nested in a block, or a statement on its way; StorageError when late."""
-        import asyncio
 
         try:
-            async with asyncio.timeout(self.engine.options.busy_timeout):
+            async with self._timeout(self.engine.options.busy_timeout):
                 await block.turn.acquire()
         except TimeoutError:
             raise StorageError(
@@ -3419,13 +3419,36 @@ class _AsyncEngine:
                 else:
                     call.future.set_result(call.result)
 
+    @contextlib.asynccontextmanager
+    async def _timeout(self, seconds: float) -> AsyncIterator[asyncio.Timeout]:
+        """`asyncio.timeout`; where a test has frozen the time that the loop goes by, a thread waits for it."""
+        import asyncio
+
+        ended = threading.Event()
+        frozen = not inspect.isbuiltin(time.monotonic)
+        async with asyncio.timeout(None if frozen else seconds) as timeout:
+
+            def expire() -> None:
+                if not ended.is_set():
+                    timeout.reschedule(0.0)
+
+            def wait() -> None:
+                if not ended.wait(seconds):
+                    self.loop.call_soon_threadsafe(expire)
+
+            if frozen:
+                self.loop.run_in_executor(self._others, wait)
+            try:
+                yield timeout
+            finally:
+                ended.set()
+
     async def take_turn(self, deadline: float) -> None:
         """Wait until no batch and no other task's transaction is under way; StoreBusy at the deadline."""
-        import asyncio
 
         while True:
             try:
-                async with asyncio.timeout(max(0.0, deadline - _monotonic())) as patience:
+                async with self._timeout(max(0.0, deadline - _monotonic())) as patience:
                     self._patient.add(patience)
                     try:
                         await self.turn.acquire()
@@ -3463,9 +3486,8 @@ class _AsyncEngine:
             contextlib.suppress(TimeoutError),
         ):
             if self.engine.commits == seen:
-                async with asyncio.timeout(
-                    self.engine.listeners.poll_interval(seconds, _POLL_INTERVAL)
-                ):
+                interval = self.engine.listeners.poll_interval(seconds, self.engine.poll_seconds)
+                async with self._timeout(interval):
                     await news.wait()
 
     async def close(self) -> None:
@@ -7724,7 +7746,9 @@ def _bench_wait(on: _Bench, idle: bool) -> _Verdict:
 
     def wake() -> float:
         both = wait(5)
-        time.sleep(0.2 + 0.1 * _random_bits() / 2**62)  # out of step with the times at which they look
+        time.sleep(
+            0.2 + 0.1 * _random_bits() / 2**62
+        )  # out of step with the times at which they look
         start = time.time()
         with store.transaction():
             store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type=queue))
@@ -8424,13 +8448,92 @@ class _PostgresDb:
             raise kind(f"the database failed: {says}") from error
 
 
+class _LimitedPool(_Pool):
+    """A server's connections: a limited number for writes and one for reads, first come, first served.
+
+    Reads wait apart from writes, which may wait for each other."""
+
+    def __init__(self, engine: _PostgresEngine) -> None:
+        super().__init__(engine)
+        self.engine = engine
+        # The one that asks for each connection in use is kept with it: who asks and is interrupted leaves no trace.
+        self.in_use: tuple[weakref.WeakSet[_Connection], ...] = (
+            weakref.WeakSet(),
+            weakref.WeakSet(),
+        )
+        self.waiting: tuple[deque[weakref.ref[threading.Lock]], ...] = (deque(), deque())
+
+    def forget_callers(self) -> None:
+        """After a fork, in the child: all that waited or held something is in the parent."""
+        self.idle = []
+        self.in_use = (weakref.WeakSet(), weakref.WeakSet())
+        self.waiting = (deque(), deque())
+
+    def check_out(self, writes: bool = False) -> _Connection:
+        """A connection for one call or block; StoreBusy while all that there may be are in use."""
+        gate = threading.Lock()
+        queue = self.waiting[writes]
+        place = weakref.ref(
+            gate
+        )  # weak, so that a waiter killed by Ctrl-C does not block the others
+        deadline = _monotonic() + self.engine.options.busy_timeout
+        try:
+            queue.append(place)
+            while True:
+                self.engine.refuse_closed()
+                gate.acquire(blocking=False)
+                with self.mutex:
+                    if self._first(queue) is gate and len(self.in_use[writes]) < _CONNECTIONS:
+                        connection = super().check_out(writes)
+                        self.in_use[writes].add(connection)
+                        return connection
+                left = deadline - _monotonic()
+                if left <= 0:
+                    raise StoreBusy(
+                        f"all {_CONNECTIONS} connections of this store were in use too long"
+                    )
+                gate.acquire(timeout=min(0.1, left))  # a block that was dropped tells nobody
+        finally:
+            with self.mutex, contextlib.suppress(ValueError):
+                queue.remove(place)
+            self._call_next()
+
+    def check_in(self, connection: _Connection) -> None:
+        """Take a connection back, and let the next caller have it."""
+        with connection.lock:
+            if connection.tx is not None:
+                try:
+                    connection.tx.rollback()
+                except StorageError:  # it is broken
+                    connection.close()
+        with self.mutex:
+            for in_use in self.in_use:
+                in_use.discard(connection)
+        super().check_in(connection)
+        self._call_next()
+
+    @staticmethod
+    def _first(queue: deque[weakref.ref[threading.Lock]]) -> threading.Lock | None:
+        """The caller that waits longest; the caller holds the mutex."""
+        while queue and queue[0]() is None:
+            queue.popleft()
+        return queue[0]() if queue else None
+
+    def _call_next(self) -> None:
+        with self.mutex:
+            for queue in self.waiting:
+                gate = self._first(queue)
+                if gate is not None and gate.locked():
+                    gate.release()
+
+
 class _PostgresEngine(_Engine):
     """A database on a PostgreSQL server: each call has a connection and a transaction of its own."""
 
-    one_writer = False
-    most = _CONNECTIONS
-    tick = 0.1
-    ddl = _IN_POSTGRES
+    max_writers = _CONNECTIONS
+    poll_seconds = 0.1  # a server tells of commits: a look is for what it did not tell
+    failed_reads_end_transactions = True
+    listens = True
 
     def __init__(self, target: str, options: SimpleNamespace) -> None:
         import importlib
@@ -8455,14 +8558,33 @@ class _PostgresEngine(_Engine):
             SET default_transaction_read_only = {"on" if options.read_only else "off"}"""
         super().__init__(re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target), None, options)
 
-    def _connect(self) -> Any:
+    def keeps_in_memory(self) -> bool:
+        """No: the server keeps it."""
+        return False
+
+    def blocks_lead(self) -> bool:
+        """No: blocks run side by side, each on a connection of its own."""
+        return False
+
+    def make_pool(self) -> _Pool:
+        """Connections for reads and for writes, a limited number of each."""
+        return _LimitedPool(self)
+
+    def connect(self) -> _Tx:
+        """A new connection to the server."""
         self.refuse_closed()
-        return _PostgresDb(self)
+        return _Tx(_PostgresDb(self), self.options.clock)
+
+    def schema_in_own_words(self, script: str) -> str:
+        """The schema with PostgreSQL's types and indexes."""
+        for pattern, meaning in _IN_POSTGRES:
+            script = re.sub(pattern, meaning, script)
+        return script
 
     # --- opening ---
     def _prepare(self) -> None:
         """Create or upgrade the tables in their schema, whoever else opens it at the same time."""
-        self._patiently(lambda: self._with_connection(self._prepare_schema))
+        self.retry_while_busy(lambda: self.with_connection(self._prepare_schema))
 
     def _prepare_schema(self, tx: _Tx) -> None:
         if self._version(tx) == _SCHEMA_VERSION and not self._numbers_behind(tx):
@@ -8501,7 +8623,16 @@ class _PostgresEngine(_Engine):
         return int(top - following + 1) if top >= base + following else 0
 
     # --- running operations ---
-    def _run_beside(
+    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+        """Run an operation: in the caller's open transaction, or in one of its own."""
+        block = self.block() if _blocks.get() else None
+        if block is not None:
+            return block.run(operation, facet, args, kwargs)
+        if operation.writes:
+            self.refuse_read_only()
+        return self.retry_while_busy(functools.partial(self._read, operation, facet, args, kwargs))
+
+    def run_on_reader(
         self, tx: _Tx, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
     ) -> Any:
         def once() -> Any:
@@ -8516,7 +8647,7 @@ class _PostgresEngine(_Engine):
                 tx.db.begin(level, late)
             result = operation.run(facet, tx, args, kwargs)
             if operation.writes:
-                self.commit_beside(tx)
+                self.commit_on_reader(tx)
             return result
 
         late = 2 if operation.one and facet._tenant is None else 0
@@ -8526,16 +8657,16 @@ class _PostgresEngine(_Engine):
             if not late or not tx.db.db.closed:
                 raise
         try:  # the connection was lost with the one statement on its way: done again, it does no harm or raises
-            tx.db = self._connect()
+            tx.db = _PostgresDb(self)
             return once()
         except FlowStoreError as error:
             raise StorageError(_IN_DOUBT) from error
 
-    def begin_beside(self, tx: _Tx) -> None:
+    def begin_on_reader(self, tx: _Tx) -> None:
         """Begin the transaction of a block. One that loses against another is StoreBusy, and run again."""
         tx.db.begin("" if self.options.read_only else "SERIALIZABLE")
 
-    def commit_beside(self, tx: _Tx) -> None:
+    def commit_on_reader(self, tx: _Tx) -> None:
         """Commit; when the connection is lost in the middle, the server is asked what became of it."""
         try:
             tx.db.commit()
@@ -8547,7 +8678,7 @@ class _PostgresEngine(_Engine):
         deadline = _monotonic() + self.options.busy_timeout
         while _monotonic() < deadline and not self.closed:
             with contextlib.suppress(StorageError):  # the server is starting again
-                status, sure = self.on_its_own(
+                status, sure = self.on_new_connection(
                     lambda tx: tx.rows(_FATE, lost.number, lost.since)[0]
                 )
                 if status == "committed" and not sure:
@@ -8560,22 +8691,22 @@ class _PostgresEngine(_Engine):
     def wait(self, seen: int, seconds: float) -> Any:
         """Wait until the server tells of a commit; one thread listens for all of them."""
         self.refuse_closed()
-        deadline = _monotonic() + min(seconds, self.tick)
-        if not self.writer.lock.acquire(blocking=False):
+        deadline = _monotonic() + min(seconds, self.poll_seconds)
+        if not self.writer.connection.lock.acquire(blocking=False):
             return super().wait(seen, seconds)
         try:
-            listening, db = self.writer.tx is not None, self.writer.use().db
+            listening, db = self.writer.connection.tx is not None, self.writer.connection.use().db
             if not listening:  # what was committed until now may not have been seen
                 db.execute(f'LISTEN "{self.schema}"')
             elif not self.closed and self.commits == seen:
                 for _ in db.db.notifies(timeout=max(0.0, deadline - _monotonic()), stop_after=1):
                     self.commits += 1
         except (StorageError, self.psycopg.Error):
-            self.writer.close()
+            self.writer.connection.close()
             time.sleep(max(0.0, deadline - _monotonic()))
         finally:
-            self.writer.lock.release()
-            self._wake_watchers()  # another one listens now
+            self.writer.connection.lock.release()
+            self.listeners.notify()  # another one listens now
 
     # --- the whole store ---
     def sizes(self, tx: _Tx) -> dict[str, int]:
@@ -8583,7 +8714,7 @@ class _PostgresEngine(_Engine):
         sql = "SELECT COALESCE(SUM(pg_total_relation_size(to_regclass(name)))::bigint, 0) FROM unnest(?::text[]) name"
         return {"file_bytes": tx.rows(sql, list(_TABLE_NAMES))[0][0], "wal_bytes": 0}
 
-    def _copy_to(self, tx: _Tx, path: str) -> None:
+    def copy_to(self, tx: _Tx, path: str) -> None:
         """A backup is an SQLite file."""
         tx.db.begin("")
         with open(path) as store:
@@ -8592,7 +8723,7 @@ class _PostgresEngine(_Engine):
     def compact(self) -> None:
         """Have the server find the space that is free again."""
         self.refuse_read_only()
-        self._with_connection(lambda tx: tx.run(f"VACUUM (ANALYZE) {', '.join(_TABLE_NAMES)}"))
+        self.with_connection(lambda tx: tx.run(f"VACUUM (ANALYZE) {', '.join(_TABLE_NAMES)}"))
 
     def before_fork(self) -> None:
         """The parent goes on as if nothing had happened."""
@@ -8601,12 +8732,12 @@ class _PostgresEngine(_Engine):
 
     def after_fork_in_child(self) -> None:
         """Begin anew: the connections are the parent's, and even closing one here would end it there."""
-        for connection in list(self.connections):
-            if connection.tx is not None:
-                _keep_for_ever(connection.tx.db)
-            connection.lock, connection.tx, connection.lent = threading.RLock(), None, None
-        self.mutex, self.watching, self.readers = threading.RLock(), set(), []
-        self.lines = (deque(), deque())
+        for lock in (self.mutex, *(one.lock for one in self.pool.connections)):
+            lock._at_fork_reinit()  # type: ignore[attr-defined]
+        for connection in list(self.pool.connections):
+            connection.leak()
+        self.listeners = _CommitListeners()
+        cast("_LimitedPool", self.pool).forget_callers()
 
 
 _SERVERS |= {"postgresql": _PostgresEngine, "postgres": _PostgresEngine}
