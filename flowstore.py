@@ -1649,63 +1649,56 @@ def _is_locked_by_others(path: str) -> bool:
     return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
 
 
+def _seek_and_read(descriptor: int, size: int, offset: int) -> bytes:
+    os.lseek(descriptor, offset, os.SEEK_SET)
+    return os.read(descriptor, size)
+
+
+_read_at: Callable[[int, int, int], bytes] = getattr(os, "pread", _seek_and_read)
+
+
 class _Log:
     """The write-ahead log beside a file: whether it is full, and whether it is still the file's."""
 
     def __init__(self, path: str) -> None:
         self.path = path + "-wal"
-        self._descriptor = -1
-        self._frame_bytes = 0
-        self._seen_mark = (
-            b""  # what stands at the full mark of a log that has been begun anew since
-        )
+        self.descriptor = -1
+        self.mark_offset = 0  # where the salt of the 3,000th frame stands
+        self.seen_mark = b""  # what stood there when the log was found not to be full
 
-    def open(self) -> None:
+    def open(self, page_bytes: int) -> None:
         """Open it, as soon as SQLite has: what is found under its name later may be another one."""
-        if self._descriptor < 0:
+        self.mark_offset = 40 + (_WAL_FRAMES - 1) * (24 + page_bytes)
+        if self.descriptor < 0:
             with contextlib.suppress(OSError):
-                self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-
-    def _read(self, size: int, offset: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self._descriptor, size, offset)
-        os.lseek(self._descriptor, offset, os.SEEK_SET)
-        return os.read(self._descriptor, size)
+                self.descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
 
     def is_full(self) -> bool:
         """Whether the log has its 3,000th frame. Its size does not tell: a log that is begun anew keeps it.
 
         Each frame has the salt of its log, which stands in the log's header too."""
-        try:
-            if not self._frame_bytes:
-                page_bytes = int.from_bytes(self._read(4, 8), "big")
-                self._frame_bytes = page_bytes and 24 + page_bytes
-            mark = self._read(8, 40 + (_WAL_FRAMES - 1) * self._frame_bytes)
-            if mark == self._seen_mark:
-                return False
-            if mark == self._read(8, 16):
-                return True
-            self._seen_mark = mark
-        except OSError:
-            self.open()
+        mark = _read_at(self.descriptor, 8, self.mark_offset)
+        if mark != self.seen_mark and mark == _read_at(self.descriptor, 8, 16):
+            return True
+        self.seen_mark = mark
         return False
 
     def size(self) -> int:
         """Bytes of the log."""
-        return os.fstat(self._descriptor).st_size
+        return os.fstat(self.descriptor).st_size
 
     def was_deleted(self) -> bool:
         """Whether it has no name any more: another process took it for left over, and what is in it is lost."""
         try:
-            return os.fstat(self._descriptor).st_nlink == 0
+            return os.fstat(self.descriptor).st_nlink == 0
         except OSError:
             return False
 
     def close(self) -> None:
         """Close the descriptor: no lock is lost by that, for SQLite has none on a log."""
-        descriptor = self._descriptor
-        self._descriptor = -1
-        self._frame_bytes = 0
+        descriptor = self.descriptor
+        self.descriptor = -1
+        self.seen_mark = b""
         if descriptor >= 0:
             os.close(descriptor)
 
@@ -1798,29 +1791,12 @@ class _Writer:
             self.connection.companions = [self.checkpointer, log]
 
     # --- one call ---
-    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation in a transaction of its own, or in one with others'."""
-        if operation.writes and self.engine.options.read_only:
-            self.engine.refuse_read_only()
-        call = _Call()
-        call.operation = operation
-        call.facet = facet
-        call.args = args
-        call.kwargs = kwargs
-        self.lead(call, self._commit_calls)
-        if call.error is not None:
-            try:
-                raise call.error
-            finally:
-                del call  # its error's traceback leads back to this frame
-        return call.result
-
     def run_batch(self, calls: list[_Call]) -> None:
         """Run operations in one transaction, each on its own: every call gets its result or error."""
         call = _Call()
         call.batch = calls
         call.deadline = max(one.deadline for one in calls)
-        self.lead(call, self._commit_calls)
+        self.lead(call, self.commit_calls)
         if call.error is not None:
             raise call.error
 
@@ -1963,45 +1939,59 @@ class _Writer:
         self.next_yield = _monotonic() + 0.025
 
     # --- what a leader does ---
-    def _begin(self, leader: _Call) -> bool:
-        """BEGIN IMMEDIATE, under the connection's lock; False when another process has the file."""
+    def _begin(self, leader: _Call) -> _Tx | None:
+        """BEGIN IMMEDIATE, under the connection's lock; None when another process has the file."""
+        engine = self.engine
+        log = self.log
         try:
-            db = (self.connection.tx or self.connection.use()).db
-            if db.in_transaction:  # of a block whose end was never run
-                db.rollback()
-            if self.engine.log_may_vanish and not self.engine.has_log():
+            tx = self.connection.tx or self.connection.use()
+            if tx.db.in_transaction:  # of a block whose end was never run
+                tx.db.rollback()
+            if engine.log_may_vanish and not engine.has_log():
                 leader.file_is_busy = True
-                return False
-            db.execute("BEGIN IMMEDIATE")
-            if self.log is not None and self.log.is_full():
-                self._checkpoint(db, self.log)
+                return None
+            tx.db.execute("BEGIN IMMEDIATE")
+            # Nearly always the mark is what it was: that is seen here, without a call.
+            if (
+                log is not None
+                and log.descriptor >= 0
+                and _read_at(log.descriptor, 8, log.mark_offset) != log.seen_mark
+                and log.is_full()
+            ):
+                self._checkpoint(tx.db, log)
         except (sqlite3.Error, StoreBusy) as error:
             if isinstance(error, sqlite3.Error) and not isinstance(
                 failure := _failure(error), StoreBusy
             ):
                 raise failure from error
             leader.file_is_busy = True
-            return False
+            return None
         self.committed.clear()
         leader.begun = True
         leader.file_is_busy = False
-        return True
+        return tx
 
-    def _commit_calls(self, leader: _Call) -> bool:
+    def commit_calls(self, leader: _Call) -> bool:
         """Begin, run the leader's call and what has queued, commit; False while another process has the file."""
         with self.connection.lock:
-            if not self._begin(leader):
+            tx = self._begin(leader)
+            if tx is None:
                 return False
-            tx = self.connection.use()
             operation = leader.operation
             if operation is None or (self.queue and not leader.runs_alone):
                 wrote = self._commit_group(tx, leader)
             else:
-                leader.result = operation.run(leader.facet, tx, leader.args, leader.kwargs)
+                facet = leader.facet
+                if facet._tenant is not None:
+                    facet._admit(tx, operation.writes)
+                leader.result = operation.function(facet, tx, *leader.args, **leader.kwargs)
                 self._commit(tx, leader)
                 wrote = operation.writes
         if wrote:  # in memory, reads come this way too: they are no news
-            self.engine.note_commit()
+            engine = self.engine
+            engine.commits += 1
+            if engine.listeners.wakers:
+                engine.listeners.notify()
         return True
 
     def _commit_group(self, tx: _Tx, leader: _Call) -> bool:
@@ -2112,13 +2102,14 @@ class _Writer:
     def begin_block(self, call: _Call) -> bool:
         """Begin the transaction of a block that leads; False when another process has the file."""
         with self.connection.lock:
-            return self._begin(call)
+            return self._begin(call) is not None
 
     def commit_block(self, call: _Call) -> bool:
         """Commit the transaction of a block that leads."""
         with self.connection.lock:
             self._commit(self.connection.use(), call)
-        self.engine.note_commit()
+        self.engine.commits += 1
+        self.engine.listeners.notify()
         return True
 
     def alone(self, action: Callable[[_Tx], R]) -> R:
@@ -2170,8 +2161,7 @@ class _Writer:
 
     def mind_log(self, tx: _Tx) -> None:
         """Checkpoint the log if it is full."""
-        call = _Call()
-        if self._begin(call):
+        if self._begin(_Call()) is not None:
             tx.rollback()
 
     def empty_log(self, tx: _Tx) -> None:
@@ -2179,7 +2169,7 @@ class _Writer:
 
         Where TRUNCATE does not get the write lock in time it goes on without: the checkpointer's snapshot, which
         reads past the log, then keeps it from copying anything."""
-        if self.checkpointer is None or not self._begin(_Call()):
+        if self.checkpointer is None or self._begin(_Call()) is None:
             raise self.engine.busy_error()
         helper = self.checkpointer.use()
         try:
@@ -2783,7 +2773,7 @@ class _Engine:
                 pinned = _count_connection(self.path, tx)
                 self.log_may_vanish = not pinned and os.name == "posix"
                 if self.log is not None:
-                    self.log.open()
+                    self.log.open(tx.rows("PRAGMA page_size")[0][0])
         except BaseException:
             self.disconnect(tx)
             raise
@@ -2978,7 +2968,20 @@ class _Engine:
             if block is not None:
                 return block.run(operation, facet, args, kwargs)
         if operation.writes or self.in_memory:
-            return self.writer.run(operation, facet, args, kwargs)
+            if operation.writes and self.options.read_only:
+                self.refuse_read_only()
+            call = _Call()
+            call.operation = operation
+            call.facet = facet
+            call.args = args
+            call.kwargs = kwargs
+            self.writer.lead(call, self.writer.commit_calls)
+            if call.error is not None:
+                try:
+                    raise call.error
+                finally:
+                    del call  # its error's traceback leads back to this frame
+            return call.result
         read = functools.partial(self._read, operation, facet, args, kwargs)
         if self.cannot_lock or self.log_may_vanish:
             return self.retry_while_busy(lambda: self._read_again_if_changed(read))
@@ -3062,12 +3065,6 @@ class _Engine:
                 return result
 
     # --- who is told of a commit ---
-    def note_commit(self) -> None:
-        """After a commit: wake those who wait for something to happen."""
-        self.commits += 1
-        if self.listeners.wakers:
-            self.listeners.notify()
-
     def wait(self, seen: int, seconds: float) -> Any:
         """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
         gate = threading.Lock()
