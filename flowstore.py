@@ -105,6 +105,78 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Without `open`, so that `from flowstore import *` leaves the builtin alone.
+__all__ = [
+    "DEFAULT_TENANT",
+    "AlreadyExists",
+    "AlreadyTerminal",
+    "ApiToken",
+    "ArtifactRef",
+    "AsyncEventStore",
+    "AsyncFlowStore",
+    "AsyncHold",
+    "AsyncOpening",
+    "AsyncPersistenceProvider",
+    "AsyncStateBackend",
+    "AsyncStore",
+    "AsyncTransaction",
+    "CancelPending",
+    "CommandName",
+    "DeadLetter",
+    "Event",
+    "EventStore",
+    "EventSubscription",
+    "EventType",
+    "ExecutionError",
+    "ExecutionPointer",
+    "ExecutionStatus",
+    "Flow",
+    "FlowEvent",
+    "FlowStatus",
+    "FlowStep",
+    "FlowStepStatus",
+    "FlowStore",
+    "FlowStoreError",
+    "Hold",
+    "IllegalTransition",
+    "InvalidData",
+    "LeaseLost",
+    "LimitExceeded",
+    "NotFound",
+    "PersistenceProvider",
+    "PointerStatus",
+    "ReclaimResult",
+    "RevisionMismatch",
+    "ScheduledCommand",
+    "SchemaError",
+    "SequenceConflict",
+    "Snapshot",
+    "StateBackend",
+    "StepRuntime",
+    "StorageError",
+    "Store",
+    "StoreBusy",
+    "StoreClosed",
+    "StoreCorrupt",
+    "StoreFull",
+    "StoredEvent",
+    "Tenant",
+    "TenantInactive",
+    "TenantLimits",
+    "TenantMismatch",
+    "TenantStatus",
+    "Transaction",
+    "View",
+    "WorkItem",
+    "WorkItemStatus",
+    "WorkflowDefinition",
+    "WorkflowExecution",
+    "WorkflowInstance",
+    "WorkflowStatus",
+    "new_id",
+    "open_async",
+]
+
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
 R = TypeVar("R")
@@ -114,9 +186,9 @@ P = ParamSpec("P")
 _Steps: TypeAlias = "Generator[Any, Any, R]"  # what @_steps makes a method of
 
 
-# ============================================================================================================
+# ==================================================================================================
 # Errors: every failure a caller can meet, each with its facts as attributes
-# ============================================================================================================
+# ==================================================================================================
 
 
 class FlowStoreError(Exception):
@@ -258,9 +330,9 @@ class SchemaError(StorageError):
     """The tables in the database are not those this version works on."""
 
 
-# ============================================================================================================
+# ==================================================================================================
 # Records: enums and dataclasses, grouped by facet
-# ============================================================================================================
+# ==================================================================================================
 
 DEFAULT_TENANT = "default"
 """The tenant that is always registered."""
@@ -732,9 +804,9 @@ class ExecutionError(_Record, frozen=True):
     error_time: datetime | None = None
 
 
-# ============================================================================================================
+# ==================================================================================================
 # Schema: the tables, one statement each, in words that SQLite and PostgreSQL share
-# ============================================================================================================
+# ==================================================================================================
 
 # Times are integer microseconds since the epoch, JSON is text. Tables that a seed names keep that name; the others
 # are `flowstore_...`, since the user's own tables may share the file. The partial indexes of the queue begin with the
@@ -870,9 +942,9 @@ def _statements(script: str) -> list[str]:
     return [statement.strip() for statement in script.split(";") if statement.strip()]
 
 
-# ============================================================================================================
+# ==================================================================================================
 # Rows: values checked, and the one mapper between records and rows
-# ============================================================================================================
+# ==================================================================================================
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -1240,9 +1312,9 @@ _COMMAND = _Mapper(ScheduledCommand, "scheduled_commands", "command")
 _ERROR = _Mapper(ExecutionError, "execution_errors", "error")
 
 
-# ====================================================================================================
+# ==================================================================================================
 # Connections: one connection, the pool of readers, files and their guards, waiting for others
-# ====================================================================================================
+# ==================================================================================================
 
 _IDLE_READERS = 8
 _WAL_FRAMES = 3000  # the log is checkpointed at that many pages: commits often change the same ones
@@ -1705,9 +1777,9 @@ class _Log:
     leak = close
 
 
-# ====================================================================================================
+# ==================================================================================================
 # Writer: group commit, interrupts, checkpoints, and who is told of a commit
-# ====================================================================================================
+# ==================================================================================================
 
 _GROUP_MOST = 1000  # operations in one commit: enough to hide the fsync, few enough to keep each transaction short
 
@@ -2222,9 +2294,9 @@ def _copy_error(error: Exception) -> Exception:
     return copy
 
 
-# ====================================================================================================
+# ==================================================================================================
 # Transactions: the block, savepoints, the user's own SQL
-# ====================================================================================================
+# ==================================================================================================
 
 _REFUSED_SQL = re.compile(
     r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|"
@@ -2515,9 +2587,9 @@ class _Block:
                     waiting.gate.release()
 
 
-# ====================================================================================================
+# ==================================================================================================
 # Fork: what happens before and after one
-# ====================================================================================================
+# ==================================================================================================
 
 # SQLite keeps its file locks in a table per process. A fork copies the table but not the locks, so a child that held on
 # to a connection would take the file for locked when it is not, and lose what is written. So every connection of every
@@ -2585,9 +2657,9 @@ if hasattr(os, "register_at_fork") and not _process.fork_hooks:
     )
 
 
-# ====================================================================================================
+# ==================================================================================================
 # Operations: the engine that runs them, how a method becomes a call, tenants' SQL, pruning
-# ====================================================================================================
+# ==================================================================================================
 
 
 class _Method(Generic[F, P, R]):
@@ -3261,355 +3333,9 @@ def _vacuum_step(tx: _Tx) -> bool:
     return bool(0 < tx.rows("PRAGMA freelist_count")[0][0] < before)
 
 
-# --- the same engine for the tasks of an event loop ---
-class _AsyncEngine:
-    """An engine whose calls are awaited: the writes of all tasks go to one worker thread, all that there are at once.
-
-    While a batch is being committed the next one gathers. `turn` is held by the batch under way or by the task whose
-    transaction is open: a batch sent during a transaction would block the worker, which runs its statements."""
-
-    def __init__(self, engine: _Engine) -> None:
-        import asyncio
-        from concurrent.futures import ThreadPoolExecutor
-
-        self.engine = engine
-        self.loop = asyncio.get_running_loop()
-        self.turn = asyncio.Semaphore(engine.max_writers)
-        self._running_loop = asyncio.get_running_loop
-        self._waiting: list[_Call] = []
-        self._patient: set[asyncio.Timeout] = set()
-        self._batching = False
-        self._listening: asyncio.Future[None] | None = None
-        self._closing: asyncio.Future[None] | None = None
-        self._sender: asyncio.Task[None] | None = None
-        # On a server each block has a thread, and another for its end behind a statement that was given up.
-        self._worker = ThreadPoolExecutor(
-            1 if engine.max_writers == 1 else 2 * engine.max_writers, "flowstore-writer"
-        )
-        self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
-        self._writers = ThreadPoolExecutor(
-            _IDLE_READERS, "flowstore-beside"
-        )  # on a server: writes of no block
-        self._others = ThreadPoolExecutor(32, "flowstore-aside")  # for what takes long
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.engine, name)
-
-    def refuse_foreign(self) -> None:
-        """StorageError in another loop, StoreClosed after close()."""
-        if self._running_loop() is not self.loop:
-            raise StorageError(
-                "the store belongs to the event loop that opened it: open another one in this loop"
-            )
-        self.engine.refuse_closed()
-
-    def in_worker(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
-        """Run in the one thread that writes."""
-        self.refuse_foreign()
-        return self.loop.run_in_executor(self._worker, function, *args)
-
-    def in_thread(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
-        """Run what takes long in a thread that nothing else waits for."""
-        self.refuse_foreign()
-        return self.loop.run_in_executor(self._others, function, *args)
-
-    async def run(
-        self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
-    ) -> Any:
-        """Run an operation: in the task's open transaction, or in one of its own."""
-        while _blocks.get() and (block := self.engine.block()) is not None:
-            with contextlib.suppress(_TransactionEnded):
-                return await self.in_block(block, block.run, operation, facet, args, kwargs)
-        if not self.engine.in_memory and not (operation.writes and self.engine.max_writers == 1):
-            self.refuse_foreign()
-            pool = self._writers if operation.writes else self._readers
-            return await self.loop.run_in_executor(
-                pool, self.engine.run, operation, facet, args, kwargs
-            )
-        return await self.send(operation, facet, args, kwargs)
-
-    async def in_block(self, block: _Block, function: Callable[..., R], *args: Any) -> R:
-        """Run a statement of a block, while no other task has a transaction nested in it."""
-        await self.wait_for_nesting(block)
-        try:
-            return await self.in_worker(function, *args)
-        finally:
-            block.turn.release()
-
-    async def wait_for_nesting(self, block: _Block) -> None:
-        """Wait until no task has a transaction nested in a block, or a statement on its way; StorageError when late."""
-
-        try:
-            async with self._timeout(self.engine.options.busy_timeout):
-                await block.turn.acquire()
-        except TimeoutError:
-            raise StorageError(
-                "another task has a transaction nested in this one: let it end first"
-            ) from None
-
-    def send(
-        self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
-    ) -> asyncio.Future[Any]:
-        """Have an operation run in a batch, behind those that were sent before."""
-        self.refuse_foreign()
-        if operation.writes:
-            self.engine.refuse_read_only()
-        call = _Call()
-        call.operation = operation
-        call.facet = facet
-        call.args = args
-        call.kwargs = kwargs
-        call.deadline = _monotonic() + self.engine.options.busy_timeout
-        future = call.future = self.loop.create_future()
-        self._waiting.append(call)
-        if self._sender is None:
-            self._send()
-        return future
-
-    def _send(self, ended: object = None) -> None:
-        """Have a task send what waits, and another after it: asyncio.run() cancels every task at its end, while those
-        that clean up still write."""
-        self._waiting = [call for call in self._waiting if not call.future.done()]  # not cancelled
-        self._sender = self.loop.create_task(self._send_all()) if self._waiting else None
-        if self._sender is not None:
-            self._sender.add_done_callback(self._send)
-
-    async def _send_all(self) -> None:
-        import asyncio
-
-        while self._waiting:
-            try:
-                await self.take_turn(self._waiting[0].deadline)
-            except StorageError as error:  # the time of some of them is up, or the store was closed
-                now = math.inf if self.engine.closed else _monotonic()
-                late, self._waiting = (
-                    self._waiting,
-                    [call for call in self._waiting if call.deadline > now],
-                )
-                self._answer([call for call in late if call.deadline <= now], error)
-                continue
-            try:
-                batch = [call for call in self._waiting[:_GROUP_MOST] if not call.future.done()]
-                del self._waiting[:_GROUP_MOST]
-                if batch:
-                    sent = self.in_worker(self.engine.writer.run_batch, batch)
-                    # By a callback: this task may be cancelled meanwhile, and they get their answer all the same.
-                    sent.add_done_callback(functools.partial(self._answer_all, batch))
-                    self._batching = True
-                    await asyncio.wait([sent])
-            except StorageError as error:  # the store was closed
-                self._answer(batch, error)
-            finally:
-                self._batching = False
-                self.turn.release()
-
-    def _answer_all(self, calls: list[_Call], sent: asyncio.Future[None]) -> None:
-        error = sent.exception()
-        self._answer(calls, error if isinstance(error, Exception) else None)
-
-    @staticmethod
-    def _answer(calls: list[_Call], failure: Exception | None = None) -> None:
-        for call in calls:
-            if not call.future.done():
-                if error := call.error or (failure and _copy_error(failure)):
-                    call.future.set_exception(error)
-                else:
-                    call.future.set_result(call.result)
-
-    @contextlib.asynccontextmanager
-    async def _timeout(self, seconds: float) -> AsyncIterator[asyncio.Timeout]:
-        """`asyncio.timeout`; where a test has frozen the time that the loop goes by, a thread waits for it."""
-        import asyncio
-
-        ended = threading.Event()
-        frozen = not inspect.isbuiltin(time.monotonic)
-        async with asyncio.timeout(None if frozen else seconds) as timeout:
-
-            def expire() -> None:
-                if not ended.is_set():
-                    timeout.reschedule(0.0)
-
-            def wait() -> None:
-                if not ended.wait(seconds):
-                    self.loop.call_soon_threadsafe(expire)
-
-            if frozen:
-                self.loop.run_in_executor(self._others, wait)
-            try:
-                yield timeout
-            finally:
-                ended.set()
-
-    async def take_turn(self, deadline: float) -> None:
-        """Wait until no batch and no other task's transaction is under way; StoreBusy at the deadline."""
-
-        while True:
-            try:
-                async with self._timeout(max(0.0, deadline - _monotonic())) as patience:
-                    self._patient.add(patience)
-                    try:
-                        await self.turn.acquire()
-                        return
-                    finally:
-                        self._patient.discard(patience)
-            except TimeoutError:
-                if self.engine.closed or not self._batching:
-                    self.engine.pause(0.0)  # raises StoreBusy
-                deadline = _monotonic() + 0.01  # a commit under way: nobody is holding the store
-
-    async def drive(self, steps: Generator[Any, Any, R]) -> R:
-        """Walk through the steps of a method, awaiting those that can be awaited."""
-        outcome, take = None, steps.send
-        while True:
-            try:
-                step = take(outcome)
-            except StopIteration as end:
-                result: R = end.value
-                return result
-            try:
-                outcome, take = await step if inspect.isawaitable(step) else step, steps.send
-            except BaseException as error:
-                outcome, take = error, steps.throw
-
-    async def wait(self, seen: int, seconds: float) -> None:
-        """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
-        import asyncio
-
-        news = asyncio.Event()
-        if self.engine.listens and (self._listening is None or self._listening.done()):
-            self._listening = self.in_thread(self.engine.wait, seen, seconds)  # for all of them
-        with (
-            self.engine.listen(lambda: self.loop.call_soon_threadsafe(news.set)),
-            contextlib.suppress(TimeoutError),
-        ):
-            if self.engine.commits == seen:
-                interval = self.engine.listeners.poll_interval(seconds, self.engine.poll_seconds)
-                async with self._timeout(interval):
-                    await news.wait()
-
-    async def close(self) -> None:
-        """Close every connection; calls under way finish, those that wait get StoreClosed."""
-        import asyncio
-
-        if self._closing is None:
-            self._closing = self.in_thread(self.engine.close)
-            self._closing.add_done_callback(self._closed)
-        await asyncio.shield(self._closing)
-
-    def _closed(self, closing: object) -> None:
-        for pool in (self._worker, self._readers, self._writers, self._others):
-            pool.shutdown(wait=False)
-        for patience in self._patient:  # who waits for the turn learns of it now
-            patience.reschedule(0.0)
-
-
-class AsyncTransaction:
-    """An open transaction of an async store, for the user's own SQL in the same database."""
-
-    def __init__(self, engine: _AsyncEngine, transaction: Transaction) -> None:
-        self._engine = engine
-        self._transaction = transaction
-
-    async def execute(
-        self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
-    ) -> list[tuple[Any, ...]]:
-        """Run one statement of the user's own and return its rows; errors as `Transaction.execute` has them."""
-        block = self._transaction._innermost()
-        return await self._engine.in_block(block, block.execute, sql, parameters)
-
-    async def executemany(
-        self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]
-    ) -> None:
-        """Run one statement for each of the rows; errors as with `execute`."""
-        block = self._transaction._innermost()
-        await self._engine.in_block(
-            block, functools.partial(block.execute, many=True), sql, _as_list(rows)
-        )
-
-
-class _AsyncBlock:
-    """`async with store.transaction()`: everything that the task and those started inside it do in it, or nothing."""
-
-    def __init__(self, engine: _AsyncEngine) -> None:
-        self._engine = engine
-        self._block = _Block(engine.engine)
-        self._turn: Any = None  # what is held, for others to wait for
-        self._begun: asyncio.Future[None] | None = None
-
-    async def __aenter__(self) -> AsyncTransaction:
-        import asyncio
-
-        engine, block = self._engine, self._block
-        engine.refuse_foreign()
-        block.bind(0, asyncio.current_task())
-        block.turn = asyncio.Lock()
-        while True:
-            deadline = _monotonic() + engine.engine.options.busy_timeout
-            if block.parent is not None:
-                await engine.wait_for_nesting(block.parent)
-                self._turn = block.parent.turn
-            elif engine.blocks_lead() or engine.max_writers > 1:
-                await engine.take_turn(deadline)
-                self._turn = engine.turn
-            try:
-                self._begun = engine.in_worker(block.begin, deadline)
-                await asyncio.shield(self._begun)
-                return AsyncTransaction(engine, block.activate())
-            except _TransactionEnded:  # what it was to be nested in: it is one of its own
-                self._end_turn()
-                block.parent = engine.engine.block()
-            except BaseException:
-                if self._engine.max_writers == 1 or self._begun is None:
-                    self._undo()
-                else:  # behind it, in whatever thread that goes on
-                    self._begun.add_done_callback(self._undo)
-                raise
-
-    def _undo(self, begun: asyncio.Future[None] | None = None) -> None:
-        """Perhaps cancelled, while the worker goes on: what it begins is given back, before any later call."""
-        if begun is not None and not begun.cancelled():
-            begun.exception()  # looked at, so that nobody complains of it
-        try:
-            self._engine.in_worker(self._block.finish, False).add_done_callback(self._end_turn)
-        except StorageError:  # closed
-            self._end_turn()
-
-    def _end_turn(self, ended: asyncio.Future[None] | None = None) -> None:
-        if ended is not None and not ended.cancelled():
-            ended.exception()  # looked at, so that nobody complains of it
-        if self._turn is not None:
-            self._turn.release()
-            self._turn = None
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
-    ) -> None:
-        import asyncio
-
-        taken, ended = False, None
-        try:
-            with contextlib.suppress(StorageError):  # then its end says so
-                await self._engine.wait_for_nesting(self._block)  # behind what was given up in it
-                taken = True
-            ended = self._engine.in_worker(self._block.finish, kind is None)
-            ended.add_done_callback(self._end_turn)
-            await asyncio.shield(ended)
-        except StorageError:
-            if kind is None:
-                raise  # else what the block raised says more
-        finally:
-            if ended is None:
-                self._undo()
-            if taken:
-                self._block.turn.release()
-            self._block.deactivate()
-            if self._engine.closed:
-                self._end_turn()
-
-
-# ============================================================================================================
+# ==================================================================================================
 # Facets: the operations, grouped as the seeds group them
-# ============================================================================================================
+# ==================================================================================================
 
 _TENANT_TABLES = re.compile(
     "flowstore_(executions|log|runs|snapshots|work_items|definitions|effects|artifacts|tokens)"
@@ -4710,7 +4436,7 @@ class StateBackend(_LogFacet):
         return Hold(self, _is(WorkItem, item, "item"), self._lease(lease_seconds))
 
     @_steps
-    def _renew_held(self, hold: Hold) -> _Steps[bool]:
+    def _renew_held(self, hold: _LeaseKeeper) -> _Steps[bool]:
         """Renew a lease; False when it is at its end, and `lost` unless the block itself has ended it."""
         try:
             hold.expires = yield self.renew_lease(hold.item, lease_seconds=hold.lease_seconds)
@@ -5009,21 +4735,31 @@ class StateBackend(_LogFacet):
             raise TenantMismatch(str(tenant_id), self._tenant)
 
 
-class Hold:
-    """`with state.hold(item)`: a lease that is renewed while the block runs."""
+class _LeaseKeeper:
+    """What renews the lease of an item while a block runs: in a thread, or in a task."""
 
     def __init__(self, state: Any, item: WorkItem, lease_seconds: float) -> None:
         self.lost = False
         self.item = item
         self.lease_seconds = lease_seconds
         self.expires: datetime | None = None
-        self._pause = max(0.01, lease_seconds / 3)  # seconds between two renewals
+        self._interval = max(0.01, lease_seconds / 3)  # seconds between two renewals
         self._state = state
-        self._owner: object = threading.get_ident()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="flowstore-hold", daemon=True)
+        self._owner: object = None  # the thread or task of the block
+
+    def _end(self, kind: type[BaseException] | None) -> None:
+        if self.lost and kind is None:
+            raise LeaseLost(self.item.id)
+
+
+class Hold(_LeaseKeeper):
+    """`with state.hold(item)`: a lease that is renewed while the block runs; `lost` tells when it was lost."""
 
     def __enter__(self) -> Hold:
+        _reserve_stack(20)
+        self._owner = threading.get_ident()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="flowstore-hold", daemon=True)
         self.expires = self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
         if (
             self._state._engine.block() is None
@@ -5031,8 +4767,8 @@ class Hold:
             self._thread.start()
         return self
 
-    def _keep(self) -> Any:
-        while not self._ended.wait(self._pause):
+    def _keep(self) -> None:
+        while not self._ended.wait(self._interval):
             # While the holder has a transaction open, a renewal would wait for its end, or make it lose.
             if not (self._state._engine.has_block(self._owner) or self._state._renew_held(self)):
                 return
@@ -5045,8 +4781,7 @@ class Hold:
             self._thread.join()
             if not self.lost:
                 self._state._renew_held(self)
-        if self.lost and kind is None:
-            raise LeaseLost(self.item.id)
+        self._end(kind)
 
 
 # --- workflow persistence ---
@@ -5507,9 +5242,9 @@ class PersistenceProvider(_Facet):
         tx.row("SELECT value FROM flowstore_meta WHERE key = 'schema'")
 
 
-# ============================================================================================================
+# ==================================================================================================
 # Store: what open() returns
-# ============================================================================================================
+# ==================================================================================================
 
 
 class _StoreBase(_Facet):
@@ -5651,129 +5386,6 @@ class Store(_StoreBase):
         return _Block(self._engine)
 
 
-# --- the same facets, awaited ---
-class _AsyncFacet(_Facet):
-    """A facet whose methods are awaited."""
-
-
-class AsyncFlowStore(_AsyncFacet, FlowStore):
-    """`FlowStore`, awaited."""
-
-
-class AsyncEventStore(_AsyncFacet, EventStore):
-    """`EventStore`, awaited; its generators are for `async for`."""
-
-    def iter_events(  # type: ignore[override]
-        self,
-        execution_id: AnyId,
-        after_seq: int = 0,
-        *,
-        chunk: int = 1000,
-    ) -> AsyncIterator[StoredEvent]:
-        """`EventStore.iter_events` for `async for`."""
-        return super().iter_events(execution_id, after_seq, chunk=chunk)  # type: ignore[return-value]
-
-    def tail(  # type: ignore[override]
-        self,
-        after_position: int | None = None,
-        *,
-        timeout: float | None = None,
-        tenant_id: AnyId | None = None,
-        execution_id: AnyId | None = None,
-    ) -> AsyncIterator[StoredEvent]:
-        """`EventStore.tail` for `async for`."""
-        return super().tail(  # type: ignore[return-value]
-            after_position, timeout=timeout, tenant_id=tenant_id, execution_id=execution_id
-        )
-
-    def _tail_place(self, after: int | None, execution_id: str | None) -> Any:
-        # It begins now, not when the loop comes to it: in memory, behind the writes that were sent before.
-        run = self._engine.send if self._engine.in_memory else self._engine.engine.run
-        return run(EventStore.__dict__["_tail_place"], self, (after, execution_id), {})
-
-    async def _generate(self, place: Any, behind: Callable[[_Place], Any]) -> Any:
-        place = await place if inspect.isawaitable(place) else place
-        while events := await behind(place):
-            for event in events:
-                yield event
-            place = events[-1].position, events[-1].sequence, place[2]
-
-
-class AsyncStateBackend(_AsyncFacet, StateBackend):
-    """`StateBackend`, awaited."""
-
-    def hold(self, item: WorkItem, *, lease_seconds: float | None = None) -> AsyncHold:
-        """`StateBackend.hold` for `async with`."""
-        return AsyncHold(self, _is(WorkItem, item, "item"), self._lease(lease_seconds))
-
-
-class AsyncHold(Hold):
-    """`async with state.hold(item)`: a lease that is renewed while the block runs."""
-
-    async def __aenter__(self) -> AsyncHold:
-        import asyncio
-
-        self._owner = asyncio.current_task()
-        self.expires = await self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
-        engine = self._state._engine
-        self._task = engine.loop.create_task(self._keep()) if engine.block() is None else None
-        return self
-
-    async def _keep(self) -> None:
-        import asyncio
-
-        while True:
-            await asyncio.sleep(self._pause)
-            if not (
-                self._state._engine.has_block(self._owner) or await self._state._renew_held(self)
-            ):
-                return
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
-    ) -> None:
-        import asyncio
-
-        if self._task is not None:
-            held = self._task.cancel()
-            await asyncio.wait([self._task])
-            if held:
-                await self._state._renew_held(self)
-        if self.lost and kind is None:
-            raise LeaseLost(self.item.id)
-
-
-class AsyncPersistenceProvider(_AsyncFacet, PersistenceProvider):
-    """`PersistenceProvider`, awaited."""
-
-
-class AsyncStore(_AsyncFacet, _StoreBase):
-    """`Store` for the tasks of one event loop: the same facets and promises, awaited."""
-
-    def __init__(self, engine: _AsyncEngine) -> None:
-        super().__init__(engine)
-        self.flows = AsyncFlowStore(engine)
-        """Flows, their steps and their audit trail: `FlowStore`, awaited."""
-        self.events = AsyncEventStore(engine)
-        """The execution log: `EventStore`, awaited."""
-        self.state = AsyncStateBackend(engine)
-        """Executions, the work queue, tenants and what belongs to them: `StateBackend`, awaited."""
-        self.workflows = AsyncPersistenceProvider(engine)
-        """Workflow instances, events, subscriptions, commands and errors: `PersistenceProvider`, awaited."""
-
-    async def __aenter__(self) -> AsyncStore:
-        return self
-
-    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
-        await self.close()
-
-    def transaction(self) -> contextlib.AbstractAsyncContextManager[AsyncTransaction]:
-        """`async with store.transaction() as tx:` all that this task and those started in it do in it, or nothing.
-
-        Other tasks' writes wait for its end, their reads go on; otherwise as `Store.transaction`."""
-        return _AsyncBlock(self._engine)
-
-
 def _problems(tx: _Tx) -> list[str]:
     """What is wrong with a database: SQLite's own findings, then ours."""
     try:
@@ -5898,7 +5510,481 @@ def open(
         raise
 
 
-class _Opening:
+# ==================================================================================================
+# Event loop: the same store for the tasks of one loop, awaited; whoever never awaits can skip this chapter
+# ==================================================================================================
+
+
+class _AsyncEngine:
+    """An engine whose calls are awaited: the writes of all tasks go to one worker thread, all that there are at once.
+
+    While a batch is being committed the next one gathers. `turn` is held by the batch under way or by the task whose
+    transaction is open: a batch sent during a transaction would block the worker, which runs its statements."""
+
+    def __init__(self, engine: _Engine) -> None:
+        import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+
+        self.engine = engine
+        self.loop = asyncio.get_running_loop()
+        self.turn = asyncio.Semaphore(engine.max_writers)
+        self._running_loop = asyncio.get_running_loop
+        self._waiting: list[_Call] = []
+        self._patient: set[asyncio.Timeout] = set()
+        self._batching = False
+        self._listening: asyncio.Future[None] | None = None
+        self._closing: asyncio.Future[None] | None = None
+        self._sender: asyncio.Task[None] | None = None
+        # On a server each block has a thread, and another for its end behind a statement that was given up.
+        self._worker = ThreadPoolExecutor(
+            1 if engine.max_writers == 1 else 2 * engine.max_writers, "flowstore-writer"
+        )
+        self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
+        self._writers = ThreadPoolExecutor(
+            _IDLE_READERS, "flowstore-beside"
+        )  # on a server: writes of no block
+        self._others = ThreadPoolExecutor(32, "flowstore-aside")  # for what takes long
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def refuse_foreign(self) -> None:
+        """StorageError in another loop, StoreClosed after close()."""
+        if self._running_loop() is not self.loop:
+            raise StorageError(
+                "the store belongs to the event loop that opened it: open another one in this loop"
+            )
+        self.engine.refuse_closed()
+
+    def in_worker(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
+        """Run in the one thread that writes."""
+        self.refuse_foreign()
+        return self.loop.run_in_executor(self._worker, function, *args)
+
+    def in_thread(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
+        """Run what takes long in a thread that nothing else waits for."""
+        self.refuse_foreign()
+        return self.loop.run_in_executor(self._others, function, *args)
+
+    async def run(
+        self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
+    ) -> Any:
+        """Run an operation: in the task's open transaction, or in one of its own."""
+        while _blocks.get() and (block := self.engine.block()) is not None:
+            with contextlib.suppress(_TransactionEnded):
+                return await self.in_block(block, block.run, operation, facet, args, kwargs)
+        if not self.engine.in_memory and not (operation.writes and self.engine.max_writers == 1):
+            self.refuse_foreign()
+            pool = self._writers if operation.writes else self._readers
+            return await self.loop.run_in_executor(
+                pool, self.engine.run, operation, facet, args, kwargs
+            )
+        return await self.send(operation, facet, args, kwargs)
+
+    async def in_block(self, block: _Block, function: Callable[..., R], *args: Any) -> R:
+        """Run a statement of a block, while no other task has a transaction nested in it."""
+        await self.wait_for_nesting(block)
+        try:
+            return await self.in_worker(function, *args)
+        finally:
+            block.turn.release()
+
+    async def wait_for_nesting(self, block: _Block) -> None:
+        """Wait until no task has a transaction nested in a block, or a statement on its way; StorageError when late."""
+
+        try:
+            async with self._timeout(self.engine.options.busy_timeout):
+                await block.turn.acquire()
+        except TimeoutError:
+            raise StorageError(
+                "another task has a transaction nested in this one: let it end first"
+            ) from None
+
+    def send(
+        self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
+    ) -> asyncio.Future[Any]:
+        """Have an operation run in a batch, behind those that were sent before."""
+        self.refuse_foreign()
+        if operation.writes:
+            self.engine.refuse_read_only()
+        call = _Call()
+        call.operation = operation
+        call.facet = facet
+        call.args = args
+        call.kwargs = kwargs
+        call.deadline = _monotonic() + self.engine.options.busy_timeout
+        future = call.future = self.loop.create_future()
+        self._waiting.append(call)
+        if self._sender is None:
+            self._send()
+        return future
+
+    def _send(self, ended: object = None) -> None:
+        """Have a task send what waits, and another after it: asyncio.run() cancels every task at its end, while those
+        that clean up still write."""
+        self._waiting = [call for call in self._waiting if not call.future.done()]  # not cancelled
+        self._sender = self.loop.create_task(self._send_all()) if self._waiting else None
+        if self._sender is not None:
+            self._sender.add_done_callback(self._send)
+
+    async def _send_all(self) -> None:
+        import asyncio
+
+        while self._waiting:
+            try:
+                await self.take_turn(self._waiting[0].deadline)
+            except StorageError as error:  # the time of some of them is up, or the store was closed
+                now = math.inf if self.engine.closed else _monotonic()
+                late, self._waiting = (
+                    self._waiting,
+                    [call for call in self._waiting if call.deadline > now],
+                )
+                self._answer([call for call in late if call.deadline <= now], error)
+                continue
+            try:
+                batch = [call for call in self._waiting[:_GROUP_MOST] if not call.future.done()]
+                del self._waiting[:_GROUP_MOST]
+                if batch:
+                    sent = self.in_worker(self.engine.writer.run_batch, batch)
+                    # By a callback: this task may be cancelled meanwhile, and they get their answer all the same.
+                    sent.add_done_callback(functools.partial(self._answer_all, batch))
+                    self._batching = True
+                    await asyncio.wait([sent])
+            except StorageError as error:  # the store was closed
+                self._answer(batch, error)
+            finally:
+                self._batching = False
+                self.turn.release()
+
+    def _answer_all(self, calls: list[_Call], sent: asyncio.Future[None]) -> None:
+        error = sent.exception()
+        self._answer(calls, error if isinstance(error, Exception) else None)
+
+    @staticmethod
+    def _answer(calls: list[_Call], failure: Exception | None = None) -> None:
+        for call in calls:
+            if not call.future.done():
+                if error := call.error or (failure and _copy_error(failure)):
+                    call.future.set_exception(error)
+                else:
+                    call.future.set_result(call.result)
+
+    @contextlib.asynccontextmanager
+    async def _timeout(self, seconds: float) -> AsyncIterator[asyncio.Timeout]:
+        """`asyncio.timeout`; where a test has frozen the time that the loop goes by, a thread waits for it."""
+        import asyncio
+
+        ended = threading.Event()
+        frozen = not inspect.isbuiltin(time.monotonic)
+        async with asyncio.timeout(None if frozen else seconds) as timeout:
+
+            def expire() -> None:
+                if not ended.is_set():
+                    timeout.reschedule(0.0)
+
+            def wait() -> None:
+                if not ended.wait(seconds):
+                    self.loop.call_soon_threadsafe(expire)
+
+            if frozen:
+                self.loop.run_in_executor(self._others, wait)
+            try:
+                yield timeout
+            finally:
+                ended.set()
+
+    async def take_turn(self, deadline: float) -> None:
+        """Wait until no batch and no other task's transaction is under way; StoreBusy at the deadline."""
+
+        while True:
+            try:
+                async with self._timeout(max(0.0, deadline - _monotonic())) as patience:
+                    self._patient.add(patience)
+                    try:
+                        await self.turn.acquire()
+                        return
+                    finally:
+                        self._patient.discard(patience)
+            except TimeoutError:
+                if self.engine.closed or not self._batching:
+                    self.engine.pause(0.0)  # raises StoreBusy
+                deadline = _monotonic() + 0.01  # a commit under way: nobody is holding the store
+
+    async def drive(self, steps: Generator[Any, Any, R]) -> R:
+        """Walk through the steps of a method, awaiting those that can be awaited."""
+        outcome, take = None, steps.send
+        while True:
+            try:
+                step = take(outcome)
+            except StopIteration as end:
+                result: R = end.value
+                return result
+            try:
+                outcome, take = await step if inspect.isawaitable(step) else step, steps.send
+            except BaseException as error:
+                outcome, take = error, steps.throw
+
+    async def wait(self, seen: int, seconds: float) -> None:
+        """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
+        import asyncio
+
+        news = asyncio.Event()
+        if self.engine.listens and (self._listening is None or self._listening.done()):
+            self._listening = self.in_thread(self.engine.wait, seen, seconds)  # for all of them
+        with (
+            self.engine.listen(lambda: self.loop.call_soon_threadsafe(news.set)),
+            contextlib.suppress(TimeoutError),
+        ):
+            if self.engine.commits == seen:
+                interval = self.engine.listeners.poll_interval(seconds, self.engine.poll_seconds)
+                async with self._timeout(interval):
+                    await news.wait()
+
+    async def close(self) -> None:
+        """Close every connection; calls under way finish, those that wait get StoreClosed."""
+        import asyncio
+
+        if self._closing is None:
+            self._closing = self.in_thread(self.engine.close)
+            self._closing.add_done_callback(self._closed)
+        await asyncio.shield(self._closing)
+
+    def _closed(self, closing: object) -> None:
+        for pool in (self._worker, self._readers, self._writers, self._others):
+            pool.shutdown(wait=False)
+        for patience in self._patient:  # who waits for the turn learns of it now
+            patience.reschedule(0.0)
+
+
+class AsyncTransaction:
+    """An open transaction of an async store, for the user's own SQL in the same database."""
+
+    def __init__(self, engine: _AsyncEngine, transaction: Transaction) -> None:
+        self._engine = engine
+        self._transaction = transaction
+
+    async def execute(
+        self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
+    ) -> list[tuple[Any, ...]]:
+        """Run one statement of the user's own and return its rows; errors as `Transaction.execute` has them."""
+        block = self._transaction._innermost()
+        return await self._engine.in_block(block, block.execute, sql, parameters)
+
+    async def executemany(
+        self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]
+    ) -> None:
+        """Run one statement for each of the rows; errors as with `execute`."""
+        block = self._transaction._innermost()
+        await self._engine.in_block(
+            block, functools.partial(block.execute, many=True), sql, _as_list(rows)
+        )
+
+
+class _AsyncBlock:
+    """`async with store.transaction()`: everything that the task and those started inside it do in it, or nothing."""
+
+    def __init__(self, engine: _AsyncEngine) -> None:
+        self._engine = engine
+        self._block = _Block(engine.engine)
+        self._turn: Any = None  # what is held, for others to wait for
+        self._begun: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> AsyncTransaction:
+        import asyncio
+
+        engine, block = self._engine, self._block
+        engine.refuse_foreign()
+        block.bind(0, asyncio.current_task())
+        block.turn = asyncio.Lock()
+        while True:
+            deadline = _monotonic() + engine.engine.options.busy_timeout
+            if block.parent is not None:
+                await engine.wait_for_nesting(block.parent)
+                self._turn = block.parent.turn
+            elif engine.blocks_lead() or engine.max_writers > 1:
+                await engine.take_turn(deadline)
+                self._turn = engine.turn
+            try:
+                self._begun = engine.in_worker(block.begin, deadline)
+                await asyncio.shield(self._begun)
+                return AsyncTransaction(engine, block.activate())
+            except _TransactionEnded:  # what it was to be nested in: it is one of its own
+                self._end_turn()
+                block.parent = engine.engine.block()
+            except BaseException:
+                if self._engine.max_writers == 1 or self._begun is None:
+                    self._undo()
+                else:  # behind it, in whatever thread that goes on
+                    self._begun.add_done_callback(self._undo)
+                raise
+
+    def _undo(self, begun: asyncio.Future[None] | None = None) -> None:
+        """Perhaps cancelled, while the worker goes on: what it begins is given back, before any later call."""
+        if begun is not None and not begun.cancelled():
+            begun.exception()  # looked at, so that nobody complains of it
+        try:
+            self._engine.in_worker(self._block.finish, False).add_done_callback(self._end_turn)
+        except StorageError:  # closed
+            self._end_turn()
+
+    def _end_turn(self, ended: asyncio.Future[None] | None = None) -> None:
+        if ended is not None and not ended.cancelled():
+            ended.exception()  # looked at, so that nobody complains of it
+        if self._turn is not None:
+            self._turn.release()
+            self._turn = None
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        import asyncio
+
+        taken, ended = False, None
+        try:
+            with contextlib.suppress(StorageError):  # then its end says so
+                await self._engine.wait_for_nesting(self._block)  # behind what was given up in it
+                taken = True
+            ended = self._engine.in_worker(self._block.finish, kind is None)
+            ended.add_done_callback(self._end_turn)
+            await asyncio.shield(ended)
+        except StorageError:
+            if kind is None:
+                raise  # else what the block raised says more
+        finally:
+            if ended is None:
+                self._undo()
+            if taken:
+                self._block.turn.release()
+            self._block.deactivate()
+            if self._engine.closed:
+                self._end_turn()
+
+
+# --- the same facets, awaited ---
+class _AsyncFacet(_Facet):
+    """A facet whose methods are awaited."""
+
+
+class AsyncFlowStore(_AsyncFacet, FlowStore):
+    """`FlowStore`, awaited."""
+
+
+class AsyncEventStore(_AsyncFacet, EventStore):
+    """`EventStore`, awaited; its generators are for `async for`."""
+
+    def iter_events(  # type: ignore[override]
+        self,
+        execution_id: AnyId,
+        after_seq: int = 0,
+        *,
+        chunk: int = 1000,
+    ) -> AsyncIterator[StoredEvent]:
+        """`EventStore.iter_events` for `async for`."""
+        return super().iter_events(execution_id, after_seq, chunk=chunk)  # type: ignore[return-value]
+
+    def tail(  # type: ignore[override]
+        self,
+        after_position: int | None = None,
+        *,
+        timeout: float | None = None,
+        tenant_id: AnyId | None = None,
+        execution_id: AnyId | None = None,
+    ) -> AsyncIterator[StoredEvent]:
+        """`EventStore.tail` for `async for`."""
+        return super().tail(  # type: ignore[return-value]
+            after_position, timeout=timeout, tenant_id=tenant_id, execution_id=execution_id
+        )
+
+    def _tail_place(self, after: int | None, execution_id: str | None) -> Any:
+        # It begins now, not when the loop comes to it: in memory, behind the writes that were sent before.
+        run = self._engine.send if self._engine.in_memory else self._engine.engine.run
+        return run(EventStore.__dict__["_tail_place"], self, (after, execution_id), {})
+
+    async def _generate(self, place: Any, behind: Callable[[_Place], Any]) -> Any:
+        place = await place if inspect.isawaitable(place) else place
+        while events := await behind(place):
+            for event in events:
+                yield event
+            place = events[-1].position, events[-1].sequence, place[2]
+
+
+class AsyncStateBackend(_AsyncFacet, StateBackend):
+    """`StateBackend`, awaited."""
+
+    def hold(  # type: ignore[override]
+        self, item: WorkItem, *, lease_seconds: float | None = None
+    ) -> AsyncHold:
+        """`StateBackend.hold` for `async with`."""
+        return AsyncHold(self, _is(WorkItem, item, "item"), self._lease(lease_seconds))
+
+
+class AsyncHold(_LeaseKeeper):
+    """`async with state.hold(item)`: a lease that is renewed while the block runs; `lost` tells when it was lost."""
+
+    async def __aenter__(self) -> AsyncHold:
+        import asyncio
+
+        engine = self._state._engine
+        self._owner = asyncio.current_task()
+        self.expires = await self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
+        self._task = engine.loop.create_task(self._keep()) if engine.block() is None else None
+        return self
+
+    async def _keep(self) -> None:
+        import asyncio
+
+        while True:
+            await asyncio.sleep(self._interval)
+            if not (
+                self._state._engine.has_block(self._owner) or await self._state._renew_held(self)
+            ):
+                return
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        import asyncio
+
+        if self._task is not None:
+            goes_on = self._task.cancel()
+            await asyncio.wait([self._task])
+            if goes_on:
+                await self._state._renew_held(self)
+        self._end(kind)
+
+
+class AsyncPersistenceProvider(_AsyncFacet, PersistenceProvider):
+    """`PersistenceProvider`, awaited."""
+
+
+class AsyncStore(_AsyncFacet, _StoreBase):
+    """`Store` for the tasks of one event loop: the same facets and promises, awaited."""
+
+    def __init__(self, engine: _AsyncEngine) -> None:
+        super().__init__(engine)
+        self.flows = AsyncFlowStore(engine)
+        """Flows, their steps and their audit trail: `FlowStore`, awaited."""
+        self.events = AsyncEventStore(engine)
+        """The execution log: `EventStore`, awaited."""
+        self.state = AsyncStateBackend(engine)
+        """Executions, the work queue, tenants and what belongs to them: `StateBackend`, awaited."""
+        self.workflows = AsyncPersistenceProvider(engine)
+        """Workflow instances, events, subscriptions, commands and errors: `PersistenceProvider`, awaited."""
+
+    async def __aenter__(self) -> AsyncStore:
+        return self
+
+    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
+        await self.close()
+
+    def transaction(self) -> contextlib.AbstractAsyncContextManager[AsyncTransaction]:
+        """`async with store.transaction() as tx:` all that this task and those started in it do in it, or nothing.
+
+        Other tasks' writes wait for its end, their reads go on; otherwise as `Store.transaction`."""
+        return _AsyncBlock(self._engine)
+
+
+class AsyncOpening:
     """What `open_async` returns: the store when awaited, and a context manager that closes it."""
 
     def __init__(self, opening: Callable[[], Store]) -> None:
@@ -5910,42 +5996,45 @@ class _Opening:
     async def __aenter__(self) -> AsyncStore:
         import asyncio
 
-        self._store = AsyncStore(_AsyncEngine((await asyncio.to_thread(self._opening))._engine))
+        store = await asyncio.to_thread(self._opening)
+        self._store = AsyncStore(_AsyncEngine(store._engine))
         return self._store
 
     async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
         await self._store.close()
 
 
-def _awaited(open: Callable[P, Store]) -> Callable[P, _Opening]:
-    """`open` for the tasks of the running event loop."""
+def open_async(
+    target: str | os.PathLike[str],
+    *,
+    synchronous: str = "FULL",
+    busy_timeout: float = 30.0,
+    lease_seconds: float = 30.0,
+    backoff: Callable[[int], float] | None = None,
+    clock: Callable[[], datetime] | None = None,
+    read_only: bool = False,
+) -> AsyncOpening:
+    """Open a store for the tasks of the running event loop, in which every call is awaited.
 
-    @functools.wraps(open)
-    def open_async(*args: P.args, **kwargs: P.kwargs) -> _Opening:
-        return _Opening(functools.partial(open, *args, **kwargs))
-
-    open_async.__name__ = open_async.__qualname__ = "open_async"
-    awaited = inspect.signature(open).replace(return_annotation="AsyncStore")
-    open_async.__signature__ = awaited  # type: ignore[attr-defined]
-    return open_async
-
-
-open_async = _awaited(open)
-
-__all__ = [
-    name
-    for name, value in globals().items()
-    if not name.startswith("_")
-    and name != "open"
-    and inspect.isroutine(value) | inspect.isclass(value)
-    and value.__module__ == __name__
-]
-__all__ += ["DEFAULT_TENANT"]
+    `async with open_async(...) as store:` closes it at the end; `store = await open_async(...)` leaves that to
+    `await store.close()`. Arguments and errors are those of `open`."""
+    return AsyncOpening(
+        functools.partial(
+            open,
+            target,
+            synchronous=synchronous,
+            busy_timeout=busy_timeout,
+            lease_seconds=lease_seconds,
+            backoff=backoff,
+            clock=clock,
+            read_only=read_only,
+        )
+    )
 
 
-# ============================================================================================================
+# ==================================================================================================
 # Views: what is stored, to look at: one model of plain values, drawn as text, as HTML and as JSON
-# ============================================================================================================
+# ==================================================================================================
 
 # A view is a dict: `kind`, `id`, `status`, `facts`, and `tables` of `rows` with the `total` there is; an overview has
 # `counts` by status, a detail `steps` with their stretches of time. Each is one short read whatever
@@ -6861,9 +6950,9 @@ def _serve(args: Any) -> None:
             server.serve_forever()
 
 
-# ============================================================================================================
+# ==================================================================================================
 # Command line: selftest, demo, bench, check, backup, prune, compact, copy
-# ============================================================================================================
+# ==================================================================================================
 
 
 # What only commands need is imported in them: who imports this module for its store does not pay for it.
@@ -8209,9 +8298,9 @@ _HELPERS: dict[str, Callable[..., int]] = {
     "selftest-writer": _selftest_writer,
 }
 
-# ============================================================================================================
+# ==================================================================================================
 # PostgreSQL: a server in place of the file; without this chapter all the others work as before
-# ============================================================================================================
+# ==================================================================================================
 
 # What each of our statements says to SQLite it says to PostgreSQL too, once its placeholders are numbered. Writers
 # run side by side: SERIALIZABLE, and begun again when they lose, or READ COMMITTED where the lock on a row is enough.
