@@ -952,6 +952,12 @@ _FIRST_TIME = (datetime.min.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
 _LAST_TIME = (datetime.max.replace(tzinfo=UTC) - _EPOCH) // _MICROSECOND
 _INT_MAX = 2**63 - 1
 _JSON_DEPTH = 256
+_JSON_DIGITS = 4300
+# Bytes that do not tell how deep encoded JSON is nested: at first all but brackets, quotes and escapes.
+_NO_STRUCTURE = bytes({*range(256)} - {*b'[]{}"\\bfnrtu'})
+_NO_BRACKETS = bytes({*range(256)} - {*b'[]{}"'})
+_BRACKET_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # 1 down and, as a signed byte, 1 up
+_DIGITS_AS_0 = bytes.maketrans(b"123456789", b"0" * 9)
 
 _encoder = json.JSONEncoder(
     check_circular=False, allow_nan=False, ensure_ascii=False, separators=(",", ":")
@@ -969,10 +975,13 @@ _decoder: Any = json.JSONDecoder()
 def _of_json(text: str) -> Any:
     """The value of a JSON text; past the decoder's search for white space, which what was written here has not."""
     try:
-        value, end = _decoder.scan_once(text, 0)
-    except StopIteration:
-        end = -1
-    return value if end == len(text) else _decoder.decode(text)
+        try:
+            value, end = _decoder.scan_once(text, 0)
+        except StopIteration:
+            end = -1
+        return value if end == len(text) else _decoder.decode(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StoreCorrupt(f"stored JSON cannot be read: {error}") from error
 
 
 def _is(kind: type[T] | tuple[type[T], ...], value: object, path: str, needed: str = "") -> T:
@@ -1086,13 +1095,31 @@ def _json(value: object, path: str) -> str:
             text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         _refuse_json(value, path)
+        if isinstance(error, RecursionError):  # of the caller's own calls
+            raise
         raise InvalidData(f"{path}: {error}") from None
-    # Deeper than that is only possible with more brackets than that, a longer number in a longer text.
-    if text.count("[") + text.count("{") > _JSON_DEPTH or (
-        len(text) > 4300 and sys.get_int_max_str_digits() != 4300
-    ):
+    # Only more brackets can be nested deeper than that, and only a longer text can hold a longer number.
+    if text.count("[") + text.count("{") > _JSON_DEPTH and _depth(text) > _JSON_DEPTH:
         _refuse_json(value, path)
+        raise InvalidData(f"{path}: nested deeper than {_JSON_DEPTH} levels")
+    if len(text) > _JSON_DIGITS and sys.get_int_max_str_digits() != _JSON_DIGITS:
+        many = b"0" * (_JSON_DIGITS + 1) in text.encode().translate(_DIGITS_AS_0)
+        if many:  # perhaps in a string, where they may be
+            _refuse_json(value, path)
     return text
+
+
+def _depth(text: str) -> int:
+    """How deep encoded JSON is nested.
+
+    The brackets of the text tell it in C, for less than encoding costs. A walk over the value would run in Python, and
+    might be told something else than the encoder was."""
+    data = text.encode().translate(None, _NO_STRUCTURE)
+    data = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_BRACKETS)
+    # Where a pair of quotes is left out, what follows stays inside of a string, or outside.
+    outside = b"".join(data.replace(b'""', b"").split(b'"')[::2])
+    steps = memoryview(outside.translate(_BRACKET_STEPS)).cast("b")
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _refuse_json(value: object, path: str) -> None:
@@ -1121,7 +1148,7 @@ def _refuse_json(value: object, path: str) -> None:
             reason = "text cannot hold a lone surrogate"
         elif isinstance(value, float) and not math.isfinite(value):
             reason = f"{value} is not JSON"
-        elif isinstance(value, int) and abs(value) >= 10**4300:  # bool too
+        elif isinstance(value, int) and abs(value) >= 10**_JSON_DIGITS:  # bool too
             reason = "a number of at most 4,300 digits is needed"
         if reason:
             raise InvalidData(f"{path}: {reason}") from None
@@ -3374,14 +3401,24 @@ class _Facet:
         """The rows of a statement, of this view's tenant alone."""
         if self._tenant is None:
             return tx.rows(sql.all, *params)
-        scoped = list(params)
-        for place in sql.places:
-            scoped.insert(place, self._tenant)
-        return tx.rows(sql.one, *scoped)
+        return tx.rows(sql.one, *self._scoped(sql, params))
 
     def _row(self, tx: _Tx, sql: _Sql, *params: Any) -> tuple[Any, ...] | None:
         rows = self._rows(tx, sql, *params)
         return rows[0] if rows else None
+
+    def _run(self, tx: _Tx, sql: _Sql, *params: Any) -> int:
+        """Execute a statement for this view's tenant alone; how many rows it wrote."""
+        if self._tenant is None:
+            return tx.run(sql.all, *params)
+        return tx.run(sql.one, *self._scoped(sql, params))
+
+    def _scoped(self, sql: _Sql, params: Iterable[Any]) -> list[Any]:
+        """The parameters of a statement's text for one tenant."""
+        scoped = list(params)
+        for place in sql.places:
+            scoped.insert(place, self._tenant)
+        return scoped
 
     def _find(self, tx: _Tx, mapper: _Mapper[T], rest: str, *params: Any, **where: Any) -> list[T]:
         """The records with these columns, whose values are checked as those of fields are."""
@@ -3409,7 +3446,8 @@ class _Facet:
 
     def _change(self, tx: _Tx, mapper: _Mapper[Any], changes: str, id: AnyId, *params: Any) -> None:
         """Change columns of the row with an id; NotFound when it is not there."""
-        if self._row(tx, _update(mapper, changes), *params, key := _id(id, "id")) is None:
+        key = _id(id, "id")
+        if not self._run(tx, _update(mapper, changes, returning=None), *params, key):
             raise NotFound(mapper.kind, key)
 
     def _lease(self, lease_seconds: float | None) -> float:
@@ -3458,12 +3496,14 @@ def _select(mapper: _Mapper[Any], rest: str, *conditions: str) -> _Sql:
 
 
 @functools.cache
-def _update(mapper: _Mapper[Any], changes: str, condition: str = "", returning: str = "") -> _Sql:
-    """UPDATE by id, where a condition holds too; it returns the id of what it changed, if not more."""
-    return _Sql(
-        f"UPDATE {mapper.table} SET {changes} WHERE {mapper.key} = ? {condition} {{tenant}} "
-        f"RETURNING {returning or mapper.key}"
-    )
+def _update(
+    mapper: _Mapper[Any], changes: str, condition: str = "", returning: str | None = ""
+) -> _Sql:
+    """UPDATE by id, where a condition holds too; it returns the id of what it changed, if not more.
+
+    With None it returns nothing: SQLite copies the whole row for RETURNING, a large state twice."""
+    sql = f"UPDATE {mapper.table} SET {changes} WHERE {mapper.key} = ? {condition} {{tenant}}"
+    return _Sql(sql if returning is None else f"{sql} RETURNING {returning or mapper.key}")
 
 
 def _store(tx: _Tx, mapper: _Mapper[T], values: dict[str, Any]) -> T:
@@ -3983,6 +4023,7 @@ class EventStore(_LogFacet):
 
 
 # --- the state backend ---
+_STATE = _Sql("SELECT current_state FROM flowstore_runs WHERE execution_id = ? {tenant}")
 _SNAPSHOT_LATEST = _select(
     _SNAPSHOT, "ORDER BY at_sequence DESC LIMIT 1", "execution_id", "at_sequence <= ?"
 )
@@ -4174,7 +4215,8 @@ class StateBackend(_LogFacet):
         Raises NotFound, and InvalidData for what is no object or no array. Source: StateBackend.patch_append_array."""
         execution_id, member = _id(id, "id"), _text(key, "key")
         _json(value, "value")
-        state = self._need(tx, _RUN, execution_id=execution_id).current_state
+        stored = self._row(tx, _STATE, execution_id)
+        state = _of_json(_found(stored, "execution", execution_id)[0])
         if not isinstance(state, dict):
             raise InvalidData(
                 f"current_state: an array can only be kept in an object, not in {type(state).__name__}"

@@ -946,6 +946,154 @@ def test_json_goes_256_levels_deep_and_no_deeper(store: Store, through: Through)
         through(store, "too-deep", nested(257 - around))
 
 
+marked_text = st.text('[]{}"\\\n:,a1é', max_size=9)  # what else could be taken for nesting
+marked_json = st.recursive(
+    marked_text | st.integers(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(marked_text, inner, max_size=4),
+)
+
+
+def levels(value: Any) -> int:
+    if not isinstance(value, (list, dict)):
+        return 0
+    return 1 + max(map(levels, value.values() if isinstance(value, dict) else value), default=0)
+
+
+@given(value=marked_json, key=marked_text)
+@a_few
+def test_how_deep_json_goes_is_told_from_its_brackets_alone(
+    store: Store, value: Any, key: str
+) -> None:
+    execution_id = flowstore.new_id()
+    create(store, execution_id)
+    for level in range(256 - levels(value)):
+        value = {"]": value, key: "["} if level % 2 else [key, value, "]{"]
+    store.state.update_execution_current_state(execution_id, value)
+    found = store.state.get_execution(execution_id)
+    assert found is not None and found.current_state == value
+    with pytest.raises(InvalidData, match="nested deeper than 256 levels"):
+        store.state.update_execution_current_state(execution_id, [value])
+
+
+def lines_run(call: Callable[[], Any]) -> int:
+    """How many lines of flowstore's a call takes in this thread."""
+    count = 0
+
+    def trace(frame: FrameType, what: str, _arg: object) -> Any:
+        nonlocal count
+        count += what == "line" and frame.f_code.co_filename == flowstore.__file__
+        return trace
+
+    usual = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(usual)
+    return count
+
+
+@contextmanager
+def digits_allowed(most: int) -> Iterator[None]:
+    """As many digits may be in a number that Python reads or writes."""
+    usual = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(most)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(usual)
+
+
+@pytest.mark.parametrize("digits", [4300, 0, 5000])
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda n: [{"role": "user", "content": "hello [1]" * 9, "n": i} for i in range(n)],
+        lambda n: {f"key {i}": [i, None, 0.5] for i in range(n)},
+        lambda n: [10**4000] * (n // 300) + [{}] * n,
+    ],
+    ids=["messages", "pairs", "long numbers"],
+)
+def test_large_json_takes_no_more_python_than_small_json(
+    made: Callable[[int], Any], digits: int
+) -> None:
+    with flowstore.open(":memory:") as store, digits_allowed(digits):
+        create(store)
+
+        def write(size: int) -> None:
+            value = made(size)
+            state = store.state
+            calls: list[Callable[[], Any]] = [
+                lambda: state.update_execution_current_state("e1", value),
+                lambda: state.patch_append_array("e1", "list", value),
+                lambda: state.append_event("e1", {"type": "t", "value": value}),
+                lambda: state.write_snapshot(
+                    Snapshot(execution_id="e1", at_sequence=1, state=value)
+                ),
+                lambda: state.enqueue_work_item(
+                    WorkItem(execution_id="e1", queue_type="q", payload=value)
+                ),
+                lambda: state.record_effect(flowstore.new_id(), value),
+            ]
+            for number, call in enumerate(calls):
+                if number == 1:
+                    state.update_execution_current_state("e1", {})
+                lines[size].append(lines_run(call))
+
+        lines: dict[int, list[int]] = {300: [], 3000: []}
+        write(300)  # the first time, statements are prepared
+        lines[300].clear()
+        write(300)
+        write(3000)
+    assert lines[3000] == lines[300]
+
+
+@pytest.mark.parametrize("digits", [0, 640, 4300, 5000])
+def test_a_number_of_more_than_4300_digits_is_refused_whatever_this_process_may_read(
+    store: Store, digits: int
+) -> None:
+    create(store)
+    with digits_allowed(digits):
+        for value in ([10**4300], {"a": [-(10**5000)]}, {10**4300: 1}):
+            with pytest.raises(InvalidData, match=r"^state.*digits"):
+                store.state.update_execution_current_state("e1", value)
+        kept = {"text": "1" * 5000, "1" * 5000: [], "n": 10**4299 if digits != 640 else 10**639}
+        store.state.update_execution_current_state("e1", kept)
+    found = store.state.get_execution("e1")
+    assert found is not None and found.current_state == kept
+
+
+AT_THE_END_OF_THE_STACK = """
+def nested(levels):
+    return [nested(levels - 1)] if levels > 1 else []
+
+def deeper():
+    try:
+        deeper()
+    except RecursionError:
+        pass
+    try:
+        flowstore._json(value, "value")
+        told.append(None)
+    except BaseException as error:
+        told.append(type(error).__name__)
+    raise RecursionError
+
+value, told = nested(200), []
+try:
+    deeper()
+except RecursionError:
+    print(*dict.fromkeys(told))
+"""
+
+
+def test_a_recursion_error_of_the_callers_own_is_no_error_of_the_value() -> None:
+    assert finished(script(AT_THE_END_OF_THE_STACK)).split() in (
+        ["RecursionError", "None"],
+        ["None"],
+    )
+
+
 @given(value=good_ids)
 @a_few
 def test_any_text_of_1_to_255_characters_is_an_id(store: Store, value: str) -> None:
@@ -8365,6 +8513,24 @@ def test_racing_effects_have_one_winner_that_everyone_is_told(store_state: Store
     assert len(set(outcomes)) == 1 and store_state.state.get_effect("k") == outcomes[0]
 
 
+@pytest.mark.parametrize("text", ["{", "[1] 2", "", "[" * 100_000])
+def test_json_that_is_damaged_in_the_file_is_store_corrupt(store_state: Store, text: str) -> None:
+    create(store_state)
+    store_state.state.record_effect("k", {})
+    with store_state.transaction() as tx:
+        tx.execute("UPDATE flowstore_effects SET result = ?", (text,))
+        tx.execute("UPDATE flowstore_runs SET current_state = ?", (text,))
+    calls: list[Callable[[], Any]] = [
+        lambda: store_state.state.get_effect("k"),
+        lambda: store_state.state.record_effect("k", 1),
+        lambda: store_state.state.patch_append_array("e1", "list", 1),
+        lambda: store_state.state.get_execution("e1"),
+    ]
+    for call in calls:
+        with pytest.raises(StoreCorrupt, match="cannot be read"):
+            call()
+
+
 def test_an_effect_of_an_unknown_execution_is_refused(store_state: Store) -> None:
     with pytest.raises(NotFound) as caught:
         store_state.state.record_effect("k", 1, execution_id=UNKNOWN)
@@ -9891,20 +10057,6 @@ def test_ids_keys_and_references_are_what_they_are_called(store: Store) -> None:
         assert (stored.root_workflow_id, stored.execution_pointers[0].predecessor_id) == (
             str(reference),
         ) * 2
-
-
-def test_a_number_that_others_could_not_read_is_refused_whatever_this_process_can(
-    store: Store,
-) -> None:
-    most = sys.get_int_max_str_digits()
-    sys.set_int_max_str_digits(0)
-    try:
-        with pytest.raises(InvalidData, match="4,300 digits"):
-            store.events.append("e1", "default", {"type": "t", "n": [10**5000]})
-        store.events.append("e1", "default", {"type": "t", "n": 10**4299, "text": "x" * 5000})
-    finally:
-        sys.set_int_max_str_digits(most)
-    assert store.events.load_events("e1")[0].event["n"] == 10**4299
 
 
 def test_handlers_and_reducers_may_be_coroutine_functions(in_loop: Loop) -> None:
