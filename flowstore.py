@@ -2841,6 +2841,7 @@ class _Engine:
                 ":memory:", isolation_level=None, check_same_thread=False, cached_statements=256
             )
             db.execute("PRAGMA foreign_keys = ON")
+            db.execute("PRAGMA temp_store = MEMORY")
             return _Tx(db, self.options.clock)
         # timeout=0: waiting for other processes is done by pause(), in steps far shorter than SQLite's 100 ms.
         db = sqlite3.connect(
@@ -2855,6 +2856,8 @@ class _Engine:
         try:
             for pragma in (
                 "foreign_keys = ON",
+                # Savepoints, sorts and VACUUM must not fail where no temporary file can be written.
+                "temp_store = MEMORY",
                 f"synchronous = {self.options.synchronous}",
                 "fullfsync = ON",  # macOS: an fsync that reaches the disk; elsewhere without effect
                 "checkpoint_fullfsync = ON",
@@ -3348,7 +3351,7 @@ class _Engine:
 def _vacuum_step(tx: _Tx) -> bool:
     """Return some free pages to the file system; True while there are more."""
     if tx.row("PRAGMA auto_vacuum") == (0,):  # the file was not made by us
-        tx.run("VACUUM")
+        tx.run("VACUUM")  # in memory, as temp_store says
         return False
     before = tx.rows("PRAGMA freelist_count")[0][0]
     try:

@@ -6156,6 +6156,73 @@ def test_a_really_full_disk_is_store_full_and_writing_goes_on_once_there_is_room
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+def file_of_others(path: Path) -> None:
+    """A database in which others have a table, and which cannot be vacuumed in steps."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE theirs (x)")
+
+
+# In a mount namespace of its own: $1 can be written, the places for temporary files cannot, or are full.
+WITHOUT_TEMPORARY_FILES = """
+for place in /tmp /var/tmp /usr/tmp; do [ -d $place ] && mount --bind $place $place; done
+mount --bind "$1" "$1" || exit 3
+mkdir "$1/full" && mount -t tmpfs -o size=16k tmpfs "$1/full" || exit 3
+head -c 20000 /dev/zero 2>/dev/null >"$1/full/ballast"
+for place in /tmp /var/tmp /usr/tmp; do [ -d $place ] && mount -o remount,bind,ro $place; done
+unset TMPDIR SQLITE_TMPDIR
+[ $2 = full ] && export SQLITE_TMPDIR="$1/full"
+cd /proc && exec "$3" -c "$4" "$1"
+"""
+USES_MUCH = """
+import concurrent.futures, os, sys, flowstore
+from flowstore import Flow
+folder = sys.argv[1]
+for target in (":memory:", f"{folder}/ours.db", f"{folder}/theirs.db"):
+    with flowstore.open(target, synchronous="OFF") as store:
+        flows = [store.flows.insert(Flow(id=str(n), goal="g" * 2000)) for n in range(1000)]
+        with concurrent.futures.ThreadPoolExecutor(32) as pool:  # groups in which one fails have savepoints
+            stale = [pool.submit(store.flows.update_with_revision, flow) for flow in flows + flows[::10]]
+        assert sum(one.exception() is not None for one in stale) == 100, [
+            one.exception() for one in stale if one.exception() is not None][:3]
+        with store.transaction() as tx, store.transaction():
+            tx.execute("UPDATE flows SET goal = goal || goal, status = 'finished'")
+            try:
+                tx.execute("UPDATE flows SET goal = goal || goal, revision = CASE id WHEN '999' THEN NULL ELSE 0 END")
+            except flowstore.StorageError as error:
+                assert "NOT NULL" in str(error), error
+            tx.execute("CREATE TEMP TABLE scratch AS SELECT * FROM flows ORDER BY hex(goal)")
+            assert len(tx.execute("SELECT goal FROM scratch ORDER BY goal || id")) == 1000
+        store.flows.list_by_status("finished")
+        store.backup(f"{folder}/{len(target)}.copy")
+        assert store.flows.prune_terminal_flows(0) == 1000
+        for _ in range(5):  # more than is kept in the cache
+            store.state.put_artifact(os.urandom(5 << 20))
+        store.compact()
+        assert store.check() == []
+"""
+
+
+@pytest.mark.sqlite
+@pytest.mark.parametrize("temporary", ["read-only", "full"])
+def test_no_call_needs_a_temporary_file(tmp_path: Path, temporary: str) -> None:
+    if shutil.which("unshare") is None:
+        pytest.skip("unshare, of util-linux, is missing")
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("unshare may not be used here (needs root)")
+    file_of_others(tmp_path / "theirs.db")
+    command = ["unshare", "-m", "sh", "-c", WITHOUT_TEMPORARY_FILES, "sh"]
+    ran = subprocess.run(
+        [*command, str(tmp_path), temporary, sys.executable, USES_MUCH],
+        env=os.environ | {"PYTHONPATH": str(Path(flowstore.__file__ or "").parent)},
+        capture_output=True,
+        text=True,
+        timeout=WATCHDOG,
+    )
+    if ran.returncode == 3:
+        pytest.skip("mount may not be used here (needs root)")
+    assert ran.returncode == 0, ran.stderr
+
+
 # ------------------------------------------------------------------------------------------------- waiting
 
 
