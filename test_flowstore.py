@@ -5342,10 +5342,10 @@ TestTheQueueInAFile = stateful(FileQueueModel)
 # The engine when everything happens at once
 # ==========================================================================================================
 
-WATCHDOG = 40  # seconds after which whatever has not ended counts as hanging
 KILL_ROUNDS = int(os.environ.get("FLOWSTORE_KILL_ROUNDS", "4"))
 STRIKES = int(os.environ.get("FLOWSTORE_STRIKES", "3000"))
 STEPS = int(os.environ.get("FLOWSTORE_STEPS", "80"))
+WATCHDOG = 40 + STEPS // 20  # seconds after which whatever has not ended counts as hanging
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no os.fork")
 needs_kill = pytest.mark.skipif(
@@ -5354,6 +5354,7 @@ needs_kill = pytest.mark.skipif(
 needs_sigint = pytest.mark.skipif(
     os.name != "posix", reason="only POSIX sends SIGINT to one process"
 )
+posix = pytest.mark.skipif(os.name != "posix", reason="signals and alarms are POSIX's")
 # A strike may hit a finalizer or a generator being closed, which can only report it.
 swallows = pytest.mark.usefixtures("unraisable_unheard")
 
@@ -5376,8 +5377,8 @@ class Caller(threading.Thread):
         except BaseException as error:
             self.result = error
 
-    def outcome(self) -> Any:
-        self.join(WATCHDOG)
+    def outcome(self, seconds: float = WATCHDOG) -> Any:
+        self.join(seconds)
         if self.is_alive():
             stack = "".join(traceback.format_stack(sys._current_frames()[self.ident or 0]))
             raise AssertionError(f"a call hangs\n{stack}")
@@ -5400,9 +5401,9 @@ def outcomes(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     return [caller.outcome() for caller in [Caller(call) for call in calls]]
 
 
-def until(condition: Callable[[], Any], what: str = "") -> None:
+def until(condition: Callable[[], Any], what: str = "", seconds: float = WATCHDOG) -> None:
     """Waits for the condition, up to the watchdog's time."""
-    deadline = time.monotonic() + WATCHDOG
+    deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             faulthandler.dump_traceback()
@@ -5425,6 +5426,24 @@ def write_pair(store_engine: flowstore.Store, run: str, key: str) -> int:
 def write_pair_in_block(store_engine: flowstore.Store, run: str, key: str) -> None:
     with store_engine.transaction():
         write(store_engine, run, key)
+        write(store_engine, run, key)
+
+
+def nested_engine(store_engine: flowstore.Store, run: str, key: str) -> None:
+    with store_engine.transaction():
+        write(store_engine, run, key)
+        with store_engine.transaction():
+            write(store_engine, run, key)
+
+
+def half_caught(store_engine: flowstore.Store, run: str, key: str) -> None:
+    """A pair whose block also meets an error that is caught in it."""
+    with store_engine.transaction() as tx:
+        write(store_engine, run, key)
+        with contextlib.suppress(flowstore.StorageError):
+            tx.execute("SELECT nonsense")
+        with contextlib.suppress(flowstore.SequenceConflict):
+            store_engine.events.append(run, "default", event("never"), expected_sequence=10**6)
         write(store_engine, run, key)
 
 
@@ -5507,8 +5526,12 @@ def fill(
     return acknowledged, errors
 
 
+class JobTimeout(Exception):
+    """What a time limit of a job raises from its signal handler."""
+
+
 class Striker:
-    """Raises KeyboardInterrupt at the n-th place of a call where the interpreter could, and perhaps again.
+    """Raises an exception at the n-th place of a call where the interpreter could, and perhaps again.
 
     CPython looks for signals where a function begins, after a call of a C function, where a loop turns back.
     A function that raises while it traces is not called again, so the second strike is the profiler's.
@@ -5516,8 +5539,14 @@ class Striker:
 
     names: ClassVar[dict[CodeType, dict[int, str]]] = {}
 
-    def __init__(self, strike_at: int, again_after: int = 0) -> None:
+    def __init__(
+        self,
+        strike_at: int,
+        again_after: int = 0,
+        error: type[BaseException] = KeyboardInterrupt,
+    ) -> None:
         self.strike_at, self.again_after, self.places, self.where = strike_at, again_after, 0, ""
+        self.error = error
         self.previous: tuple[FrameType, str] | None = None
 
     def __call__(self, frame: FrameType, what: str, _arg: object) -> Striker:
@@ -5546,15 +5575,18 @@ class Striker:
                 self.where = "".join(traceback.format_stack(frame, 4))
                 if self.again_after:
                     sys.setprofile(self.again)
-                raise KeyboardInterrupt
+                self.strike()
         return self
+
+    def strike(self) -> None:
+        raise self.error
 
     def again(self, frame: FrameType, what: str, _arg: object) -> None:
         if what in ("call", "c_return"):
             self.again_after -= 1
             if not self.again_after:
                 self.where += f"and then at\n{''.join(traceback.format_stack(frame, 4))}"
-                raise KeyboardInterrupt
+                raise self.error
 
     def run(self, call: Callable[[], Any]) -> bool:
         """Makes the call; returns whether it came to its end."""
@@ -5562,7 +5594,7 @@ class Striker:
         sys.settrace(self)
         try:
             call()
-        except KeyboardInterrupt:
+        except self.error:
             return False
         finally:
             sys.setprofile(None)
@@ -5571,15 +5603,261 @@ class Striker:
         return True
 
 
+class Deep:
+    """Makes a call where the stack has room for so many frames only: RecursionError, the natural way."""
+
+    def __init__(self, left: int) -> None:
+        self.left, self.where = left, f"a depth with {left} frames left\n"
+
+    def run(self, call: Callable[[], Any]) -> bool:
+        """Makes the call; returns whether it came to its end."""
+        try:
+            dig(room() - self.left, call)
+        except RecursionError:
+            return False
+        return True
+
+
+def dig(depth: int, call: Callable[[], Any]) -> Any:
+    """Makes a call so many frames deeper in the stack."""
+    return dig(depth - 1, call) if depth > 0 else call()
+
+
+def room() -> int:
+    """How many frames the stack has room for."""
+    try:
+        return 1 + room()
+    except RecursionError:
+        return 0
+
+
+class Visitor(Striker):
+    """Makes another call at the n-th place of a call, in its thread, as a trace function or a handler does."""
+
+    def __init__(self, visit_at: int, visit: Callable[[], Any]) -> None:
+        super().__init__(visit_at)
+        self.visit = visit
+
+    def strike(self) -> None:
+        self.visit()
+
+
+def some_places(run: Callable[[Striker], Any], most: int = STEPS) -> range:
+    """The places of a call, or so many of them from a random one on; it has not as many each time."""
+    dry = [Striker(0), Striker(0), Striker(0)]
+    for striker in dry:
+        run(striker)
+    places = max(striker.places for striker in dry)
+    stride = -(-places // most)
+    return range(random.randint(1, stride), places + 1, stride)
+
+
+def strikers(kind: str, run: Callable[[Striker], Any]) -> list[Striker | Deep]:
+    """What strikes a call at each of its places, or at some of them."""
+    if kind == "end of the stack":
+        return [Deep(left) for left in range(70)]
+    errors: dict[str, type[BaseException]] = {
+        "KeyboardInterrupt": KeyboardInterrupt,
+        "JobTimeout": JobTimeout,
+        "RecursionError": RecursionError,
+    }
+    return [Striker(place, error=errors[kind]) for place in some_places(run)]
+
+
+class Load:
+    """Other threads, which write and read without a break: no strike at another's call may fail or stop them."""
+
+    def __init__(self, store_engine: flowstore.Store) -> None:
+        self.store_engine, self.stop = store_engine, False
+        self.acknowledged: list[list[str]] = [[], []]
+        self.callers = [Caller(partial(self.work, me)) for me in range(2)]
+
+    def work(self, me: int) -> None:
+        mine = self.acknowledged[me]
+        while not self.stop:
+            key = f"{me}.{len(mine)}"
+            (write_pair, write_pair_in_block)[len(mine) % 2](self.store_engine, f"load{me}", key)
+            assert self.store_engine.events.get_latest_sequence(f"load{me}") == 2 * len(mine) + 2
+            mine.append(key)
+
+    def goes_on(self, where: str) -> None:
+        """Waits until each thread has begun and ended a call since."""
+        aims = [len(mine) + 2 for mine in self.acknowledged]
+
+        def all_have() -> bool:
+            ended = [caller.result for caller in self.callers if not caller.is_alive()]
+            assert not ended, f"another thread met {ended!r} after a strike at\n{where}"
+            return all(len(mine) >= aim for mine, aim in zip(self.acknowledged, aims, strict=True))
+
+        until(all_have, f"for the calls of other threads after a strike at\n{where}", 10)
+
+    def end(self) -> None:
+        self.stop = True
+        assert [caller.outcome() for caller in self.callers] == [None, None]
+        for me, mine in enumerate(self.acknowledged):
+            assert pairs(self.store_engine, f"load{me}") == mine
+
+
+def do(name: str, store_engine: flowstore.Store, key: str) -> None:
+    """A call of one kind, or a few; what writes to the log writes a pair of that key."""
+    state, events = store_engine.state, store_engine.events
+    if name == "read":
+        pairs(store_engine, "run")
+        events.count_events("run")
+        list(events.iter_events("run", chunk=2))
+    elif name == "wait":
+        state.claim_work_item("w", ["none"], wait=0.001)
+        list(events.tail(timeout=0.001))
+    elif name in ("claim", "hold"):
+        state.enqueue_work_item(flowstore.WorkItem(execution_id="run", queue_type="q"))
+        item = state.claim_work_item("w", ["q"])
+        assert item is not None
+        if name == "hold":
+            with state.hold(item):
+                write_pair(store_engine, "run", key)
+        state.complete_work_item(item)
+    elif name == "block":
+        write_pair_in_block(store_engine, "run", key)
+    elif name == "nested":
+        nested_engine(store_engine, "run", key)
+    elif name == "caught":
+        half_caught(store_engine, "run", key)
+    else:
+        write_pair(store_engine, "run", key)
+
+
+def settle_what_is_left(store_engine: flowstore.Store) -> None:
+    """Settles the one item that a struck call may have left pending or claimed."""
+    state = store_engine.state
+    left = [
+        item for status in ("pending", "claimed") for item in state.list_work_items(status=status)
+    ]
+    assert len(left) <= 1, f"one item was enqueued, and there are {left!r}"
+    for item in left:
+        state.complete_work_item(item.id)
+
+
+def check_pairs(store_engine: flowstore.Store, returned: set[str], begun: set[str]) -> None:
+    """All that was acknowledged is there, whole and once, and nothing that was never written."""
+    there = set(pairs(store_engine, "run"))
+    assert returned <= there, f"acknowledged and lost: {returned - there}"
+    assert there <= begun, f"there, and never written: {there - begun}"
+
+
+def strike_under_load(target: str, name: str, kind: str) -> None:
+    """Strikes a call at each of its places while other threads write and read."""
+    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=5.0)
+    write_pair(store_engine, "run", "first")
+    returned, begun = {"first"}, {"first", "0", "1", "2"}
+    numbers = itertools.count()
+
+    def attempt(striker: Striker | Deep, key: str) -> bool:
+        """The struck call, and then others of the same thread."""
+        done = striker.run(partial(do, name, store_engine, key))
+        write_pair(store_engine, "run", f"{key}, after")
+        settle_what_is_left(store_engine)
+        return done
+
+    def dry_run(striker: Striker) -> None:
+        assert striker.run(partial(do, name, store_engine, f"{next(numbers)}"))
+
+    plan = strikers(kind, dry_run)
+    load = Load(store_engine)
+    load.goes_on("no place yet")
+    threads = threading.active_count()
+    struck = 0
+    for striker in plan:
+        signal.alarm(WATCHDOG // 2)
+        key = f"{next(numbers) + 3}"
+        begun |= {key, f"{key}, after"}
+        done = Caller(partial(attempt, striker, key)).outcome(10)
+        assert isinstance(done, bool), f"{done!r} after a strike at\n{striker.where}"
+        struck += not done
+        returned.add(f"{key}, after")
+        if done and name not in ("read", "wait", "claim"):
+            returned.add(key)
+        load.goes_on(striker.where)
+        until(lambda: threading.active_count() <= threads, f"for a thread of\n{striker.where}", 10)
+    assert struck > len(plan) // 4
+    load.end()
+    check_pairs(store_engine, returned, begun)
+    assert store_engine.check() == []
+    assert Caller(store_engine.close).outcome(10) is None
+    if target != ":memory:":
+        with flowstore.open(target) as again:
+            check_pairs(again, returned, begun)
+
+
+def struck_calls(path: str, name: str, kind: str) -> None:
+    sys.setswitchinterval(0.0005)
+    leave(lambda: [strike_under_load(target, name, kind) for target in (":memory:", path)])
+
+
+def queued(store_engine: flowstore.Store) -> int:
+    """How many calls wait for the writer."""
+    return len(store_engine._engine.queue)
+
+
+def strike_in_a_group(target: str, place: str, kind: str) -> None:
+    """Strikes a call that is committed in one group with others, as their leader or behind another leader."""
+    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=5.0)
+    struck_call = write_pair_in_block if place == "leader's block" else write_pair
+    write_pair(store_engine, "run", "first")
+    returned, begun = {"first"}, {"first"}
+    numbers = itertools.count()
+
+    def meeting(striker: Striker | Deep) -> bool:
+        """The call queues with others, which go on whatever becomes of it; whether it came to its end."""
+        key = f"{next(numbers)}"
+        calls: list[Callable[[], Any]] = [
+            partial(write_pair, store_engine, "run", f"{key}.0"),
+            partial(write_pair, store_engine, "run", f"{key}.1"),
+            partial(write_pair_in_block, store_engine, "run", f"{key}.2"),
+            partial(write_pair, store_engine, "run", f"{key}.3"),
+            partial(pairs, store_engine, "run"),
+        ]
+        first = 2 if place == "follower" else 0
+        calls.insert(first, lambda: striker.run(partial(struck_call, store_engine, "run", key)))
+        begun.update({key, *(f"{key}.{number}" for number in range(4))})
+        callers: list[Caller] = []
+
+        def have_queued() -> bool:
+            return queued(store_engine) + sum(not one.is_alive() for one in callers) >= len(callers)
+
+        with store_engine.transaction():
+            for call in calls:
+                callers.append(Caller(call))
+                until(have_queued, "for calls to queue", 10)
+        results = [caller.outcome(10) for caller in callers]
+        failed = [result for result in results if isinstance(result, BaseException)]
+        assert not failed, f"{failed!r} after a strike at\n{striker.where}"
+        done = bool(results[first])
+        returned.update({key} if done else (), (f"{key}.{number}" for number in range(4)))
+        return done
+
+    struck = 0
+    for striker in strikers(kind, meeting):
+        signal.alarm(WATCHDOG // 2)
+        struck += not meeting(striker)
+    assert struck
+    check_pairs(store_engine, returned, begun)
+    assert Caller(store_engine.close).outcome(10) is None
+
+
+def struck_groups(path: str, place: str, kind: str) -> None:
+    sys.setswitchinterval(0.0005)
+    leave(lambda: [strike_in_a_group(target, place, kind) for target in (":memory:", path)])
+
+
 # ------------------------------------------------------------------------------- helpers, for this process
 
 
 CHILD = f"""
 from __future__ import annotations
-import contextlib, dis, faulthandler, os, random, signal, sys, threading, time, traceback
+import contextlib, dis, faulthandler, itertools, os, random, signal, sys, threading, time, traceback
 from functools import partial
 import flowstore
-WATCHDOG = {WATCHDOG}
+WATCHDOG, STEPS = {WATCHDOG}, {STEPS}
 if hasattr(signal, "alarm"):
     faulthandler.register(signal.SIGALRM, chain=True)
     signal.alarm(WATCHDOG)
@@ -5597,7 +5875,9 @@ TOOLS: list[Any] = [
     pairs,
     meet,
 ]
-TOOLS += [leave, forked, reap, refused, fill, Striker]
+TOOLS += [leave, forked, reap, refused, fill, JobTimeout, Striker]
+TOOLS += [Deep, dig, room, Visitor, some_places, strikers, Load, do, settle_what_is_left, check_pairs]
+TOOLS += [nested_engine, half_caught, strike_under_load, queued, strike_in_a_group]
 
 
 class Process:
@@ -6458,24 +6738,6 @@ def test_thousands_of_interrupts_over_eight_threads_leave_none_hung_lost_or_extr
     store_engine.close()
 
 
-def nested_engine(store_engine: flowstore.Store, run: str, key: str) -> None:
-    with store_engine.transaction():
-        write(store_engine, run, key)
-        with store_engine.transaction():
-            write(store_engine, run, key)
-
-
-def half_caught(store_engine: flowstore.Store, run: str, key: str) -> None:
-    """A pair whose block also meets an error that is caught in it."""
-    with store_engine.transaction() as tx:
-        write(store_engine, run, key)
-        with contextlib.suppress(flowstore.StorageError):
-            tx.execute("SELECT nonsense")
-        with contextlib.suppress(flowstore.SequenceConflict):
-            store_engine.events.append(run, "default", event("never"), expected_sequence=10**6)
-        write(store_engine, run, key)
-
-
 @swallows
 @pytest.mark.parametrize("call", [write_pair, write_pair_in_block, nested_engine, half_caught])
 def test_an_interrupt_at_any_step_of_a_write_leaves_all_or_nothing_and_a_usable_store(
@@ -6781,6 +7043,34 @@ def test_ctrl_c_in_the_main_thread_harms_no_other_thread_and_no_acknowledged_wri
         assert striker.outcome() is None
     with flowstore.open(path) as store_engine:
         assert pairs(store_engine, "run")
+
+
+# ----------------------------------------------------- strikes of every kind, at every step of every kind of call
+
+
+KINDS = ["KeyboardInterrupt", "JobTimeout", "RecursionError", "end of the stack"]
+
+
+@posix
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "name", ["read", "wait", "append", "claim", "block", "nested", "caught", "hold"]
+)
+def test_what_strikes_a_call_at_any_step_hangs_and_hits_no_other_thread_and_loses_no_write(
+    path: Path, name: str, kind: str
+) -> None:
+    with Process(struck_calls, path, name, kind) as process:
+        process.finish()
+
+
+@posix
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", ["leader", "leader's block", "follower"])
+def test_what_strikes_a_queued_call_at_any_step_spares_the_calls_that_queue_with_it(
+    path: Path, place: str, kind: str
+) -> None:
+    with Process(struck_groups, path, place, kind) as process:
+        process.finish()
 
 
 # ----------------------------------------------------------------------------------------------- isolation
