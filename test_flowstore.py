@@ -41,6 +41,7 @@ import types
 import unicodedata
 import uuid
 import warnings
+import weakref
 from collections import ChainMap, Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -5362,6 +5363,18 @@ swallows = pytest.mark.usefixtures("unraisable_unheard")
 # ---------------------------------------------------------------- helpers, for this process and for children
 
 
+def waits(thread: int | None) -> bool:
+    """Whether a thread's call has been going on inside the library for some time: long enough to wait there."""
+    for _ in range(20):
+        frame = sys._current_frames().get(thread or 0)
+        while frame is not None and frame.f_code.co_filename != flowstore.__file__:
+            frame = frame.f_back
+        if frame is None:
+            return False
+        time.sleep(0.001)
+    return True
+
+
 class Caller(threading.Thread):
     """A thread that makes one call; `outcome()` is what it returned or raised."""
 
@@ -5385,15 +5398,7 @@ class Caller(threading.Thread):
         return self.result
 
     def waits(self) -> bool:
-        """Whether its call has been going on inside the library for some time: long enough to wait there."""
-        for _ in range(20):
-            frame = sys._current_frames().get(self.ident or 0)
-            while frame is not None and frame.f_code.co_filename != flowstore.__file__:
-                frame = frame.f_back
-            if frame is None:
-                return False
-            time.sleep(0.001)
-        return True
+        return waits(self.ident)
 
 
 def outcomes(calls: Sequence[Callable[[], Any]]) -> list[Any]:
@@ -5530,6 +5535,13 @@ class JobTimeout(Exception):
     """What a time limit of a job raises from its signal handler."""
 
 
+def stems_from(error: BaseException | None, kind: type[BaseException]) -> bool:
+    """Whether an error is of that kind, or was raised for one that is."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 class Striker:
     """Raises an exception at the n-th place of a call where the interpreter could, and perhaps again.
 
@@ -5594,7 +5606,9 @@ class Striker:
         sys.settrace(self)
         try:
             call()
-        except self.error:
+        except BaseException as error:
+            if not stems_from(error, self.error):
+                raise
             return False
         finally:
             sys.setprofile(None)
@@ -5613,7 +5627,9 @@ class Deep:
         """Makes the call; returns whether it came to its end."""
         try:
             dig(room() - self.left, call)
-        except RecursionError:
+        except Exception as error:
+            if not stems_from(error, RecursionError):
+                raise
             return False
         return True
 
@@ -5642,6 +5658,19 @@ class Visitor(Striker):
         self.visit()
 
 
+class HookStriker(Striker):
+    """One that strikes in flowstore's own hooks alone: `os.fork()` runs those of other modules too."""
+
+    def strike(self) -> None:
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and frame.f_code.co_filename != flowstore.__file__:
+            frame = frame.f_back
+        if frame is None:
+            self.strike_at += 1  # the next place, then
+        else:
+            super().strike()
+
+
 def some_places(run: Callable[[Striker], Any], most: int = STEPS) -> range:
     """The places of a call, or so many of them from a random one on; it has not as many each time."""
     dry = [Striker(0), Striker(0), Striker(0)]
@@ -5652,7 +5681,9 @@ def some_places(run: Callable[[Striker], Any], most: int = STEPS) -> range:
     return range(random.randint(1, stride), places + 1, stride)
 
 
-def strikers(kind: str, run: Callable[[Striker], Any]) -> list[Striker | Deep]:
+def strikers(
+    kind: str, run: Callable[[Striker], Any], make: type[Striker] = Striker
+) -> list[Striker | Deep]:
     """What strikes a call at each of its places, or at some of them."""
     if kind == "end of the stack":
         return [Deep(left) for left in range(70)]
@@ -5661,7 +5692,7 @@ def strikers(kind: str, run: Callable[[Striker], Any]) -> list[Striker | Deep]:
         "JobTimeout": JobTimeout,
         "RecursionError": RecursionError,
     }
-    return [Striker(place, error=errors[kind]) for place in some_places(run)]
+    return [make(place, error=errors[kind]) for place in some_places(run)]
 
 
 class Load:
@@ -5698,32 +5729,43 @@ class Load:
             assert pairs(self.store_engine, f"load{me}") == mine
 
 
-def do(name: str, store_engine: flowstore.Store, key: str) -> None:
+def on_both(path: str, function: str, *args: str) -> None:
+    """In a child process: one of these functions, for a store in memory and for one in a file."""
+
+    def body() -> None:
+        sys.setswitchinterval(0.0005)
+        for target in (":memory:", path):
+            globals()[function](target, *args)
+
+    leave(body)
+
+
+def do(name: str, store_engine: flowstore.Store, key: str, run: str = "run") -> None:
     """A call of one kind, or a few; what writes to the log writes a pair of that key."""
     state, events = store_engine.state, store_engine.events
     if name == "read":
-        pairs(store_engine, "run")
-        events.count_events("run")
-        list(events.iter_events("run", chunk=2))
+        pairs(store_engine, run)
+        events.count_events(run)
+        list(events.iter_events(run, chunk=2))
     elif name == "wait":
         state.claim_work_item("w", ["none"], wait=0.001)
         list(events.tail(timeout=0.001))
     elif name in ("claim", "hold"):
-        state.enqueue_work_item(flowstore.WorkItem(execution_id="run", queue_type="q"))
+        state.enqueue_work_item(flowstore.WorkItem(execution_id=run, queue_type="q"))
         item = state.claim_work_item("w", ["q"])
         assert item is not None
         if name == "hold":
             with state.hold(item):
-                write_pair(store_engine, "run", key)
+                write_pair(store_engine, run, key)
         state.complete_work_item(item)
     elif name == "block":
-        write_pair_in_block(store_engine, "run", key)
+        write_pair_in_block(store_engine, run, key)
     elif name == "nested":
-        nested_engine(store_engine, "run", key)
+        nested_engine(store_engine, run, key)
     elif name == "caught":
-        half_caught(store_engine, "run", key)
+        half_caught(store_engine, run, key)
     else:
-        write_pair(store_engine, "run", key)
+        write_pair(store_engine, run, key)
 
 
 def settle_what_is_left(store_engine: flowstore.Store) -> None:
@@ -5778,7 +5820,7 @@ def strike_under_load(target: str, name: str, kind: str) -> None:
             returned.add(key)
         load.goes_on(striker.where)
         until(lambda: threading.active_count() <= threads, f"for a thread of\n{striker.where}", 10)
-    assert struck > len(plan) // 4
+    assert struck
     load.end()
     check_pairs(store_engine, returned, begun)
     assert store_engine.check() == []
@@ -5786,11 +5828,6 @@ def strike_under_load(target: str, name: str, kind: str) -> None:
     if target != ":memory:":
         with flowstore.open(target) as again:
             check_pairs(again, returned, begun)
-
-
-def struck_calls(path: str, name: str, kind: str) -> None:
-    sys.setswitchinterval(0.0005)
-    leave(lambda: [strike_under_load(target, name, kind) for target in (":memory:", path)])
 
 
 def queued(store_engine: flowstore.Store) -> int:
@@ -5844,9 +5881,406 @@ def strike_in_a_group(target: str, place: str, kind: str) -> None:
     assert Caller(store_engine.close).outcome(10) is None
 
 
-def struck_groups(path: str, place: str, kind: str) -> None:
+def reap_within(seconds: float, pid: int, where: str) -> int:
+    """The exit status of a forked child, which has to end in that time."""
+    deadline = time.monotonic() + seconds
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGALRM)  # it tells where it is
+            os.waitpid(pid, 0)
+            raise AssertionError(f"the child hangs after a strike at\n{where}")
+        time.sleep(0.001)
+
+
+def write_in_child(key: str, *stores: flowstore.Store) -> NoReturn:
+    """In a forked child: a write to each store, and the end: with status 0 if all were done, 3 if one was refused."""
+    status = 1
+    try:
+        for store_engine in stores:
+            write_pair(store_engine, "run", key)
+        status = 0
+    except flowstore.StorageError:
+        status = 3
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
+
+
+def strike_forks(path: str, kind: str) -> None:
+    """Strikes at each place of what happens before and after a fork, while other threads write and read."""
     sys.setswitchinterval(0.0005)
-    leave(lambda: [strike_in_a_group(target, place, kind) for target in (":memory:", path)])
+    store_engine = flowstore.open(path, synchronous="OFF", busy_timeout=3.0)
+    memory = flowstore.open(":memory:", busy_timeout=3.0)
+    for one in (store_engine, memory):
+        write_pair(one, "run", "first")
+    returned, begun = {"first"}, {"first"}
+    numbers = itertools.count()
+    load = Load(store_engine)
+
+    def fork(striker: Striker | Deep) -> None:
+        signal.alarm(WATCHDOG // 2)
+        key = f"{next(numbers)}"
+        begun.add(key)
+        pids: list[int] = []
+        striker.run(lambda: pids.append(os.fork()))
+        if pids == [0]:
+            write_in_child(key, memory, store_engine)
+        elif pids:  # else the stack's end was there before the fork
+            status = reap_within(8, pids[0], striker.where)
+            assert status in (0, 3), (
+                f"the child ended with {status} after a strike at\n{striker.where}"
+            )
+            if status == 0:
+                returned.add(key)
+        for one in (store_engine, memory):
+            write_pair(one, "run", f"{key}, after")
+        returned.add(f"{key}, after")
+        begun.add(f"{key}, after")
+        load.goes_on(striker.where)
+
+    for striker in strikers(kind, fork, HookStriker):
+        fork(striker)
+    load.end()
+    check_pairs(store_engine, returned, begun)
+    check_pairs(memory, {key for key in returned if "," in key}, begun)
+    assert store_engine.check() == []
+    store_engine.close()
+
+
+def struck_in_hooks(path: str, kind: str) -> None:
+    leave(partial(strike_forks, path, kind))
+
+
+def signalled_fork(path: str, kind: str, busy: str) -> None:
+    """A signal's handler raises while a fork waits for a statement that another thread executes."""
+    error = {"KeyboardInterrupt": KeyboardInterrupt, "JobTimeout": JobTimeout}.get(
+        kind, RecursionError
+    )
+    store_engine = flowstore.open(path, synchronous="OFF", busy_timeout=2.0)
+    main, raised = threading.get_ident(), list[bool]()
+    begun = threading.Event()
+
+    def handler(*_: object) -> None:
+        raised.append(True)
+        raise error
+
+    def long_block() -> None:
+        with store_engine.transaction() as tx:
+            write_pair(store_engine, "run", "busy")
+            begun.set()
+            numbers = "WITH n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 2000000)"
+            tx.execute(f"{numbers} SELECT MAX(i) FROM n")
+
+    def long_write() -> None:
+        begun.set()
+        store_engine.events.append_batch("run", "default", [event("busy"), event("busy")] * 20_000)
+
+    def interrupt() -> None:
+        def in_hook() -> bool:
+            frame: FrameType | None = sys._current_frames()[main]
+            while frame is not None and frame.f_code.co_filename != flowstore.__file__:
+                frame = frame.f_back
+            return frame is not None
+
+        until(in_hook, "for the fork to wait", 10)
+        time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR1, handler)
+    other = Caller(long_block if busy == "block" else long_write)
+    assert begun.wait(10)
+    until(other.waits, "for the statement to be executed", 10)
+    interrupter = Caller(interrupt)
+    pid = os.fork()
+    if pid == 0:
+        write_in_child("child", store_engine)
+    signal.alarm(WATCHDOG // 2)
+    status = reap_within(8, pid, f"{raised and 'the hook'}")
+    assert raised, "the fork waited for nothing"
+    assert interrupter.outcome(10) is None
+    assert other.outcome(10) is None
+    write_pair(store_engine, "run", "after")
+    there = set(pairs(store_engine, "run")) if busy == "block" else set(keys(store_engine, "run"))
+    assert there == {"busy", "after"} | ({"child"} if status == 0 else set()), there
+    assert status in (0, 3)
+    os._exit(0)
+
+
+class HookVisitor(HookStriker, Visitor):
+    """Makes another call from flowstore's own hooks for `os.fork()`."""
+
+
+class Visit:
+    """A call that interrupts another one of its thread, made once: it may be refused, but has to end in time."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.call, self.made, self.done = call, False, False
+        self.result: Any = None
+        self.seconds = 0.0
+
+    def __call__(self, *_: object) -> None:
+        if self.made:
+            return
+        self.made, began = True, time.monotonic()
+        try:
+            self.result = self.call()
+            self.done = True
+        except BaseException as error:
+            self.result = error
+        self.seconds = time.monotonic() - began
+
+    def check(self, busy_timeout: float, where: str) -> None:
+        fine = not self.made or self.done or isinstance(self.result, flowstore.StorageError)
+        assert fine, f"{self.result!r} for a call made at\n{where}"
+        assert self.seconds < busy_timeout + 2, f"{self.seconds:.1f} s for a call made at\n{where}"
+
+
+def visit_each_step(target: str, name: str) -> None:
+    """Interrupts a call at each of its places by others of the same thread."""
+    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=0.1)
+    for run in ("run", "visit"):
+        write_pair(store_engine, run, "first")
+    returned, begun = {"first"}, {"first"}
+    stored, unstored = {"first"}, set[str]()
+    numbers = itertools.count()
+
+    def dry_run(striker: Striker) -> None:
+        begun.add(key := f"{next(numbers)}")
+        assert striker.run(partial(do, name, store_engine, key))
+
+    for place in some_places(dry_run, STEPS // 2):
+        signal.alarm(WATCHDOG // 2)
+        number = next(numbers)
+        begun.add(key := f"{number}")
+        kind = ("append", "read", "claim", "block")[number % 4]
+        visit = Visit(partial(do, kind, store_engine, key, "visit"))
+        visitor = Visitor(place, visit)
+        outer = Caller(partial(visitor.run, partial(do, name, store_engine, key))).outcome(10)
+        where = f"{visitor.where}({kind} in {name})"
+        visit.check(0.1, where)
+        assert outer is True, f"{outer!r} for the call that was interrupted at\n{where}"
+        if name not in ("read", "wait", "claim"):
+            returned.add(key)
+        if kind in ("append", "block"):
+            (stored if visit.done else unstored).add(key)
+        other = Caller(partial(write_pair_in_block, store_engine, "other", key)).outcome(10)
+        assert other is None, f"{other!r} for another thread after a call at\n{where}"
+    check_pairs(store_engine, returned, begun)
+    there = set(pairs(store_engine, "visit"))
+    assert there == stored, f"lost: {stored - there}; refused, but there: {there & unstored}"
+    assert store_engine.check() == []
+    store_engine.close()
+
+
+def visit_the_end(target: str, name: str) -> None:
+    """Closes a store in the middle of a call of the same thread, or calls it in the middle of its close()."""
+    returned, begun, stored, unstored = set[str](), set[str](), set[str](), set[str]()
+    numbers = itertools.count()
+
+    def trial(visitor: Striker, visit: Visit) -> None:
+        signal.alarm(WATCHDOG // 2)
+        store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=0.1)
+        begun.add(key := f"{next(numbers)}")
+        ending = name == "close"
+        visit.call = (
+            partial(do, "append", store_engine, key, "visit") if ending else store_engine.close
+        )
+        outer = store_engine.close if ending else partial(do, name, store_engine, key)
+        outcome = Caller(partial(visitor.run, outer)).outcome(10)
+        visit.check(0.1, visitor.where)
+        fine = outcome is True or (not ending and isinstance(outcome, flowstore.StorageError))
+        assert fine, f"{outcome!r} for the call that was interrupted at\n{visitor.where}"
+        assert Caller(store_engine.close).outcome(10) is None, visitor.where
+        assert (
+            Caller(partial(refused, partial(write, store_engine, "run", key))).outcome(10) is None
+        )
+        if ending:
+            (stored if visit.done else unstored).add(key)
+        elif outcome is True and name != "read":
+            returned.add(key)
+
+    def dry_run(striker: Striker) -> None:
+        trial(striker, Visit(bool))
+
+    for place in some_places(dry_run, STEPS // 2):
+        visit = Visit(bool)
+        trial(Visitor(place, visit), visit)
+    if target != ":memory:":
+        with flowstore.open(target) as store_engine:
+            check_pairs(store_engine, returned, begun)
+            there = set(pairs(store_engine, "visit"))
+            assert there == stored, (
+                f"lost: {stored - there}; refused, but there: {there & unstored}"
+            )
+            assert store_engine.check() == []
+
+
+class Dying:
+    """Garbage that refers to itself: the collector, at whatever allocation it begins to run, ends it."""
+
+    def __init__(self, last_words: Callable[[], Any]) -> None:
+        self.myself, self.last_words = self, last_words
+
+    def __del__(self) -> None:
+        self.last_words()
+
+
+def collect_at_each_step(target: str, how: str) -> None:
+    """Has the garbage collector run at each of the allocations of a call, and call the store from there."""
+    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=0.1)
+    for run in ("run", "visit"):
+        write_pair(store_engine, run, "first")
+    returned, begun, stored, unstored = {"first"}, {"first"}, {"first"}, set[str]()
+    inside: list[bool] = []
+
+    def collected(name: str, key: str, visit: Visit, threshold: int) -> None:
+        gc.collect()
+        if how == "__del__":
+            Dying(visit)
+        elif how == "weakref.finalize":
+            weakref.finalize(Dying(bool), visit)
+        else:
+            gc.callbacks.append(visit)
+        gc.set_threshold(threshold, 1000, 1000)
+        try:
+            do(name, store_engine, key)
+        finally:
+            gc.set_threshold(0)
+            gc.callbacks.clear()
+            inside.append(visit.made)
+            gc.collect()
+
+    stride = max(1, 1600 // STEPS)
+    for name in ("append", "read", "claim", "block", "nested"):
+        for number in range(random.randint(1, stride), 100, stride):
+            signal.alarm(WATCHDOG // 2)
+            begun.add(key := f"{name} {number}")
+            kind = ("append", "read", "claim", "block")[number % 4]
+            visit = Visit(partial(do, kind, store_engine, key, "visit"))
+            outer = Caller(partial(collected, name, key, visit, number)).outcome(10)
+            where = f"the allocation {number} of {name} ({kind})"
+            visit.check(0.1, where)
+            assert outer is None, f"{outer!r} for the call that was interrupted at\n{where}"
+            if name not in ("read", "claim"):
+                returned.add(key)
+            if kind in ("append", "block"):
+                (stored if visit.done else unstored).add(key)
+            other = Caller(partial(write_pair_in_block, store_engine, "other", key)).outcome(10)
+            assert other is None, f"{other!r} for another thread after a call at\n{where}"
+    assert sum(inside) > len(inside) // 4
+    check_pairs(store_engine, returned, begun)
+    there = set(pairs(store_engine, "visit"))
+    assert there == stored, f"lost: {stored - there}; refused, but there: {there & unstored}"
+    assert store_engine.check() == []
+    store_engine.close()
+
+
+HOLDER = """
+import sqlite3, sys
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+db.execute("BEGIN IMMEDIATE")
+print("held", flush=True)
+sys.stdin.readline()
+db.execute("ROLLBACK")
+"""
+
+
+def signal_a_waiter(target: str, situation: str, kind: str) -> None:
+    """A signal's handler calls the store while a call of its thread waits; then the wait is given an end."""
+    patience = 0.4
+    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=patience)
+    for run in ("run", "visit"):
+        write_pair(store_engine, run, "first")
+    main = threading.get_ident()
+    inside, free = threading.Event(), threading.Event()
+    visit = Visit(
+        store_engine.close if kind == "close" else partial(do, kind, store_engine, "visit", "visit")
+    )
+    signal.signal(signal.SIGUSR1, visit)
+
+    def hold() -> None:
+        with contextlib.suppress(flowstore.StoreClosed), store_engine.transaction() as tx:
+            inside.set()
+            if situation == "close":
+                numbers = "WITH n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 700000)"
+                tx.execute(f"{numbers} SELECT MAX(i) FROM n")
+            else:
+                free.wait(WATCHDOG)
+
+    def end_of_wait() -> None:
+        """Once the call waits: the signal, another thread's call behind it, and then what it waits for."""
+        until(lambda: waits(main), f"for {situation} to wait", 10)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        until(lambda: visit.made)
+        bystander = Caller(partial(write_pair, store_engine, "other", "bystander"))
+        time.sleep(0.1)
+        free.set()
+        if process is not None:
+            process.communicate("go\n", timeout=10)
+        if situation in ("item", "tail"):
+            state = store_engine.state
+            with contextlib.suppress(flowstore.StoreClosed):
+                state.enqueue_work_item(flowstore.WorkItem(execution_id="run", queue_type="later"))
+                write_pair(store_engine, "run", "news")
+        result = bystander.outcome(10)
+        fine = isinstance(result, int | flowstore.StoreBusy | flowstore.StoreClosed)
+        assert fine, f"{result!r} for another thread"
+
+    process = None
+    holder = None
+    if situation == "process":
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, target],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+    elif situation not in ("item", "tail"):
+        holder = Caller(hold)
+        assert inside.wait(10)
+    ender = Caller(end_of_wait)
+    calls: dict[str, Callable[[], Any]] = {
+        "read": partial(do, "read", store_engine, ""),
+        "block": partial(do, "block", store_engine, "key"),
+        "item": partial(store_engine.state.claim_work_item, "w", ["later"], wait=8.0),
+        "tail": lambda: next(store_engine.events.tail(timeout=8.0)),
+        "close": store_engine.close,
+    }
+    began = time.monotonic()
+    try:
+        calls.get(situation, partial(do, "append", store_engine, "key"))()
+    except flowstore.StoreClosed:
+        assert kind == "close", "the store was not closed"
+    except flowstore.StoreBusy:
+        assert time.monotonic() - began > patience * 0.9
+    assert ender.outcome(10) is None, ender.result
+    assert holder is None or holder.outcome(10) is None
+    assert visit.made
+    visit.check(patience, f"a wait for {situation} ({kind}, {target})")
+    if "close" not in (situation, kind):
+        assert (
+            Caller(partial(write_pair_in_block, store_engine, "other", "after")).outcome(10) is None
+        )
+        there = pairs(store_engine, "visit")
+        assert there == ["first", *["visit"] * (visit.done and kind in ("append", "block"))]
+        assert store_engine.check() == []
+    assert Caller(store_engine.close).outcome(10) is None
+
+
+def signalled_waits(path: str, situation: str) -> None:
+    def body() -> None:
+        for number, kind in enumerate(("append", "read", "claim", "block", "close")):
+            for target in (":memory:", f"{path}{number}"):
+                in_memory = target == ":memory:"
+                if situation != ("process" if in_memory else "read"):
+                    signal.alarm(WATCHDOG // 2)
+                    signal_a_waiter(target, situation, kind)
+
+    leave(body)
 
 
 # ------------------------------------------------------------------------------- helpers, for this process
@@ -5854,16 +6288,18 @@ def struck_groups(path: str, place: str, kind: str) -> None:
 
 CHILD = f"""
 from __future__ import annotations
-import contextlib, dis, faulthandler, itertools, os, random, signal, sys, threading, time, traceback
+import contextlib, dis, faulthandler, gc, itertools, os, random, signal, subprocess, sys, threading
+import time, traceback, weakref
 from functools import partial
 import flowstore
-WATCHDOG, STEPS = {WATCHDOG}, {STEPS}
+WATCHDOG, STEPS, HOLDER = {WATCHDOG}, {STEPS}, {HOLDER!r}
 if hasattr(signal, "alarm"):
     faulthandler.register(signal.SIGALRM, chain=True)
     signal.alarm(WATCHDOG)
 """
 source_of = functools.cache(inspect.getsource)  # for a class, it parses all of this file
 TOOLS: list[Any] = [
+    waits,
     Caller,
     outcomes,
     until,
@@ -5875,9 +6311,23 @@ TOOLS: list[Any] = [
     pairs,
     meet,
 ]
-TOOLS += [leave, forked, reap, refused, fill, JobTimeout, Striker]
-TOOLS += [Deep, dig, room, Visitor, some_places, strikers, Load, do, settle_what_is_left, check_pairs]
+TOOLS += [leave, forked, reap, refused, fill, JobTimeout, stems_from, Striker]
+TOOLS += [
+    Deep,
+    dig,
+    room,
+    Visitor,
+    some_places,
+    strikers,
+    Load,
+    do,
+    settle_what_is_left,
+    check_pairs,
+]
 TOOLS += [nested_engine, half_caught, strike_under_load, queued, strike_in_a_group]
+TOOLS += [HookStriker, reap_within, write_in_child, strike_forks]
+TOOLS += [HookVisitor, Visit, visit_each_step, visit_the_end, Dying, collect_at_each_step]
+TOOLS += [signal_a_waiter]
 
 
 class Process:
@@ -7059,7 +7509,7 @@ KINDS = ["KeyboardInterrupt", "JobTimeout", "RecursionError", "end of the stack"
 def test_what_strikes_a_call_at_any_step_hangs_and_hits_no_other_thread_and_loses_no_write(
     path: Path, name: str, kind: str
 ) -> None:
-    with Process(struck_calls, path, name, kind) as process:
+    with Process(on_both, path, "strike_under_load", name, kind) as process:
         process.finish()
 
 
@@ -7069,7 +7519,50 @@ def test_what_strikes_a_call_at_any_step_hangs_and_hits_no_other_thread_and_lose
 def test_what_strikes_a_queued_call_at_any_step_spares_the_calls_that_queue_with_it(
     path: Path, place: str, kind: str
 ) -> None:
-    with Process(struck_groups, path, place, kind) as process:
+    with Process(on_both, path, "strike_in_a_group", place, kind) as process:
+        process.finish()
+
+
+# ---------------------------------------------------------------------- calls that interrupt a call of their thread
+
+
+@posix
+@pytest.mark.parametrize(
+    "name", ["read", "wait", "append", "claim", "block", "nested", "caught", "hold"]
+)
+def test_a_call_made_at_any_step_of_another_one_of_its_thread_ends_in_time_and_lets_that_go_on(
+    path: Path, name: str
+) -> None:
+    with Process(on_both, path, "visit_each_step", name) as process:
+        process.finish()
+
+
+@posix
+@pytest.mark.parametrize("name", ["close", "append", "block", "read", "wait"])
+def test_a_close_at_any_step_of_a_call_and_a_call_at_any_step_of_a_close_end_in_time(
+    path: Path, name: str
+) -> None:
+    with Process(on_both, path, "visit_the_end", name) as process:
+        process.finish()
+
+
+@posix
+@pytest.mark.parametrize("how", ["__del__", "weakref.finalize", "gc.callbacks"])
+def test_a_call_that_the_garbage_collector_makes_at_any_allocation_of_another_ends_in_time(
+    path: Path, how: str
+) -> None:
+    with Process(on_both, path, "collect_at_each_step", how) as process:
+        process.finish()
+
+
+@posix
+@pytest.mark.parametrize(
+    "situation", ["queue", "block", "read", "process", "item", "tail", "close"]
+)
+def test_a_call_of_a_signal_handler_that_interrupts_a_wait_of_its_thread_ends_in_time(
+    path: Path, situation: str
+) -> None:
+    with Process(signalled_waits, path, situation) as process:
         process.finish()
 
 
@@ -7368,6 +7861,27 @@ def test_ctrl_c_while_a_fork_waits_for_a_statement_leaves_both_sides_usable(path
         process.finish()
     with flowstore.open(path) as store_engine:
         assert len(pairs(store_engine, "run")) == 12
+        assert store_engine.check() == []
+
+
+@needs_fork
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_strikes_a_fork_at_any_step_leaves_both_sides_working_and_loses_no_write(
+    path: Path, kind: str
+) -> None:
+    with Process(struck_in_hooks, path, kind) as process:
+        process.finish()
+
+
+@needs_fork
+@pytest.mark.parametrize("busy", ["block", "write"])
+@pytest.mark.parametrize("kind", ["KeyboardInterrupt", "JobTimeout", "RecursionError"])
+def test_a_signal_handler_that_raises_while_a_fork_waits_leaves_no_child_that_hangs(
+    path: Path, kind: str, busy: str
+) -> None:
+    with Process(signalled_fork, path, kind, busy) as process:
+        process.finish()
+    with flowstore.open(path) as store_engine:
         assert store_engine.check() == []
 
 
