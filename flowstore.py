@@ -8456,6 +8456,17 @@ class _PostgresDb:
             raise kind(f"{engine.target}: the server cannot be used: {says}") from error
         self.cursor = self.db.cursor()
         self.close = self.db.close
+        # The settings belong to a session of the server's. A pooler tells each client a number of its own, which is not
+        # that of the server's process; whether it keeps sessions cannot be seen. Asked before any setting: a pooler
+        # without sessions would hand that on to other clients.
+        if not engine.pooler:
+            process = self._call(self._do, "SELECT pg_backend_pid()")
+            if process != str(self.db.info.backend_pid):
+                self.close()
+                raise StorageError(
+                    f"{engine.target}: a pooler stands before the server: connect to the server itself, "
+                    "or, where the pooler is in session mode, add ?pooler=session to the URL"
+                )
         self.since = self._call(self._do, f"{engine.settings}; SELECT now()")
 
     @property
@@ -8675,9 +8686,12 @@ class _PostgresEngine(_Engine):
             raise StorageError(
                 "a server's URL needs psycopg: pip install 'flowstore[postgres]'"
             ) from error
-        given = re.search("(?<=[?&])schema=([^&]*)&?", target)
-        self.schema = given[1] if given else "flowstore"
-        self.url = target.replace(given[0], "") if given else target
+        given = dict(re.findall("[?&](schema|pooler)=([^&]*)", target))
+        self.url = re.sub("(?<=[?&])(schema|pooler)=[^&]*&?", "", target)  # libpq knows neither
+        self.schema = given.get("schema", "flowstore")
+        self.pooler = given.get("pooler")  # "session": one that keeps sessions stands before it
+        if self.pooler not in (None, "session"):
+            raise InvalidData(f"target: pooler= is followed by session, not {self.pooler!r}")
         if not re.fullmatch("[a-z_][a-z0-9_]{0,62}", self.schema):
             raise InvalidData(
                 f"target: a schema's name is made of a-z, 0-9 and _, not {self.schema!r}"

@@ -17659,6 +17659,92 @@ def test_a_server_is_asked_for_its_schema_and_told_without_the_password(
         flowstore.open("postgresql://postgres@127.0.0.1:1/postgres")
 
 
+@contextlib.contextmanager
+def bouncer(postgres: PostgresServer, mode: str) -> Iterator[Callable[[], str]]:
+    """Runs a PgBouncer in front of the server; gives a function that makes a URL as `target` does, through it."""
+    program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip("pgbouncer is missing: apt-get install pgbouncer")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = postgres.folder / f"{mode}.ini"
+    config.write_text(f"""
+        [databases]
+        postgres = host=127.0.0.1 port={postgres.port} user=postgres
+        [pgbouncer]
+        listen_addr = 127.0.0.1
+        listen_port = {port}
+        unix_socket_dir =
+        auth_type = any
+        pool_mode = {mode}
+        log_connections = 0
+        log_disconnections = 0
+        log_pooler_errors = 0""")
+    with subprocess.Popen(
+        [program, str(config)], user=postgres.user, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            assert any("process up" in line for line in process.stderr)
+            yield lambda: postgres.target().replace(f":{postgres.port}/", f":{port}/")
+        finally:
+            process.kill()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("mode", ["transaction", "statement"])
+def test_a_pooler_that_keeps_no_session_is_told_when_opening_and_left_as_it_was(
+    postgres: PostgresServer, mode: str
+) -> None:
+    psycopg = pytest.importorskip("psycopg")
+    with bouncer(postgres, mode) as target:
+        for read_only in (False, True):
+            with pytest.raises(StorageError, match=r"a pooler .* \?pooler=session") as told:
+                flowstore.open(target(), read_only=read_only)
+            assert "secret" not in str(told.value)
+        with psycopg.connect(target().partition("?")[0], autocommit=True) as other:
+            for setting, untouched in (
+                ("search_path", '"$user", public'),
+                ("enable_seqscan", "on"),
+            ):
+                assert other.execute(f"SHOW {setting}").fetchone() == (untouched,)
+
+
+@pytest.mark.postgres
+def test_a_pooler_that_keeps_sessions_is_used_when_the_url_says_so(
+    postgres: PostgresServer,
+) -> None:
+    with bouncer(postgres, "session") as target:
+        with pytest.raises(StorageError, match="pooler=session"):
+            flowstore.open(target())
+        targets = [f"{target()}&pooler=session", target().replace("?", "?pooler=session&")]
+        stores = [flowstore.open(target) for target in targets]
+
+        def append(store: Store, execution_id: str) -> None:
+            for _ in range(50):
+                store.events.append(execution_id, "default", EVENT)
+
+        together(
+            [functools.partial(append, *each) for each in zip(stores * 2, "abab", strict=True)]
+        )
+        for store, own, others in zip(stores, "ab", "ba", strict=True):
+            assert store.events.count_events(own) == 100
+            assert not store.events.execution_exists(others)
+            store.close()
+
+
+@pytest.mark.postgres
+def test_what_a_url_says_of_a_pooler_is_read_by_the_store_alone(postgres: PostgresServer) -> None:
+    target = postgres.target()
+    url = f"{target}&pooler=session&application_name=a"
+    with flowstore.open(url) as store, store.transaction() as tx:
+        assert tx.execute("SHOW application_name") == [("a",)]
+    for word in ("transaction", "Session", ""):
+        with pytest.raises(InvalidData, match="pooler"):
+            flowstore.open(f"{target}&pooler={word}")
+
+
 @pytest.mark.postgres
 @forking
 def test_both_sides_of_a_fork_go_on_with_connections_of_their_own(server: Store) -> None:
