@@ -1546,9 +1546,8 @@ class _Pool:
     def check_out(self, writes: bool = False) -> _Connection:
         """A connection for one call or block, an idle one first. On a server, those that write have a limit."""
         with self.mutex:
-            if self.idle:
-                return self.idle.pop()
-        return self.new_connection()
+            connection = self.idle.pop() if self.idle else None
+        return connection or self.new_connection()
 
     def check_in(self, connection: _Connection) -> None:
         """Take a connection back; a transaction that is still open on it is rolled back."""
@@ -2201,7 +2200,8 @@ class _Writer:
     def begin_block(self, call: _Call) -> bool:
         """Begin the transaction of a block that leads; False when another process has the file."""
         with self.connection.lock:
-            return self._begin(call) is not None
+            tx = self._begin(call)
+        return tx is not None
 
     def commit_block(self, call: _Call) -> bool:
         """Commit the transaction of a block that leads."""
@@ -3094,9 +3094,10 @@ class _Engine:
         try:
             with connection.lock:
                 tx = connection.tx or connection.use()
-                return self.run_on_reader(tx, operation, facet, args, kwargs)
+                result = self.run_on_reader(tx, operation, facet, args, kwargs)
         finally:
             self.pool.check_in(connection)
+        return result
 
     def _read_again_if_changed(self, read: Callable[[], R]) -> R:
         """Read without a lock that holds: once more, when somebody wrote the file or deleted its log meanwhile."""
@@ -3128,9 +3129,10 @@ class _Engine:
         connection = self.pool.check_out(writes)
         try:
             with connection.lock:
-                return action(connection.use())
+                result = action(connection.use())
         finally:
             self.pool.check_in(connection)
+        return result
 
     def on_new_connection(self, action: Callable[[_Tx], R]) -> R:
         """Run `action` on a connection of its own (in memory: on the one there is)."""

@@ -5605,13 +5605,15 @@ class Striker:
         usual = sys.gettrace()
         sys.settrace(self)
         try:
-            call()
+            try:
+                call()
+            finally:
+                sys.setprofile(None)
         except BaseException as error:
             if not stems_from(error, self.error):
                 raise
             return False
         finally:
-            sys.setprofile(None)
             sys.settrace(usual)
             self.previous = None
         return True
