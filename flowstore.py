@@ -2331,6 +2331,9 @@ _REFUSED_SQL = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 
+# A statement without these words makes nothing temporary, names nothing so, and puts no trigger on it.
+_TEMPORARY_SQL = re.compile("temp|alter|trigger", re.IGNORECASE)
+
 
 def _as_mapping(parameters: Any) -> Any:
     return dict(parameters) if hasattr(parameters, "keys") else parameters
@@ -2361,7 +2364,8 @@ class Transaction:
         """Run one statement of the user's own and return its rows.
 
         Raises StorageError for the driver's error, for statements that would end the transaction or reach outside
-        it (BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, ATTACH, VACUUM, PRAGMA), and after the block."""
+        it (BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, ATTACH, VACUUM, PRAGMA), for a temporary table, view or
+        trigger with the name of a table of flowstore's or on one, and after the block."""
         return self._innermost().execute(sql, parameters)
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
@@ -2536,8 +2540,15 @@ class _Block:
         with self.connection.lock:
             tx = self.tx()
             execute = tx.db.executemany if many else tx.db.execute
+
+            def run() -> list[tuple[Any, ...]]:
+                rows: list[tuple[Any, ...]] = execute(sql, values).fetchall()
+                if _TEMPORARY_SQL.search(sql):
+                    self.engine.refuse_hidden(tx)
+                return rows
+
             try:
-                return self._in_savepoint(tx, lambda: execute(sql, values).fetchall())
+                return self._in_savepoint(tx, run)
             except (*_DRIVER_ERRORS, ValueError, LookupError) as error:
                 raise StorageError(f"the statement failed: {error}") from error
 
@@ -3212,6 +3223,20 @@ class _Engine:
                     )
                 return block
         return None
+
+    def refuse_hidden(self, tx: _Tx) -> None:
+        """StorageError when something temporary hides a table of ours: our statements would go to it."""
+        hidden = self._temporary_names(tx).intersection(_TABLE_NAMES)
+        if hidden:
+            raise StorageError(
+                f"{min(hidden)!r} is a table of flowstore's: give the temporary table, view or trigger another "
+                "name, and make no temporary trigger on it"
+            )
+
+    def _temporary_names(self, tx: _Tx) -> set[str]:
+        """The names of temporary tables, views and triggers, and of what the triggers are on."""
+        rows = tx.rows("SELECT name, tbl_name FROM sqlite_temp_master WHERE type <> 'index'")
+        return {name.lower() for row in rows for name in row}
 
     def has_block(self, owner: object) -> bool:
         """Whether a thread or task has a transaction block open."""
@@ -8698,7 +8723,7 @@ class _PostgresEngine(_Engine):
             raise InvalidData(
                 f"target: a schema's name is made of a-z, 0-9 and _, not {self.schema!r}"
             )
-        self.settings = f"""SET search_path = "{self.schema}", public; SET jit = off; SET enable_seqscan = off;
+        self.settings = f"""SET search_path = "{self.schema}", pg_temp, public; SET jit = off; SET enable_seqscan = off;
             SET plan_cache_mode = force_generic_plan;
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
             SET synchronous_commit = {"on" if options.synchronous == "FULL" else "off"};
@@ -8757,6 +8782,10 @@ class _PostgresEngine(_Engine):
     def _names(self, tx: _Tx) -> set[str]:
         sql = "SELECT relname::text FROM pg_class WHERE relnamespace = to_regnamespace(?)"
         return {name for (name,) in tx.rows(sql, self.schema)}
+
+    def _temporary_names(self, tx: _Tx) -> set[str]:
+        sql = "SELECT relname::text FROM pg_class WHERE relnamespace = pg_my_temp_schema() AND relkind <> 'i'"
+        return {name for (name,) in tx.rows(sql)}
 
     def _numbers_behind(self, tx: _Tx) -> int:
         """The base with which new numbers lie above all that are stored; 0 while they do."""

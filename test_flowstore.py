@@ -3408,6 +3408,84 @@ def test_statements_that_end_or_leave_the_transaction_are_refused(
     assert not store.events.execution_exists("e1")
 
 
+HIDING = {
+    "table": "CREATE TEMP TABLE events AS SELECT * FROM events WHERE is_processed = 0",
+    "table in capitals": "CREATE TEMP TABLE EVENTS (id TEXT)",
+    "if not exists": "create temporary table if not exists flowstore_log (id TEXT)",
+    "schema": "CREATE TABLE temp.flows (id TEXT)",
+    "schema, commented": "CREATE /* a */ TABLE -- b\n Temp /*c*/ . /*d*/ scheduled_commands (id TEXT)",
+    "quoted schema": 'CREATE TABLE "temp" . "flow_steps" (id TEXT)',
+    "other case": 'CREATE TEMP TABLE "FlowStore_Work_Items" (id TEXT)',
+    "brackets": "CREATE TEMP TABLE [events] (id TEXT)",
+    "view": "CREATE TEMPORARY VIEW flowstore_meta AS SELECT 1 AS key, 2 AS value",
+    "trigger": "CREATE TEMP TRIGGER t BEFORE INSERT ON main.flowstore_log BEGIN SELECT RAISE(IGNORE); END",
+    "trigger without a schema": "CREATE TEMP TRIGGER t AFTER UPDATE ON flows BEGIN SELECT 1; END",
+    "trigger's name": "CREATE TRIGGER events AFTER INSERT ON scratch BEGIN SELECT 1; END",
+    "renamed": "ALTER TABLE scratch RENAME TO events",
+    "renamed, schema": 'ALTER TABLE temp."scratch" RENAME TO "Events"',
+}
+HIDING_ON_A_SERVER = {
+    "table": HIDING["table"],
+    "table in capitals": HIDING["table in capitals"],
+    "if not exists": HIDING["if not exists"],
+    "schema": "CREATE TABLE pg_temp.flows (id TEXT)",
+    "local": 'CREATE LOCAL TEMPORARY TABLE "events" (id TEXT)',
+    "into": "SELECT * INTO /* a */ TEMP events FROM events",
+    "view": HIDING["view"],
+    "renamed": HIDING["renamed"],
+}
+
+
+@pytest.mark.parametrize("how", sorted({*HIDING, *HIDING_ON_A_SERVER}))
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_temporary_table_view_or_trigger_that_hides_a_table_of_flowstores_is_refused(
+    store: Store, how: str, nested: bool
+) -> None:
+    sql = (HIDING_ON_A_SERVER if on_postgres(store) else HIDING).get(how)
+    if sql is None:
+        return  # it is for the other engine
+    store.workflows.create_event(Event(id="e1", event_name="paid", event_key="7"))
+    with contextlib.ExitStack() as stack:
+        tx = stack.enter_context(store.transaction())
+        tx.execute("CREATE TEMP TABLE scratch (id TEXT)")
+        if nested:
+            tx = stack.enter_context(store.transaction())
+        with pytest.raises(StorageError, match="flowstore's"):
+            tx.execute(sql)
+        with pytest.raises(StorageError):
+            tx.executemany(sql, [()])
+        assert tx.execute("SELECT * FROM scratch") == []
+        store.workflows.create_event(Event(id="e2", event_name="paid", event_key="7"))
+        store.events.append("e", "default", EVENT)
+        with pytest.raises(NotFound):
+            store.flows.append_event("f", "k", {})
+    assert store.workflows.get_events("paid", "7") == ["e1", "e2"]
+    assert store.events.count_events("e") == 1
+    assert store.flows.insert(Flow(id="f")) == store.flows.get("f")
+
+
+def test_something_temporary_of_another_name_is_the_users_own(store: Store) -> None:
+    with store.transaction() as tx:
+        tx.execute("CREATE TEMP TABLE scratch AS SELECT * FROM events")
+        tx.execute("CREATE INDEX events_of_mine ON scratch (event_name)")
+        tx.execute("CREATE TEMP VIEW paid AS SELECT * FROM events WHERE event_name = 'paid'")
+        tx.execute("ALTER TABLE scratch RENAME TO temporary_events")
+        if not on_postgres(store):
+            tx.execute("CREATE TRIGGER t AFTER INSERT ON temporary_events BEGIN SELECT 1; END")
+            tx.execute("CREATE INDEX temp.flows ON temporary_events (id)")
+        tx.execute("INSERT INTO temporary_events SELECT * FROM events")
+        store.workflows.create_event(Event(id="e1", event_name="paid", event_key="7"))
+        assert tx.execute("SELECT id FROM paid") == [("e1",)]
+
+
+@pytest.mark.postgres
+def test_what_a_function_on_a_server_makes_temporarily_hides_nothing(server: Store) -> None:
+    with server.transaction() as tx:
+        tx.execute("DO $$ BEGIN EXECUTE 'CREATE TEM' || 'P TABLE events (id TEXT)'; END $$")
+        server.workflows.create_event(Event(id="e1", event_name="paid", event_key="7"))
+    assert server.workflows.get_events("paid", "7") == ["e1"]
+
+
 def test_the_users_sql_returns_its_rows_as_tuples(store: Store) -> None:
     with store.transaction() as tx:
         assert tx.execute("CREATE TABLE mine(id INTEGER PRIMARY KEY, name TEXT)") == []
@@ -10474,6 +10552,19 @@ def test_an_async_transaction_is_all_or_nothing(in_loop: Loop) -> None:
         assert await texts(store, "run") == ["kept", "outer"]
         with pytest.raises(StorageError):
             await tx.execute("SELECT 1")
+
+    in_loop(body)
+
+
+def test_an_async_transaction_refuses_what_hides_a_table_of_flowstores(in_loop: Loop) -> None:
+    async def body(store: AsyncStore) -> None:
+        async with store.transaction() as tx:
+            for sql in ("CREATE TEMP TABLE events (id TEXT)", "CREATE TEMP VIEW flows AS SELECT 1"):
+                with pytest.raises(StorageError, match="flowstore's"):
+                    await tx.execute(sql)
+            await tx.execute("CREATE TEMP TABLE mine (id TEXT)")
+            await store.workflows.create_event(Event(id="e1", event_name="n", event_key="k"))
+        assert await store.workflows.get_events("n", "k") == ["e1"]
 
     in_loop(body)
 
