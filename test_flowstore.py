@@ -5992,10 +5992,13 @@ def write_in_child(key: str, *stores: flowstore.Store) -> NoReturn:
 
 
 def strike_forks(path: str, kind: str) -> None:
-    """Strikes at each place of what happens before and after a fork, while other threads write and read."""
+    """Strikes at each place of what happens before and after a fork, while other threads write and read.
+
+    Or, where the kind is a call, makes one there."""
     sys.setswitchinterval(0.0005)
-    store_engine = flowstore.open(path, synchronous="OFF", busy_timeout=3.0)
-    memory = flowstore.open(":memory:", busy_timeout=3.0)
+    patience = 1.0 if kind == "call" else 3.0
+    store_engine = flowstore.open(path, synchronous="OFF", busy_timeout=patience)
+    memory = flowstore.open(":memory:", busy_timeout=patience)
     for one in (store_engine, memory):
         write_pair(one, "run", "first")
     returned, begun = {"first"}, {"first"}
@@ -6023,8 +6026,24 @@ def strike_forks(path: str, kind: str) -> None:
         begun.add(f"{key}, after")
         load.goes_on(striker.where)
 
-    for striker in strikers(kind, fork, HookStriker):
-        fork(striker)
+    if kind == "call":
+        parent, visited = os.getpid(), set[str]()
+
+        def fork_and_visit(place: int) -> None:
+            """Both sides may make the call."""
+            visit = Visit(lambda: do("append", store_engine, f"{os.getpid()} {place}", "visit"))
+            visitor = HookVisitor(place, visit)
+            fork(visitor)
+            visit.check(patience, visitor.where)
+            if visit.done:
+                visited.add(f"{parent} {place}")
+
+        for place in some_places(fork, STEPS // 2):
+            fork_and_visit(place)
+        assert visited <= set(pairs(store_engine, "visit"))
+    else:
+        for striker in strikers(kind, fork, HookStriker):
+            fork(striker)
     load.end()
     check_pairs(store_engine, returned, begun)
     check_pairs(memory, {key for key in returned if "," in key}, begun)
@@ -6273,28 +6292,37 @@ db.execute("ROLLBACK")
 def signal_a_waiter(target: str, situation: str, kind: str) -> None:
     """A signal's handler calls the store while a call of its thread waits; then the wait is given an end."""
     patience = 0.4
-    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=patience)
+    inside, free = threading.Event(), threading.Event()
+    holders: list[threading.Thread] = []
+
+    def clock() -> dt.datetime:
+        """Where it is asked by a call that close() has to wait for, that call takes long."""
+        if situation == "close" and threading.current_thread() in holders:
+            inside.set()
+            free.wait(WATCHDOG)
+        return dt.datetime.now(dt.UTC)
+
+    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=patience, clock=clock)
     for run in ("run", "visit"):
         write_pair(store_engine, run, "first")
     main = threading.get_ident()
-    inside, free = threading.Event(), threading.Event()
     visit = Visit(
         store_engine.close if kind == "close" else partial(do, kind, store_engine, "visit", "visit")
     )
     signal.signal(signal.SIGUSR1, visit)
 
     def hold() -> None:
-        with contextlib.suppress(flowstore.StoreClosed), store_engine.transaction() as tx:
-            inside.set()
-            if situation == "close":
-                numbers = "WITH n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 700000)"
-                tx.execute(f"{numbers} SELECT MAX(i) FROM n")
-            else:
+        holders.append(threading.current_thread())
+        if situation == "close":
+            write_pair(store_engine, "run", "long")
+        else:
+            with contextlib.suppress(flowstore.StoreClosed), store_engine.transaction():
+                inside.set()
                 free.wait(WATCHDOG)
 
     def end_of_wait() -> None:
         """Once the call waits: the signal, another thread's call behind it, and then what it waits for."""
-        until(lambda: waits(main), f"for {situation} to wait", 10)
+        until(lambda: waits(main) or ended, f"for {situation} to wait", 10)
         os.kill(os.getpid(), signal.SIGUSR1)
         until(lambda: visit.made)
         bystander = Caller(partial(write_pair, store_engine, "other", "bystander"))
@@ -6313,6 +6341,7 @@ def signal_a_waiter(target: str, situation: str, kind: str) -> None:
 
     process = None
     holder = None
+    ended: list[bool] = []
     if situation == "process":
         process = subprocess.Popen(
             [sys.executable, "-c", HOLDER, target],
@@ -6337,6 +6366,7 @@ def signal_a_waiter(target: str, situation: str, kind: str) -> None:
         assert kind == "close", "the store was not closed"
     except flowstore.StoreBusy:
         assert time.monotonic() - began > patience * 0.9
+    ended.append(True)
     assert ender.outcome(10) is None, ender.result
     assert holder is None or holder.outcome(10) is None
     assert visit.made
@@ -6357,7 +6387,7 @@ def signalled_waits(path: str, situation: str) -> None:
             for target in (":memory:", f"{path}{number}"):
                 in_memory = target == ":memory:"
                 if situation != ("process" if in_memory else "read"):
-                    signal.alarm(WATCHDOG // 2)
+                    signal.alarm(15)
                     signal_a_waiter(target, situation, kind)
 
     leave(body)
@@ -6368,7 +6398,7 @@ def signalled_waits(path: str, situation: str) -> None:
 
 CHILD = f"""
 from __future__ import annotations
-import contextlib, dis, faulthandler, gc, itertools, os, random, signal, subprocess, sys, threading
+import contextlib, datetime as dt, dis, faulthandler, gc, itertools, os, random, signal, subprocess, sys, threading
 import time, traceback, weakref
 from functools import partial
 import flowstore
@@ -6377,7 +6407,19 @@ if hasattr(signal, "alarm"):
     faulthandler.register(signal.SIGALRM, chain=True)
     signal.alarm(WATCHDOG)
 """
-source_of = functools.cache(inspect.getsource)  # for a class, it parses all of this file
+
+
+@functools.cache
+def source_of(tool: Any) -> str:
+    """The source of a function or class of this file; for a class, inspect would parse all of the file."""
+    if not isinstance(tool, type):
+        return inspect.getsource(tool)
+    lines = Path(__file__).read_text(encoding="utf-8").splitlines(keepends=True)
+    begins = re.compile(rf"class {tool.__name__}\b")
+    start = next(number for number, line in enumerate(lines) if begins.match(line))
+    return "".join(inspect.getblock(lines[start:]))
+
+
 TOOLS: list[Any] = [
     waits,
     Caller,
@@ -7945,7 +7987,7 @@ def test_ctrl_c_while_a_fork_waits_for_a_statement_leaves_both_sides_usable(path
 
 
 @needs_fork
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "call"])
 def test_what_strikes_a_fork_at_any_step_leaves_both_sides_working_and_loses_no_write(
     path: Path, kind: str
 ) -> None:
