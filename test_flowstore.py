@@ -17,6 +17,7 @@ import functools
 import gc
 import hashlib
 import http.client
+import importlib.util
 import inspect
 import itertools
 import json
@@ -6398,8 +6399,8 @@ def signalled_waits(path: str, situation: str) -> None:
 
 CHILD = f"""
 from __future__ import annotations
-import contextlib, datetime as dt, dis, faulthandler, gc, itertools, os, random, signal, subprocess, sys, threading
-import time, traceback, weakref
+import contextlib, datetime as dt, dis, faulthandler, gc, importlib.util, itertools, os, random, shutil
+import signal, subprocess, sys, threading, time, traceback, types, weakref
 from functools import partial
 import flowstore
 WATCHDOG, STEPS, HOLDER = {WATCHDOG}, {STEPS}, {HOLDER!r}
@@ -8244,6 +8245,212 @@ def test_a_fork_waits_neither_for_a_call_that_waits_nor_for_a_generator_between_
             process = stack.enter_context(Process(fork_beside_a_waiting_call_and_a_generator, path))
             assert process.read() == "forked"
         process.finish()
+
+
+# ------------------------------------------------------------------------- two copies of the module in one process
+
+
+def module_copy(path: str, name: str) -> types.ModuleType:
+    """The module once more, under another name, from a copy of its file."""
+    shutil.copy(flowstore.__file__, f"{path}.{name}.py")
+    spec = importlib.util.spec_from_file_location(name, f"{path}.{name}.py")
+    assert spec is not None and spec.loader is not None
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stores_of_two_copies(how: str, *paths: str) -> list[list[flowstore.Store]]:
+    """Of each file two stores, which were opened by two copies of the module."""
+    if how == "copies":
+        copies = [module_copy(paths[0], "one"), module_copy(paths[0], "two")]
+        return [[module.open(path, busy_timeout=2.0) for module in copies] for path in paths]
+    before = [flowstore.open(path, busy_timeout=2.0) for path in paths]
+    importlib.reload(flowstore)
+    return [
+        [one, flowstore.open(path, busy_timeout=2.0)]
+        for one, path in zip(before, paths, strict=True)
+    ]
+
+
+TOOLS += [module_copy, stores_of_two_copies]
+
+
+def fork_with_two_copies(path: str, how: str) -> None:
+    """One side of a fork goes on with one store, or both, while the other side closes one, or both."""
+    choices = [[0], [1], [0, 1]]
+    trials = [*itertools.product(choices, choices, ["parent", "child"])]
+    paths = [f"{path}{number}" for number in range(len(trials))]
+    stores_of = stores_of_two_copies(how, *paths)
+
+    def trial(number: int, users: list[int], closers: list[int], closing: str) -> None:
+        stores = stores_of[number]
+        to_user, to_closer = os.pipe(), os.pipe()
+
+        def use() -> None:
+            for user in users:
+                write(stores[user], "run", f"{user} early")
+            os.write(to_closer[1], b"x")
+            os.read(to_user[0], 1)
+            for user in users:
+                write(stores[user], "run", f"{user} late")
+
+        def close() -> None:
+            os.read(to_closer[0], 1)
+            for closer in closers:
+                stores[closer].close()
+            os.write(to_user[1], b"x")
+
+        for store_engine in stores:
+            write(store_engine, "run", "before")
+        pid = forked(use if closing == "parent" else close)
+        (close if closing == "parent" else use)()
+        what = f"store {users} used, {closers} closed in the {closing}"
+        assert reap_within(10, pid, what) == 0
+        written = [
+            "before",
+            "before",
+            *(f"{n} {when}" for when in ("early", "late") for n in users),
+        ]
+        with flowstore.open(paths[number]) as again:
+            there = keys(again, "run")
+            assert there == written, f"{what}: {there}"
+            assert again.check() == []
+
+    for number, (users, closers, closing) in enumerate(trials):
+        signal.alarm(WATCHDOG // 2)
+        trial(number, users, closers, closing)
+    os._exit(0)
+
+
+def fork_beside_a_transaction_of_a_copy(path: str, how: str) -> None:
+    """In the child, the file is refused by the one copy because of the transaction that is open in the other."""
+    [stores] = stores_of_two_copies(how, path)
+
+    def child(other: flowstore.Store) -> None:
+        for store_engine in stores:
+            for call in (partial(write, store_engine, "run", "child"), store_engine.stats):
+                try:
+                    result = call()
+                except Exception as error:  # each copy has errors of its own
+                    assert "StorageError" in [kind.__name__ for kind in type(error).__mro__], error
+                else:
+                    raise AssertionError(f"not refused: {result!r}")
+        other.close()
+
+    for number, holder in enumerate(stores):
+        with holder.transaction():
+            write(holder, "run", f"{number}")
+            pid = forked(partial(child, stores[1 - number]))
+            assert reap_within(10, pid, "a fork beside a transaction") == 0
+            write(holder, "run", f"{number}")
+    for store_engine in stores:
+        assert keys(store_engine, "run") == ["0", "0", "1", "1"]
+        assert store_engine.check() == []
+    os._exit(0)
+
+
+def records_of_another_copy(path: str, how: str) -> None:
+    """What each call that takes a record, or a member of an enum, makes of one of the other copy."""
+    other: Any = types.SimpleNamespace(**vars(flowstore))
+    if how == "reload":
+        importlib.reload(flowstore)
+    else:
+        other = module_copy(path, "other")
+    store_engine = flowstore.open(path)
+    state, flows, workflows = store_engine.state, store_engine.flows, store_engine.workflows
+    now = dt.datetime.now(dt.UTC)
+    execution = state.create_execution(flowstore.WorkflowExecution(workflow_id="w"))
+    flow = flows.insert(flowstore.Flow())
+    run = execution.execution_id
+    step = other.ExecutionPointer(step_id=0)
+    instance = other.WorkflowInstance(workflow_definition_id="w", execution_pointers=[step])
+    subscription = other.EventSubscription(
+        workflow_id="w", step_id=0, execution_pointer_id="p", event_name="n", event_key="k"
+    )  # fmt: skip
+    state.enqueue_work_item(flowstore.WorkItem(execution_id=run, queue_type="q"))
+    claimed = state.claim_work_item("w", ["q"])
+    fields = other.WorkItem.__dataclass_fields__
+    item = other.WorkItem(**{name: getattr(claimed, name) for name in fields})
+    calls: dict[str, Callable[[], Any]] = {
+        "Flow": lambda: flows.insert(other.Flow()),
+        "FlowStep": lambda: flows.insert_step(other.FlowStep(flow_id=flow.id, run_id="r")),
+        "FlowStatus": lambda: flows.list_by_status(other.FlowStatus.RUNNING),
+        "WorkflowExecution": lambda: state.create_execution(
+            other.WorkflowExecution(workflow_id="w")
+        ),
+        "ExecutionStatus": lambda: state.update_execution_status(
+            run, other.ExecutionStatus.RUNNING
+        ),
+        "WorkItem": lambda: state.enqueue_work_item(
+            other.WorkItem(execution_id=run, queue_type="q")
+        ),
+        "claimed WorkItem": lambda: state.complete_work_item(item),
+        "Snapshot": lambda: state.write_snapshot(
+            other.Snapshot(execution_id=run, at_sequence=1, state={})
+        ),
+        "WorkflowDefinition": lambda: state.store_workflow(
+            other.WorkflowDefinition(workflow_id="w", version="1", ir={})
+        ),
+        "Tenant": lambda: state.create_tenant(other.Tenant(id="t")),
+        "TenantLimits": lambda: state.create_tenant(
+            flowstore.Tenant(id="t2", limits=other.TenantLimits(max_workflows=1))
+        ),
+        "WorkflowInstance": lambda: workflows.create_new_workflow(instance),
+        "ExecutionPointer": lambda: workflows.create_new_workflow(
+            flowstore.WorkflowInstance(workflow_definition_id="w", execution_pointers=[step])
+        ),
+        "Event": lambda: workflows.create_event(
+            other.Event(event_name="n", event_key="k", event_time=now)
+        ),
+        "EventSubscription": lambda: workflows.create_event_subscription(subscription),
+        "ScheduledCommand": lambda: workflows.schedule_command(
+            other.ScheduledCommand(command_name="c", data="d", execute_time=0)
+        ),
+        "ExecutionError": lambda: workflows.persist_errors(
+            [other.ExecutionError(workflow_id="w", execution_pointer_id="p", message="m")]
+        ),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+            print(f"{name}: accepted")
+        except flowstore.InvalidData as error:
+            print(f"{name}: {error}")
+    sys.stdout.flush()
+
+
+@needs_fork
+@pytest.mark.parametrize("how", ["reload", "copies"])
+def test_a_fork_of_a_process_that_has_the_module_twice_loses_no_write(path: Path, how: str) -> None:
+    with Process(fork_with_two_copies, path, how) as process:
+        process.finish()
+
+
+@needs_fork
+@pytest.mark.parametrize("how", ["reload", "copies"])
+def test_a_transaction_open_at_a_fork_in_one_copy_of_the_module_shuts_the_file_to_the_other(
+    path: Path, how: str
+) -> None:
+    with Process(fork_beside_a_transaction_of_a_copy, path, how) as process:
+        process.finish()
+    with flowstore.open(path) as store_engine:
+        assert keys(store_engine, "run") == ["0", "0", "1", "1"]
+
+
+@pytest.mark.parametrize("how", ["reload", "copies"])
+def test_a_record_of_another_copy_of_the_module_is_accepted_or_refused_as_one_of_another_copy(
+    path: Path, how: str
+) -> None:
+    with Process(records_of_another_copy, path, how) as process:
+        lines = process.finish().splitlines()
+    assert len(lines) == 17
+    puzzling = [
+        line
+        for line in lines
+        if not line.endswith(": accepted") and not re.search("another copy|reloaded", line)
+    ]
+    assert puzzling == []
 
 
 # --------------------------------------------------------------------------------------------------- kills
