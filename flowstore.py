@@ -362,8 +362,18 @@ def new_id() -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
+class _RecordType(type):
+    """The type of records: one of another copy of this module (reloaded, or vendored twice) is a record as well."""
+
+    def __instancecheck__(cls, value: object) -> bool:
+        other = type(value)
+        return super().__instancecheck__(value) or (
+            other.__name__ == cls.__name__ and type(other).__name__ == _RecordType.__name__
+        )
+
+
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
-class _Record:
+class _Record(metaclass=_RecordType):
     """What makes its children records: keyword-only dataclasses whose `repr` stays short however much they hold."""
 
     def __init_subclass__(cls, frozen: bool = False) -> None:
@@ -387,8 +397,11 @@ class _Record:
 def _enum(kind: type[E], value: object, path: str) -> E:
     """The member of `kind` that a value is or spells."""
     try:
-        if isinstance(value, str) and (type(value) is kind or not isinstance(value, enum.Enum)):
-            return kind(value)
+        # The enum of another copy of this module has the same name; any other one is a mistake.
+        if isinstance(value, str) and (
+            type(value).__name__ == kind.__name__ or not isinstance(value, enum.Enum)
+        ):
+            return kind(str(value))
     except ValueError:
         pass
     word = (

@@ -8405,7 +8405,7 @@ def records_of_another_copy(path: str, how: str) -> None:
         ),
         "EventSubscription": lambda: workflows.create_event_subscription(subscription),
         "ScheduledCommand": lambda: workflows.schedule_command(
-            other.ScheduledCommand(command_name="c", data="d", execute_time=0)
+            other.ScheduledCommand(command_name=other.CommandName.PROCESS_EVENT, data="d", execute_time=0)
         ),
         "ExecutionError": lambda: workflows.persist_errors(
             [other.ExecutionError(workflow_id="w", execution_pointer_id="p", message="m")]
