@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The tests of flowstore: every promise of its contract, on every engine that there is."""
+"""The tests of flowstore: every promise of its contract, on every engine that there is. And its benchmark."""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import asyncio
 import contextlib
 import contextvars
@@ -19,11 +21,13 @@ import hashlib
 import http.client
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import select
@@ -32,6 +36,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -45,6 +50,7 @@ import warnings
 import weakref
 from collections import ChainMap, Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
@@ -54,8 +60,794 @@ from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import IO, Any, ClassVar, NoReturn, cast
+from typing import IO, Any, ClassVar, NamedTuple, NoReturn, cast
 from urllib.parse import quote
+
+import flowstore
+
+# ==========================================================================================================
+# Benchmark: `python test_flowstore.py bench` measures the flowstore.py beside this file
+# ==========================================================================================================
+
+# It stands above what the tests import, because it runs where neither pytest nor hypothesis is installed.
+
+
+@dataclass
+class Measured:
+    """What a row found: whether its promise holds, in words, and the figures."""
+
+    holds: bool
+    said: str
+    figures: list[float]
+
+
+def elapsed(operation: Callable[[], object]) -> float:
+    """How many seconds it takes."""
+    start = time.perf_counter()
+    operation()
+    return time.perf_counter() - start
+
+
+def under(limit: float, unit: str, values: Sequence[float]) -> Measured:
+    """The median has to be under a limit."""
+    value = statistics.median(values)
+    return Measured(value < limit, f"{value:.2f} {unit} (under {limit})", [value])
+
+
+class Rival(NamedTuple):
+    """What flowstore is compared with: how many times its rate is promised, and what measures it."""
+
+    name: str
+    least: float
+    rate: Callable[[], float]
+
+
+class Bench:
+    """What the rows share: how long and how deep to measure, stores, plain loops, child processes."""
+
+    def __init__(self, quick: bool, server: str) -> None:
+        self.rounds = 3 if quick else 11
+        self.seconds = 0.1 if quick else 0.5
+        self.depth = 100_000 if quick else 1_000_000
+        self.server = server  # the URL of the server to measure, or ""
+        self.event = {
+            "type": "step_completed",
+            "node": "charge",
+            "worker": "worker-1",
+            "result": "x" * 180,
+        }
+        # These two are of the row that is being measured.
+        self.folder = ""
+        self.cleanup = contextlib.ExitStack()
+
+    def new_target(self) -> str:
+        """Where a store can be opened: a new file, or the server."""
+        return self.server or os.path.join(self.folder, f"{flowstore.new_id()}.db")
+
+    def store(self, synchronous: str = "FULL", target: str = "") -> flowstore.Store:
+        """A store, which knows the execution "run"."""
+        store = flowstore.open(target or self.new_target(), synchronous=synchronous)
+        self.cleanup.enter_context(store)
+        store.events.append("run", "default", self.event)
+        return store
+
+    def plain(self, store: flowstore.Store, synchronous: str) -> sqlite3.Connection:
+        """A plain connection to the file of a store, with a store's pragmas."""
+        db = sqlite3.connect(store.target, isolation_level=None)
+        self.cleanup.enter_context(contextlib.closing(db))
+        db.executescript(f"PRAGMA synchronous = {synchronous}; PRAGMA fullfsync = ON")
+        return db
+
+    def worker(self, function: Callable[..., Any]) -> BenchWorker:
+        """A process that calls a function of this file."""
+        worker = BenchWorker(function.__name__)
+        self.cleanup.callback(worker.close)
+        worker.started()
+        return worker
+
+    def rate(self, operation: Callable[[], object]) -> float:
+        """How often a second it can be done."""
+        done = 0
+        start = now = time.perf_counter()
+        while now < start + self.seconds:
+            operation()
+            done += 1
+            now = time.perf_counter()
+        return done / (now - start)
+
+    def compare(self, ours: Callable[[], float], *rivals: Rival) -> Measured:
+        """Our rate against those of rivals: the median ratio to one of them has to hold."""
+        sides = [ours, *(rival.rate for rival in rivals)]
+        rounds: list[list[float]] = []
+        for turn in range(self.rounds + 1):
+            rates = [0.0] * len(sides)
+            order = range(len(sides))
+            for side in order if turn % 2 else reversed(order):  # nobody is always first
+                rates[side] = sides[side]()
+            rounds.append(rates)
+        del rounds[0]  # it only warms up
+        holds = False
+        said: list[str] = []
+        figures: list[float] = []
+        for side, rival in enumerate(rivals, 1):
+            ratio = statistics.median(rates[0] / rates[side] for rates in rounds)
+            rate = statistics.median(rates[side] for rates in rounds)
+            holds = holds or ratio >= rival.least
+            said.append(f"{ratio:.2f} x {rival.name} at {rate:,.0f}/s (at least {rival.least})")
+            figures.append(ratio)
+        rate = statistics.median(rates[0] for rates in rounds)
+        return Measured(holds, f"{', or '.join(said)}; {rate:,.0f}/s", [*figures, rate])
+
+    def plain_inserts(self, synchronous: str, rows: int = 1) -> Callable[[], float]:
+        """The rate of a plain loop: so many of the same rows a transaction into the same table."""
+        db = self.plain(self.store(), synchronous)
+        text = json.dumps(self.event)
+        numbers = itertools.count(2)
+        sql = """INSERT INTO flowstore_log (execution_id, tenant_id, event, timestamp, sequence)
+            VALUES ('run', 'default', ?, ?, ?)"""
+
+        def insert() -> None:
+            values = [(text, time.time_ns() // 1000, next(numbers)) for _ in range(rows)]
+            db.execute("BEGIN IMMEDIATE")
+            if rows == 1:
+                db.execute(sql, values[0])
+            else:
+                db.executemany(sql, values)
+            db.execute("COMMIT")
+
+        return lambda: self.rate(insert)
+
+
+class BenchWorker:
+    """A process that calls one function of this file, with the arguments of each line that it reads."""
+
+    def __init__(self, name: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "bench-worker", name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C in the terminal reaches the benchmark alone, which kills it
+        )
+
+    def started(self) -> None:
+        """Wait until it waits for a call."""
+        self.result()
+
+    def call(self, *arguments: object) -> None:
+        """Begin a call."""
+        assert self.process.stdin is not None
+        print(json.dumps(arguments), file=self.process.stdin, flush=True)
+
+    def result(self) -> Any:
+        """Wait for the end of the call."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError("a process of the benchmark has ended before its time")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def bench_worker(name: str) -> int:
+    """What such a process does."""
+    print(json.dumps("started"), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(globals()[name](*json.loads(line))), flush=True)
+    return 0
+
+
+def commit(db: sqlite3.Connection, sql: str, *parameters: object) -> list[Any]:
+    """A plain transaction of one statement."""
+    db.execute("BEGIN IMMEDIATE")
+    rows = db.execute(sql, parameters).fetchall()
+    db.execute("COMMIT")
+    return rows
+
+
+def copy_row(store: flowstore.Store, table: str, original: str, count: int, **changed: str) -> None:
+    """Copy a row, some columns changed by SQL over the number n of the copy: calls would take minutes."""
+    with store.transaction() as tx:
+        found = tx.execute(f"SELECT name FROM pragma_table_info('{table}')")
+    names = [str(name) for (name,) in found]
+    values = ", ".join(changed.get(name, name) for name in names)
+    for start in range(1, count + 1, 50_000):
+        with store.transaction() as tx:
+            tx.execute(
+                f"""INSERT INTO {table} ({", ".join(names)})
+                WITH RECURSIVE numbers (n) AS (SELECT ? UNION ALL SELECT n + 1 FROM numbers WHERE n < ?)
+                SELECT {values} FROM numbers CROSS JOIN {table} WHERE {original}""",
+                (start, min(start + 49_999, count)),
+            )
+
+
+def copy_event(store: flowstore.Store, count: int) -> None:
+    """Copy the first event until its execution has so many."""
+    copy_row(store, "flowstore_log", "position = 1", count - 1, position="1 + n", sequence="1 + n")
+
+
+# --- the log ---
+def bench_append(bench: Bench, threads: int, synchronous: str, least: dict[str, float]) -> Measured:
+    """`least`: by the synchronous mode of the plain loop, how many times its rate is enough."""
+    store = bench.store(synchronous)
+
+    def in_thread(number: int) -> float:
+        return bench.rate(lambda: store.events.append(f"run-{number}", "default", bench.event))
+
+    def ours() -> float:
+        if threads == 1:
+            return in_thread(0)
+        with ThreadPoolExecutor(threads) as pool:
+            return sum(pool.map(in_thread, range(threads)))
+
+    return bench.compare(ours, *plain_modes(bench, least))
+
+
+def bench_append_in_tasks(bench: Bench, least: dict[str, float]) -> Measured:
+    target = bench.store().target
+
+    async def in_tasks() -> float:
+        async with flowstore.open_async(target) as store:
+            start = time.perf_counter()
+
+            async def append(number: int) -> int:
+                done = 0
+                while not done or time.perf_counter() < start + bench.seconds:
+                    await store.events.append(f"run-{number}", "default", bench.event)
+                    done += 1
+                return done
+
+            done = await asyncio.gather(*map(append, range(1000)))
+            return sum(done) / (time.perf_counter() - start)
+
+    return bench.compare(lambda: asyncio.run(in_tasks()), *plain_modes(bench, least))
+
+
+def plain_modes(bench: Bench, least: dict[str, float]) -> list[Rival]:
+    return [
+        Rival(f"plain {mode}", ratio, bench.plain_inserts(mode)) for mode, ratio in least.items()
+    ]
+
+
+def bench_append_batch(bench: Bench) -> Measured:
+    store = bench.store()
+    batch = [bench.event] * 1000
+    return bench.compare(
+        lambda: bench.rate(lambda: store.events.append_batch("run", "default", batch)),
+        Rival("executemany", 0.5, bench.plain_inserts("FULL", rows=1000)),
+    )
+
+
+def bench_load(bench: Bench) -> Measured:
+    store = bench.store()
+    copy_event(store, 10_000)
+    db = bench.plain(store, "FULL")
+    sql = "SELECT * FROM flowstore_log WHERE execution_id = 'run' ORDER BY sequence"
+
+    def plain() -> list[Any]:
+        return [json.loads(row[4]) for row in db.execute(sql).fetchall()]
+
+    return bench.compare(
+        lambda: bench.rate(lambda: store.events.load_events("run")),
+        Rival("fetchall + json.loads", 0.6, lambda: bench.rate(plain)),
+    )
+
+
+def bench_processes(bench: Bench) -> Measured:
+    store = bench.store()
+    workers = [bench.worker(append_in_threads) for _ in range(4)]
+    longest = 0.0
+
+    def ours() -> float:
+        nonlocal longest
+        for worker in workers:
+            worker.call(store.target, bench.seconds)
+        times = [passed for worker in workers for passed in worker.result()]
+        longest = max(longest, *times)
+        return len(times) / bench.seconds
+
+    found = bench.compare(ours, Rival("plain FULL", 1.0, bench.plain_inserts("FULL")))
+    found.said += f", no error, longest call {longest * 1000:,.0f} ms"
+    found.figures.append(longest * 1000)
+    return found
+
+
+def append_in_threads(target: str, seconds: float) -> list[float]:
+    """Append with 4 threads: how many seconds each call took."""
+    event = {"type": "custom", "text": "x" * 225}
+    with flowstore.open(target) as store, ThreadPoolExecutor(4) as pool:
+
+        def append(run: str) -> list[float]:
+            times = []
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                times.append(elapsed(lambda: store.events.append(run, "default", event)))
+            return times
+
+        runs = [flowstore.new_id() for _ in range(4)]
+        return [passed for times in pool.map(append, runs) for passed in times]
+
+
+def bench_iterate(bench: Bench) -> Measured:
+    store = bench.store("OFF")
+    copy_event(store, bench.depth)
+    # To start a worker, Python compiles all of this file, which takes more memory than is measured here.
+    code = "\n".join(
+        [
+            "from __future__ import annotations",
+            "import contextlib, sys, flowstore",
+            "from pathlib import Path",
+            inspect.getsource(peak_memory),
+            inspect.getsource(memory_of_reading),
+            "print(memory_of_reading(sys.argv[1]))",
+        ]
+    )
+    command = [sys.executable, "-c", code, store.target]
+    folder = os.path.dirname(flowstore.__file__)
+    return under(50, "MB", [float(subprocess.check_output(command, cwd=folder))])
+
+
+def memory_of_reading(target: str) -> float:
+    """Read all events: by how many MB that raises the most memory that this process ever had."""
+    with flowstore.open(target) as store:
+        store.events.load_events("run-0")
+        before = peak_memory()
+        for _ in store.events.iter_events("run"):
+            pass
+        return peak_memory() - before
+
+
+def peak_memory() -> float:
+    """The most memory that this process ever had, in MB."""
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+    import resource  # not on Linux, where its figure begins with that of the parent
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+
+
+# --- the queue ---
+def bench_queue(bench: Bench, synchronous: str, least: float) -> Measured:
+    state: Any = bench.store(synchronous).state
+
+    def ours() -> None:
+        item = flowstore.WorkItem(execution_id="run", queue_type="queue", payload=bench.event)
+        state.enqueue_work_item(item)
+        state.complete_work_item(state.claim_work_item("worker", ["queue"]))
+
+    db = bench.plain(bench.store(), synchronous)
+    db.executescript(
+        """CREATE TABLE plain_queue (
+            id TEXT PRIMARY KEY, queue TEXT NOT NULL, payload TEXT NOT NULL, status TEXT NOT NULL,
+            available_at INTEGER NOT NULL, worker TEXT, lease_expires_at INTEGER);
+        CREATE INDEX plain_pending ON plain_queue (queue, available_at, id) WHERE status = 'pending';
+        CREATE INDEX plain_leases ON plain_queue (queue, lease_expires_at) WHERE status = 'claimed'"""
+    )
+    payload = json.dumps(bench.event)
+    numbers = itertools.count()
+
+    def plain() -> None:
+        now = time.time_ns() // 1000
+        commit(
+            db,
+            """INSERT INTO plain_queue (id, queue, payload, status, available_at)
+            VALUES (?, 'queue', ?, 'pending', ?)""",
+            f"{next(numbers):036}",
+            payload,
+            now,
+        )
+        [(id, _)] = commit(
+            db,
+            """UPDATE plain_queue SET status = 'claimed', worker = 'worker', lease_expires_at = ?
+            WHERE id = (SELECT id FROM plain_queue WHERE queue = 'queue' AND status = 'pending'
+                AND available_at <= ? ORDER BY available_at, id LIMIT 1)
+            RETURNING id, payload""",
+            now + 30_000_000,
+            now,
+        )
+        commit(db, "UPDATE plain_queue SET status = 'completed' WHERE id = ?", id)
+
+    return bench.compare(
+        lambda: bench.rate(ours), Rival("the plain queue", least, lambda: bench.rate(plain))
+    )
+
+
+def bench_claims(
+    bench: Bench, queues: str, changed: dict[str, str], tenant: str | None = None
+) -> Measured:
+    """`queues`: a letter for each that is asked for; `changed`: the columns that make the many special."""
+    few = bench.store("NORMAL")  # waiting for the disk would hide what a claim costs
+    many = bench.store("NORMAL")
+
+    def fill(store: flowstore.Store, queue: str, count: int, **changed: str) -> None:
+        item = flowstore.WorkItem(execution_id="run", queue_type=queue)
+        original = f"id = '{store.state.enqueue_work_item(item)}'"
+        values = {
+            "id": "id || printf('-%07d', n)",
+            "available_at": "available_at - 3600000000 + n",
+        }
+        copy_row(store, "flowstore_work_items", original, count, **(values | changed))
+
+    def claim(store: flowstore.Store, queues: str) -> float:
+        state: Any = store.state.for_tenant(tenant) if tenant else store.state
+        start = time.perf_counter()
+        for _ in range(200):
+            state.complete_work_item(state.claim_work_item("worker", list(queues)))
+        passed = time.perf_counter() - start
+        fill(store, "a", 200)
+        return 200 / passed
+
+    fill(few, "a", 1_000)
+    fill(many, "a", bench.depth, **changed)
+    for queue in queues:
+        fill(many, queue, 10_000)
+    return bench.compare(
+        lambda: claim(many, queues),
+        Rival("that with 1,000 pending", 0.8, lambda: claim(few, "a")),
+    )
+
+
+def bench_claims_of_processes(bench: Bench) -> Measured:
+    store = bench.store()
+    workers = [bench.worker(empty_queue) for _ in range(8)]
+    count = bench.depth // 250
+
+    def rate(processes: int) -> float:
+        queue = flowstore.new_id()
+        with store.transaction():
+            for _ in range(count):
+                item = flowstore.WorkItem(execution_id="run", queue_type=queue)
+                store.state.enqueue_work_item(item)
+        store.compact()  # else the server may clean up after earlier rounds meanwhile
+        start = time.time() + 0.5  # by then each has connected
+        for worker in workers[:processes]:
+            worker.call(bench.server, queue, start)
+        ended = [float(worker.result()) for worker in workers[:processes]]
+        return count / (max(ended) - start)
+
+    return bench.compare(lambda: rate(8), Rival("that of 1 process", 2.0, lambda: rate(1)))
+
+
+def empty_queue(target: str, queue: str, start: float) -> float:
+    """From a time on, claim and complete the items of a queue: when there were none left."""
+    with flowstore.open(target) as store:
+        time.sleep(max(0.0, start - time.time()))
+        while (item := store.state.claim_work_item("worker", [queue])) is not None:
+            store.state.complete_work_item(item)
+        return time.time()
+
+
+class Waiters:
+    """Two processes that wait on a store: one for an item of a queue, one for an event."""
+
+    def __init__(self, bench: Bench, target: str, queue: str) -> None:
+        self.target = target
+        self.queue = queue
+        self.claiming = bench.worker(wait_for_item)
+        self.tailing = bench.worker(wait_for_event)
+        self.begin(0)
+        self.results()  # what a first call needs is imported
+
+    def begin(self, seconds: float) -> None:
+        self.claiming.call(self.target, self.queue, seconds)
+        self.tailing.call(self.target, seconds)
+
+    def results(self) -> tuple[list[float], list[float]]:
+        """When each has got it, and how many % of a core each took."""
+        both = [self.claiming.result(), self.tailing.result()]
+        return [time for time, _ in both], [percent for _, percent in both]
+
+
+def wait_for_item(target: str, queue: str, seconds: float) -> tuple[float, float]:
+    with flowstore.open(target) as store:
+        return watch(lambda: store.state.claim_work_item("worker", [queue], wait=seconds))
+
+
+def wait_for_event(target: str, seconds: float) -> tuple[float, float]:
+    with flowstore.open(target) as store:
+        return watch(lambda: next(store.events.tail(timeout=seconds), None))
+
+
+def watch(wait: Callable[[], object]) -> tuple[float, float]:
+    """When it returned, and how many % of a core it took."""
+    used = time.process_time()
+    passed = elapsed(wait)
+    return time.time(), (time.process_time() - used) / passed * 100
+
+
+def bench_wake_up(bench: Bench) -> Measured:
+    target = bench.new_target()
+    store = bench.store(target=target)
+    queue = flowstore.new_id()
+    waiters = Waiters(bench, target, queue)
+    times = []
+    for _ in range(2 * bench.rounds):
+        waiters.begin(5)
+        time.sleep(random.uniform(0.2, 0.3))  # out of step with the times at which they look
+        start = time.time()
+        with store.transaction():
+            store.state.enqueue_work_item(flowstore.WorkItem(execution_id="run", queue_type=queue))
+            store.events.append("run", "default", bench.event)
+        woken, _ = waiters.results()
+        times.append((max(woken) - start) * 1000)
+    return under(50, "ms", times)
+
+
+def bench_idle(bench: Bench) -> Measured:
+    target = bench.new_target()
+    bench.store(target=target)
+    waiters = Waiters(bench, target, flowstore.new_id())
+    waiters.begin(4 * bench.seconds + 1)
+    _, percents = waiters.results()
+    return under(2, "% of a core", [max(percents)])
+
+
+# --- states, workflows, commands ---
+def bench_state(bench: Bench) -> Measured:
+    text = "A message of a chat is about as long as this one, [and now and then] has {brackets}. "
+    messages = [
+        {"role": "assistant", "content": 2 * text, "tokens": n, "seconds": n / 7}
+        for n in range(1000)
+    ]
+    chat = {"messages": messages}
+    stores = [bench.store("NORMAL"), bench.store("NORMAL")]
+    for store in stores:
+        store.state.create_execution(
+            flowstore.WorkflowExecution(execution_id="chat", workflow_id="chat")
+        )
+    state = stores[0].state
+    db = bench.plain(stores[1], "NORMAL")
+    sql = "UPDATE flowstore_runs SET current_state = ?, updated_at = ? WHERE execution_id = 'chat'"
+
+    def plain() -> None:
+        commit(db, sql, json.dumps(chat), time.time_ns() // 1000)
+
+    return bench.compare(
+        lambda: bench.rate(lambda: state.update_execution_current_state("chat", chat)),
+        Rival("json.dumps + UPDATE", 0.6, lambda: bench.rate(plain)),
+    )
+
+
+def bench_persist(bench: Bench) -> Measured:
+    host = bench.store("NORMAL").workflows
+    pointers = [flowstore.ExecutionPointer(step_id=n, outcome=bench.event) for n in range(1000)]
+    instance = flowstore.WorkflowInstance(
+        workflow_definition_id="bench", execution_pointers=pointers
+    )
+    instance.id = host.create_new_workflow(instance)
+
+    def persist_change() -> None:
+        pointers[500].retry_count += 1
+        instance.execution_pointers = pointers
+        host.persist_workflow(instance)
+
+    def rewrite_all() -> None:
+        instance.execution_pointers = []
+        host.persist_workflow(instance)
+        persist_change()
+
+    return bench.compare(
+        lambda: bench.rate(persist_change),
+        Rival("deleting and rewriting all", 10.0, lambda: bench.rate(rewrite_all)),
+    )
+
+
+def bench_commands(bench: Bench) -> Measured:
+    store = bench.store()
+
+    def ours() -> float:
+        with store.transaction():
+            for n in range(500):
+                store.workflows.schedule_command(
+                    flowstore.ScheduledCommand(
+                        command_name=flowstore.CommandName.PROCESS_EVENT,
+                        data=str(n),
+                        execute_time=0,
+                    )
+                )
+        return 500 / elapsed(lambda: store.workflows.process_commands(None, lambda command: None))
+
+    return bench.compare(ours, Rival("plain FULL", 0.7, bench.plain_inserts("FULL")))
+
+
+# --- the whole store ---
+def bench_prune(bench: Bench) -> Measured:
+    store = bench.store()
+    long_ago = datetime(2000, 1, 1, tzinfo=UTC)
+    store.flows.insert(
+        flowstore.Flow(id="flow", status=flowstore.FlowStatus.FINISHED, updated_at=long_ago)
+    )
+    store.flows.append_event("flow", "ended", {})
+    count = bench.depth // 10
+    copy_row(store, "flows", "id = 'flow'", count, id="'flow-' || n")
+    copy_row(store, "flow_events", "id = 1", count, id="1 + n", flow_id="'flow-' || n")
+    pruner = threading.Thread(target=store.prune, args=(timedelta(days=1),))
+    waits = []
+    pruner.start()
+    while pruner.is_alive():
+        waits.append(elapsed(lambda: store.events.append("run", "default", bench.event)))
+    waits.sort()
+    return under(50, "ms at the 99th percentile", [waits[len(waits) * 99 // 100] * 1000])
+
+
+def bench_look(bench: Bench) -> Measured:
+    store: Any = bench.store("OFF")
+    item = flowstore.WorkItem(execution_id="run", queue_type="queue")
+    copy_event(store, bench.depth)
+    copy_row(
+        store,
+        "flowstore_work_items",
+        f"id = '{store.state.enqueue_work_item(item)}'",
+        bench.depth // 5,
+        id="id || n",
+        status="CASE n % 2 WHEN 0 THEN 'pending' ELSE 'completed' END",
+    )
+
+    def slowest() -> float:
+        with contextlib.redirect_stdout(io.StringIO()):
+            overview = elapsed(lambda: flowstore.main(["show", store.target]))
+            detail = elapsed(lambda: flowstore.main(["show", store.target, "run"]))
+        overview_page = elapsed(lambda: store._repr_html_())
+        detail_page = elapsed(lambda: store.state.timeline("run")._repr_html_())
+        return max(overview, detail, overview_page, detail_page)
+
+    return under(200, "ms", [slowest() * 1000 for _ in range(bench.rounds)])
+
+
+def bench_import(bench: Bench) -> Measured:
+    module = Path(flowstore.__file__)
+    imported: list[str] = []
+    for node in ast.parse(module.read_bytes()).body:
+        if isinstance(node, ast.Import):
+            imported += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            imported.append(node.module or "")
+
+    def seconds(names: list[str]) -> float:
+        code = f"""import sys, time
+sys.path.insert(0, {str(module.parent)!r})
+start = time.perf_counter()
+import {", ".join(names)}
+print(time.perf_counter() - start)"""
+        # The byte code is cached in a folder that can be written.
+        cache = f"pycache_prefix={bench.folder}"
+        return float(subprocess.check_output([sys.executable, "-I", "-X", cache, "-c", code]))
+
+    pairs = [(seconds([module.stem]), seconds(imported)) for _ in range(2 * bench.rounds + 1)]
+    del pairs[0]  # it has compiled them
+    found = under(
+        2.5, "x that of the standard modules it imports", [one / two for one, two in pairs]
+    )
+    found.said += f"; {statistics.median(ours for ours, _ in pairs) * 1000:.1f} ms"
+    return found
+
+
+# --- the table, by name; {} is how many there are ---
+BENCH_ROWS: dict[str, Callable[[Bench], Measured]] = {
+    "durable append, 1 thread, FULL": partial(
+        bench_append, threads=1, synchronous="FULL", least={"FULL": 0.85}
+    ),
+    "append, 1 thread, NORMAL": partial(
+        bench_append, threads=1, synchronous="NORMAL", least={"NORMAL": 0.7}
+    ),
+    "durable append, 64 threads, FULL": partial(
+        bench_append, threads=64, synchronous="FULL", least={"FULL": 4.0, "NORMAL": 0.4}
+    ),
+    "durable append, asyncio, 1,000 tasks, FULL": partial(
+        bench_append_in_tasks, least={"FULL": 10.0, "NORMAL": 1.0}
+    ),
+    "append_batch of 1,000": bench_append_batch,
+    "load 10,000 events": bench_load,
+    "enqueue + claim + complete, FULL": partial(bench_queue, synchronous="FULL", least=0.75),
+    "enqueue + claim + complete, NORMAL": partial(bench_queue, synchronous="NORMAL", least=0.45),
+    "a state of 1,000 chat messages written, NORMAL": bench_state,
+    "claim + complete, {} pending": partial(bench_claims, queues="a", changed={}),
+    "claim + complete, {} pending, asking for three queues": partial(
+        bench_claims, queues="abc", changed={}
+    ),
+    "claim + complete, {} delayed": partial(
+        bench_claims, queues="a", changed={"available_at": "available_at + 86400000000 + n"}
+    ),
+    "claim + complete, {} of another tenant": partial(
+        bench_claims, queues="a", changed={"tenant_id": "'other'"}, tenant="default"
+    ),
+    "process_commands of 500 due, FULL, per command": bench_commands,
+    "persist_workflow, 1,000 pointers, one changed": bench_persist,
+    "4 processes x 4 threads, FULL": bench_processes,
+    "iter_events over {} events": bench_iterate,
+    "a writer's wait while a tenth of {} flows is pruned": bench_prune,
+    "wake-up of a claim and a tail in other processes, the later one": bench_wake_up,
+    "a claim and a tail that wait, the busier one": bench_idle,
+    "overview and detail of {} events, text and page, the slowest one": bench_look,
+    "import flowstore": bench_import,
+}
+BENCH_ROWS_OF_A_SERVER: dict[str, Callable[[Bench], Measured]] = {
+    "claim + complete, 8 processes": bench_claims_of_processes,
+    "wake-up of a claim and a tail in other processes, the later one": bench_wake_up,
+    "a claim and a tail that wait, the busier one": bench_idle,
+}
+
+
+def bench_command(arguments: list[str]) -> int:
+    """Measure each row, and print what was found and wanted; status 1 when one misses."""
+    parser = argparse.ArgumentParser(description="bench: measure flowstore against plain sqlite3.")
+    parser.add_argument("command", choices=["bench"])
+    parser.add_argument(
+        "--quick", action="store_true", help="under 60 s, with 100,000 items for 1,000,000"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only rows with this in their name"
+    )
+    parser.add_argument(
+        "--target",
+        metavar="FILE",
+        help="beside this file, or this server's URL (default: a temporary folder)",
+    )
+    args = parser.parse_args(arguments)
+    if args.target == ":memory:":
+        parser.error("--target: a file is needed, other processes cannot see a store in memory")
+    server = args.target if args.target and "://" in args.target else ""
+    beside = tempfile.gettempdir()
+    if args.target and not server:
+        beside = os.path.dirname(os.path.abspath(args.target))
+    bench = Bench(args.quick, server)
+    database = "a server" if server else f"SQLite {sqlite3.sqlite_version}, {file_system(beside)}"
+    machine = f"{platform.platform()}, {os.cpu_count()} CPUs, Python {platform.python_version()}, {database}"
+    if not args.json:
+        print(machine, flush=True)
+    rows = []
+    for title, measure in (BENCH_ROWS_OF_A_SERVER if server else BENCH_ROWS).items():
+        name = title.format(f"{bench.depth:,}")
+        if args.only not in name:
+            continue
+        with contextlib.ExitStack() as bench.cleanup:
+            folder = tempfile.TemporaryDirectory(
+                prefix="flowstore-", dir=beside, ignore_cleanup_errors=True
+            )
+            bench.folder = bench.cleanup.enter_context(folder)
+            found = measure(bench)
+        rows.append(
+            {"name": name, "holds": found.holds, "said": found.said, "measured": found.figures}
+        )
+        if not args.json:
+            print(f"{'holds ' if found.holds else 'MISSES'} {name}: {found.said}", flush=True)
+    missed = sum(not row["holds"] for row in rows)
+    if args.json:
+        print(
+            json.dumps({"machine": machine, "quick": args.quick, "rows": rows, "holds": not missed})
+        )
+    else:
+        print(f"{len(rows) - missed} hold, {missed} missed")
+    return 1 if missed else 0
+
+
+def file_system(folder: str) -> str:
+    """What kind of file system a folder is on, as far as Linux tells."""
+    kinds = {"": "an unknown file system"}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/mounts").read_text().splitlines():
+            at, kind = line.split()[1:3]
+            if os.path.commonpath([os.path.realpath(folder), at]) == at:
+                kinds[at] = kind
+    return kinds[max(kinds)]
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench-worker"]:
+        raise SystemExit(bench_worker(sys.argv[2]))
+    try:
+        raise SystemExit(bench_command(sys.argv[1:]))
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except flowstore.FlowStoreError as problem:
+        raise SystemExit(f"bench: {problem}") from problem
+
+# What follows is the tests.
 
 import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
@@ -69,7 +861,6 @@ from hypothesis.stateful import (
     rule,
 )
 
-import flowstore
 from flowstore import (
     AlreadyExists,
     AlreadyTerminal,
@@ -8405,7 +9196,9 @@ def records_of_another_copy(path: str, how: str) -> None:
         ),
         "EventSubscription": lambda: workflows.create_event_subscription(subscription),
         "ScheduledCommand": lambda: workflows.schedule_command(
-            other.ScheduledCommand(command_name=other.CommandName.PROCESS_EVENT, data="d", execute_time=0)
+            other.ScheduledCommand(
+                command_name=other.CommandName.PROCESS_EVENT, data="d", execute_time=0
+            )
         ),
         "ExecutionError": lambda: workflows.persist_errors(
             [other.ExecutionError(workflow_id="w", execution_pointer_id="p", message="m")]
@@ -14197,9 +14990,9 @@ def test_the_terminal_view_fits_80_columns_whatever_is_stored(tmp_path: Path) ->
             )
             store.state.move_to_dead_letter(wide[:90] + id[:100], wide * 99)
             store.flows.insert(Flow(id=id, goal=f"line one\n\ttwo {wide * 50}"))
-        texts = [str(flowstore.View(view)) for view in flowstore._views(store)]
+        texts = [str(flowstore.View(view)) for view in flowstore._read_views(store)]
         texts += [str(store.state.timeline(id)) for id in (wide[:200], new_id, "x" * 255)]
-        texts += [str(flowstore.View(view)) for view in flowstore._views(store, wide[:200])]
+        texts += [str(flowstore.View(view)) for view in flowstore._read_views(store, wide[:200])]
     for text in texts:
         assert max(map(columns, text.splitlines())) <= 80
         assert all(char.isprintable() or char == "\n" for char in text)
@@ -14230,7 +15023,8 @@ def on_a_terminal(*arguments: object, **environment: str) -> str:
 def test_colour_is_for_terminals_whose_owner_wants_it(shop: Path) -> None:
     plain = run("show", shop, "order-0", cwd=shop.parent).stdout
     coloured = on_a_terminal("show", shop, "order-0")
-    assert "\x1b" not in plain and "\x1b[32mcompleted" in coloured
+    assert "\x1b" not in plain and "\x1b[32mcompleted\x1b[0m\n" in coloured
+    assert "\x1b[32mcompleted, 3 attempts\x1b[0m\n" in coloured
     assert (
         re.sub(r"\x1b\[\d+m", "", coloured)
         == plain
@@ -14251,9 +15045,20 @@ def test_a_view_cuts_what_is_long_and_says_so(tmp_path: Path) -> None:
     assert view["facts"]["current_state"].endswith("... (cut)") and len(html) < 2_000_000
 
 
+def test_a_view_cuts_a_reference_that_is_long(tmp_path: Path) -> None:
+    pointer = ExecutionPointer(step_id=1, predecessor_id="r" * 9000)
+    with flowstore.open(tmp_path / "long.db") as store:
+        store.workflows.create_new_workflow(
+            WorkflowInstance(id="w", workflow_definition_id="d", execution_pointers=[pointer])
+        )
+    (view,) = json.loads(run("show", "long.db", "w", "--json", cwd=tmp_path).stdout)
+    (row,) = view["tables"]["pointers"]["rows"]
+    assert row["predecessor_id"] == "r" * 4000 + "... (cut)"
+
+
 def test_a_view_counts_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flowstore, "_COUNTED", 5)
-    monkeypatch.setattr(flowstore, "_DEAD_COUNTED", 3)
+    monkeypatch.setattr(flowstore, "_COUNT_BOUND", 5)
+    monkeypatch.setattr(flowstore, "_DEAD_BOUND", 3)
     with flowstore.open(tmp_path / "many.db") as store:
         run_with(store.state, "e")
         for number in range(12):
@@ -14262,7 +15067,7 @@ def test_a_view_counts_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyP
             )
             if number % 3 == 0:
                 store.state.move_to_dead_letter(f"i{number}", "e")
-        (view,) = flowstore._views(store)
+        (view,) = flowstore._read_views(store)
     assert view["counts"]["work items"] == {"pending": "5+", "dead_lettered": 4}
     assert [(row["waiting"], row["dead"]) for row in view["tables"]["queues"]["rows"]] == [
         ("5+", "3+")
@@ -14277,7 +15082,7 @@ def test_the_newest_dead_letter_is_shown_first_whenever_it_was_to_be_tried(tmp_p
                 WorkItem(id=id, execution_id="e", queue_type="q", available_at=available)
             )
             store.state.move_to_dead_letter(id, "e")
-        (view,) = flowstore._views(store)
+        (view,) = flowstore._read_views(store)
     assert [row["id"] for row in view["tables"]["dead letters"]["rows"]] == ["c", "b", "a"]
 
 
@@ -14311,6 +15116,17 @@ def test_what_a_notebook_shows_of_a_tenants_view_is_the_tenants(shop: Path) -> N
         acme = cast("Any", store.state.for_tenant("acme"))._repr_html_()
         assert "order-2" in acme and "order-0" not in acme and "ship-1" not in acme
         assert cast("Any", store.state.for_tenant("nobody"))._repr_html_() is None
+
+
+def test_a_notebook_shows_an_async_store_as_a_sync_one(in_loop: Loop) -> None:
+    async def body(store: AsyncStore) -> None:
+        await store.events.append("run", "default", note("a"))
+        assert "run" in cast("Any", store)._repr_html_()
+        async with store.transaction():
+            await store.events.append("inside", "default", note("a"))
+            assert "inside" in cast("Any", store.state)._repr_html_()
+
+    in_loop(body)
 
 
 def test_a_notebook_is_shown_the_repr_where_nothing_can_be_read_at_once() -> None:
@@ -14354,10 +15170,10 @@ def test_no_view_reads_more_than_it_shows(
         store.state.for_tenant("tenant-a"),
     ):
         for status in (None, "pending", "Complete"):
-            flowstore._views(facet, None, status)
+            flowstore._read_views(facet, None, status)
     store.flows.insert(Flow(id="ea"))
     store.workflows.create_new_workflow(WorkflowInstance(id="ea", workflow_definition_id="d"))
-    flowstore._views(store, "ea")
+    flowstore._read_views(store, "ea")
     issued = {
         sql for sql in watched.statements if sql.startswith("SELECT") and "sqlite_master" not in sql
     }
@@ -14642,8 +15458,9 @@ def test_selftest_leaves_a_given_store_sound_and_its_items_alone(tmp_path: Path)
 
 def test_selftest_says_which_promise_is_broken(tmp_path: Path) -> None:
     source = Path(flowstore.__file__).read_text()
-    assert "return last + 1" in source
-    (tmp_path / "broken.py").write_text(source.replace("return last + 1", "return last + 2"))
+    sound, broken = "execution_id, last + 1, tenant_id", "execution_id, last + 2, tenant_id"
+    assert sound in source
+    (tmp_path / "broken.py").write_text(source.replace(sound, broken))
     done = subprocess.run(
         [sys.executable, "broken.py", "selftest"],
         cwd=tmp_path,
@@ -14652,7 +15469,7 @@ def test_selftest_says_which_promise_is_broken(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 1
-    assert re.search(r"^FAIL log: ", done.stdout, re.MULTILINE)
+    assert re.search(r"^FAIL threads: ", done.stdout, re.MULTILINE)
 
 
 @pytest.fixture
@@ -14693,6 +15510,12 @@ def test_demo_gives_up_a_file_that_cannot_be_read_and_does_the_others(
         (dead,) = store.state.list_dead_letters()
         assert "No such file" in (dead.last_error or "")
         assert dead.attempt == dead.max_attempts
+
+
+def test_demo_leaves_out_its_own_store_whatever_link_leads_to_it(files: Path) -> None:
+    (files / "link").symlink_to("flowstore-demo.db")
+    for _ in range(2):
+        assert "6 files: 6 done exactly once" in run("demo", cwd=files).stdout
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
@@ -14739,7 +15562,7 @@ def test_demo_goes_on_where_it_was_killed(tmp_path: Path, files: Path) -> None:
         (["selftest", "--target", "."], 1),
         (["prune", "app.db"], 2),
         (["prune", "app.db", "--older-than", "30"], 2),
-        (["bench", "--target", ":memory:"], 2),
+        (["bench"], 2),  # it is the test file's
         (["prune", "app.db", "--older-than", "-1d"], 2),
         (["prune", "missing.db", "--older-than", "1d"], 1),
     ],
@@ -14825,33 +15648,57 @@ def test_prune_shows_a_bar_on_a_terminal_and_clears_it(tmp_path: Path) -> None:
 def test_every_row_of_the_bench_measures_something_and_one_that_misses_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    begin = flowstore._Bench.__init__
+    begin = Bench.__init__
 
-    def tiny(self: flowstore._Bench, *args: Any) -> None:
+    def tiny(self: Bench, *args: Any) -> None:
         begin(self, *args)
         self.rounds, self.seconds, self.depth = 1, 0.01, 500
 
-    monkeypatch.setattr(flowstore._Bench, "__init__", tiny)
-    monkeypatch.setitem(
-        flowstore._ROWS, "never", (lambda on: flowstore._under(1, "ms", [2, 1, 3]),)
-    )
-    assert flowstore.main(["bench", "--json", "--target", str(tmp_path / "app.db")]) == 1
+    monkeypatch.setattr(Bench, "__init__", tiny)
+    monkeypatch.setitem(BENCH_ROWS, "never", lambda bench: under(1, "ms", [2, 1, 3]))
+    assert bench_command(["bench", "--json", "--target", str(tmp_path / "app.db")]) == 1
     found = json.loads(capfd.readouterr().out)
-    assert len(found["rows"]) == len(flowstore._ROWS) >= 16
+    assert len(found["rows"]) == len(BENCH_ROWS) >= 20
     assert all(row["measured"] and row["said"] for row in found["rows"])
     assert all(
         row["measured"][0] > 0
         for row in found["rows"]
-        if row["name"].startswith(("dur", "app", "load", "claim"))
+        if not row["name"].startswith(("iter_events", "a claim and a tail"))
     )
     assert found["rows"][-1] == {
         "name": "never",
         "holds": False,
-        "said": "2.0 ms (under 1)",
+        "said": "2.00 ms (under 1)",
         "measured": [2],
     }
     assert found["holds"] is False
     assert "SQLite" in found["machine"] and list(tmp_path.iterdir()) == []
+
+
+def test_the_bench_runs_where_neither_pytest_nor_hypothesis_is_installed(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-S", __file__, "bench", "--quick", "--only", "4 processes"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stderr == ""
+    assert re.search(
+        r"^(holds |MISSES) 4 processes x 4 threads, FULL: [\d.]+ x plain FULL at \d+/s "
+        r"\(at least 1.0\); [\d,]+/s, no error, longest call [\d,]+ ms\n\d hold, \d missed$",
+        done.stdout,
+        re.MULTILINE,
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["test"], ["bench", "--target", ":memory:"]])
+def test_a_wrong_use_of_the_bench_is_refused(
+    arguments: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        bench_command(arguments)
+    assert "error: " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("closed", ["1", "2"])
@@ -18389,11 +19236,15 @@ def test_a_copy_up_and_down_again_is_equal_and_goes_on_where_it_was_broken_off(
             instance(execution_pointers=[ExecutionPointer(step_id=1)])
         )
 
-    def stop(_stream: object, done: int = 0, *_: object) -> NoReturn:
-        raise KeyboardInterrupt
+    @contextmanager
+    def interrupting(*_: object) -> Iterator[Callable[[int], None]]:
+        def stop(_: int) -> None:
+            raise KeyboardInterrupt
+
+        yield stop
 
     with monkeypatch.context() as broken:
-        broken.setattr(flowstore, "_bar", stop)
+        broken.setattr(flowstore, "_progress_bar", interrupting)
         assert flowstore.main(["copy", source, up]) == 130
     with flowstore.open(up) as part:
         assert 0 < sum(part.stats()["tables"].values()) < 1000
@@ -18432,10 +19283,14 @@ def test_the_commands_take_a_server(
     assert flowstore.main(["compact", target]) == 0
     assert "FAIL" not in capsys.readouterr().out
     monkeypatch.setattr(
-        flowstore._Bench, "compare", lambda on, *sides: (True, "", [sides[0](), sides[1][2]()])
+        Bench,
+        "compare",
+        lambda bench, ours, rival: Measured(True, "", [ours(), rival.rate()]),
     )
-    monkeypatch.setattr(flowstore, "_under", lambda most, unit, values: (True, "", [*values][:1]))
-    assert flowstore.main(["bench", "--quick", "--json", "--target", target]) == 0
+    monkeypatch.setitem(
+        globals(), "under", lambda limit, unit, values: Measured(True, "", values[:1])
+    )
+    assert bench_command(["bench", "--quick", "--json", "--target", target]) == 0
     [claims, wake, idle] = json.loads(capsys.readouterr().out)["rows"]
     assert "8 processes" in claims["name"] and min(claims["measured"]) > 10
     assert 0 < wake["measured"][0] < 5_000 and 0 <= idle["measured"][0] < 100
