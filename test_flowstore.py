@@ -713,9 +713,10 @@ sys.path.insert(0, {str(module.parent)!r})
 start = time.perf_counter()
 import {", ".join(names)}
 print(time.perf_counter() - start)"""
+        # -S: what else is installed may import some of these modules before the clock starts.
         # The byte code is cached in a folder that can be written.
-        cache = f"pycache_prefix={bench.folder}"
-        return float(subprocess.check_output([sys.executable, "-I", "-X", cache, "-c", code]))
+        options = ["-I", "-S", "-X", f"pycache_prefix={bench.folder}"]
+        return float(subprocess.check_output([sys.executable, *options, "-c", code]))
 
     pairs = [(seconds([module.stem]), seconds(imported)) for _ in range(2 * bench.rounds + 1)]
     del pairs[0]  # it has compiled them
