@@ -993,6 +993,8 @@ def _of_json(text: str) -> Any:
             end = -1
         return value if end == len(text) else _decoder.decode(text)
     except (ValueError, TypeError, RecursionError) as error:
+        if isinstance(error, RecursionError) and _depth(text) <= _JSON_DEPTH:
+            raise  # the caller's stack is full
         raise StoreCorrupt(f"stored JSON cannot be read: {error}") from error
 
 
@@ -1312,7 +1314,7 @@ class _Mapper(Generic[T]):
             for index, decode in self._decoders:
                 if (value := values[index]) is not None:
                     values[index] = decode(value)
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise StoreCorrupt(
                 f"a stored {self.record.__name__} cannot be read: {error}"
             ) from error
@@ -1855,6 +1857,9 @@ class _Call:
     )
 
 
+_INTERRUPTS = "this call interrupts another one of its thread, or a fork, which it would have to wait for: call again later"
+
+
 class _CommitListeners:
     """Who is told of each commit of this process; what other processes write is looked for now and then."""
 
@@ -1918,6 +1923,8 @@ class _Writer:
         frame on purpose: to give the lead up takes no more stack than to take it, so not even a RecursionError
         prevents it, and between the two no Python function begins, so nor does Ctrl-C. With `keep` the call goes on
         leading after a success, until it is led again."""
+        if os.getpid() != self.engine.process:
+            self.engine.refuse_unprepared_fork()
         kept = False
         try:
             with self.mutex:
@@ -1960,13 +1967,13 @@ class _Writer:
                                 if call in self.queue:
                                     self.queue.remove(call)
                                 following = self.queue[0] if self.queue else None
-                                self.leader = following
                                 if (
                                     following is not None
                                     and following.gate is not None
                                     and following.gate.locked()
                                 ):
                                     following.gate.release()
+                                self.leader = following
                     elif call.gate is not None:  # it may be in the queue
                         with self.mutex:
                             if call in self.queue:
@@ -1983,10 +1990,8 @@ class _Writer:
 
     def _wait_for_lead(self, call: _Call) -> bool:
         """Queue for the writer: True with the lead, False when another leader has done the call."""
-        if self.mutex._is_owned():  # type: ignore[attr-defined]
-            raise StorageError(
-                "this call interrupts another one of its thread, which it would have to wait for: call again later"
-            )
+        if self.mutex._is_owned() or _process.lock._is_owned():  # type: ignore[attr-defined]
+            raise StorageError(_INTERRUPTS)
         call.gate = threading.Lock()
         call.gate.acquire()
         call.thread = threading.get_ident()
@@ -2700,11 +2705,12 @@ def _until_done(step: Callable[[], None]) -> None:
 
 if hasattr(os, "register_at_fork") and not _process.fork_hooks:
     _process.fork_hooks = True
-    os.register_at_fork(
-        before=functools.partial(_until_done, _stop_engines),
-        after_in_parent=functools.partial(_until_done, _resume_engines),
-        after_in_child=functools.partial(_until_done, _restart_engines),
-    )
+    for _ in range(2):  # twice, since an interrupt at the very beginning of a hook leaves it undone
+        os.register_at_fork(
+            before=functools.partial(_until_done, _stop_engines),
+            after_in_parent=functools.partial(_until_done, _resume_engines),
+            after_in_child=functools.partial(_until_done, _restart_engines),
+        )
 
 
 # ==================================================================================================
@@ -2821,6 +2827,7 @@ class _Engine:
         self.log_may_vanish = (
             False  # nothing holds the file's locks for sure: look whether the log is still its own
         )
+        self.process = os.getpid()
         self.closed = False
         self.commits = 0
         self.listeners = _CommitListeners()
@@ -2859,6 +2866,8 @@ class _Engine:
     def connect(self) -> _Tx:
         """A new connection to the database, which `disconnect` closes."""
         self.refuse_closed()
+        if _process.forking and _process.lock._is_owned():
+            raise StorageError(_INTERRUPTS)  # the fork under way would not know of it
         if self.path is None:
             db = sqlite3.connect(
                 ":memory:", isolation_level=None, check_same_thread=False, cached_statements=256
@@ -2924,6 +2933,13 @@ class _Engine:
                 "this process was forked while a transaction was open on the file, which is the "
                 "parent's: fork outside transactions, or start a new process"
             )
+
+    def refuse_unprepared_fork(self) -> None:
+        """StorageError: this process is a fork, and its locks and connections are as the parent happened to hold them."""
+        raise StorageError(
+            "this process was forked where the stack had no room to prepare for it: open the store again in a "
+            "new process"
+        )
 
     def refuse_read_only(self) -> None:
         """StorageError when nothing may be changed."""
@@ -3113,6 +3129,8 @@ class _Engine:
         return self.retry_while_busy(read)
 
     def _read(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+        if os.getpid() != self.process:
+            self.refuse_unprepared_fork()
         connection = self.pool.check_out(operation.writes)
         try:
             with connection.lock:
@@ -3331,6 +3349,8 @@ class _Engine:
 
     def close(self) -> None:
         """Close every connection; who waits is woken with StoreClosed, an open transaction is rolled back."""
+        if os.getpid() != self.process:
+            self.refuse_unprepared_fork()
         with self.mutex:
             self.closed = True
             self.pool.keeps_idle = False
@@ -3380,6 +3400,7 @@ class _Engine:
                     # Closing it would write to the parent's file.
                     _process.files_of_parent.add(_file_id(self.path))
                     connection.leak()
+        self.process = os.getpid()
         self.listeners = _CommitListeners()
         self.writer.leader = None
         self.writer.queue.clear()
@@ -4838,35 +4859,60 @@ class _LeaseKeeper:
 
 
 class Hold(_LeaseKeeper):
-    """`with state.hold(item)`: a lease that is renewed while the block runs; `lost` tells when it was lost."""
+    """`with state.hold(item)`: a lease that is renewed while the block runs; `lost` tells when it was lost.
+
+    The `with` statement alone holds it: if an interrupt strikes so that its end is never run, the renewals end too."""
 
     def __enter__(self) -> Hold:
+        import _thread
+
         _reserve_stack(20)
         self._owner = threading.get_ident()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="flowstore-hold", daemon=True)
+        self._process = os.getpid()
+        self._gate = threading.Lock()  # open when the renewals are to end
+        self._gate.acquire()
+        self._ended = threading.Lock()  # open when they have ended
         self.expires = self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
         if (
             self._state._engine.block() is None
         ):  # inside a transaction nobody else could renew before it ends
-            self._thread.start()
+            self._ended.acquire()
+            # Not by threading.Thread: an interrupt amid its start would leave one that never ends.
+            arguments = (weakref.ref(self), self._gate, self._ended, self._interval)
+            _thread.start_new_thread(_keep_lease, arguments)
         return self
-
-    def _keep(self) -> None:
-        while not self._ended.wait(self._interval):
-            # While the holder has a transaction open, a renewal would wait for its end, or make it lose.
-            if not (self._state._engine.has_block(self._owner) or self._state._renew_held(self)):
-                return
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
     ) -> None:
-        self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join()
-            if not self.lost:
-                self._state._renew_held(self)
+        self._gate.release()
+        went_on = self._ended.locked()
+        if self._process == os.getpid():  # in a forked child there is no such thread
+            self._ended.acquire()
+        if went_on and not self.lost:
+            self._state._renew_held(self)
         self._end(kind)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, RuntimeError):  # never begun, or ended
+            self._gate.release()
+
+
+def _keep_lease(
+    reference: weakref.ref[Hold], gate: threading.Lock, ended: threading.Lock, interval: float
+) -> None:
+    """Renew a lease, in a thread of its own, until the gate is open or the hold has gone."""
+    try:
+        while not gate.acquire(timeout=interval):
+            hold = reference()
+            # While the holder has a transaction open, a renewal would wait for its end, or make it lose.
+            if hold is None:
+                return
+            if not (hold._state._engine.has_block(hold._owner) or hold._state._renew_held(hold)):
+                return
+            del hold
+    finally:
+        ended.release()
 
 
 # --- workflow persistence ---
@@ -6451,7 +6497,8 @@ def _views(facet: _Facet, tx: _Tx, id: str | None = None, status: str | None = N
 
 def _read_views(facet: Any, *which: str | None) -> Any:
     """Run `_views` with an id and a status. An async store runs it too, without its event loop."""
-    return facet._engine.sync.run(_views, facet, which, {})
+    engine = getattr(facet._engine, "engine", facet._engine)
+    return engine.run(_views, facet, which, {})
 
 
 # --- the model: the steps of a detail ---
@@ -8453,6 +8500,7 @@ class _PostgresEngine(_Engine):
 
     def after_fork_in_child(self) -> None:
         """Begin anew: the connections are the parent's, and even closing one here would end it there."""
+        self.process = os.getpid()
         for lock in (self.mutex, *(one.lock for one in self.pool.connections)):
             lock._at_fork_reinit()  # type: ignore[attr-defined]
         for connection in list(self.pool.connections):

@@ -6705,7 +6705,7 @@ def strike_under_load(target: str, name: str, kind: str) -> None:
 
 def queued(store_engine: flowstore.Store) -> int:
     """How many calls wait for the writer."""
-    return len(store_engine._engine.queue)
+    return len(store_engine._engine.writer.queue)
 
 
 def strike_in_a_group(target: str, place: str, kind: str) -> None:
@@ -11035,14 +11035,13 @@ def test_a_view_of_an_unregistered_tenant_begins_to_work_when_it_is_registered(
     ]
 
 
-class Rounds(threading.Event):
-    """An event that is over after some waits, none of which takes time."""
+class Rounds:
+    """A gate that opens after some waits, none of which takes time."""
 
     def __init__(self, left: int) -> None:
-        super().__init__()
         self.left = left
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def acquire(self, timeout: float | None = None) -> bool:
         self.left -= 1
         return self.left < 0
 
@@ -11050,9 +11049,9 @@ class Rounds(threading.Event):
 def test_a_lease_is_not_renewed_while_its_holder_has_a_transaction_open(store_state: Store) -> None:
     def go_on(hold: flowstore.Hold) -> None:
         """What the background thread does, a few times at once."""
-        ended, hold._ended = hold._ended, Rounds(3)
-        in_thread(hold._keep)
-        hold._ended = ended
+        gate, ended = cast(Any, Rounds(3)), threading.Lock()
+        ended.acquire()
+        in_thread(partial(flowstore._keep_lease, weakref.ref(hold), gate, ended, 1.0))
 
     item = claimed_item(store_state.state)
     with store_state.state.hold(item, lease_seconds=3600) as hold:
@@ -19185,11 +19184,11 @@ def test_a_tasks_block_that_finds_no_connection_leaves_those_of_others_alone(
                     async with store.transaction():
                         raise AssertionError
             engine = store._engine.engine
-            assert not engine.readers
+            assert not engine.pool.idle
             await held.aclose()
             assert (
-                len({*engine.readers} - {engine.writer})
-                == len(engine.readers)
+                len({*engine.pool.idle} - {engine.writer.connection})
+                == len(engine.pool.idle)
                 == flowstore._CONNECTIONS
             )
             assert await store.events.append("e1", "default", EVENT) == 1
