@@ -66,7 +66,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (what is imported next is not ther
     raise (SystemExit if __name__ == "__main__" else ImportError)(
         "flowstore: Python 3.11 or newer is needed"
     )
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -945,6 +945,16 @@ CREATE TABLE flowstore_counters (definition_id TEXT PRIMARY KEY, value INTEGER N
 
 _TABLE_NAMES = tuple(re.findall(r"CREATE TABLE (\w+)", _TABLES))
 _NAMES = re.findall(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) (\w+)", _TABLES)
+_OUR_TABLES = ", ".join(f"'{name}'" for name in _TABLE_NAMES)
+
+# The foreign keys of the user's tables, one row for each column: the table's name, the table, the key's number, the
+# column, the table and the column that it refers to, and what happens to the row when the other one is deleted.
+_FOREIGN_KEYS = f"""SELECT m.name, lower(printf('"%w"', m.name)), k.id, printf('"%w"', k."from"),
+    lower(printf('"%w"', k."table")), printf('"%w"', c.name), k.on_delete
+    FROM sqlite_master m JOIN pragma_foreign_key_list(m.name) k JOIN pragma_table_info(k."table") c
+        ON c.name = k."to" COLLATE NOCASE OR (k."to" IS NULL AND c.pk = k.seq + 1)
+    WHERE m.type = 'table' AND m.name NOT IN ({_OUR_TABLES}) AND m.sql LIKE '%REFERENCES%'
+    ORDER BY m.name, k.id, k.seq"""
 
 # From version N to N + 1, each a script of statements; all of them run in the transaction that finds the file old.
 _UPGRADES: dict[int, str] = {}
@@ -1359,6 +1369,10 @@ _ERROR = _Mapper(ExecutionError, "execution_errors", "error")
 
 _IDLE_READERS = 8
 _WAL_FRAMES = 3000  # the log is checkpointed at that many pages: commits often change the same ones
+_PATH_MOST = 504  # bytes of a path: SQLite has room for 512, with "-journal" behind it
+_NAME_MOST = 255  # bytes of a name, with what SQLite puts behind it
+_INFO = 20  # the numbers that `logging` has for its levels
+_WARNING = 30
 _WAL_BOUND = 16 << 20  # bytes of the log from which on a checkpoint waits for readers
 
 # The real time that passes, for waits. (A partial, since freezegun replaces every module's name for time.monotonic.)
@@ -1399,15 +1413,36 @@ _process = _shared_by_copies()
 _blocks: contextvars.ContextVar[tuple[weakref.ref[_Block], ...]] = _process.blocks
 
 
+def _log(level: int, message: str, *args: object) -> None:
+    """Write a line to the logger "flowstore": a warning always, other lines where the program has imported logging.
+
+    An exception of the program's handlers is dropped: what the line tells of has been done."""
+    if level >= _WARNING or "logging" in sys.modules:
+        import logging
+
+        logger = logging.getLogger("flowstore")
+        if not logger.handlers:
+            logger.addHandler(logging.NullHandler())
+        with contextlib.suppress(Exception):
+            logger.log(level, message, *args)
+
+
+def _code(error: Exception) -> int:
+    """SQLite's primary code for an error of the driver; 0 when it has none."""
+    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+
+
 def _failure(error: Exception) -> FlowStoreError:
     """The error that callers see for one of the driver."""
     if isinstance(error, (OverflowError, UnicodeError)):
         return InvalidData(f"the value cannot be stored: {error}")
-    code = (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
+    code = _code(error)
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StoreBusy(
             "the store is held by another transaction: try again, or open it with a longer busy_timeout"
         )
+    if code == sqlite3.SQLITE_CANTOPEN and (missing := _no_descriptor()):
+        return StorageError(missing)
     if code == sqlite3.SQLITE_FULL:
         return StoreFull("the disk is full, nothing was written: make room and try again")
     if code in (
@@ -1611,9 +1646,9 @@ def _can_lock(path: str) -> bool:
 
 def _file_uri(path: str, read_only: bool) -> str:
     """How to open the file: never creating it by the way, and read-only in the way its folder allows."""
-    import pathlib
-
-    uri = pathlib.Path(path).as_uri()
+    # Made by hand: a program that has given up its rights, or has no descriptor left, may import nothing more.
+    escaped = path.replace(os.sep, "/").replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+    uri = f"file://{'' if escaped.startswith('/') else '/'}{escaped}"
     if not read_only:
         return uri + "?mode=rw"
     if _can_lock(path) or (os.path.exists(path + "-wal") and os.path.exists(path + "-shm")):
@@ -1628,22 +1663,136 @@ def _file_uri(path: str, read_only: bool) -> str:
     )  # at rest; whether somebody writes it is looked at after each read
 
 
-def _create_file(path: str) -> None:
-    """Make an empty file, unless there is one; what is wrong with the path is told by the attempt to open it.
+def _no_descriptor() -> str:
+    """What to say when the process or the system lacks the descriptors that a connection needs; "" when it does not."""
+    found: list[int] = []
+    try:
+        for _ in ("the file", "its -wal", "its -shm", "their folder"):
+            found += [os.open(os.devnull, os.O_RDONLY)]
+    except OSError as error:
+        return f"no file descriptor is left ({error.strerror}): close files, or raise their limit"
+    finally:
+        for descriptor in found:
+            os.close(descriptor)
+    return ""
 
-    Made here, not by SQLite, so that the umask alone decides who may read it. It gets its name when its descriptor is
-    closed: closing that would drop the locks of a thread that has opened the file meanwhile."""
-    new = f"{path}.{new_id()}.new"
+
+def _missing_right(read_only: bool, *names: str) -> str:
+    """What to say for the first of these files that may not be used; "" when there is none."""
+    rights, needed = (os.R_OK, "read") if read_only else (os.R_OK | os.W_OK, "read and write")
+    effective = os.access in os.supports_effective_ids
+    for name in names:
+        if os.path.exists(name) and not os.access(name, rights, effective_ids=effective):
+            return f"there is no permission to {needed} {name}"
+    return ""
+
+
+def _explain(error: sqlite3.Error, path: str, read_only: bool) -> FlowStoreError:
+    """The error that callers see, with the file's name and why it cannot be opened, neither of which SQLite says."""
+    failure = _failure(error)
+    reason = ""
+    if _code(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+        folder = [] if read_only else [os.path.dirname(path)]
+        reason = _missing_right(read_only, path, f"{path}-wal", f"{path}-shm", *folder)
+    failure.args = (f"{path}: {reason or failure}",)
+    return failure
+
+
+def _connect_file(uri: str, path: str, read_only: bool) -> sqlite3.Connection:
+    # SQLite would open a file that it may not write read-only, for as long as the connection lasts.
+    if not read_only and (missing := _missing_right(False, path)):
+        raise StorageError(f"{path}: {missing}")
+    # timeout=0: waiting for other processes is done by pause(), in steps far shorter than SQLite's 100 ms.
+    try:
+        return sqlite3.connect(
+            uri,
+            uri=True,
+            timeout=0,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
+        )
+    except sqlite3.Error as error:
+        raise _explain(error, path, read_only) from error
+
+
+def _refuse_long(path: str, suffix: str) -> None:
+    """StorageError for a path that SQLite cannot open, or beside which it could make no file with this suffix."""
+    whole, name = os.fsencode(path), os.fsencode(os.path.basename(path) + suffix)
+    if os.name == "posix" and (len(whole) > _PATH_MOST or len(name) > _NAME_MOST):
+        raise StorageError(
+            f"{path}: the path has {len(whole)} bytes and its name {len(name) - len(suffix)}, SQLite can open "
+            f"{_PATH_MOST} and {_NAME_MOST - len(suffix)} at most: choose a shorter one"
+        )
+
+
+def _create_file(path: str) -> None:
+    """Make an empty file where there is none; the umask alone decides who may read it.
+
+    SQLite's locks are POSIX locks: closing any descriptor of a file drops all locks that this process has on it, and
+    another thread may open the file as soon as it is there. So it is made and closed under another name, then linked."""
+    made = f"{path}.{new_id()}.new"
+    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
+    try:
+        os.close(os.open(made, flags, 0o666))
+        os.link(made, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links, or a name that leaves no room for a suffix
+        with contextlib.suppress(FileExistsError):
+            os.open(path, flags, 0o666)  # and never closed
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(made)
+
+
+def _remove_leftover(path: str) -> None:
+    """Remove the name under which we made a file, where a process was killed before it did so (or is about to)."""
+    folder, name = os.path.split(path)
     with contextlib.suppress(OSError):
-        os.close(os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
-        try:
-            os.link(new, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without links
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
-        finally:
-            os.remove(new)
+        for other in os.listdir(folder):
+            leftover = os.path.join(folder, other)
+            ours = re.fullmatch(re.escape(name) + r"\.[0-9a-f-]{36}\.(new|partial)", other)
+            if ours and os.path.samefile(leftover, path):
+                os.remove(leftover)
+
+
+def _is_mount(path: str) -> bool:
+    """Whether a file is mounted by itself. Its device tells so only where it is not that of the folder."""
+    try:
+        with io.FileIO("/proc/self/mountinfo") as mounts:
+            points = re.findall(rb"^(?:[^ ]+ ){4}([^ ]+)", mounts.readall(), re.MULTILINE)
+    except OSError:  # not on Linux
+        return os.path.ismount(path)
+    octal = re.compile(rb"\\([0-7]{3})")  # how spaces are written there
+    names = [octal.sub(lambda code: bytes([int(code[1], 8)]), point) for point in points]
+    return os.fsencode(path) in names
+
+
+def _prepare_path(path: str) -> None:
+    """Make the file where there is none; StorageError where it has two names, each with a log of its own beside it."""
+    try:
+        if not os.path.exists(path):
+            if missing := _no_descriptor():  # no empty file is left by what would fail
+                raise StorageError(f"{path}: {missing}")
+            _create_file(path)
+        for _ in range(100):  # a second: another process may be making the file, or a backup
+            if os.stat(path).st_nlink < 2:
+                break
+            _remove_leftover(path)
+            time.sleep(0.01)
+        else:
+            raise StorageError(
+                f"{path}: the file has another name, a hard link, and what is written through both is lost: "
+                "remove that name, or make a copy by backup()"
+            )
+    except OSError as error:
+        raise StorageError(f"{path}: the file cannot be made: {error.strerror}") from error
+    if _is_mount(path):
+        raise StorageError(
+            f"{path}: the file alone is mounted here, and what is written here and there is lost: "
+            "mount the folder that it is in"
+        )
 
 
 def _sync(path: str, flags: int) -> None:
@@ -2811,6 +2960,7 @@ class _Engine:
     `_PostgresEngine` is the other one: what it does in another way is a method here."""
 
     max_writers = 1  # connections that write side by side
+    foreign_keys = _FOREIGN_KEYS
     poll_seconds = 0.02  # between two looks of a waiter at what other processes wrote
     failed_reads_end_transactions = False
     listens = False  # whether a commit of another process is told, so that nobody has to look
@@ -2875,15 +3025,8 @@ class _Engine:
             db.execute("PRAGMA foreign_keys = ON")
             db.execute("PRAGMA temp_store = MEMORY")
             return _Tx(db, self.options.clock)
-        # timeout=0: waiting for other processes is done by pause(), in steps far shorter than SQLite's 100 ms.
-        db = sqlite3.connect(
-            _file_uri(self.path, self.options.read_only),
-            uri=True,
-            timeout=0,
-            isolation_level=None,
-            check_same_thread=False,
-            cached_statements=256,
-        )
+        uri = _file_uri(self.path, self.options.read_only)
+        db = _connect_file(uri, self.path, self.options.read_only)
         tx = _Tx(db, self.options.clock)
         try:
             for pragma in (
@@ -3006,8 +3149,8 @@ class _Engine:
             with self.writer.connection.lock:
                 self._build(self.writer.connection.use(), None)
             return
-        if not self.options.read_only and not os.path.exists(self.path):
-            _create_file(self.path)
+        if not self.options.read_only:
+            _prepare_path(self.path)
         self.retry_while_busy(self._prepare_file)
 
     def _prepare_file(self) -> None:
@@ -3296,6 +3439,9 @@ class _Engine:
         """Copy one state of the database into a new file, in steps, so that no write makes it begin anew."""
         try:
             copy = sqlite3.connect(path, isolation_level=None)
+        except sqlite3.Error as error:
+            raise _explain(error, path, False) from error
+        try:
             try:
                 self.begin_on_reader(tx)
                 tx.db.backup(copy, pages=4096)
@@ -3320,6 +3466,7 @@ class _Engine:
         if not os.path.isdir(folder):
             raise StorageError(f"{path}: the folder does not exist: make it first")
         partial = f"{path}.{new_id()}.partial"
+        _refuse_long(partial, "-journal")
         try:
             self.on_new_connection(lambda tx: self.copy_to(tx, partial))
             _sync(partial, os.O_RDWR)
@@ -3519,36 +3666,64 @@ class _Facet:
             raise InvalidData("lease_seconds: a lease lasts 0 seconds or more")
         return _seconds(seconds, "lease_seconds")
 
-    @_steps
-    def _prune_all(self, kind: str, before: int, which: str = "") -> _Steps[int]:
-        """Drop what ended before a time of a kind (or of `which`, a condition), in small transactions; how many."""
+    def _prune_kind(
+        self,
+        kind: str,
+        before: int,
+        *sources: _PruneSource,
+        progress: Callable[[int], object] | None = None,
+    ) -> _Steps[int]:
+        """The steps that drop what ended before a time of a kind (or what `sources` pick); how many things went."""
         gone = 0
-        while any(dropped := (yield self._prune_some(kind, before, which))):
-            gone += dropped[0]
+        kept = Counter[str]()
+        cursor: _PruneCursor | None = (0,)
+        while cursor is not None:
+            step = yield self._prune_some(kind, before, cursor, sources)
+            gone += step.gone
+            kept += step.kept
+            cursor = step.cursor
+            if progress is not None:
+                progress(gone)
+        if gone or kept:
+            _log(_INFO, "prune: %d %s went, kept %s", gone, kind, dict(kept))
         return gone
 
     @_write
-    def _prune_some(self, tx: _Tx, kind: str, before: int, which: str = "") -> tuple[int, int]:
-        """Drop as much of a kind as a short transaction can: how many went whole, and how many rows that took.
+    def _prune_some(
+        self,
+        tx: _Tx,
+        kind: str,
+        before: int,
+        cursor: _PruneCursor = (0,),
+        sources: Sequence[_PruneSource] = (),
+    ) -> _PruneStep:
+        """Drop as much of a kind as a short transaction can, from the cursor on.
 
-        What a condition picks may not have ended: somebody may still work on it, so it is never left in pieces."""
-        table, key, ended, parts, in_pieces = _PRUNED[kind]
-        ended, room = which or ended, _INT_MAX if which else _PRUNED_AT_ONCE
+        What `sources` pick may not have ended: somebody may still work on it, so it is never left in pieces."""
+        rule = _PRUNED[kind]
+        room = _INT_MAX if sources else _PRUNED_AT_ONCE
+        # A part costs a statement, even where there is nothing of it.
+        most = _PRUNED_AT_ONCE // (1 + len(rule.parts)) or 1
+        keys = _foreign_keys(tx, self._engine.foreign_keys)
         gone = rows = 0
-        most = (
-            _PRUNED_AT_ONCE // (1 + len(parts)) or 1
-        )  # a part costs a statement, even where there is nothing of it
-        sql = f"SELECT {key} FROM {table} WHERE {ended} LIMIT {most}"
-        for (id,) in tx.rows(sql, *[before] * ended.count("?")):
-            for part in parts:
-                rows += tx.run(part, *(id, max(0, room - rows))[: part.count("?")])
-            if rows >= room:
-                tx.run(in_pieces, id)
+        kept = Counter[str]()
+        candidates = _candidates(tx, rule, sources or rule.sources, keys, before, cursor, most + 1)
+        for seen, (following, id, holder) in enumerate(candidates):
+            if seen == most or rows >= _PRUNED_AT_ONCE:
                 break
-            gone, rows = gone + 1, rows + tx.run(f"DELETE FROM {table} WHERE {key} = ?", id)
-            if rows >= _PRUNED_AT_ONCE:
-                break
-        return gone, rows
+            reason = holder
+            if holder is None:
+                dropped, whole, reason = _drop_or_keep(tx, rule, id, room - rows, keys)
+                rows += dropped
+                gone += whole
+                if not whole and reason is None:  # what is left of it comes first the next time
+                    break
+            if reason is not None:
+                kept[reason] += 1
+            cursor = following
+        else:
+            return _PruneStep(gone, rows, kept, None)
+        return _PruneStep(gone, rows, kept, cursor)
 
 
 @functools.cache
@@ -3589,69 +3764,258 @@ def _found(thing: T | None, kind: str, id: str) -> T:
 
 
 # --- what has ended, and goes ---
+_ForeignKeys: TypeAlias = "dict[str, list[tuple[str, str, list[tuple[str, str]], str]]]"
 _PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
 
 
-def _some(table: str, owner: str, key: str = "id", order: str = "") -> str:
-    """A statement that drops some rows of one owner: its id, and how many at most."""
-    return (
-        f"DELETE FROM {table} WHERE {key} IN "
-        f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)"
+_PruneCursor: TypeAlias = (
+    "tuple[Any, ...]"  # the number of a source; the time and key of the last thing there
+)
+
+
+class _PruneSource(NamedTuple):
+    """Where a prune finds what has ended, in the order of its time."""
+
+    table: str
+    time: str
+    ended: str  # the condition; each ? in it is the time before which
+    in_pieces: bool = (
+        False  # an earlier transaction has begun to drop it, after a look at who refers to it
     )
 
 
-# What a prune drops, by kind: the table, its key, which of its rows have ended, what goes before each of them, and what
-# is done to one that is left in pieces, lest someone goes on with the whole that he knows. What may belong to others
-# comes first, and is counted as what it is. A log goes from its end, so that what is left of it never has a gap. The
-# row with the highest position of all stays as one of no execution until there is a higher one: its position must not
-# be given again.
-_PRUNED: dict[str, tuple[str, str, str, tuple[str, ...], str]] = {
-    "errors": ("execution_errors", "id", "error_time < ?", (), ""),
-    "subscriptions": ("event_subscriptions", "id", "terminated_at < ?", (), ""),
-    "events": ("events", "id", "is_processed = 1 AND event_time < ?", (), ""),
-    "tokens": (
+class _PrunePart(NamedTuple):
+    """Rows that go with a thing: their table, their column with its key, and the statement that drops some of them."""
+
+    table: str
+    owner: str
+    sql: str
+
+
+class _PruneRule(NamedTuple):
+    """What a prune drops of one kind: a row of a table by its key, its parts before it."""
+
+    table: str
+    key: str
+    sources: tuple[_PruneSource, ...]
+    parts: tuple[_PrunePart, ...] = ()
+    in_pieces: str = ""  # what is done to one of which only some parts fitted into the transaction
+
+
+class _PruneStep(NamedTuple):
+    """What one transaction of a prune did."""
+
+    gone: int  # things that went whole
+    rows: int
+    kept: Counter[str]  # things that stay, by the table that refers to them
+    cursor: _PruneCursor | None  # where the next one goes on; None: at the end
+
+
+def _part(table: str, owner: str, key: str = "id", order: str = "") -> _PrunePart:
+    """A part whose statement takes the owner's id, and how many rows at most."""
+    sql = (
+        f"DELETE FROM {table} WHERE {key} IN "
+        f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)"
+    )
+    return _PrunePart(table, owner, sql)
+
+
+def _terminal(table: str, time: str, *statuses: str) -> tuple[_PruneSource, ...]:
+    """A source for each status: in the index of status and time each is a range of its own."""
+    return tuple(
+        _PruneSource(table, time, f"{table}.status = '{status}' AND {time} < ?")
+        for status in statuses
+    )
+
+
+def _foreign_keys(tx: _Tx, sql: str) -> _ForeignKeys:
+    """By table, the foreign keys of the user's tables that refer to it."""
+    keys: _ForeignKeys = {}
+    columns: dict[tuple[str, int], list[tuple[str, str]]] = {}
+    for name, child, number, own, table, theirs, on_delete in tx.rows(sql):
+        if (child, number) not in columns:
+            columns[child, number] = []
+            keys.setdefault(table, []).append((name, child, columns[child, number], on_delete))
+        columns[child, number].append((own, theirs))
+    return keys if any(f'"{table}"' in keys for table in _TABLE_NAMES) else {}
+
+
+def _holders(
+    keys: _ForeignKeys, table: str, row: str, joins: str = "", path: tuple[str, ...] = ()
+) -> Iterator[tuple[str, str]]:
+    """What refers to a row, or to one that a cascade would delete with it: names of tables, and the joins to them."""
+    for name, child, columns, on_delete in keys.get(table, ()):
+        alias = f"{row}_"
+        match = " AND ".join(f"{alias}.{own} = {row}.{theirs}" for own, theirs in columns)
+        joined = f"{joins} JOIN {child} {alias} ON {match}"
+        if on_delete in ("NO ACTION", "RESTRICT"):
+            yield name, joined
+        elif on_delete == "CASCADE" and child not in path:
+            yield from _holders(keys, child, alias, joined, (*path, child))
+
+
+def _holder_sql(keys: _ForeignKeys, rule: _PruneRule, table: str) -> str:
+    """In SQL, for a row of `table` that has the rule's key: the name of a table that refers to the thing, or NULL."""
+    owners = [(rule.table, rule.key), *((part.table, part.owner) for part in rule.parts)]
+    cases = [
+        f"WHEN EXISTS (SELECT 1 FROM {part} part{joins} WHERE part.{owner} = {table}.{rule.key}) "
+        "THEN '{}'".format(name.replace("'", "''"))
+        for part, owner in dict.fromkeys(owners)
+        for name, joins in _holders(keys, f'"{part}"', "part")
+    ]
+    return f"CASE {' '.join(cases)} END" if cases else "NULL"
+
+
+def _candidates(
+    tx: _Tx,
+    rule: _PruneRule,
+    sources: Sequence[_PruneSource],
+    keys: _ForeignKeys,
+    before: int,
+    cursor: _PruneCursor,
+    most: int,
+) -> Iterator[tuple[_PruneCursor, Any, str | None]]:
+    """What has ended behind the cursor: where it is, its id, and the table that holds it; `most` of each source.
+
+    By a cursor, so that what is kept is passed over once, however much of it there is."""
+    first, *after = cursor
+    for number, source in enumerate(sources[first:], first):
+        held = "NULL" if source.in_pieces else _holder_sql(keys, rule, source.table)
+        order = f"{source.time}, {rule.key}"
+        # Both conditions: SQLite finds a pair of columns in an index of an expression by the first alone.
+        behind = f"AND {source.time} >= ? AND ({order}) > (?, ?)" if after else ""
+        sql = f"SELECT {order}, {held} FROM {source.table} WHERE {source.ended} {behind} ORDER BY {order} LIMIT {most}"
+        times = [before] * source.ended.count("?")
+        for ended_at, id, holder in tx.rows(sql, *times, *after[:1], *after):
+            yield (number, ended_at, id), id, holder
+        after = []
+
+
+def _drop(tx: _Tx, rule: _PruneRule, id: object, room: int) -> tuple[int, bool]:
+    """Drop a thing with its parts, or what there is room for; how many rows went, and whether it went whole."""
+    rows = 0
+    for part in rule.parts:
+        rows += tx.run(part.sql, *(id, max(0, room - rows))[: part.sql.count("?")])
+    if rows >= room:
+        tx.run(rule.in_pieces, id)
+        return rows, False
+    return rows + tx.run(f"DELETE FROM {rule.table} WHERE {rule.key} = ?", id), True
+
+
+def _drop_or_keep(
+    tx: _Tx, rule: _PruneRule, id: object, room: int, keys: _ForeignKeys
+) -> tuple[int, bool, str | None]:
+    """`_drop`; where a constraint of the user's tables refuses it, nothing, and why."""
+    if not keys:
+        return *_drop(tx, rule, id, room), None
+    try:
+        return *_Block._in_savepoint(tx, lambda: _drop(tx, rule, id, room)), None
+    except StorageError as error:
+        kinds = [kind.__name__ for kind in type(error.__cause__).__mro__]
+        if "IntegrityError" not in kinds or not tx.db.in_transaction:
+            raise
+        return 0, False, str(error)
+
+
+def _remove(tx: _Tx, rule: _PruneRule, id: str, keys: _ForeignKeys) -> str | None:
+    """Drop a thing that is there, whole, unless something refers to it: the name of that."""
+    sql = f"SELECT {_holder_sql(keys, rule, rule.table)} FROM {rule.table} WHERE {rule.key} = ?"
+    holder: str | None = tx.rows(sql, id)[0][0]
+    return holder or _drop_or_keep(tx, rule, id, _INT_MAX, keys)[2]
+
+
+# What a prune drops, by kind. What may belong to others comes first, and is counted as what it is. One that is left in
+# pieces is changed, so that nobody goes on with the whole that he knows. A log goes from its end, so that what is left
+# of it never has a gap. The highest position of all must not be given again: a row of no execution takes one above it,
+# and goes when there is a higher one.
+_WORKFLOW_TIME = "COALESCE(complete_time, create_time)"
+_PRUNED: dict[str, _PruneRule] = {
+    "errors": _PruneRule(
+        "execution_errors",
+        "id",
+        (_PruneSource("execution_errors", "error_time", "error_time < ?"),),
+    ),
+    "subscriptions": _PruneRule(
+        "event_subscriptions",
+        "id",
+        (_PruneSource("event_subscriptions", "terminated_at", "terminated_at < ?"),),
+    ),
+    "events": _PruneRule(
+        "events",
+        "id",
+        (_PruneSource("events", "event_time", "is_processed = 1 AND event_time < ?"),),
+    ),
+    "tokens": _PruneRule(
         "flowstore_tokens",
         "id",
-        "created_at <= ? AND (revoked_at < ? OR expires_at < ?)",
-        (),
-        "",
+        (
+            _PruneSource(
+                "flowstore_tokens",
+                "created_at",
+                "created_at <= ? AND (revoked_at < ? OR expires_at < ?)",
+            ),
+        ),
     ),
-    "workflows": (
+    "workflows": _PruneRule(
         "workflows",
         "id",
-        "status IN ('Complete', 'Terminated') AND COALESCE(complete_time, create_time) < ?",
+        _terminal("workflows", _WORKFLOW_TIME, "Complete", "Terminated"),
         (
-            _some("execution_errors", "workflow_id"),
-            _some("event_subscriptions", "workflow_id"),
-            _some("execution_pointers", "workflow_id", "(workflow_id, id)"),
+            _part("execution_errors", "workflow_id"),
+            _part("event_subscriptions", "workflow_id"),
+            _part("execution_pointers", "workflow_id", "(workflow_id, id)"),
         ),
         "UPDATE workflows SET stamp = stamp - 1 WHERE id = ?",
     ),
-    "flows": (
+    "flows": _PruneRule(
         "flows",
         "id",
-        "status IN ('cancelled', 'finished', 'failed') AND updated_at < ?",
-        (_some("flow_events", "flow_id"), _some("flow_steps", "flow_id")),
+        _terminal("flows", "updated_at", "cancelled", "finished", "failed"),
+        (_part("flow_events", "flow_id"), _part("flow_steps", "flow_id")),
         "UPDATE flows SET revision = revision + 1 WHERE id = ?",
     ),
-    "executions": (
+    "executions": _PruneRule(
         "flowstore_executions",
         "execution_id",
-        """tenant_id = '' UNION ALL SELECT execution_id FROM flowstore_runs
-            WHERE status IN ('completed', 'failed', 'cancelled', 'limit_exceeded') AND updated_at < ?""",
         (
-            "DELETE FROM flowstore_runs WHERE execution_id = ?",
-            _some("flowstore_work_items", "execution_id"),
-            _some("flowstore_effects", "execution_id", "(tenant_id, key)"),
-            _some("flowstore_snapshots", "execution_id"),
-            """UPDATE flowstore_log SET execution_id = '', sequence = position, tenant_id = '', event = '{}',
-            event_id = NULL WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
-            "DELETE FROM flowstore_log WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)",
-            _some("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC"),
+            *_terminal(
+                "flowstore_runs",
+                "updated_at",
+                "completed",
+                "failed",
+                "cancelled",
+                "limit_exceeded",
+            ),
+            _PruneSource("flowstore_executions", "created_at", "tenant_id = ''", in_pieces=True),
+        ),
+        (
+            _PrunePart(
+                "flowstore_runs",
+                "execution_id",
+                "DELETE FROM flowstore_runs WHERE execution_id = ?",
+            ),
+            _part("flowstore_work_items", "execution_id"),
+            _part("flowstore_effects", "execution_id", "(tenant_id, key)"),
+            _part("flowstore_snapshots", "execution_id"),
+            _PrunePart(
+                "flowstore_log",
+                "execution_id",
+                """INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp)
+                SELECT '', position, '', '{}', 0 FROM flowstore_log
+                WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
+            ),
+            _PrunePart(
+                "flowstore_log",
+                "execution_id",
+                """DELETE FROM flowstore_log
+                WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)""",
+            ),
+            _part("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC"),
         ),
         "UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?",
     ),
 }
+_PRUNED_SNAPSHOT = _PruneRule("flowstore_snapshots", "id", ())
 
 # --- flows ---
 _FLOW_REVISION = "SELECT revision FROM flows WHERE id = ?"
@@ -3782,10 +4146,8 @@ class FlowStore(_Facet):
     def prune_terminal_flows(self, retain_days: int) -> _Steps[int]:
         """Drop ended flows not updated for `retain_days` days, in small transactions; how many. Source: FlowStore."""
         age = _count(retain_days, "retain_days") * 86_400_000_000
-        gone: int = yield self._prune_all(
-            "flows", max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age)
-        )
-        return gone
+        before = max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age)
+        return (yield from self._prune_kind("flows", before))
 
 
 # --- the execution log ---
@@ -4093,9 +4455,10 @@ _SNAPSHOT_LATEST = _select(
 # An id is taken whoever took it: this one asks without regard to tenants.
 _SNAPSHOT_PLACE = "SELECT execution_id, at_sequence FROM flowstore_snapshots WHERE id = ?"
 _SNAPSHOT_WRITE = _SNAPSHOT.upsert("execution_id, at_sequence")
-_SNAPSHOT_PRUNE = _Sql("""DELETE FROM flowstore_snapshots WHERE execution_id = ? {tenant} AND at_sequence <= (
+_OLDER_SNAPSHOTS = """FROM flowstore_snapshots WHERE execution_id = ? {tenant} AND at_sequence <= (
     SELECT at_sequence FROM flowstore_snapshots WHERE execution_id = ? {tenant}
-    ORDER BY at_sequence DESC LIMIT 1 OFFSET ?) RETURNING id""")
+    ORDER BY at_sequence DESC LIMIT 1 OFFSET ?)"""
+_SNAPSHOT_PRUNE = _Sql(f"DELETE {_OLDER_SNAPSHOTS} RETURNING id")
 _RENEW = _update(
     _ITEM,
     "lease_expires_at = ?",
@@ -4346,11 +4709,29 @@ class StateBackend(_LogFacet):
             self._row(tx, _SNAPSHOT_LATEST, _id(execution_id, "execution_id"), _INT_MAX)
         )
 
+    @_steps
+    def prune_snapshots(self, execution_id: AnyId, keep: int = 1) -> _Steps[int]:
+        """Drop all but the newest `keep` snapshots of an execution; how many went.
+
+        Those that rows of the user's own tables refer to by a foreign key stay, as in `Store.prune`."""
+        gone, kept = yield self._prune_snapshots(execution_id, keep)
+        if kept:
+            _log(_INFO, "prune: %d snapshots went, kept %s", gone, dict(kept))
+        return int(gone)
+
     @_write
-    def prune_snapshots(self, tx: _Tx, execution_id: AnyId, keep: int = 1) -> int:
-        """Drop all but the newest `keep` snapshots of an execution; how many went."""
+    def _prune_snapshots(self, tx: _Tx, execution_id: AnyId, keep: int) -> tuple[int, Counter[str]]:
         execution = _id(execution_id, "execution_id")
-        return len(self._rows(tx, _SNAPSHOT_PRUNE, execution, execution, _count(keep, "keep")))
+        older = execution, execution, _count(keep, "keep")
+        kept = Counter[str]()
+        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        if not keys:
+            return len(self._rows(tx, _SNAPSHOT_PRUNE, *older)), kept
+        found = self._rows(tx, _Sql(f"SELECT id {_OLDER_SNAPSHOTS}"), *older)
+        for (id,) in found:
+            if holder := _remove(tx, _PRUNED_SNAPSHOT, id, keys):
+                kept[holder] += 1
+        return len(found) - kept.total(), kept
 
     @_steps
     def replay(
@@ -5161,21 +5542,31 @@ class PersistenceProvider(_Facet):
         """1, 2, 3, ... for each definition, shared with the automatic names. Source: next_definition_sequence."""
         return int(tx.rows(_COUNTER_NEXT, _key(definition_id, "definition_id"))[0][0])
 
+    @_steps
+    def delete_workflow(self, id: AnyId) -> _Steps[None]:
+        """Delete an instance with its pointers, subscriptions and errors. Source: delete_workflow.
+
+        Raises NotFound, and StorageError while rows of the user's own tables refer to any of it by a foreign key."""
+        holder = yield self._delete(id)
+        # Raised here: a StorageError of the operation would be that of all calls in the same commit.
+        if holder is not None:
+            raise StorageError(
+                f"workflow {id}: rows of your own refer to it by a foreign key, remove them first: {holder}"
+            )
+
     @_write
-    def delete_workflow(self, tx: _Tx, id: AnyId) -> None:
-        """Delete an instance with its pointers, subscriptions and errors. Raises NotFound. Source: delete_workflow."""
+    def _delete(self, tx: _Tx, id: AnyId) -> str | None:
+        """Delete an instance, or return the name of the table that refers to it."""
         key = _id(id, "id")
-        for table in ("event_subscriptions", "execution_errors"):
-            tx.run(f"DELETE FROM {table} WHERE workflow_id = ?", key)
-        if not tx.run("DELETE FROM workflows WHERE id = ?", key):  # its pointers go with it
-            raise NotFound("workflow", key)
+        _found(tx.row("SELECT id FROM workflows WHERE id = ?", key), "workflow", key)
+        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        return _remove(tx, _PRUNED["workflows"], key, keys)
 
     @_steps
     def purge_workflows(self, status: WorkflowStatus | str, older_than: datetime) -> _Steps[int]:
         """Delete those of a status completed (else created) before a time; how many. Source: purge_workflows."""
-        ended = f"status = '{_enum(WorkflowStatus, status, 'status')}' AND COALESCE(complete_time, create_time) < ?"
-        gone: int = yield self._prune_all("workflows", _time(older_than, "older_than"), ended)
-        return gone
+        ended = _terminal("workflows", _WORKFLOW_TIME, _enum(WorkflowStatus, status, "status"))
+        return (yield from self._prune_kind("workflows", _time(older_than, "older_than"), *ended))
 
     # --- subscriptions and events ---
     @_write
@@ -5441,7 +5832,8 @@ class _StoreBase(_Facet):
         """Drop what ended before a time, or longer ago than a span, with all that is its own; how many, by kind.
 
         That is terminal executions and flows, completed and terminated workflows, processed events, terminated
-        subscriptions, errors, revoked and expired tokens; artifacts stay. `dry_run` only counts. It works in small
+        subscriptions, errors, revoked and expired tokens; artifacts stay. What rows of the user's own tables refer to by
+        a foreign key stays whole, and a line of the log names the table. `dry_run` only counts. It works in small
         transactions, so that writers are never held up (inside a transaction it is part of that), and may be killed
         between them: the next prune goes on. An execution too large for one has no record and no tenant from the first
         on, so that nobody goes on with what is left of it. Raises InvalidData."""
@@ -5463,21 +5855,27 @@ class _StoreBase(_Facet):
             before = _time(older_than, "older_than")
         if _bool(dry_run, "dry_run"):
             return dict((yield self._prunable(before)))
-        counts = dict.fromkeys(_PRUNED, 0)
+        counts = {}
         for kind in _PRUNED:
-            while any(dropped := (yield self._prune_some(kind, before))):
-                counts[kind] += dropped[0]
-                if progress is not None:
-                    progress(sum(counts.values()))
+            before_kind = sum(counts.values())
+            tell = (
+                None
+                if progress is None
+                else lambda gone, others=before_kind: progress(others + gone)
+            )
+            counts[kind] = yield from self._prune_kind(kind, before, progress=tell)
         return counts
 
     @_snapshot
     def _prunable(self, tx: _Tx, before: int) -> dict[str, int]:
-        count = "SELECT COUNT(*) FROM (SELECT {1} FROM {0} WHERE {2}) ended".format
-        return {
-            kind: tx.rows(count(*how), *[before] * how[2].count("?"))[0][0]
-            for kind, how in _PRUNED.items()
-        }
+        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        counts = dict.fromkeys(_PRUNED, 0)
+        for kind, rule in _PRUNED.items():
+            for source in rule.sources:
+                held = "NULL" if source.in_pieces else _holder_sql(keys, rule, source.table)
+                sql = f"SELECT COUNT(*) FROM {source.table} WHERE {source.ended} AND {held} IS NULL"
+                counts[kind] += tx.rows(sql, *[before] * source.ended.count("?"))[0][0]
+        return counts
 
     @_snapshot
     def stats(self, tx: _Tx) -> dict[str, Any]:
@@ -5598,6 +5996,31 @@ def _parse_target(target: object) -> tuple[str, str | None]:
     return target, None if name == ":memory:" else _path(name, "target")
 
 
+def _refuse_path(path: str, read_only: bool) -> None:
+    """StorageError, with what to do, for a path where there is no file to open, and none can be made."""
+    _refuse_long(path, "-wal")
+    folder = os.path.dirname(path)
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        if not os.path.isdir(folder):
+            raise StorageError(
+                f"{path}: the folder {folder} does not exist: make it first"
+            ) from None
+        if read_only:
+            raise StorageError(f"{path}: there is no such file") from None
+        _refuse_long(path, "-journal")
+        return
+    except OSError as error:
+        raise StorageError(
+            f"{path}: its folder cannot be searched for it: {error.strerror}"
+        ) from error
+    if os.path.isdir(path):
+        raise StorageError(f"{path}: this is a folder: name a file in it")
+    if not os.path.isfile(path):  # to open a FIFO would wait for a writer
+        raise StorageError(f"{path}: this is a FIFO, a socket or a device: name a file")
+
+
 def open(
     target: str | os.PathLike[str],
     *,
@@ -5639,18 +6062,13 @@ def open(
     if path == "":
         return Store(_SERVERS[name.split(":")[0].lower()](name, options))
     if path is not None:
-        if os.path.isdir(path):
-            raise StorageError(f"{path}: this is a folder: name a file in it")
-        if not os.path.isdir(os.path.dirname(path)):
-            raise StorageError(
-                f"{path}: the folder {os.path.dirname(path)} does not exist: make it first"
-            )
-        if read_only and not os.path.exists(path):
-            raise StorageError(f"{path}: there is no such file")
+        path = os.path.realpath(path)
+        _refuse_path(path, read_only)
     try:
         return Store(_Engine(name, path, options))
-    except StoreCorrupt as error:
-        error.args = (f"{name}: {error}",)  # SQLite does not say which file it is
+    except StorageError as error:
+        if path is not None and isinstance(error.__cause__, sqlite3.Error):
+            raise _explain(error.__cause__, path, read_only) from error.__cause__
         raise
 
 
@@ -8005,6 +8423,23 @@ _PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named
 _IN_DOUBT = "the server was lost during COMMIT: look whether this was stored"
 _FATE = """SELECT pg_xact_status(?::xid8), GREATEST(pg_postmaster_start_time(), stats_reset) < ?::timestamptz
     FROM pg_stat_bgwriter"""  # after a crash, which resets the statistics, a server may use a number again
+_POSTGRES_FOREIGN_KEYS = f"""WITH named AS NOT MATERIALIZED (
+    SELECT oid, relname, relnamespace = to_regnamespace(current_schema()) AS here,
+        CASE relnamespace WHEN to_regnamespace(current_schema())
+        THEN '"' || replace(relname, '"', '""') || '"' ELSE oid::regclass::text END AS sql FROM pg_class)
+    SELECT child.oid::regclass::text, child.sql, k.oid::bigint, quote_ident(own.attname), parent.sql,
+        -- where the collations of both columns differ, the index on the user's column serves its own
+        quote_ident(theirs.attname) || COALESCE(' COLLATE ' || c.collnamespace::regnamespace::text || '.'
+            || quote_ident(c.collname), ''),
+        CASE k.confdeltype WHEN 'a' THEN 'NO ACTION' WHEN 'r' THEN 'RESTRICT' WHEN 'c' THEN 'CASCADE' ELSE '' END
+    FROM pg_constraint k JOIN named child ON child.oid = k.conrelid JOIN named parent ON parent.oid = k.confrelid
+    CROSS JOIN LATERAL unnest(k.conkey, k.confkey) WITH ORDINALITY pair (own, theirs, place)
+    JOIN pg_attribute own ON own.attrelid = k.conrelid AND own.attnum = pair.own
+    JOIN pg_attribute theirs ON theirs.attrelid = k.confrelid AND theirs.attnum = pair.theirs
+    LEFT JOIN pg_collation c ON c.oid = own.attcollation
+    WHERE k.contype = 'f' AND NOT (child.here AND child.relname IN ({_OUR_TABLES}))
+        AND has_table_privilege(k.conrelid, 'SELECT')
+    ORDER BY k.oid, pair.place"""
 _CLAIM = "flowstore_work_items SET status = 'claimed'"
 _NEWS = re.compile(
     "INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'"
@@ -8292,6 +8727,7 @@ class _PostgresEngine(_Engine):
     """A database on a PostgreSQL server: each call has a connection and a transaction of its own."""
 
     max_writers = _CONNECTIONS
+    foreign_keys = _POSTGRES_FOREIGN_KEYS
     poll_seconds = 0.1  # a server tells of commits: a look is for what it did not tell
     failed_reads_end_transactions = True
     listens = True
