@@ -2312,9 +2312,12 @@ class _Writer:
                 try:
                     call.result = call.operation.run(call.facet, tx, call.args, call.kwargs)
                     call.error = None
-                except StorageError:
-                    raise
                 except Exception as error:
+                    # A constraint of the user's own on our tables concerns that call alone.
+                    if isinstance(error, StorageError) and not isinstance(
+                        error.__cause__, sqlite3.IntegrityError
+                    ):
+                        raise
                     if not db.in_transaction:
                         raise StorageError("the database ended the transaction") from error
                     if not isinstance(error, FlowStoreError) and not (
@@ -3179,6 +3182,7 @@ class _Engine:
                 tx.rollback()
             if not tx.file_id:  # it was not in WAL mode when it was opened: open it as it is now
                 self.writer.connection.close()
+                self.writer.connection.use()
 
     @staticmethod
     def _in_wal_mode(tx: _Tx) -> bool:
@@ -5855,7 +5859,7 @@ class _StoreBase(_Facet):
             before = _time(older_than, "older_than")
         if _bool(dry_run, "dry_run"):
             return dict((yield self._prunable(before)))
-        counts = {}
+        counts: dict[str, int] = {}
         for kind in _PRUNED:
             before_kind = sum(counts.values())
             tell = (

@@ -14817,7 +14817,7 @@ def test_an_execution_that_goes_in_pieces_is_nobodys_meanwhile(
     monkeypatch.setattr(flowstore, "_PRUNED_AT_ONCE", 10)
     store = make_store(clock=clock)
     ended_log(store, "giant", 55)
-    steps: Any = inspect.unwrap(Store.prune)(store, clock.now)
+    steps: Any = inspect.unwrap(Store._prune)(store, clock.now)
     dropped: Any = None
     lengths = []
     with pytest.raises(StopIteration) as end:
@@ -15149,7 +15149,7 @@ def test_a_prune_passes_over_more_that_it_keeps_than_one_transaction_takes(
         tx.executemany(
             "INSERT INTO invoices VALUES (?)", [(f"f{n:03}",) for n in range(150) if n != 75]
         )
-    steps: Any = inspect.unwrap(Store.prune)(store, clock.now)
+    steps: Any = inspect.unwrap(Store._prune)(store, clock.now)
     dropped: Any = None
     done = []
     with pytest.raises(StopIteration) as end:
