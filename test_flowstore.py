@@ -2245,6 +2245,106 @@ def circular() -> Any:
     return loop
 
 
+# --- values whose own code raises ---
+
+
+class Rude(Exception):
+    """An error that can neither be shown nor be made again."""
+
+    def __init__(self, _one: int, _other: int) -> None:
+        super().__init__()
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def fails(*_: object, **__: object) -> NoReturn:
+    raise Rude(1, 2)
+
+
+NEEDED = {"__new__", "__init__", "__getattribute__", "__setattr__", "__init_subclass__", "__repr__"}
+
+
+def rude(base: type, **own: Any) -> Any:
+    """A type like `base` whose methods all raise, but what making one needs."""
+    methods = {name for name in dir(base) if callable(getattr(base, name))} - {*dir(type), *NEEDED}
+    named = {"__hash__", "__eq__", "__str__", "__format__", "__bool__", "__len__", "__reduce_ex__"}
+    return type(f"Rude{base.__name__}", (base,), dict.fromkeys(methods | named, fails) | own)
+
+
+class RudeZone(tzinfo):
+    """A time zone that raises, or answers with what was given."""
+
+    dst = tzname = fails
+
+    def __init__(self, *answer: Any) -> None:
+        self.answer = answer
+
+    def utcoffset(self, _: object) -> Any:
+        return self.answer[0] if self.answer else fails()
+
+
+class RudePath:
+    def __init__(self, *answer: Any) -> None:
+        self.answer = answer
+
+    def __fspath__(self) -> Any:
+        return self.answer[0] if self.answer else fails()
+
+
+def proxy(kind: type | None, base: type = object) -> Any:
+    """What says that it is of a type that it is not, as proxies do, or raises when it is asked; all else raises."""
+    asked = property(fails if kind is None else lambda _: kind)
+    return rude(base, __class__=asked, __getattr__=fails)()
+
+
+class RudeStatus(StrEnum):
+    RUNNING = "running"
+    __str__ = __format__ = __len__ = __hash__ = __eq__ = encode = fails
+
+
+def rude_uuid(**own: Any) -> uuid.UUID:
+    made = object.__new__(rude(uuid.UUID, **own))
+    assert isinstance(made, uuid.UUID)
+    vars(uuid.UUID)["int"].__set__(made, 5)
+    return made
+
+
+RUDE: list[Any] = [
+    rude(str)("own"), rude(str)(""), rude(int)(5), rude(int)(-1), rude(int)(2**70), rude(float)(1.5),
+    rude(float)("nan"), rude(bytes)(b"x"), rude(list)(), rude(list)([EVENT]), rude(tuple)([EVENT]), rude(dict)(),
+    rude(dict)(type="t"), rude(dict, items=dict.items)(type="t", x=1), rude(dict, items=lambda _: [1])(a=1),
+    rude(dict, items=lambda _: 5)(a=1), {rude(str, __hash__=str.__hash__)("type"): "t"},
+    {"type": rude(str)("t")}, {"type": "t", "x": [rude(dict)(a=1)]}, {"type": "t", rude(float, __hash__=float.__hash__)(1.5): {1}},
+    {"type": "t", "x": rude(list)([1])}, {"type": "t", "x": {"y": rude(tuple)([1])}}, [rude(list)([1])],
+    {rude(str, __hash__=str.__hash__)("key"): object()}, rude(set)(), rude(datetime)(2030, 1, 1),
+    rude(datetime)(2030, 1, 1, tzinfo=UTC), rude(datetime, utcoffset=lambda _: timedelta(0))(2030, 1, 1, tzinfo=UTC),
+    datetime(2030, 1, 1, tzinfo=RudeZone()), datetime(2030, 1, 1, tzinfo=RudeZone(5)),
+    datetime(2030, 1, 1, tzinfo=RudeZone(None)), datetime(2030, 1, 1, tzinfo=RudeZone(timedelta(3))),
+    datetime(2030, 1, 1, tzinfo=RudeZone(timedelta(hours=1))), rude(timedelta)(1), rude(timedelta)(-1),
+    rude_uuid(), rude_uuid(int=property(fails)), rude_uuid(int=property(lambda _: "x")), object.__new__(uuid.UUID),
+    rude_uuid(int=property(lambda _: 16**4000)), proxy(None), proxy(None, list), proxy(None, str), proxy(str),
+    proxy(dict), proxy(datetime), proxy(WorkItem), proxy(Flow), proxy(uuid.UUID), proxy(int), proxy(list), proxy(bool),
+    RudePath(), RudePath(5), RudePath(b"x"), RudePath(rude(str)("own")), RudeStatus.RUNNING,
+    rude(object, __conform__=fails)(), rude(object, keys=fails)(), rude(object, __iter__=fails)(),
+    rude(object, __getitem__=fails)(), rude(ChainMap)({"a": 1}), map(fails, [1]),
+]  # fmt: skip
+
+
+def broken(record: Any) -> Iterator[tuple[str, Any]]:
+    """Records like this one, of which each field in turn is missing, or raises when it is read; and that field."""
+    kind = type(record)
+    options = {"frozen": kind.__dataclass_params__.frozen}
+    for field in dataclasses.fields(record):
+        own = partial(dict.update, **{field.name: property(fails)})
+        for made_of in (kind, types.new_class("Broken", (kind,), options, own)):
+            made: Any = object.__new__(made_of)
+            vars(made).update(vars(record))
+            del vars(made)[field.name]
+            yield field.name, made
+
+
+# --- what each argument refuses ---
 BAD_LEAVES: dict[str, Any] = {
     "NaN": float("nan"),
     "infinity": float("inf"),
@@ -2771,6 +2871,164 @@ def test_the_message_names_the_argument_and_the_path_in_it(
 ) -> None:
     with pytest.raises(InvalidData, match=re.escape(message)):
         call(furnished)
+
+
+class NotATime(datetime):
+    """As pandas.NaT: a datetime that cannot say when."""
+
+    def utcoffset(self) -> Any:
+        raise ValueError("no time has this method")
+
+    __sub__ = utcoffset  # type: ignore[assignment]
+
+
+def broken_item(field: str) -> Any:
+    item = WorkItem(execution_id="e1", queue_type="q")
+    return [made for name, made in broken(item) if name == field][-1]
+
+
+OWN_CODE_RAISES: dict[str, Callable[[Store], Any]] = {
+    "available_at": lambda s: enqueue(s, available_at=NotATime(2030, 1, 1)),
+    "available_at: ": lambda s: enqueue(s, available_at=NotATime(2030, 1, 1, tzinfo=UTC)),
+    "created_at": lambda s: enqueue(s, created_at=datetime(2030, 1, 1, tzinfo=RudeZone())),
+    "delay": lambda s: s.state.retry_work_item("held", delay=rude(float)("nan")),
+    "payload.a[0]": lambda s: enqueue(s, payload={"a": [rude(dict)(b=1)]}),
+    "payload.a.b": lambda s: enqueue(s, payload={"a": {"b": rude(list)([1])}}),
+    "event.x": lambda s: s.events.append("e1", "default", {"type": "t", "x": rude(tuple)([1])}),
+    "event: ": lambda s: s.events.append("e1", "default", rude(dict)(type="t")),
+    "events[1]": lambda s: s.events.append_batch("e1", "default", [EVENT, rude(dict)(type="t")]),
+    "events: ": lambda s: s.events.append_batch("e1", "default", rude(list)([EVENT])),
+    "event_id": lambda s: s.events.append(
+        "e1", "default", EVENT, event_id=object.__new__(uuid.UUID)
+    ),
+    "item: ": lambda s: s.state.enqueue_work_item(broken_item("payload")),
+    "item_id": lambda s: s.state.complete_work_item(broken_item("lease_fence")),
+    "queue_types": lambda s: s.state.claim_work_item("w", rude(list)(["q"])),
+    "queue_types[0]": lambda s: s.state.claim_work_item("w", [proxy(str)]),
+    "state": lambda s: s.state.update_execution_current_state("e1", proxy(dict)),
+    "id": lambda s: s.flows.get(proxy(None, list)),
+    "ids": lambda s: s.workflows.get_workflow_instances(rude(tuple)(["w"])),
+    "older_than": lambda s: s.prune(NotATime(2030, 1, 1, tzinfo=UTC)),
+    "path": lambda s: s.backup(RudePath()),
+}
+
+
+@pytest.mark.parametrize("argument", OWN_CODE_RAISES)
+def test_a_value_whose_own_code_raises_is_invalid_data_that_names_the_argument(
+    furnished: Store, argument: str
+) -> None:
+    before = contents(furnished)
+    with pytest.raises(InvalidData) as caught:
+        OWN_CODE_RAISES[argument](furnished)
+    assert str(caught.value).startswith(argument)
+    assert one_sentence(caught.value)
+    assert contents(furnished) == before
+
+
+@pytest.mark.parametrize("target", [RudePath(), RudePath(5)])
+def test_a_path_whose_own_code_raises_is_invalid_data(target: Any) -> None:
+    with pytest.raises(InvalidData, match="target: "):
+        flowstore.open(target)
+
+
+def test_parameters_and_rows_whose_own_code_raises_are_invalid_data(sqlite_store: Store) -> None:
+    insert, own = "INSERT INTO own VALUES (?)", rude(object, __conform__=fails)()
+    with sqlite_store.transaction() as tx:
+        tx.execute("CREATE TABLE own (value)")
+        for parameters in (rude(list)([1]), rude(tuple)([1]), rude(dict)(a=1), [own], {"a": own}):
+            with pytest.raises(InvalidData, match="parameters: "):
+                tx.execute(
+                    insert.replace("?", ":a") if isinstance(parameters, dict) else insert,
+                    parameters,
+                )
+        for rows in (map(fails, [1]), rude(list)([[1]]), [[1], rude(list)([1])]):
+            with pytest.raises(InvalidData, match="rows: "):
+                tx.executemany(insert, rows)
+        with pytest.raises(InvalidData, match="parameters: "):
+            tx.executemany(insert, [[1], [own]])
+        assert tx.execute("SELECT * FROM own") == []
+
+
+def test_values_of_types_of_their_own_are_stored_as_what_they_hold(store: Store) -> None:
+    text, whole, part = rude(str)("own"), rude(int)(5), rude(float)(1.5)
+    payload = {"text": text, rude(str, __hash__=str.__hash__)("key"): [whole, part]}
+    item = look(
+        store, enqueue(store, id=rude(str)("i"), node_id=text, attempt=whole, payload=payload)
+    )
+    assert (item.id, item.node_id, item.attempt) == ("i", "own", 5)
+    assert item.payload == {"text": "own", "key": [5, 1.5]}
+    made = store.state.put_artifact(rude(bytes)(b"own"))
+    assert store.state.get_artifact(made.hash) == b"own"
+    assert store.state.claim_work_item("w", ["q"], lease_seconds=part) is not None
+    assert store.prune(rude(timedelta)(1))["executions"] == 0
+    store.state.update_execution_status("e1", rude(str)("running"))
+    found = store.state.get_execution("e1")
+    assert found is not None and found.status is ExecutionStatus.RUNNING
+
+
+@pytest.mark.parametrize("struck", [KeyboardInterrupt, SystemExit, RecursionError, MemoryError])
+def test_what_is_no_error_of_a_value_passes_through_it(
+    furnished: Store, struck: type[BaseException]
+) -> None:
+    def strike(*_: object) -> NoReturn:
+        raise struck
+
+    before = contents(furnished)
+    values: list[Any] = [rude(dict, items=strike)(a=1), rude(list, __iter__=strike)([1])]
+    for value in values:
+        with pytest.raises(struck):
+            enqueue(furnished, payload={"a": value})
+    zone = type("Zone", (RudeZone,), {"utcoffset": strike})()
+    with pytest.raises(struck):
+        enqueue(furnished, available_at=datetime(2030, 1, 1, tzinfo=zone))
+    assert contents(furnished) == before
+    assert enqueue(furnished)
+
+
+class Strike:
+    """Raises at the nth line of the chapter Rows that a call runs, as a signal handler may."""
+
+    def __init__(self, line: int) -> None:
+        self.left = line
+        chapter = inspect.getsource(flowstore).partition("\n# Rows: ")
+        self.first = chapter[0].count("\n")
+        self.last = self.first + chapter[2].partition("\n# Engine: ")[0].count("\n")
+
+    def __call__(self, frame: FrameType, what: str, _arg: object) -> Any:
+        inside = frame.f_code.co_filename == flowstore.__file__
+        if what == "line" and inside and self.first < frame.f_lineno < self.last:
+            self.left -= 1
+            if self.left == 0:
+                raise TimeoutError
+        return self
+
+    def strikes(self, call: Callable[[], Any]) -> bool:
+        """Whether the call raised what was raised in it."""
+        usual = sys.gettrace()
+        sys.settrace(self)
+        try:
+            call()
+        except TimeoutError:
+            return True
+        finally:
+            sys.settrace(usual)
+        return False
+
+
+def test_what_a_signal_handler_raises_while_plain_values_are_read_is_not_taken_for_theirs() -> None:
+    item = WorkItem(execution_id="e1", queue_type="q", payload={"a": [1, "é"]}, available_at=START)
+    with flowstore.open(":memory:") as store:
+        create(store)
+        calls: list[Callable[[], Any]] = [
+            lambda: store.state.enqueue_work_item(dataclasses.replace(item, id=flowstore.new_id())),
+            lambda: store.events.append("e1", "default", {"type": "t", "a": [{}]}),
+            lambda: store.state.update_tenant(Tenant(id="default", limits=TenantLimits())),
+            lambda: store.workflows.create_event(Event(event_name="n", event_key="k")),
+        ]
+        for call in calls:
+            call()
+            line = next(line for line in itertools.count(1) if not Strike(line).strikes(call))
+            assert line > 9
 
 
 @pytest.mark.parametrize("number", [0, 1, 2**31 - 1])
@@ -4548,6 +4806,23 @@ def test_sqlite_a_transaction_that_the_database_ends_is_over(
     assert sqlite_store.events.append("e1", "default", EVENT) == 1
     with sqlite_store.transaction() as tx:
         assert tx.execute("SELECT id FROM mine") == [(1,)]
+
+
+def test_comments_before_a_statement_are_read_once() -> None:
+    child = """
+with flowstore.open(":memory:") as store, store.transaction() as tx:
+    for text in ("/* one */ -- two\\n" * 1000, "/**/" * 1000, "--\\n" * 1000, "/* " * 1000 + "*/"):
+        print(tx.execute(text + "SELECT 1"))
+        try:
+            tx.execute(text + "PRAGMA user_version")
+        except flowstore.StorageError as error:
+            print("refused")
+"""
+    process = script(child)
+    try:
+        assert process.communicate(timeout=60)[0].split() == ["[(1,)]", "refused"] * 4
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(
@@ -11725,6 +12000,21 @@ def test_every_cascade_has_an_index(schema: sqlite3.Connection) -> None:
 
 
 @pytest.mark.sqlite
+def test_a_record_has_its_columns_and_the_clock_fills_the_times_that_may_not_be_missing(
+    schema: sqlite3.Connection,
+) -> None:
+    mappers = [value for value in vars(flowstore).values() if isinstance(value, flowstore._Mapper)]
+    assert len(mappers) > 10
+    for mapper in mappers:
+        columns = dict(
+            schema.execute('SELECT name, "notnull" FROM pragma_table_info(?)', [mapper.table])
+        )
+        assert set(mapper.written) <= set(columns)
+        for _, column, _, optional, clocked in mapper._encoders:
+            assert clocked == bool(optional and columns[column]), (mapper.table, column)
+
+
+@pytest.mark.sqlite
 def test_a_view_finds_the_items_of_an_execution_by_the_execution(
     schema: sqlite3.Connection,
 ) -> None:
@@ -13177,6 +13467,34 @@ def test_persist_writes_the_pointers_that_changed_and_no_other(
     assert ("INSERT", "first") in persist()
     own.execution_pointers.clear()
     assert len(persist()) == 201
+
+
+def test_a_host_with_many_instances_in_hand_reads_no_pointers_that_it_wrote_itself(
+    watched_flow: FlowWatched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with flowstore.open(":memory:") as store:
+        host = store.workflows
+        made = [
+            instance(id=f"w{number}", name=f"n{number}", execution_pointers=pointers("a", "b"))
+            for number in range(100)
+        ]
+        for one in made:
+            host.create_new_workflow(one)
+        watched_flow.statements.clear()
+        for one in made:
+            one.execution_pointers[0].retry_count = 1
+            host.persist_workflow(one)
+        touched = [sql for sql in watched_flow.statements if "execution_pointers" in sql]
+        assert {sql.split()[0] for sql in touched} == {"INSERT"}
+        assert len(touched) == len(made)
+        monkeypatch.setattr(flowstore, "_KNOWN_POINTERS", 200)
+        for one in made * 2:
+            host.persist_workflow(one)
+        assert len(host._known) <= 20
+        assert host.get_workflow_instances([one.id for one in made]) == [
+            dataclasses.replace(one, create_time=host.get_workflow_instance(one.id).create_time)
+            for one in made
+        ]
 
 
 def test_values_that_are_equal_in_python_but_not_in_json_are_changes(
@@ -18703,7 +19021,7 @@ HOSTILE: list[Any] = [
     datetime(2030, 1, 1), datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC),
     datetime.min.replace(tzinfo=timezone(timedelta(hours=23))), date(2030, 1, 1), timedelta(1), uuid.UUID(int=0),
     Text("own"), Whole(5), FlowStatus.CREATED, ExecutionStatus.RUNNING, PointerStatus.PENDING, Flow(), Flow,
-    Exception("x"), threading.Lock(), Path("."), ..., NotImplemented,
+    Exception("x"), threading.Lock(), Path("."), ..., NotImplemented, *RUDE,
 ]  # fmt: skip
 
 # Every public method with arguments that it takes; each argument in turn is replaced by everything hostile, and so is
@@ -18916,6 +19234,9 @@ def hostile_arguments(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         record = usual[0] if isinstance(usual, list) and usual else usual
         if not dataclasses.is_dataclass(record):
             continue
+        for own, bad in broken(record):
+            given = [bad] if isinstance(usual, list) else bad
+            yield f"{argument}.{own}", WELCOME[name]() | {argument: given}
         for field in dataclasses.fields(record):
             for value in HOSTILE:
                 made = WELCOME[name]()[argument]  # with an id of its own
@@ -18925,6 +19246,9 @@ def hostile_arguments(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 given = [changed] if isinstance(usual, list) else changed
                 yield f"{argument}.{field.name}", WELCOME[name]() | {argument: given}
     if name == "workflows.create_new_workflow":
+        for own, bad in broken(ExecutionPointer(step_id=0)):
+            instance = WorkflowInstance(workflow_definition_id="d", execution_pointers=[bad])
+            yield f"execution_pointers[0].{own}", {"instance": instance}
         for field in dataclasses.fields(ExecutionPointer):
             for value in HOSTILE:
                 pointer = dataclasses.replace(ExecutionPointer(step_id=0), **{field.name: value})
@@ -18996,7 +19320,7 @@ def test_hostile_arguments_are_stored_or_refused_with_nothing_written_and_the_st
             try:
                 found = call(**arguments)
                 if (
-                    isinstance(found, types.GeneratorType) and method != "tail"
+                    type(found) is types.GeneratorType and method != "tail"
                 ):  # which may wait for ever
                     list(found)
             except FlowStoreError as error:
@@ -19006,7 +19330,7 @@ def test_hostile_arguments_are_stored_or_refused_with_nothing_written_and_the_st
                 assert store.stats()["tables"] == before, f"{name}, {argument}: {error}"
             except Exception as error:
                 raise AssertionError(
-                    f"{name}, {argument}: {value!r:.80} raised {error!r}"
+                    f"{name}, {argument}: {type(value).__name__} raised {error!r}"
                 ) from error
         with store.transaction() as tx:
             assert tx.execute("SELECT name, sql FROM sqlite_master ORDER BY name") == tables
@@ -19040,6 +19364,10 @@ def test_hostile_targets_options_paths_and_statements_are_refused_by_an_error_of
             with store.transaction() as tx:
                 return tx.execute(*arguments)
 
+        def all_rows(rows: Any) -> None:
+            with store.transaction() as tx:
+                tx.executemany("UPDATE flowstore_counters SET value = ?", rows)
+
         def many(rows: Any) -> None:
             with store.transaction() as tx:
                 tx.executemany("SELECT ?", [(row,) for row in [rows]])
@@ -19047,7 +19375,7 @@ def test_hostile_targets_options_paths_and_statements_are_refused_by_an_error_of
         calls: dict[str, Callable[[Any], Any]] = {
             "target": lambda v: flowstore.open(v).close(),
             "read-only target": lambda v: flowstore.open(v, read_only=True).close(),
-            "url": lambda v: flowstore.open(f"sqlite:{v[:2000]}").close(),
+            "url": lambda v: flowstore.open(f"sqlite:{str.__str__(v)[:2000]}").close(),
             "synchronous": lambda v: flowstore.open(":memory:", synchronous=v).close(),
             "busy_timeout": lambda v: flowstore.open(":memory:", busy_timeout=v).close(),
             "lease_seconds": lambda v: flowstore.open(":memory:", lease_seconds=v).close(),
@@ -19057,15 +19385,18 @@ def test_hostile_targets_options_paths_and_statements_are_refused_by_an_error_of
             ),
             "read_only": lambda v: flowstore.open("app.db", read_only=v).close(),
             "backup": store.backup,
-            "backup in a folder": lambda v: store.backup(f"copies/{next(count)}{v[:2000]}"),
+            "backup in a folder": lambda v: store.backup(
+                f"copies/{next(count)}{str.__str__(v)[:2000]}"
+            ),
             "sql": sql,
             "parameters": lambda v: sql("SELECT ?", v),
             "parameter": lambda v: sql("SELECT ?", (v,)),
             "rows": many,
+            "all rows": all_rows,
         }
         for name, call in calls.items():
             for value in HOSTILE:
-                if name in ("url", "backup in a folder") and not isinstance(value, str):
+                if name in ("url", "backup in a folder") and not issubclass(type(value), str):
                     continue
                 try:
                     call(value)
@@ -19274,17 +19605,61 @@ def test_a_claim_on_a_server_looks_at_few_pages_whatever_waits_or_is_leased_else
                 (item,),
             )
     with server.transaction() as tx:
-        claim, look = flowstore._queue_sql(len(queues))
+        claim, waiting_claim, look = flowstore._queue_sql(len(queues))
         for sql, values in (
             (claim, ["w", 2**40, *queues, 2**50, *queues, 0]),
+            (waiting_claim, ["w", 2**40, *queues, 2**50, *queues, 0]),
             (look, [*queues, 2**50, *queues, 2**50]),
         ):
             for place in sql.places if tenant else ():
                 values.insert(place, tenant)
-            [([plan],)] = tx.execute(
-                f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql.one if tenant else sql.all}", values
-            )
+            text = sql.resolve(flowstore._POSTGRES)[tenant is not None]
+            [([plan],)] = tx.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {text}", values)
             assert plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"] < 60
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("undone", [True, False])
+def test_a_claim_waits_for_another_claim_of_the_last_item_which_may_be_undone(
+    server: Store, undone: bool
+) -> None:
+    create(server)
+    item = enqueue(server, queue_type="q")
+    with contextlib.suppress(ZeroDivisionError), server.transaction() as tx:
+        assert claim(server, "q").id == item
+        other = Background(lambda: server.state.claim_work_item("other", ["q"]))
+        until(lambda: tx.execute("SELECT 1 FROM pg_locks WHERE NOT granted"), "a waiting claim")
+        if undone:
+            1 / 0  # noqa: B018
+    found = other.result()
+    assert (found and found.id) == (item if undone else None)
+
+
+@pytest.mark.postgres
+def test_of_two_retries_of_one_claim_the_later_waits_and_counts_no_attempt(server: Store) -> None:
+    create(server)
+    enqueue(server, queue_type="q")
+    item = claim(server, "q")
+    with server.transaction() as tx:
+        server.state.retry_work_item(item.id, delay=0)
+        other = Background(lambda: server.state.retry_work_item(item.id))
+        until(lambda: tx.execute("SELECT 1 FROM pg_locks WHERE NOT granted"), "a waiting retry")
+    with pytest.raises(LeaseLost):
+        other.result()
+    assert look(server, item.id).attempt == 1
+
+
+@pytest.mark.postgres
+def test_no_marker_of_a_statement_is_left_to_an_engine() -> None:
+    statements = [value for value in vars(flowstore).values() if isinstance(value, flowstore._Sql)]
+    statements += [*flowstore._queue_sql(1), *flowstore._queue_sql(2)]
+    marked = {marker for sql in statements for marker in re.findall(r"{\w+}", sql.text)}
+    assert {"{tenant}", "{in_order}", "{skip_locked}"} <= marked
+    assert flowstore._SQLITE.markers.keys() == flowstore._POSTGRES.markers.keys()
+    for dialect in (flowstore._SQLITE, flowstore._POSTGRES):
+        for sql in statements:
+            for text in sql.resolve(dialect):
+                assert not re.search(r"{\w+}", text)
 
 
 @pytest.mark.postgres
