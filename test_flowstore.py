@@ -9916,6 +9916,96 @@ def test_a_record_of_another_copy_of_the_module_is_accepted_or_refused_as_one_of
     assert puzzling == []
 
 
+# ------------------------------------------------------------------------------------------------ frozen time
+
+
+def freeze_time() -> None:
+    """Stops the clocks as freezegun does: in all modules but a few, whatever is one of them is replaced."""
+    for name in ("monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "time", "time_ns"):
+        real = getattr(time, name)
+        frozen = partial(float if isinstance(real(), float) else int, real())
+        for module in list(sys.modules.values()):
+            if module.__name__.startswith(("threading", "multiprocessing", "queue")):
+                continue
+            for attribute, value in list(vars(module).items()):
+                if value is real:
+                    setattr(module, attribute, frozen)
+
+
+TOOLS.append(freeze_time)
+
+
+def wait_in_frozen_time(path: str, how: str) -> None:
+    """Calls that wait, each of which has to end by itself while the clocks stand still."""
+    real = [time.monotonic]
+    module: Any = flowstore
+    if how == "freezegun":
+        import freezegun
+
+        freezegun.freeze_time("2026-01-05").start()
+    else:
+        freeze_time()
+        if how == "before the import":
+            module = module_copy(path, "frozen")
+    assert time.monotonic() == time.monotonic()
+
+    def ended(name: str, call: Callable[[], Any], least: float = 0.2) -> Any:
+        """What a call returned or raised, which has to take as long as it was to wait, and not much longer."""
+        began = real[0]()
+        result = Caller(partial(dig, 9, call)).outcome(10)  # freezegun spares what threading calls
+        took = real[0]() - began
+        assert least * 0.9 <= took, f"{name} took {took} s and ended with {result!r}"
+        return result
+
+    for target in (":memory:", path):
+        clock = partial(dt.datetime.now, dt.UTC)  # which freezegun alone stops
+        store_engine = module.open(target, busy_timeout=0.2, clock=clock)
+        state, events = store_engine.state, store_engine.events
+        write(store_engine, "run", "first")
+        assert ended("claim", partial(state.claim_work_item, "w", ["q"], wait=0.2)) is None
+        assert ended("tail", partial(list, events.tail(timeout=0.2))) == []
+        calls = [partial(write, store_engine, "run", "late"), store_engine.transaction().__enter__]
+        if target == ":memory:":
+            calls.append(partial(events.count_events, "run"))
+        with store_engine.transaction():
+            for call in calls:
+                assert isinstance(ended("busy", call), module.StoreBusy)
+        if target != ":memory:":
+            with module.open(target, busy_timeout=0.2) as other, other.transaction():
+                for call in (calls[0], store_engine.transaction().__enter__):
+                    assert isinstance(ended("held", call), module.StoreBusy)
+        waiting = Caller(partial(state.claim_work_item, "w", ["q"], wait=60.0))
+        write(store_engine, "run", "second")
+        state.enqueue_work_item(module.WorkItem(execution_id="run", queue_type="q"))
+        item = waiting.outcome(10)
+        assert item is not None
+        if how != "freezegun":
+            with state.hold(item, lease_seconds=0.2):
+                for _ in range(2):
+                    before = state.get_work_item(item.id).lease_expires_at
+                    for _ in range(1000):
+                        if state.get_work_item(item.id).lease_expires_at > before:
+                            break
+                        time.sleep(0.005)
+                    else:
+                        raise AssertionError("the lease is not renewed")
+        state.complete_work_item(item)
+        assert Caller(store_engine.close).outcome(10) is None
+    os._exit(0)
+
+
+@pytest.mark.parametrize("how", ["after the import", "before the import"])
+def test_time_that_stands_still_freezes_no_wait(path: Path, how: str) -> None:
+    with Process(wait_in_frozen_time, path, how) as process:
+        process.finish()
+
+
+def test_time_that_freezegun_has_frozen_freezes_no_wait(path: Path) -> None:
+    pytest.importorskip("freezegun")
+    with Process(wait_in_frozen_time, path, "freezegun") as process:
+        process.finish()
+
+
 # --------------------------------------------------------------------------------------------------- kills
 
 
