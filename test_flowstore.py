@@ -7860,9 +7860,10 @@ def signalled_waits(path: str, situation: str) -> None:
 
 CHILD = f"""
 from __future__ import annotations
-import contextlib, datetime as dt, dis, faulthandler, gc, importlib.util, itertools, os, random, shutil
-import signal, subprocess, sys, threading, time, traceback, types, weakref
+import contextlib, datetime as dt, dis, faulthandler, gc, importlib.util, io, itertools, os, random, shutil
+import signal, sqlite3, subprocess, sys, threading, time, traceback, types, weakref
 from functools import partial
+from typing import Any, cast
 import flowstore
 WATCHDOG, STEPS, HOLDER = {WATCHDOG}, {STEPS}, {HOLDER!r}
 if hasattr(signal, "alarm"):
@@ -10004,6 +10005,335 @@ def test_time_that_freezegun_has_frozen_freezes_no_wait(path: Path) -> None:
     pytest.importorskip("freezegun")
     with Process(wait_in_frozen_time, path, "freezegun") as process:
         process.finish()
+
+
+# ----------------------------------------------------- locks that other code in the process drops by closing the file
+
+linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="locks of open file descriptions are Linux's"
+)
+TOUCHES = ["open", "os.open", "shutil.copy", "sqlite3"]
+
+
+def touch(path: str, how: str) -> None:
+    """Opens and closes the file of a store as other code in the process does: POSIX drops all its locks then."""
+    if how == "open":
+        with open(path, "rb") as file:
+            file.read(16)
+    elif how == "os.open":
+        os.close(os.open(path, os.O_RDONLY))
+    elif how == "shutil.copy":
+        shutil.copy(path, f"{path}.copy")
+    else:
+        db = sqlite3.connect(path)
+        db.execute("SELECT COUNT(*) FROM flowstore_log").fetchall()
+        db.close()
+
+
+def switch_linux_locks_off() -> None:
+    """The hook by which these tests take from the module the locks that only Linux has; name them here."""
+    if hasattr(flowstore, "_pin_locks"):
+        cast(Any, flowstore)._pin_locks = lambda *_, **__: None
+
+
+def told() -> str:
+    """In a child process: what the test says next."""
+    return sys.stdin.readline().strip()
+
+
+TOOLS += [touch, switch_linux_locks_off, told]
+
+
+def keeper_of_a_touched_file(path: str, how: str, locks: str) -> None:
+    """Has a store open whose file is touched; then reads and writes, in turns with another process."""
+    if locks == "lost":
+        switch_linux_locks_off()
+    store_engine = flowstore.open(path, busy_timeout=5.0)
+    for number in range(20):
+        write(store_engine, "ours", f"{number}")
+    print("opened", flush=True)
+    for turn in range(3):
+        told()
+        if turn == 0:
+            touch(path, how)
+        else:
+            seen = keys(store_engine, "theirs")
+            assert seen == [f"{number}" for number in range(30 * turn)], f"turn {turn}: {seen}"
+            for number in range(20 * turn, 20 * turn + 20):
+                write(store_engine, "ours", f"{number}")
+        print("done", flush=True)
+    if told() == "close":
+        store_engine.close()
+    os._exit(0)
+
+
+def other_process(path: Path, numbers: range) -> None:
+    """In the tests' own process: a store that is opened, written and closed while another process has it open."""
+    with flowstore.open(path, busy_timeout=5.0) as store_engine:
+        for number in numbers:
+            write(store_engine, "theirs", f"{number}")
+
+
+def check_touched(path: Path, ours: int, theirs: int) -> None:
+    """Nothing that was acknowledged on either side is lost."""
+    with flowstore.open(path) as store_engine:
+        assert len(keys(store_engine, "ours")) == ours
+        assert len(keys(store_engine, "theirs")) == theirs
+        assert store_engine.check() == []
+
+
+@posix
+@pytest.mark.parametrize(
+    ("how", "locks"),
+    [
+        *(pytest.param(how, "kept", marks=linux) for how in TOUCHES),
+        *((how, "lost") for how in TOUCHES if how != "sqlite3"),  # the SQLite of both is one
+    ],
+)
+@pytest.mark.parametrize("end", ["close", "kill"])
+def test_a_file_that_other_code_of_the_process_opens_and_closes_loses_no_write_of_any_process(
+    path: Path, how: str, locks: str, end: str
+) -> None:
+    log = Path(f"{path}-wal")
+    with Process(keeper_of_a_touched_file, path, how, locks) as keeper:
+        assert keeper.read() == "opened"
+        keeper.tell()
+        assert keeper.read() == "done"
+        for turn in range(2):
+            other_process(path, range(30 * turn, 30 * turn + 30))
+            if locks == "kept":
+                assert log.exists(), "the other process took itself for the last one"
+            elif turn == 0 and sys.platform == "linux":
+                assert not log.exists(), "switch_linux_locks_off() does nothing"
+            keeper.tell()
+            assert keeper.read() == "done"
+        keeper.tell(end)
+        keeper.finish()
+    check_touched(path, 60, 60)
+
+
+def reader_of_a_touched_file(path: str, locks: str, read_only: str) -> None:
+    if locks == "lost":
+        switch_linux_locks_off()
+    store_engine = flowstore.open(path, read_only=read_only == "read-only")
+    walk = store_engine.events.iter_events("theirs", chunk=5)
+    assert next(walk).event["key"] == "0"
+    print("opened", flush=True)
+    told()
+    touch(path, "open")
+    print("touched", flush=True)
+    told()
+    assert len(keys(store_engine, "theirs")) == 60
+    assert [stored.event["key"] for stored in walk] == [f"{number}" for number in range(1, 60)]
+    assert len(store_engine.events.read_all()) == 60
+    store_engine.close()
+
+
+@posix
+@pytest.mark.parametrize("locks", [pytest.param("kept", marks=linux), "lost"])
+@pytest.mark.parametrize("mode", ["read-only", "read and write"])
+def test_a_reader_of_a_file_that_was_opened_and_closed_beside_it_answers_from_no_log_of_the_past(
+    path: Path, locks: str, mode: str
+) -> None:
+    with flowstore.open(path) as store_engine:
+        write(store_engine, "ours", "0")
+    other_process(path, range(30))
+    with Process(reader_of_a_touched_file, path, locks, mode) as reader:
+        assert reader.read() == "opened"
+        reader.tell()
+        assert reader.read() == "touched"
+        other_process(path, range(30, 45))
+        other_process(path, range(45, 60))
+        reader.tell()
+        reader.finish()
+    check_touched(path, 1, 60)
+
+
+def block_in_a_touched_file(path: str, locks: str) -> None:
+    """Prints what became of a transaction block in which the file was touched; goes on with another write."""
+    if locks == "lost":
+        switch_linux_locks_off()
+    store_engine = flowstore.open(path, busy_timeout=5.0)
+    write(store_engine, "ours", "before")
+    try:
+        with store_engine.transaction():
+            write(store_engine, "ours", "first")
+            touch(path, "open")
+            print("inside", flush=True)
+            told()
+            write(store_engine, "ours", "second")
+        print("stored", flush=True)
+    except flowstore.StorageError as error:
+        print(error, flush=True)
+    write(store_engine, "ours", "after")
+    os._exit(0)
+
+
+@posix
+@pytest.mark.parametrize("locks", [pytest.param("kept", marks=linux), "lost"])
+def test_a_transaction_block_whose_log_has_gone_is_an_error_that_says_where_it_is_in_doubt(
+    path: Path, locks: str
+) -> None:
+    with Process(block_in_a_touched_file, path, locks) as keeper:
+        assert keeper.read() == "inside"
+        with flowstore.open(path) as store_engine:  # it reads, and takes itself for the last one
+            assert keys(store_engine, "ours") == ["before"]
+        keeper.tell()
+        outcome = keeper.read()
+        keeper.finish()
+    with flowstore.open(path) as store_engine:
+        found = keys(store_engine, "ours")
+        assert store_engine.check() == []
+    whole, nothing = ["before", "first", "second", "after"], ["before", "after"]
+    assert found in (whole, nothing), outcome
+    if outcome == "stored" or locks == "kept":
+        assert (outcome, found) == ("stored", whole)
+    elif "doubt" not in outcome:
+        assert found == nothing, outcome
+
+
+def own_calls_of_a_store(path: str) -> None:
+    """Makes one call after another that might open and close the file, and lets the test look after each."""
+    store_engine = flowstore.open(path)
+    write(store_engine, "ours", "0")
+
+    def open_and_close(**options: Any) -> None:
+        with flowstore.open(path, **options) as another:
+            another.stats()
+
+    def command(*words: str) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            flowstore.main([*words])
+
+    calls: dict[str, Callable[[], Any]] = {
+        "open": open_and_close,
+        "read_only": partial(open_and_close, read_only=True),
+        "check": store_engine.check,
+        "stats": store_engine.stats,
+        "compact": store_engine.compact,
+        "backup": partial(store_engine.backup, f"{path}.backup"),
+        "prune": partial(store_engine.prune, dt.timedelta(0)),
+        "main check": partial(command, "check", path),
+        "main show": partial(command, "show", path),
+        "main backup": partial(command, "backup", path, f"{path}.backup2"),
+        "main compact": partial(command, "compact", path),
+    }
+    for name, call in calls.items():
+        call()
+        print(name, flush=True)
+        told()
+        write(store_engine, "ours", name)
+    print("end", flush=True)
+    os._exit(0)
+
+
+@posix
+def test_no_call_of_the_module_itself_closes_a_descriptor_of_a_file_that_is_open(
+    path: Path,
+) -> None:
+    with Process(own_calls_of_a_store, path) as keeper:
+        count = 0
+        while (name := keeper.read()) != "end":
+            other_process(path, range(count, count + 1))
+            assert Path(f"{path}-wal").exists(), f"the locks were lost in {name}"
+            count += 1
+            keeper.tell()
+        keeper.finish()
+    assert count == 11
+    check_touched(path, 12, 11)
+
+
+def maker_of_a_new_file(path: str) -> None:
+    """One of two threads that open a new file at once closes its first descriptor when the other has opened it."""
+    closing, go_on, real_close = threading.Event(), threading.Event(), os.close
+
+    def slow_close(descriptor: int) -> None:
+        if threading.current_thread() is first and not closing.is_set():
+            closing.set()
+            go_on.wait(3)
+        real_close(descriptor)
+
+    cast(Any, os).close = slow_close
+    first: Any = None
+    start = threading.Event()
+
+    def open_first() -> flowstore.Store:
+        start.wait(10)
+        return flowstore.open(path)
+
+    first = Caller(open_first)
+    start.set()
+    closing.wait(3)
+    second = Caller(partial(flowstore.open, path))
+    second.join(1)  # where it waits for the first, that may go on
+    if second.is_alive():
+        go_on.set()
+    store_engine = second.outcome(10)
+    for number in range(5):
+        write(store_engine, "ours", f"{number}")
+    go_on.set()
+    first.outcome(10)
+    print("opened", flush=True)
+    told()
+    for number in range(5, 10):
+        write(store_engine, "ours", f"{number}")
+    print("done", flush=True)
+    os._exit(0)
+
+
+@posix
+def test_two_threads_that_open_a_new_file_at_once_do_not_drop_each_others_locks(path: Path) -> None:
+    with Process(maker_of_a_new_file, path) as keeper:
+        assert keeper.read() == "opened"
+        other_process(path, range(5))
+        assert Path(f"{path}-wal").exists(), "the other process took itself for the last one"
+        keeper.tell()
+        assert keeper.read() == "done"
+        keeper.finish()
+    check_touched(path, 10, 5)
+
+
+def load_on_a_touched_file(path: str) -> None:
+    """Threads that write and read while another opens and closes the file; prints how much was acknowledged."""
+    store_engine = flowstore.open(path, synchronous="OFF", busy_timeout=10.0)
+    load = Load(store_engine)
+    stop = False
+
+    def touch_on() -> None:
+        while not stop:
+            for how in ("open", "os.open"):
+                touch(path, how)
+            time.sleep(0.001)
+
+    toucher = Caller(touch_on)
+    print("begun", flush=True)
+    told()
+    stop = True
+    assert toucher.outcome(10) is None
+    load.end()
+    print(*map(len, load.acknowledged), flush=True)
+    told()
+    os._exit(0)
+
+
+@linux
+def test_a_file_that_is_opened_and_closed_all_the_time_under_load_loses_no_write(
+    path: Path,
+) -> None:
+    with Process(load_on_a_touched_file, path) as keeper:
+        assert keeper.read() == "begun"
+        for number in range(40):
+            other_process(path, range(number, number + 1))
+            assert Path(f"{path}-wal").exists(), "the other process took itself for the last one"
+        keeper.tell()
+        counts = [*map(int, keeper.read().split())]
+        other_process(path, range(40, 41))
+        keeper.tell()
+        keeper.finish()
+    with flowstore.open(path) as store_engine:
+        assert [len(pairs(store_engine, f"load{me}")) for me in range(2)] == counts
+        assert len(keys(store_engine, "theirs")) == 41
+        assert store_engine.check() == []
 
 
 # --------------------------------------------------------------------------------------------------- kills
