@@ -7344,7 +7344,7 @@ def strike_holds_as_they_begin() -> None:
         if striker.run(held.__enter__):
             held.__exit__(None, None, None)
         ended = f"for the thread of a hold that was struck at\n{striker.where}"
-        until(lambda: threading.active_count() == 1, ended, 3)
+        until(lambda: len(sys._current_frames()) == 1, ended, 3)
 
     def body() -> None:
         nonlocal item
@@ -7416,7 +7416,7 @@ def strike_under_load(target: str, name: str, kind: str) -> None:
     plan = strikers(kind, dry_run)
     load = Load(store_engine)
     load.goes_on("no place yet")
-    threads, descriptors = threading.active_count(), len(os.listdir("/dev/fd"))
+    threads, descriptors = len(sys._current_frames()), len(os.listdir("/dev/fd"))
     unrecorded = {"read", "wait", "claim"} | ({"open"} if target == ":memory:" else set())
     struck = 0
     for striker in plan:
@@ -7430,7 +7430,9 @@ def strike_under_load(target: str, name: str, kind: str) -> None:
         if done and name not in unrecorded:
             returned.add(key)
         load.goes_on(striker.where)
-        until(lambda: threading.active_count() <= threads, f"for a thread of\n{striker.where}", 10)
+        until(
+            lambda: len(sys._current_frames()) <= threads, f"for a thread of\n{striker.where}", 10
+        )
     assert struck
     load.end()
     gc.collect()
