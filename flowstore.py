@@ -6897,7 +6897,7 @@ _STATUSES = dict.fromkeys(str(status) for kind in _KINDS for status in kind.stat
 
 # --- the model: what is read from the store ---
 _LONG_CODECS = (_text, _ref, _json, _texts, _object)  # of columns with texts of any length
-_LOG_END = _Sql("""SELECT execution_id, timestamp, position FROM flowstore_log
+_LAST_EVENTS = _Sql("""SELECT execution_id, timestamp, position FROM flowstore_log
     WHERE execution_id <> '' {tenant} ORDER BY position DESC LIMIT 1000""")
 
 
@@ -6977,7 +6977,7 @@ class _ViewReader:
                 counts[kind.name] = self.count_by_status(kind)
                 rows = self.last_changed(kind, status)
                 if kind is _EXECUTIONS:
-                    log = facet._rows(self.tx, _LOG_END)
+                    log = facet._rows(self.tx, _LAST_EVENTS)
                     facts |= _log_facts(log)
                     logged_ids = [] if status else [execution for execution, _, _ in log]
                     rows = self.last_appended(logged_ids, rows)
