@@ -10679,6 +10679,39 @@ def test_the_wal_stays_bounded_under_overlapping_readers_and_steady_writes(path:
     )
 
 
+def test_nobody_checkpoints_without_the_write_lock(path: Path) -> None:
+    """SQLite 3.7.0 to 3.51.2 can lose what another process commits while a checkpoint without it begins."""
+    locked: list[tuple[str, bool]] = []
+    with flowstore.open(path, synchronous="OFF") as store_engine:
+        writer = store_engine._engine.writer
+        assert writer.checkpointer is not None
+        connections = [
+            writer.connection,
+            writer.checkpointer,
+            store_engine._engine.pool.check_out(),
+        ]
+
+        def note(sql: str) -> None:
+            if "checkpoint(" in sql:
+                locked.append((sql, writer.connection.in_transaction))
+
+        for connection in connections:
+            db = connection.use().db
+            assert db.execute("PRAGMA wal_autocheckpoint").fetchall() == [(0,)]
+            db.set_trace_callback(note)
+        for number in range(40):
+            store_engine.events.append("run", "default", event(str(number), text="x" * 900_000))
+        assert [sql for sql, held in locked if not held] == [], "while it writes"
+        assert locked, "the log was never full"
+        store_engine.compact()
+    unlocked = {sql for sql, held in locked if not held}
+    # The last one finds nothing to copy, whoever comes between: a snapshot of ours keeps it from that.
+    assert unlocked == {"PRAGMA wal_checkpoint(TRUNCATE)"}
+    with flowstore.open(path) as store_engine:
+        assert store_engine.events.count_events("run") == 40
+        assert store_engine.check() == []
+
+
 def test_an_idle_wait_is_no_news_to_itself(store_engine: flowstore.Store) -> None:
     before = store_engine._engine.commits
     assert store_engine.state.claim_work_item("w", ["q"], wait=0.3) is None
