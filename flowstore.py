@@ -26,14 +26,43 @@ still this worker's, and whatever stands in the same `transaction()` happens wit
     (<WorkItemStatus.COMPLETED: 'completed'>, 3)
     >>> store.close(); folder.cleanup()
 
+The way of one call, `store.state.claim_work_item(...)`, from top to bottom:
+    StateBackend.claim_work_item  checks what it was given; its steps are walked through by the engine
+    _Method.__get__               made the operation `_claim` a method that hands itself to the engine
+    _Engine.run                   joins the open transaction block, if there is one; else:
+    _Writer.lead                  leads, or waits until another leader has done the call or hands on the lead
+    _Writer.commit_calls          BEGIN IMMEDIATE, the operation (and those that queued meanwhile), COMMIT
+    StateBackend._claim           the operation: statements on the open transaction, records out of rows
+    _Facet._row, _Tx.rows         one statement, of the view's tenant alone
+A read takes a connection from the pool instead (_Engine._read). In an event loop _AsyncEngine.run sends the operation
+to the thread that writes, or to one that reads. On a server _PostgresEngine.run gives each call its own connection.
+
+Words that have one meaning here:
+    operation     a function over an open transaction: what `@_write` and `@_read` stand above
+    facet         one of the four parts of a store that have methods
+    block         `with store.transaction()`
+    leader        the call that has the writer, and commits its group: the calls that queued before it began
+    claim, lease  an item handed to one worker, until a time; the fence is the number of the claim
+    reclaim       to take back a lease that has expired
+    revision      the number of a flow's version; a stale one is refused
+    sequence      an event's number in its execution; position its number in the whole log
+    log           of an execution: its events; of a file: SQLite's write-ahead log
+    checkpoint    to copy the write-ahead log into the file
+    view          of a tenant: the same methods over its rows alone; or what is drawn of a store
+
 The chapters, each resting only on those above it:
     Errors        the whole tree under FlowStoreError
     Records       what goes in and out: enums and dataclasses
     Schema        the tables, one statement each
     Rows          values checked; the one mapper between records and rows
-    Engine        SQLite: connections, transactions, group commit, waiting, fork, event loops
+    Connections   one connection, the pool of readers, files and their guards
+    Writer        group commit, interrupts, checkpoints
+    Transactions  the block, savepoints, the user's own SQL
+    Fork          what happens before and after one
+    Operations    the engine that runs them, how a method becomes a call, tenants' SQL, pruning
     Facets        FlowStore, EventStore, StateBackend, PersistenceProvider
-    Store         what open() and open_async() return
+    Store         what open() returns
+    Event loop    what open_async() returns: whoever never awaits can skip it
     Views         what is stored, as text, as HTML and as JSON
     Command line  what `python flowstore.py --help` lists
     PostgreSQL    a server in place of the file
