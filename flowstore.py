@@ -427,17 +427,15 @@ def _enum(kind: type[E], value: object, path: str) -> E:
     given = type(value)
     if given is kind:
         return value  # type: ignore[return-value]
-    shown: object = given  # a type, for numbers may be too long to be shown
-    if issubclass(given, str):
-        word = str.__str__(value)
-        shown = word[:50]
-        try:
-            # The enum of another copy of this module has the same name; any other one is a mistake.
-            if given.__name__ == kind.__name__ or not issubclass(given, enum.Enum):
-                return kind(word)
-        except ValueError:
-            pass
-    raise InvalidData(f"{path}: {shown!r} is no {kind.__name__} ({', '.join(kind)})")
+    # No member is longer than that. Of what is no text only the type is shown: numbers may be too long.
+    word: Any = str.__str__(value)[:50] if issubclass(given, str) else given
+    try:
+        # The enum of another copy of this module has the same name; any other one is a mistake.
+        if given.__name__ == kind.__name__ or not issubclass(given, enum.Enum):
+            return kind(word)
+    except ValueError:
+        pass
+    raise InvalidData(f"{path}: {word!r} is no {kind.__name__} ({', '.join(kind)})")
 
 
 # --- flows (seed 001) ---
@@ -1083,17 +1081,17 @@ def _of_json(text: str) -> Any:
 # value's own must run, `_foreign` runs it.
 
 
-def _foreign(read: Callable[[Any], R], value: object, path: str, plain: type | None = None) -> R:
+def _foreign(read: Callable[[Any], R], value: object, path: str, *plain: type) -> R:
     """What a value's own code answers; InvalidData for what it raises.
 
-    A value of the type `plain` has no such code: of it only attributes can be missing, and whatever else is raised
-    (by a signal handler, say) passes, as a lack of stack or memory always does."""
+    A value of one of the types `plain` has no such code: of it only attributes can be missing, and whatever else is
+    raised (by a signal handler, say) passes, as a lack of stack or memory always does."""
     try:
         return read(value)
     except (RecursionError, MemoryError):
         raise
     except Exception as error:
-        if type(value) is plain and not isinstance(error, AttributeError):
+        if type(value) in plain and not isinstance(error, AttributeError):
             raise
         says = f"{type(value).__name__} raised {type(error).__name__}"
         raise InvalidData(f"{path}: the value cannot be read, its {says}") from error
@@ -1275,50 +1273,44 @@ def _refuse_json(value: object, path: str) -> None:
     waiting: list[tuple[Any, str, str, int]] = [(value, path, "", 0)]
     while waiting:
         value, parent, step, depth = waiting.pop()
-        kind, path, reason = type(value), parent + step, ""
-        if depth == _JSON_DEPTH and issubclass(kind, (list, tuple, dict)):
-            path, reason = path[:200], f"nested deeper than {_JSON_DEPTH} levels"
-        elif issubclass(kind, dict):
-            members = _foreign(_dict_members, value, path, dict)
-            for key, member in members:
-                if reason := _no_scalar(key):
-                    reason = f"a key of it: {reason}"
-                    break
-                waiting.append((member, path, f".{_key_name(key)}", depth + 1))
-        elif issubclass(kind, (list, tuple)):
-            members = _foreign(list, value, path, list if issubclass(kind, list) else tuple)
-            waiting += [(member, path, f"[{at}]", depth + 1) for at, member in enumerate(members)]
-        else:
-            reason = _no_scalar(value)
-        if reason:
-            raise InvalidData(f"{path}: {reason}") from None
+        path, kind = parent + step, type(value)
+        if not issubclass(kind, (dict, list, tuple)):
+            _refuse_scalar(value, path)
+            continue
+        if depth == _JSON_DEPTH:
+            raise InvalidData(f"{path[:200]}: nested deeper than {_JSON_DEPTH} levels") from None
+        for key, member in _foreign(_members, value, path, dict, list, tuple):
+            if issubclass(kind, dict):
+                _refuse_scalar(key, f"{path}, a key of it")
+                step = "." + (key if type(key) is str else _encode_json(key))[:100]
+            else:
+                step = f"[{key}]"
+            waiting.append((member, path, step, depth + 1))
 
 
-def _dict_members(value: dict[Any, Any]) -> list[tuple[Any, Any]]:
-    return [(key, member) for key, member in value.items()]  # noqa: C416 (they have to be pairs)
+def _members(value: Any) -> list[tuple[Any, Any]]:
+    """What a list or a dict holds, each with its index or key."""
+    pairs = value.items() if issubclass(type(value), dict) else enumerate(value)
+    return [(key, member) for key, member in pairs]
 
 
-def _key_name(key: object) -> str:
-    """A key, as a path shows it."""
-    return (key if type(key) is str else _encode_json(key))[:100]
-
-
-def _no_scalar(value: Any) -> str:
-    """Why a value that holds no others is not JSON; nothing where it is."""
-    kind = type(value)
+def _refuse_scalar(value: Any, path: str) -> None:
+    """Raise InvalidData unless a value is what JSON can hold that holds no others."""
+    kind, reason = type(value), ""
     if issubclass(kind, str):
         text = str.__str__(value)
         if text != text.encode(errors="ignore").decode():
-            return "text cannot hold a lone surrogate"
+            reason = "text cannot hold a lone surrogate"
     elif issubclass(kind, float):
         if not math.isfinite(value):
-            return f"{float.__float__(value)} is not JSON"
+            reason = f"{float.__float__(value)} is not JSON"
     elif issubclass(kind, int):  # bool too
         if not -_JSON_INT_END < int.__int__(value) < _JSON_INT_END:
-            return "a number of at most 4,300 digits is needed"
+            reason = "a number of at most 4,300 digits is needed"
     elif value is not None:
-        return f"{kind.__name__} is not JSON"
-    return ""
+        reason = f"{kind.__name__} is not JSON"
+    if reason:
+        raise InvalidData(f"{path}: {reason}") from None
 
 
 def _object(value: object, path: str) -> str:
@@ -1326,8 +1318,7 @@ def _object(value: object, path: str) -> str:
 
 
 def _listed(value: object, path: str, needed: str = "a list") -> Sequence[Any]:
-    kind = type(value)
-    if kind is list or kind is tuple:
+    if type(value) in (list, tuple):
         return value  # type: ignore[return-value]
     return _foreign(list, _is((list, tuple), value, path, needed), path)
 
@@ -1340,10 +1331,7 @@ def _texts(value: object, path: str) -> str:
 def _limits(value: object, path: str) -> str:
     """A tenant's limits as JSON: numbers that are not negative, or None."""
     names = [spec.name for spec in dataclasses.fields(TenantLimits)]
-    _is(TenantLimits, value, path)
-    limits = dict(
-        zip(names, _foreign(operator.attrgetter(*names), value, path, TenantLimits), strict=True)
-    )
+    limits = {name: _attribute(name, value, TenantLimits, path) for name in names}
     for name, limit in limits.items():
         if limit is not None and name == "max_cost_per_month_usd":
             if not 0 <= _number(limit, f"{path}.{name}", "an amount") < math.inf:
@@ -2667,7 +2655,7 @@ _PLAIN_TYPES = {type(None), bool, int, float, str, bytes}
 
 def _parameters(given: Any, path: str = "parameters") -> Any:
     """A statement's parameters as the driver takes them: by name, or in order."""
-    if type(given) is tuple or type(given) is list or type(given) is dict:
+    if type(given) in (tuple, list, dict):
         return given
     if hasattr(type(given), "keys"):
         return _foreign(dict, given, path)
@@ -2892,10 +2880,9 @@ class _Block:
                 return self._in_savepoint(tx, run)
             except (*_DRIVER_ERRORS, ValueError, LookupError) as error:
                 raise StorageError(f"the statement failed: {error}") from error
-            except (FlowStoreError, RecursionError, MemoryError):
-                raise
             except Exception as error:
-                if all(map(_is_plain, values if many else [values])):
+                ours = isinstance(error, (FlowStoreError, RecursionError, MemoryError))
+                if ours or all(map(_is_plain, values if many else [values])):
                     raise
                 says = f"the driver cannot read a value, it raised {type(error).__name__}"
                 raise InvalidData(f"parameters: {says}") from error
@@ -5143,7 +5130,6 @@ class StateBackend(_LogFacet):
         """`with state.hold(item):` renew its lease in the background, every third of it, while the block runs.
 
         Raises LeaseLost at the end of the block if the lease was lost; `.lost` tells meanwhile."""
-        _claimed(_is(WorkItem, item, "item"))
         return Hold(self, item, self._lease(lease_seconds))
 
     @_steps
@@ -5453,6 +5439,7 @@ class _LeaseKeeper:
     """What renews the lease of an item while a block runs: in a thread, or in a task."""
 
     def __init__(self, state: Any, item: WorkItem, lease_seconds: float) -> None:
+        _claimed(_is(WorkItem, item, "item"))
         self.lost = False
         self.item = item
         self.lease_seconds = lease_seconds
@@ -6713,7 +6700,6 @@ class AsyncStateBackend(_AsyncFacet, StateBackend):
         self, item: WorkItem, *, lease_seconds: float | None = None
     ) -> AsyncHold:
         """`StateBackend.hold` for `async with`."""
-        _claimed(_is(WorkItem, item, "item"))
         return AsyncHold(self, item, self._lease(lease_seconds))
 
 
