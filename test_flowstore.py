@@ -7217,7 +7217,7 @@ class HookStriker(Striker):
             super().strike()
 
 
-def some_places(run: Callable[[Striker], Any], most: int = STEPS // 2) -> range:
+def some_places(run: Callable[[Striker], Any], most: int = STEPS // 4) -> range:
     """The places of a call, or so many of them from a random one on; it has not as many each time."""
     dry = [Striker(0), Striker(0), Striker(0)]
     for striker in dry:
@@ -7232,7 +7232,8 @@ def strikers(
 ) -> list[Striker | Deep]:
     """What strikes a call at each of its places, or at some of them."""
     if kind == "end of the stack":
-        return [Deep(left) for left in range(70)]
+        stride = max(1, 160 // STEPS)
+        return [Deep(left) for left in range(random.randrange(stride), 70, stride)]
     errors: dict[str, type[BaseException]] = {
         "KeyboardInterrupt": KeyboardInterrupt,
         "JobTimeout": JobTimeout,
