@@ -393,11 +393,13 @@ def new_id() -> str:
 class _RecordType(type):
     """The type of records: one of another copy of this module (reloaded, or vendored twice) is a record as well."""
 
-    def __instancecheck__(cls, value: object) -> bool:
-        other = type(value)
-        return super().__instancecheck__(value) or (
+    def __subclasscheck__(cls, other: type) -> bool:
+        return super().__subclasscheck__(other) or (
             other.__name__ == cls.__name__ and type(other).__name__ == _RecordType.__name__
         )
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return issubclass(type(value), cls)
 
 
 @dataclass_transform(kw_only_default=True, field_specifiers=(field,))
@@ -2279,6 +2281,8 @@ class _Writer:
                     break
                 except BaseException as error:  # a second one: each step can be repeated
                     struck = error
+            if self.engine.closed and not kept:
+                self.engine.close_connection(self.connection)
             if struck is not None:
                 raise struck
 
@@ -3678,10 +3682,14 @@ class _Engine:
                 one for one in self.pool.connections if one is not self.writer.connection
             ]
         self.listeners.notify()
-        for connection in (
-            *connections,
-            self.writer.connection,
-        ):  # the writer last: it leaves no log behind
+        # The writer last: it leaves no log behind.
+        for connection in (*connections, self.writer.connection):
+            self.close_connection(connection)
+
+    @staticmethod
+    def close_connection(connection: _Connection) -> None:
+        """Close a connection, unless this call interrupts one that uses it: that closes it when it ends."""
+        if not connection.lock._is_owned():  # type: ignore[attr-defined]
             with connection.lock, contextlib.suppress(sqlite3.Error):
                 connection.close()
 
