@@ -854,7 +854,8 @@ class ExecutionError(_Record, frozen=True):
 # Times are integer microseconds since the epoch, JSON is text. Tables that a seed names keep that name; the others
 # are `flowstore_...`, since the user's own tables may share the file. The partial indexes of the queue begin with the
 # status that they are about: one column more to match is what makes SQLite prefer them to the full ones. The two tables
-# that every append looks into are WITHOUT ROWID: one seek less.
+# that every append looks into are WITHOUT ROWID: one seek less. Each statement names the index that it goes by, or looks
+# up a whole unique key: the plan that SQLite chooses after ANALYZE fits the rows that there were at that time.
 _SCHEMA_VERSION = 1
 
 
@@ -864,10 +865,11 @@ class _Dialect:
     def __init__(self, **markers: str) -> None:
         self.markers = markers
 
+    @functools.lru_cache(1000)  # noqa: B019 (there are two dialects, which live for ever)
     def resolve(self, text: str, **more: str) -> str:
         """The text for this engine; `more` are markers that stand for something else each time."""
         markers = self.markers | more
-        return re.sub(r"{(\w+)}", lambda marker: markers[marker[1]], text)
+        return re.sub(r"{(\w+) ?(\w*)}", lambda found: markers[found[1]].format(found[2]), text)
 
 
 _SQLITE = _Dialect(
@@ -885,6 +887,9 @@ _SQLITE = _Dialect(
     tenant_status="status",  # what {status} is in a statement for one tenant
     queue_type="queue_type",
     # In statements alone.
+    by="INDEXED BY {}",  # the index that serves the statement
+    by_key="NOT INDEXED",
+    join="CROSS JOIN",  # in this order
     in_order="",  # leaves out events that one not yet committed may still come before
     for_update="",  # locks the row that is read, until the transaction ends
     skip_locked="",  # the same, and leaves out rows that another transaction has locked
@@ -1612,9 +1617,12 @@ _DRIVER_ERRORS = (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError, T
 class _Tx:
     """One connection as operations see it: rows in, rows out, the driver's errors as ours."""
 
-    __slots__ = ("_clock", "db", "file_id")
+    __slots__ = ("_clock", "db", "dialect", "file_id")
 
-    def __init__(self, db: Any, clock: Callable[[], datetime] | None) -> None:
+    def __init__(
+        self, db: Any, clock: Callable[[], datetime] | None, dialect: _Dialect = _SQLITE
+    ) -> None:
+        self.dialect = dialect
         self.db = db  # an sqlite3.Connection, or what is used like one
         self.file_id: tuple[int, ...] = ()  # of the database file, when its connections are counted
         self._clock = clock
@@ -3390,9 +3398,10 @@ class _Engine:
                 f"{self.target}: the tables are of version {version}, this flowstore knows "
                 f"{_SCHEMA_VERSION}: upgrade flowstore"
             )
-        if version < 1 or (version == _SCHEMA_VERSION and not names.issuperset(_TABLE_NAMES)):
+        if version < 1 or (version == _SCHEMA_VERSION and not names.issuperset(_NAMES)):
             raise SchemaError(
-                f"{self.target}: some of flowstore's tables are missing: restore it from a backup"
+                f"{self.target}: some of flowstore's tables or indexes are missing: "
+                "restore it from a backup"
             )
         return version
 
@@ -3762,7 +3771,8 @@ class _Sql:
 
     `{tenant}` marks where the condition goes. A statement without the mark is refused when the module is imported,
     unless it inserts, so no statement can forget the tenant. (Not `? IS NULL OR tenant_id = ?`: no index serves it.)
-    Other markers differ by engine (`_SQLITE` names them); `all` and `one` are what SQLite gets."""
+    Other markers differ by engine (`_SQLITE` names them); `all` and `one` are what SQLite gets. `{by this|that}` is
+    the index for all of them, and the one for one."""
 
     __slots__ = ("_texts", "all", "one", "places", "text")
 
@@ -3783,9 +3793,11 @@ class _Sql:
         """The text for all tenants and the one for a tenant, as an engine reads them; each is made once."""
         texts = self._texts.get(dialect)
         if texts is None:
-            of_tenant = self.text.replace("{status}", "{tenant_status}")
+            of_all = re.sub(r"\|\w+}", "}", self.text)
+            of_tenant = re.sub(r"{by\w* ?\w*\|", "{by ", self.text)
+            of_tenant = of_tenant.replace("{status}", "{tenant_status}")
             texts = self._texts[dialect] = (
-                dialect.resolve(self.text, tenant=""),
+                dialect.resolve(of_all, tenant=""),
                 dialect.resolve(of_tenant, tenant="AND tenant_id = ?"),
             )
         return texts
@@ -3828,22 +3840,27 @@ class _Facet:
             scoped.insert(place, self._tenant)
         return scoped
 
-    def _find(self, tx: _Tx, mapper: _Mapper[T], rest: str, *params: Any, **where: Any) -> list[T]:
+    def _find(
+        self, tx: _Tx, mapper: _Mapper[T], rest: str, *params: Any, index: str = "", **where: Any
+    ) -> list[T]:
         """The records with these columns, whose values are checked as those of fields are."""
         values = [mapper.codecs[name](value, name) for name, value in where.items()]
-        return mapper.decode_all(self._rows(tx, _select(mapper, rest, *where), *values, *params))
+        sql = _select(mapper, rest, *where, index=index)
+        return mapper.decode_all(self._rows(tx, sql, *values, *params))
 
     def _page(
         self,
         tx: _Tx,
         mapper: _Mapper[T],
+        index: str,
         order: str,
         limit: int | None = None,
         offset: int = 0,
         **where: Any,
     ) -> list[T]:
         page = _limit(limit), _count(offset, "offset")
-        return self._find(tx, mapper, f"ORDER BY {order} LIMIT ? OFFSET ?", *page, **where)
+        rest = f"ORDER BY {order} LIMIT ? OFFSET ?"
+        return self._find(tx, mapper, rest, *page, index=index, **where)
 
     def _get(self, tx: _Tx, mapper: _Mapper[T], rest: str = "", **where: Any) -> T | None:
         found = self._find(tx, mapper, rest, **where)
@@ -3929,10 +3946,13 @@ class _Facet:
 
 
 @functools.cache
-def _select(mapper: _Mapper[Any], rest: str, *conditions: str) -> _Sql:
-    """SELECT of the records for which the conditions hold; a column's name alone: that has a value."""
+def _select(mapper: _Mapper[Any], rest: str, *conditions: str, index: str = "") -> _Sql:
+    """SELECT of the records for which the conditions hold; a column's name alone: that has a value.
+
+    Without an index, the conditions are on a whole unique key."""
     where = "".join(f" AND {each if ' ' in each else f'{each} = ?'}" for each in conditions)
-    return _Sql(mapper.select(f"{mapper.table} WHERE true{where} {{tenant}} {rest}"))
+    by = f"{{by {index}}} " if index else ""
+    return _Sql(mapper.select(f"{mapper.table} {by}WHERE true{where} {{tenant}} {rest}"))
 
 
 @functools.cache
@@ -3968,6 +3988,9 @@ def _found(thing: T | None, kind: str, id: str) -> T:
 # --- what has ended, and goes ---
 _ForeignKeys: TypeAlias = "dict[str, list[tuple[str, str, list[tuple[str, str]], str]]]"
 _PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
+# What SQLite calls the indexes of UNIQUE (execution_id, sequence) and of PRIMARY KEY (execution_id, at_sequence).
+_LOG_KEY = "sqlite_autoindex_flowstore_log_1"
+_SNAPSHOT_KEY = "sqlite_autoindex_flowstore_snapshots_2"
 
 
 _PruneCursor: TypeAlias = (
@@ -3979,6 +4002,7 @@ class _PruneSource(NamedTuple):
     """Where a prune finds what has ended, in the order of its time."""
 
     table: str
+    by: str
     time: str
     ended: str  # the condition; each ? in it is the time before which
     in_pieces: bool = (
@@ -3987,11 +4011,14 @@ class _PruneSource(NamedTuple):
 
 
 class _PrunePart(NamedTuple):
-    """Rows that go with a thing: their table, their column with its key, and the statement that drops some of them."""
+    """Rows that go with a thing: their table, their column with its key, and the statement that drops them."""
 
     table: str
     owner: str
     sql: str
+    picked: str = (
+        ""  # picks some by their keys, which the statement takes; else it takes the owner's
+    )
 
 
 class _PruneRule(NamedTuple):
@@ -4013,19 +4040,21 @@ class _PruneStep(NamedTuple):
     cursor: _PruneCursor | None  # where the next one goes on; None: at the end
 
 
-def _part(table: str, owner: str, key: str = "id", order: str = "") -> _PrunePart:
-    """A part whose statement takes the owner's id, and how many rows at most."""
-    sql = (
-        f"DELETE FROM {table} WHERE {key} IN "
-        f"(SELECT {key.strip('()')} FROM {table} WHERE {owner} = ? {order} LIMIT ?)"
+def _part(table: str, index: str, owner: str, key: str = "id", order: str = "") -> _PrunePart:
+    """A part of which some rows are picked: by the owner's id, and how many at most."""
+    conditions = key.replace(", ", " = ? AND ")
+    return _PrunePart(
+        table,
+        owner,
+        f"DELETE FROM {table} WHERE {conditions} = ?",
+        f"SELECT {key} FROM {table} {{by {index}}} WHERE {owner} = ? {order} LIMIT ?",
     )
-    return _PrunePart(table, owner, sql)
 
 
-def _terminal(table: str, time: str, *statuses: str) -> tuple[_PruneSource, ...]:
+def _terminal(table: str, index: str, time: str, *statuses: str) -> tuple[_PruneSource, ...]:
     """A source for each status: in the index of status and time each is a range of its own."""
     return tuple(
-        _PruneSource(table, time, f"{table}.status = '{status}' AND {time} < ?")
+        _PruneSource(table, index, time, f"{table}.status = '{status}' AND {time} < ?")
         for status in statuses
     )
 
@@ -4086,7 +4115,9 @@ def _candidates(
         order = f"{source.time}, {rule.key}"
         # Both conditions: SQLite finds a pair of columns in an index of an expression by the first alone.
         behind = f"AND {source.time} >= ? AND ({order}) > (?, ?)" if after else ""
-        sql = f"SELECT {order}, {held} FROM {source.table} WHERE {source.ended} {behind} ORDER BY {order} LIMIT {most}"
+        by = tx.dialect.resolve(f"{{by {source.by}}}")
+        sql = f"""SELECT {order}, {held} FROM {source.table} {by}
+            WHERE {source.ended} {behind} ORDER BY {order} LIMIT {most}"""
         times = [before] * source.ended.count("?")
         for ended_at, id, holder in tx.rows(sql, *times, *after[:1], *after):
             yield (number, ended_at, id), id, holder
@@ -4097,7 +4128,11 @@ def _drop(tx: _Tx, rule: _PruneRule, id: object, room: int) -> tuple[int, bool]:
     """Drop a thing with its parts, or what there is room for; how many rows went, and whether it went whole."""
     rows = 0
     for part in rule.parts:
-        rows += tx.run(part.sql, *(id, max(0, room - rows))[: part.sql.count("?")])
+        sql = tx.dialect.resolve(part.sql)
+        if not part.picked:
+            rows += tx.run(sql, *[id] * sql.count("?"))
+        elif keys := tx.rows(tx.dialect.resolve(part.picked), id, max(0, room - rows)):
+            rows += tx.run_many(sql, keys)
     if rows >= room:
         tx.run(rule.in_pieces, id)
         return rows, False
@@ -4135,17 +4170,32 @@ _PRUNED: dict[str, _PruneRule] = {
     "errors": _PruneRule(
         "execution_errors",
         "id",
-        (_PruneSource("execution_errors", "error_time", "error_time < ?"),),
+        (
+            _PruneSource(
+                "execution_errors", "execution_errors_by_time", "error_time", "error_time < ?"
+            ),
+        ),
     ),
     "subscriptions": _PruneRule(
         "event_subscriptions",
         "id",
-        (_PruneSource("event_subscriptions", "terminated_at", "terminated_at < ?"),),
+        (
+            _PruneSource(
+                "event_subscriptions",
+                "event_subscriptions_ended",
+                "terminated_at",
+                "terminated_at < ?",
+            ),
+        ),
     ),
     "events": _PruneRule(
         "events",
         "id",
-        (_PruneSource("events", "event_time", "is_processed = 1 AND event_time < ?"),),
+        (
+            _PruneSource(
+                "events", "events_processed", "event_time", "is_processed = 1 AND event_time < ?"
+            ),
+        ),
     ),
     "tokens": _PruneRule(
         "flowstore_tokens",
@@ -4153,6 +4203,7 @@ _PRUNED: dict[str, _PruneRule] = {
         (
             _PruneSource(
                 "flowstore_tokens",
+                "flowstore_tokens_by_time",
                 "created_at",
                 "created_at <= ? AND (revoked_at < ? OR expires_at < ?)",
             ),
@@ -4161,19 +4212,27 @@ _PRUNED: dict[str, _PruneRule] = {
     "workflows": _PruneRule(
         "workflows",
         "id",
-        _terminal("workflows", _WORKFLOW_TIME, "Complete", "Terminated"),
+        _terminal("workflows", "workflows_by_age", _WORKFLOW_TIME, "Complete", "Terminated"),
         (
-            _part("execution_errors", "workflow_id"),
-            _part("event_subscriptions", "workflow_id"),
-            _part("execution_pointers", "workflow_id", "(workflow_id, id)"),
+            _part("execution_errors", "execution_errors_by_workflow", "workflow_id"),
+            _part("event_subscriptions", "event_subscriptions_by_workflow", "workflow_id"),
+            _part(
+                "execution_pointers",
+                "execution_pointers_in_order",
+                "workflow_id",
+                "workflow_id, id",
+            ),
         ),
         "UPDATE workflows SET stamp = stamp - 1 WHERE id = ?",
     ),
     "flows": _PruneRule(
         "flows",
         "id",
-        _terminal("flows", "updated_at", "cancelled", "finished", "failed"),
-        (_part("flow_events", "flow_id"), _part("flow_steps", "flow_id")),
+        _terminal("flows", "flows_by_status", "updated_at", "cancelled", "finished", "failed"),
+        (
+            _part("flow_events", "flow_events_by_flow", "flow_id"),
+            _part("flow_steps", "flow_steps_by_flow", "flow_id"),
+        ),
         "UPDATE flows SET revision = revision + 1 WHERE id = ?",
     ),
     "executions": _PruneRule(
@@ -4182,13 +4241,20 @@ _PRUNED: dict[str, _PruneRule] = {
         (
             *_terminal(
                 "flowstore_runs",
+                "flowstore_runs_by_status",
                 "updated_at",
                 "completed",
                 "failed",
                 "cancelled",
                 "limit_exceeded",
             ),
-            _PruneSource("flowstore_executions", "created_at", "tenant_id = ''", in_pieces=True),
+            _PruneSource(
+                "flowstore_executions",
+                "flowstore_executions_by_tenant",
+                "created_at",
+                "tenant_id = ''",
+                in_pieces=True,
+            ),
         ),
         (
             _PrunePart(
@@ -4196,23 +4262,28 @@ _PRUNED: dict[str, _PruneRule] = {
                 "execution_id",
                 "DELETE FROM flowstore_runs WHERE execution_id = ?",
             ),
-            _part("flowstore_work_items", "execution_id"),
-            _part("flowstore_effects", "execution_id", "(tenant_id, key)"),
-            _part("flowstore_snapshots", "execution_id"),
+            _part("flowstore_work_items", "flowstore_items_by_execution", "execution_id"),
+            _part(
+                "flowstore_effects",
+                "flowstore_effects_by_execution",
+                "execution_id",
+                "tenant_id, key",
+            ),
+            _part("flowstore_snapshots", _SNAPSHOT_KEY, "execution_id"),
             _PrunePart(
                 "flowstore_log",
                 "execution_id",
                 """INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp)
                 SELECT '', position, '', '{}', 0 FROM flowstore_log
-                WHERE position = (SELECT MAX(position) FROM flowstore_log) AND execution_id = ?""",
+                WHERE position = (SELECT MAX(position) FROM flowstore_log {by_key}) AND execution_id = ?""",
             ),
             _PrunePart(
                 "flowstore_log",
                 "execution_id",
-                """DELETE FROM flowstore_log
-                WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log)""",
+                f"""DELETE FROM flowstore_log {{by {_LOG_KEY}}}
+                WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log {{by_key}})""",
             ),
-            _part("flowstore_log", "execution_id", "position", "ORDER BY sequence DESC"),
+            _part("flowstore_log", _LOG_KEY, "execution_id", "position", "ORDER BY sequence DESC"),
         ),
         "UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?",
     ),
@@ -4253,6 +4324,7 @@ class FlowStore(_Facet):
         return self._page(
             tx,
             _FLOW,
+            "flows_by_owner",
             "created_at DESC, id DESC",
             limit,
             offset,
@@ -4264,7 +4336,9 @@ class FlowStore(_Facet):
         self, tx: _Tx, status: FlowStatus | str, *, limit: int | None = None, offset: int = 0
     ) -> list[Flow]:
         """The flows in a status, oldest `updated_at` first. Source: FlowStore.list_by_status."""
-        return self._page(tx, _FLOW, "updated_at, id", limit, offset, status=status)
+        return self._page(
+            tx, _FLOW, "flows_by_status", "updated_at, id", limit, offset, status=status
+        )
 
     @_write
     def update_with_revision(self, tx: _Tx, flow: Flow) -> Flow:
@@ -4296,7 +4370,7 @@ class FlowStore(_Facet):
     @_read
     def list_events(self, tx: _Tx, flow_id: AnyId, limit: int = 100) -> list[FlowEvent]:
         """The flow's audit trail, newest first. Source: FlowStore.list_events."""
-        return self._page(tx, _FLOW_EVENT, "id DESC", limit, flow_id=flow_id)
+        return self._page(tx, _FLOW_EVENT, "flow_events_by_flow", "id DESC", limit, flow_id=flow_id)
 
     @_write
     def update_and_append(
@@ -4335,7 +4409,7 @@ class FlowStore(_Facet):
     @_read
     def list_steps(self, tx: _Tx, flow_id: AnyId) -> list[FlowStep]:
         """The flow's steps, oldest `created_at` first. Source: FlowStore.list_steps."""
-        return self._page(tx, _STEP, "created_at, id", flow_id=flow_id)
+        return self._page(tx, _STEP, "flow_steps_by_flow", "created_at, id", flow_id=flow_id)
 
     @_read
     def find_step_by_run_id(self, tx: _Tx, flow_id: AnyId, run_id: AnyId) -> FlowStep | None:
@@ -4351,28 +4425,31 @@ class FlowStore(_Facet):
 
 
 # --- the execution log ---
-_LOG_HEAD = _Sql("""SELECT tenant_id, (SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id),
-    (SELECT l.sequence FROM flowstore_log l WHERE l.execution_id = e.execution_id ORDER BY l.sequence DESC LIMIT 1)
-    FROM flowstore_executions e WHERE execution_id = ? {tenant}""")
+_LOG_HEAD = _Sql(f"""SELECT tenant_id, (SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id),
+    (SELECT l.sequence FROM flowstore_log l {{by {_LOG_KEY}}} WHERE l.execution_id = e.execution_id
+    ORDER BY l.sequence DESC LIMIT 1) FROM flowstore_executions e WHERE execution_id = ? {{tenant}}""")
 _LOG_INSERT = (
     "INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp, event_id) "
     "VALUES (?, ?, ?, ?, ?, ?)"
 )
-_LOG_BY_EVENT_ID = "SELECT sequence FROM flowstore_log WHERE execution_id = ? AND event_id = ?"
-_LOG_AFTER = _select(_STORED, "ORDER BY sequence LIMIT ?", "execution_id", "sequence > ?")
+_LOG_BY_EVENT_ID = """SELECT sequence FROM flowstore_log {by flowstore_log_by_event_id}
+    WHERE execution_id = ? AND event_id = ?"""
+_LOG_AFTER = _select(
+    _STORED, "ORDER BY sequence LIMIT ?", "execution_id", "sequence > ?", index=_LOG_KEY
+)
+_LOG_IN_ORDER = "flowstore_log {by_key|flowstore_log_by_tenant}"
 # The row that stands for a pruned end of the log (its position must not be given again) has no execution.
 _LOG_FROM = _Sql(
     _STORED.select(
-        """flowstore_log WHERE position > ? {in_order} AND execution_id <> '' {tenant}
+        f"""{_LOG_IN_ORDER} WHERE position > ? {{in_order}} AND execution_id <> '' {{tenant}}
         ORDER BY position LIMIT ?"""
     )
 )
-_LOG_END = _Sql("SELECT MAX(position) FROM flowstore_log WHERE position > ? {in_order} {tenant}")
-_LOG_PLACE = _Sql("""SELECT sequence FROM flowstore_log WHERE execution_id = ? AND position <= ? {tenant}
-    ORDER BY sequence DESC LIMIT 1""")
-_LOG_LAST = _Sql(
-    "SELECT sequence FROM flowstore_log WHERE execution_id = ? {tenant} ORDER BY sequence DESC LIMIT 1"
-)
+_LOG_END = _Sql(f"SELECT MAX(position) FROM {_LOG_IN_ORDER} WHERE true {{in_order}} {{tenant}}")
+_LOG_PLACE = _Sql(f"""SELECT sequence FROM flowstore_log {{by {_LOG_KEY}}}
+    WHERE execution_id = ? AND position <= ? {{tenant}} ORDER BY sequence DESC LIMIT 1""")
+_LOG_LAST = _Sql(f"""SELECT sequence FROM flowstore_log {{by {_LOG_KEY}}}
+    WHERE execution_id = ? {{tenant}} ORDER BY sequence DESC LIMIT 1""")
 _EXECUTION_INSERT = (
     "INSERT INTO flowstore_executions (execution_id, tenant_id, created_at) VALUES (?, ?, ?) "
     "ON CONFLICT DO NOTHING"
@@ -4381,6 +4458,8 @@ _EXECUTION_INSERT = (
 _EXECUTION_OWNER = _Sql(
     "SELECT tenant_id FROM flowstore_executions WHERE execution_id = ? AND tenant_id <> '' {tenant}"
 )
+_EXECUTIONS_OF = """SELECT execution_id FROM flowstore_executions {by flowstore_executions_by_tenant}
+    WHERE tenant_id = ? ORDER BY created_at DESC, execution_id DESC LIMIT ? OFFSET ?"""
 _TENANT_STATUS = "SELECT status FROM flowstore_tenants WHERE id = ?"
 
 # In the log: a position, the sequence that an execution has there, and what is known of what follows.
@@ -4420,7 +4499,9 @@ class _LogFacet(_Facet):
     ) -> int:
         """Append one event behind `last`, once per event id."""
         key = None if event_id is None else _id(event_id, "event_id")
-        if key is not None and (known := tx.row(_LOG_BY_EVENT_ID, execution_id, key)):
+        if key is not None and (
+            known := tx.row(tx.dialect.resolve(_LOG_BY_EVENT_ID), execution_id, key)
+        ):
             return int(known[0])
         if expected is not None and last != _int(expected, "expected_sequence", 0):
             raise SequenceConflict(execution_id, _int(expected, "expected_sequence"), last)
@@ -4539,8 +4620,7 @@ class EventStore(_LogFacet):
     ) -> list[str]:
         """The ids of the tenant's known executions, newest first. Source: EventStore.list_executions."""
         rows = tx.rows(
-            "SELECT execution_id FROM flowstore_executions WHERE tenant_id = ? "
-            "ORDER BY created_at DESC, execution_id DESC LIMIT ? OFFSET ?",
+            tx.dialect.resolve(_EXECUTIONS_OF),
             _id(tenant_id, "tenant_id"),
             _limit(limit),
             _count(offset, "offset"),
@@ -4583,8 +4663,23 @@ class EventStore(_LogFacet):
 
         An event that commits later never has a lower position than one already read."""
         after, most = _int(after_position, "after_position"), _limit(limit)
-        facet = _Facet(self._engine, _optional(_id, tenant_id, "tenant_id"))
-        return _STORED.decode_all(facet._rows(tx, _LOG_FROM, after, most))
+        tenant = _optional(_id, tenant_id, "tenant_id")
+        return _STORED.decode_all(self._log_from(tx, tenant, after, most))
+
+    def _log_from(
+        self, tx: _Tx, tenant_id: str | None, position: int, limit: int
+    ) -> list[tuple[Any, ...]]:
+        """The rows of the log behind a position, of a tenant or of all."""
+        if tenant_id is None and tx.dialect is _SQLITE:
+            # Positions have no index that could be named: where ANALYZE saw an event or two, SQLite
+            # would read the log from its beginning. Each tenant's part has an index.
+            (plan,) = tx.rows(f"EXPLAIN QUERY PLAN {_LOG_FROM.all}", position, limit)
+            if plan[-1].startswith("SCAN"):
+                tenants = tx.rows("SELECT id FROM flowstore_tenants")
+                parts = [tx.rows(_LOG_FROM.one, position, *tenant, limit) for tenant in tenants]
+                rows = itertools.chain.from_iterable(parts)
+                return sorted(rows, key=operator.itemgetter(-1))[:limit]
+        return _Facet(self._engine, tenant_id)._rows(tx, _LOG_FROM, position, limit)
 
     def tail(
         self,
@@ -4612,12 +4707,11 @@ class EventStore(_LogFacet):
         """Where a tail begins: a position, the sequence that one execution had there, and what is to be left out."""
         known: frozenset[int] = frozenset()
         if after is None:
-            after = int(self._rows(tx, _LOG_END, -1)[0][0] or 0)
-            # On a server, what is there already may still come to those who read by position.
-            known = frozenset(
-                row[0]
-                for row in tx.rows("SELECT position FROM flowstore_log WHERE position > ?", after)
-            )
+            after = int(self._rows(tx, _LOG_END)[0][0] or 0)
+            if self._engine.max_writers > 1:
+                # What is there already may still come to those who read by position.
+                sql = "SELECT position FROM flowstore_log WHERE position > ?"
+                known = frozenset(row[0] for row in tx.rows(sql, after))
         row = None if execution_id is None else self._row(tx, _LOG_PLACE, execution_id, after)
         return after, 0 if row is None else int(row[0]), known
 
@@ -4647,25 +4741,39 @@ class EventStore(_LogFacet):
         at = "SELECT 1 FROM flowstore_log WHERE execution_id = ? AND sequence = ? AND position <= ?"
         if execution_id is not None and not tx.row(at, execution_id, sequence, position):
             sequence = 0  # pruned meanwhile, and perhaps begun anew
-        sql, *behind = (
-            (_LOG_FROM, position) if execution_id is None else (_LOG_AFTER, execution_id, sequence)
-        )
-        events = _STORED.decode_all(_Facet(self._engine, tenant_id)._rows(tx, sql, *behind, 1000))
+        if execution_id is None:
+            rows = self._log_from(tx, tenant_id, position, 1000)
+        else:
+            facet = _Facet(self._engine, tenant_id)
+            rows = facet._rows(tx, _LOG_AFTER, execution_id, sequence, 1000)
         return [
-            event for event in events if event.position > position and event.position not in known
+            event
+            for event in _STORED.decode_all(rows)
+            if event.position > position and event.position not in known
         ]
 
 
 # --- the state backend ---
+# The indexes of the queue, by the status that they are about.
+_BY_STATUS = {
+    "pending": "flowstore_pending|flowstore_pending_by_tenant",
+    "claimed": "flowstore_leases|flowstore_leases_by_tenant",
+    "dead_lettered": "flowstore_dead|flowstore_dead_by_tenant",
+}
 _STATE = _Sql("SELECT current_state FROM flowstore_runs WHERE execution_id = ? {tenant}")
 _SNAPSHOT_LATEST = _select(
-    _SNAPSHOT, "ORDER BY at_sequence DESC LIMIT 1", "execution_id", "at_sequence <= ?"
+    _SNAPSHOT,
+    "ORDER BY at_sequence DESC LIMIT 1",
+    "execution_id",
+    "at_sequence <= ?",
+    index=_SNAPSHOT_KEY,
 )
 # An id is taken whoever took it: this one asks without regard to tenants.
 _SNAPSHOT_PLACE = "SELECT execution_id, at_sequence FROM flowstore_snapshots WHERE id = ?"
 _SNAPSHOT_WRITE = _SNAPSHOT.upsert("execution_id, at_sequence")
-_OLDER_SNAPSHOTS = """FROM flowstore_snapshots WHERE execution_id = ? {tenant} AND at_sequence <= (
-    SELECT at_sequence FROM flowstore_snapshots WHERE execution_id = ? {tenant}
+_OLDER_SNAPSHOTS = f"""FROM flowstore_snapshots {{by {_SNAPSHOT_KEY}}}
+    WHERE execution_id = ? {{tenant}} AND at_sequence <= (
+    SELECT at_sequence FROM flowstore_snapshots {{by {_SNAPSHOT_KEY}}} WHERE execution_id = ? {{tenant}}
     ORDER BY at_sequence DESC LIMIT 1 OFFSET ?)"""
 _SNAPSHOT_PRUNE = _Sql(f"DELETE {_OLDER_SNAPSHOTS}")
 _RENEW = _update(
@@ -4696,20 +4804,27 @@ _EXPIRED = _select(
     "{queue_type} = ?",
     "{status} = 'claimed'",
     "lease_expires_at <= ?",
+    index=_BY_STATUS["claimed"],
 )
-_NEXT_LEASED_QUEUE = _Sql("""SELECT queue_type FROM flowstore_work_items
-    WHERE {status} = 'claimed' AND {queue_type} > ? {tenant} ORDER BY {queue_type} LIMIT 1""")
+_NEXT_QUEUE = {
+    status: _Sql(f"""SELECT queue_type FROM flowstore_work_items {{by {_BY_STATUS[status]}}}
+        WHERE {{status}} = '{status}' AND {{queue_type}} > ? {{tenant}} ORDER BY {{queue_type}} LIMIT 1""")
+    for status in ("pending", "claimed")
+}
 _DEAD_LETTERS = _select(
-    _DEAD, "ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?", "{status} = 'dead_lettered'"
+    _DEAD,
+    "ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?",
+    "{status} = 'dead_lettered'",
+    index=_BY_STATUS["dead_lettered"],
 )
 _DEFINITION_DROP = _Sql(
     "DELETE FROM flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}"
 ).one
 # Counts for a tenant's limits, made only where it has one.
-_DEFINITIONS_KEPT = _Sql("SELECT COUNT(*) FROM flowstore_definitions WHERE true {tenant}").one
-_RUNS_OPEN = _Sql(
-    "SELECT COUNT(*) FROM flowstore_runs WHERE status IN ('pending', 'running', 'paused') {tenant}"
-).one
+_DEFINITIONS_KEPT = _Sql("""SELECT COUNT(*) FROM flowstore_definitions
+    {by sqlite_autoindex_flowstore_definitions_1} WHERE true {tenant}""")
+_RUNS_OPEN = _Sql("""SELECT COUNT(*) FROM flowstore_runs {by flowstore_runs_by_tenant_status}
+    WHERE status IN ('pending', 'running', 'paused') {tenant}""")
 _EFFECT_INSERT = (
     "INSERT INTO flowstore_effects (tenant_id, key, result, execution_id) VALUES (?, ?, ?, ?) "
     "ON CONFLICT DO NOTHING"
@@ -4723,7 +4838,8 @@ _TOKEN_VALID = _select(
     "hash",
     "revoked_at IS NULL",
     "COALESCE(expires_at > ?, true)",
-    "EXISTS (SELECT 1 FROM flowstore_tenants t WHERE t.id = tenant_id AND t.status = 'active')",
+    "(SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id) = 'active'",
+    index="sqlite_autoindex_flowstore_tokens_2",
 )
 _TENANT_UPDATE = f"{_TENANT.update} RETURNING {_TENANT.columns}"
 _RECLAIMED_PER_CLAIM = 16
@@ -4732,14 +4848,15 @@ _LEASE_EXPIRED = "the lease expired"
 
 def _first_sql(queues: int, status: str, time: str, lock: str = "") -> str:
     """The id of the item in these queues, of a status, whose time came first: a seek for each queue."""
-    seek = f"""SELECT id FROM flowstore_work_items
+    seek = f"""SELECT id FROM flowstore_work_items {{by {_BY_STATUS[status]}}}
         WHERE {{status}} = '{status}' AND {{queue_type}} = %s AND {time} <= ? {{tenant}}
         ORDER BY {time}, id LIMIT 1 {lock}"""
     return (
         seek % "?"
         if queues == 1
         else f"""SELECT i.id FROM (VALUES {", ".join(["(?)"] * queues)}) q
-        JOIN flowstore_work_items i ON i.id = ({seek % "q.column1"}) ORDER BY i.{time}, i.id LIMIT 1"""
+        {{join}} flowstore_work_items i {{by sqlite_autoindex_flowstore_work_items_1}}
+        ON i.id = ({seek % "q.column1"}) ORDER BY i.{time}, i.id LIMIT 1"""
     )
 
 
@@ -4792,10 +4909,11 @@ class StateBackend(_LogFacet):
         ):
             raise TenantInactive(tenant)
 
-    def _obey(self, tx: _Tx, tenant: str, limit: str, count: str, added: bool) -> None:
+    def _obey(self, tx: _Tx, tenant: str, limit: str, count: _Sql, added: bool) -> None:
         """After a write: NotFound for an unregistered tenant, LimitExceeded when that was one row too many."""
         most = getattr(self._need(tx, _TENANT, id=tenant).limits, limit)
-        if added and most is not None and tx.rows(count, tenant)[0][0] > most:
+        of_tenant = _Facet(self._engine, tenant)
+        if added and most is not None and of_tenant._rows(tx, count)[0][0] > most:
             raise LimitExceeded(tenant)
 
     def _owner(self, tx: _Tx, execution_id: str) -> str:
@@ -4835,9 +4953,11 @@ class StateBackend(_LogFacet):
         offset: int = 0,
     ) -> list[WorkflowExecution]:
         """Executions with a record, newest `updated_at` first. Source: StateBackend.list_executions."""
-        return self._page(
-            tx, _RUN, "updated_at DESC, execution_id DESC", limit, offset, **_given(status=status)
+        index = "flowstore_runs_by_" + (
+            "status|flowstore_runs_by_tenant_status" if status else "time|flowstore_runs_by_tenant"
         )
+        order = "updated_at DESC, execution_id DESC"
+        return self._page(tx, _RUN, index, order, limit, offset, **_given(status=status))
 
     @_write
     def update_execution_status(self, tx: _Tx, id: AnyId, status: ExecutionStatus | str) -> None:
@@ -5014,7 +5134,13 @@ class StateBackend(_LogFacet):
     ) -> list[WorkItem]:
         """Items, oldest `available_at` first, filtered by what is given."""
         filters = _given(status=status, queue_type=queue_type, execution_id=execution_id)
-        return self._page(tx, _ITEM, "available_at, id", limit, offset, **filters)
+        index = (
+            "flowstore_items_by_execution"
+            if execution_id is not None
+            else f"flowstore_items_by_{'queue' if queue_type else 'status' if status else 'time'}"
+            "|flowstore_items_by_tenant"
+        )
+        return self._page(tx, _ITEM, index, "available_at, id", limit, offset, **filters)
 
     @_steps
     def claim_work_item(
@@ -5237,7 +5363,7 @@ class StateBackend(_LogFacet):
         Below `max_attempts` the item is pending again after the store's backoff, else a dead letter. Claims do this
         by themselves for their queues. Source: StateBackend.reclaim_expired_leases."""
         now, queue, ended = tx.now(), "", []
-        while (following := self._row(tx, _NEXT_LEASED_QUEUE, queue)) is not None:
+        while (following := self._row(tx, _NEXT_QUEUE["claimed"], queue)) is not None:
             queue = following[0]
             ended += self._take_back(tx, queue, now, _INT_MAX)
         return ReclaimResult(
@@ -5397,7 +5523,12 @@ class StateBackend(_LogFacet):
     @_read
     def list_tokens(self, tx: _Tx) -> list[ApiToken]:
         """All tokens, revoked and expired ones too, newest first."""
-        return self._page(tx, _TOKEN, "created_at DESC, id DESC")
+        return self._page(
+            tx,
+            _TOKEN,
+            "flowstore_tokens_by_time|flowstore_tokens_by_tenant",
+            "created_at DESC, id DESC",
+        )
 
     @_write
     def create_tenant(self, tx: _Tx, tenant: Tenant) -> Tenant:
@@ -5415,7 +5546,8 @@ class StateBackend(_LogFacet):
     @_read
     def list_tenants(self, tx: _Tx) -> list[Tenant]:
         """All tenants, oldest first; a view knows its own alone. Source: StateBackend.list_tenants."""
-        return self._page(tx, _TENANT, "created_at, id", **_given(id=self._tenant))
+        index = "" if self._tenant else "flowstore_tenants_by_time"
+        return self._page(tx, _TENANT, index, "created_at, id", **_given(id=self._tenant))
 
     @_write
     def update_tenant(self, tx: _Tx, tenant: Tenant) -> Tenant:
@@ -5519,12 +5651,14 @@ def _keep_lease(
 
 
 # --- workflow persistence ---
-_INSTANCES = _INSTANCE.select("workflows WHERE id IN ({}) ORDER BY id")
+_INSTANCES = _INSTANCE.select(
+    "workflows {by sqlite_autoindex_workflows_1} WHERE id IN ({}) ORDER BY id"
+)
 _INSTANCE_BY_NAME = "SELECT id FROM workflows WHERE name = ?"
 _COUNTER_NEXT = """INSERT INTO flowstore_counters (definition_id, value) VALUES (?, 1)
     ON CONFLICT (definition_id) DO UPDATE SET value = flowstore_counters.value + 1 RETURNING value"""
-_POINTERS = f"""SELECT {", ".join(_POINTER.written)} FROM execution_pointers WHERE workflow_id IN ({{}})
-    ORDER BY workflow_id, place, id"""
+_POINTERS = f"""SELECT {", ".join(_POINTER.written)} FROM execution_pointers {{by execution_pointers_in_order}}
+    WHERE workflow_id IN ({{}}) ORDER BY workflow_id, place, id"""
 _POINTER_WRITE = _POINTER.upsert("workflow_id, id")
 _UNHELD = "(external_token IS NULL OR external_token_expiry <= ?)"
 _HOLD_SUBSCRIPTION = _update(
@@ -5538,9 +5672,15 @@ _LET_GO = _update(
     "AND external_token = ?",
 )
 _TO_EVENT = ("event_name", "event_key", "subscribe_as_of <= ?", "terminated_at IS NULL")
-_SUBSCRIPTIONS = _select(_SUBSCRIPTION, "ORDER BY subscribe_as_of, id", *_TO_EVENT)
+_SUBSCRIPTIONS = _select(
+    _SUBSCRIPTION, "ORDER BY subscribe_as_of, id", *_TO_EVENT, index="event_subscriptions_open"
+)
 _SUBSCRIPTION_OPEN = _select(
-    _SUBSCRIPTION, "ORDER BY subscribe_as_of, id LIMIT 1", *_TO_EVENT, _UNHELD
+    _SUBSCRIPTION,
+    "ORDER BY subscribe_as_of, id LIMIT 1",
+    *_TO_EVENT,
+    _UNHELD,
+    index="event_subscriptions_open",
 )
 # A lease that has expired holds nothing: scheduling takes it away, so that its handler's late return finds it gone.
 _FREE_COMMAND = (
@@ -5553,16 +5693,20 @@ _SCHEDULE = f"""INSERT INTO scheduled_commands (command_name, data, execute_time
     again_at = CASE WHEN {_FREE_COMMAND} OR scheduled_commands.again_at < excluded.execute_time
         THEN scheduled_commands.again_at ELSE excluded.execute_time END,
     lease_token = CASE WHEN {_FREE_COMMAND} THEN NULL ELSE scheduled_commands.lease_token END"""
-_DUE = f"""SELECT execute_time, command_name, data FROM scheduled_commands
+_DUE = f"""SELECT execute_time, command_name, data FROM scheduled_commands {{by scheduled_commands_by_time}}
     WHERE execute_time <= ? AND {_FREE_COMMAND} AND (execute_time, command_name, data) > (?, ?, ?)
     ORDER BY execute_time, command_name, data LIMIT 1"""
 _LEASE = "UPDATE scheduled_commands SET lease_token = ?, lease_expires_at = ? WHERE command_name = ? AND data = ?"
 _HELD = "WHERE lease_token = ? AND lease_expires_at > ? AND command_name = ? AND data = ?"
 _AGAIN = f"""UPDATE scheduled_commands SET execute_time = again_at, again_at = NULL, lease_token = NULL
     {_HELD} AND again_at IS NOT NULL"""
-_GIVE_BACK = """UPDATE scheduled_commands SET again_at = NULL, lease_token = NULL,
+_GIVE_BACK = """UPDATE scheduled_commands {{by {}}} SET again_at = NULL, lease_token = NULL,
     execute_time = CASE WHEN again_at < execute_time THEN again_at ELSE execute_time END
-    WHERE lease_token = ? AND lease_expires_at > ? AND execute_time <= ?"""
+    WHERE lease_token = ? AND lease_expires_at > ? AND execute_time <= ?""".format
+_GIVE_BACK_ALL = _GIVE_BACK("scheduled_commands_by_time")
+_GIVE_BACK_ONE = (
+    _GIVE_BACK("sqlite_autoindex_scheduled_commands_1") + " AND command_name = ? AND data = ?"
+)
 
 # Whether a pointer has changed is told, for a tenth of what encoding it costs, by marshal's bytes (== would take True
 # for 1) and, for what marshal does not know, by comparing.
@@ -5702,7 +5846,7 @@ class PersistenceProvider(_Facet):
         self, tx: _Tx, id: str, pointers: Sequence[Any]
     ) -> tuple[list[tuple[Any, ...]], list[int]]:
         """The rows that differ, and all places, kept while they only ever increase; pointers that are gone go."""
-        stored = {row[0]: row for row in tx.rows(_POINTERS.format("?"), id)}
+        stored = {row[0]: row for row in tx.rows(tx.dialect.resolve(_POINTERS).format("?"), id)}
         places: dict[str, int] = {}
         rows, last = [], -1
         for index in range(len(pointers)):
@@ -5724,8 +5868,11 @@ class PersistenceProvider(_Facet):
     @_read
     def get_runnable_instances(self, tx: _Tx, as_at: datetime | None = None) -> list[str]:
         """The ids of those Runnable and due by `as_at` (None: now), soonest first. Source: get_runnable_instances."""
-        sql = "SELECT id FROM workflows WHERE status = 'Runnable' AND next_execution <= ? ORDER BY next_execution, id"
-        return [id for (id,) in tx.rows(sql, _as_of(tx, as_at, "as_at") // 1000)]
+        sql = """SELECT id FROM workflows {by workflows_runnable}
+            WHERE status = 'Runnable' AND next_execution <= ? ORDER BY next_execution, id"""
+        return [
+            id for (id,) in tx.rows(tx.dialect.resolve(sql), _as_of(tx, as_at, "as_at") // 1000)
+        ]
 
     @_snapshot
     def get_workflow_instance(self, tx: _Tx, id: AnyId) -> WorkflowInstance:
@@ -5754,9 +5901,9 @@ class PersistenceProvider(_Facet):
 
     def _instances(self, tx: _Tx, ids: list[str]) -> list[WorkflowInstance]:
         marks = ", ".join("?" * len(ids)) or "NULL"
-        rows = {row[0]: row for row in tx.rows(_INSTANCES.format(marks), *ids)}
+        rows = {row[0]: row for row in tx.rows(tx.dialect.resolve(_INSTANCES).format(marks), *ids)}
         pointers: dict[str, list[tuple[Any, ...]]] = {id: [] for id in rows}
-        for row in tx.rows(_POINTERS.format(marks), *ids):
+        for row in tx.rows(tx.dialect.resolve(_POINTERS).format(marks), *ids):
             pointers[row[-2]].append(row[:-2])
         found = [_INSTANCE.decode(rows[id]) for id in ids if id in rows]
         for instance in found:
@@ -5791,7 +5938,9 @@ class PersistenceProvider(_Facet):
     @_steps
     def purge_workflows(self, status: WorkflowStatus | str, older_than: datetime) -> _Steps[int]:
         """Delete those of a status completed (else created) before a time; how many. Source: purge_workflows."""
-        ended = _terminal("workflows", _WORKFLOW_TIME, _enum(WorkflowStatus, status, "status"))
+        ended = _terminal(
+            "workflows", "workflows_by_age", _WORKFLOW_TIME, _enum(WorkflowStatus, status, "status")
+        )
         return (yield from self._prune_kind("workflows", _time(older_than, "older_than"), *ended))
 
     # --- subscriptions and events ---
@@ -5862,8 +6011,9 @@ class PersistenceProvider(_Facet):
     @_read
     def get_runnable_events(self, tx: _Tx, as_at: datetime | None = None) -> list[str]:
         """The ids of events up to `as_at` (None: now) not processed yet, oldest first. Source: get_runnable_events."""
-        sql = "SELECT id FROM events WHERE is_processed = 0 AND event_time <= ? ORDER BY event_time, id"
-        return [id for (id,) in tx.rows(sql, _as_of(tx, as_at, "as_at"))]
+        sql = """SELECT id FROM events {by events_runnable}
+            WHERE is_processed = 0 AND event_time <= ? ORDER BY event_time, id"""
+        return [id for (id,) in tx.rows(tx.dialect.resolve(sql), _as_of(tx, as_at, "as_at"))]
 
     @_read
     def get_events(
@@ -5871,8 +6021,9 @@ class PersistenceProvider(_Facet):
     ) -> list[str]:
         """The ids of events of a name and key up to `as_of` (None: now), oldest first. Source: get_events."""
         until = _event_until(tx, event_name, event_key, as_of)
-        sql = "SELECT id FROM events WHERE event_name = ? AND event_key = ? AND event_time <= ? ORDER BY event_time, id"
-        return [id for (id,) in tx.rows(sql, *until)]
+        sql = """SELECT id FROM events {by events_by_key}
+            WHERE event_name = ? AND event_key = ? AND event_time <= ? ORDER BY event_time, id"""
+        return [id for (id,) in tx.rows(tx.dialect.resolve(sql), *until)]
 
     @_write
     def mark_event_processed(self, tx: _Tx, id: AnyId) -> None:
@@ -5952,7 +6103,7 @@ class PersistenceProvider(_Facet):
     ) -> tuple[int, str, str] | None:
         """Lease the first due command behind `place` that is free; its time, name and data."""
         now, found = tx.now(), place
-        while (row := tx.row(_DUE, due, now, *found)) is not None:
+        while (row := tx.row(tx.dialect.resolve(_DUE), due, now, *found)) is not None:
             found = row[0], row[1], row[2]
             if found[1:] not in seen:
                 tx.run(_LEASE, token, _after(now, lease, "lease_seconds"), *found[1:])
@@ -5968,7 +6119,7 @@ class PersistenceProvider(_Facet):
     @_write
     def _give_back(self, tx: _Tx, token: str, due: int, *command: str) -> None:
         """Free a command for the next caller; where name and data are not known, whatever the token holds."""
-        sql = _GIVE_BACK + (" AND command_name = ? AND data = ?" if command else "")
+        sql = tx.dialect.resolve(_GIVE_BACK_ONE if command else _GIVE_BACK_ALL)
         tx.run(sql, token, tx.now(), due, *command)
 
     @_write
@@ -5982,7 +6133,15 @@ class PersistenceProvider(_Facet):
         self, tx: _Tx, workflow_id: AnyId, limit: int = 100, offset: int = 0
     ) -> list[ExecutionError]:
         """The errors of a workflow, newest first."""
-        return self._page(tx, _ERROR, "id DESC", limit, offset, workflow_id=workflow_id)
+        return self._page(
+            tx,
+            _ERROR,
+            "execution_errors_by_workflow",
+            "id DESC",
+            limit,
+            offset,
+            workflow_id=workflow_id,
+        )
 
     @_read
     def ensure_store_exists(self, tx: _Tx) -> None:
@@ -6099,7 +6258,8 @@ class _StoreBase(_Facet):
         for kind, rule in _PRUNED.items():
             for source in rule.sources:
                 held = "NULL" if source.in_pieces else _holder_sql(keys, rule, source.table)
-                sql = f"SELECT COUNT(*) FROM {source.table} WHERE {source.ended} AND {held} IS NULL"
+                by = tx.dialect.resolve(f"{{by {source.by}}}")
+                sql = f"SELECT COUNT(*) FROM {source.table} {by} WHERE {source.ended} AND {held} IS NULL"
                 counts[kind] += tx.rows(sql, *[before] * source.ended.count("?"))[0][0]
         return counts
 
@@ -6110,14 +6270,18 @@ class _StoreBase(_Facet):
         items = "SELECT queue_type, status, COUNT(*) FROM flowstore_work_items GROUP BY queue_type, status"
         for queue, status, count in tx.rows(items):
             queues.setdefault(queue, {})[status] = count
-        by_status = "SELECT status, COUNT(*) FROM {} GROUP BY status".format
+
+        def by_status(table: str, index: str) -> dict[str, int]:
+            sql = f"SELECT status, COUNT(*) FROM {table} {{by {index}}} GROUP BY status"
+            return dict(tx.rows(tx.dialect.resolve(sql)))
+
         return {
             "tables": {
                 name: tx.rows(f"SELECT COUNT(*) FROM {name}")[0][0] for name in sorted(_TABLE_NAMES)
             },
-            "flows": dict(tx.rows(by_status("flows"))),
-            "executions": dict(tx.rows(by_status("flowstore_runs"))),
-            "workflows": dict(tx.rows(by_status("workflows"))),
+            "flows": by_status("flows", "flows_by_status"),
+            "executions": by_status("flowstore_runs", "flowstore_runs_by_status"),
+            "workflows": by_status("workflows", "workflows_by_age"),
             "queues": queues,
             **self._engine.sizes(tx),
         }
@@ -6156,6 +6320,7 @@ class Store(_StoreBase):
 
 def _problems(tx: _Tx) -> list[str]:
     """What is wrong with a database: SQLite's own findings, then ours."""
+    log = tx.dialect.resolve(f"{{by {_LOG_KEY}}}")
     try:
         found = [row[0] for row in tx.rows("PRAGMA integrity_check") if row[0] != "ok"]
         found += [
@@ -6165,14 +6330,14 @@ def _problems(tx: _Tx) -> list[str]:
         found += [
             f"the log of execution {execution!r} has a gap"
             for (execution,) in tx.rows(
-                "SELECT execution_id FROM flowstore_log WHERE execution_id <> '' GROUP BY execution_id "
+                f"SELECT execution_id FROM flowstore_log {log} WHERE execution_id <> '' GROUP BY execution_id "
                 "HAVING COUNT(*) <> MAX(sequence) OR MIN(sequence) <> 1 ORDER BY execution_id"
             )
         ]
         found += [
             f"the log has events of execution {execution!r}, which is not known"
             for (execution,) in tx.rows(
-                "SELECT DISTINCT execution_id FROM flowstore_log l WHERE execution_id <> '' AND NOT EXISTS "
+                f"SELECT DISTINCT execution_id FROM flowstore_log l {log} WHERE execution_id <> '' AND NOT EXISTS "
                 "(SELECT 1 FROM flowstore_executions e WHERE e.execution_id = l.execution_id) ORDER BY execution_id"
             )
         ]
@@ -6860,6 +7025,7 @@ class _DetailTable(NamedTuple):
     """A table in a detail; `where` is SQL that takes the id of what the detail is about."""
 
     mapper: _Mapper[Any]
+    by: str
     where: str
     order: str
 
@@ -6867,14 +7033,19 @@ class _DetailTable(NamedTuple):
 class _Kind(NamedTuple):
     """A kind of record that overviews count and list; details of it have `tables`.
 
-    `changed_at` is SQL of the time by which an index sorts the records of one status."""
+    `changed_at` is SQL of the time by which the index `by` sorts the records of one status."""
 
     name: str
     facet: type[_Facet]
     mapper: _Mapper[Any]
     statuses: type[StrEnum]
     changed_at: str
+    by: str
     tables: dict[str, _DetailTable]
+
+    def index_of(self, status: str) -> str:
+        """The index of the records of a status."""
+        return _BY_STATUS.get(status, self.by) if self.mapper is _DEAD else self.by
 
 
 _EXECUTIONS = _Kind(
@@ -6883,9 +7054,12 @@ _EXECUTIONS = _Kind(
     _RUN,
     ExecutionStatus,
     "updated_at",
+    "flowstore_runs_by_status|flowstore_runs_by_tenant_status",
     {
-        "events": _DetailTable(_STORED, "execution_id = ?", "sequence DESC"),
-        "work items": _DetailTable(_DEAD, "execution_id = ?", "available_at DESC, id DESC"),
+        "events": _DetailTable(_STORED, _LOG_KEY, "execution_id = ?", "sequence DESC"),
+        "work items": _DetailTable(
+            _DEAD, "flowstore_items_by_execution", "execution_id = ?", "available_at DESC, id DESC"
+        ),
     },
 )
 _FLOWS = _Kind(
@@ -6894,9 +7068,12 @@ _FLOWS = _Kind(
     _FLOW,
     FlowStatus,
     "updated_at",
+    "flows_by_status",
     {
-        "events": _DetailTable(_FLOW_EVENT, "flow_id = ?", "id DESC"),
-        "steps": _DetailTable(_STEP, "flow_id = ?", "created_at DESC, id DESC"),
+        "events": _DetailTable(_FLOW_EVENT, "flow_events_by_flow", "flow_id = ?", "id DESC"),
+        "steps": _DetailTable(
+            _STEP, "flow_steps_by_flow", "flow_id = ?", "created_at DESC, id DESC"
+        ),
     },
 )
 _WORKFLOWS = _Kind(
@@ -6905,23 +7082,39 @@ _WORKFLOWS = _Kind(
     _INSTANCE,
     WorkflowStatus,
     "COALESCE(complete_time, create_time)",
+    "workflows_by_age",
     {
-        "pointers": _DetailTable(_POINTER, "workflow_id = ?", "place DESC, id DESC"),
-        "subscriptions": _DetailTable(
-            _SUBSCRIPTION, "workflow_id = ? AND terminated_at IS NULL", "workflow_id"
+        "pointers": _DetailTable(
+            _POINTER, "execution_pointers_in_order", "workflow_id = ?", "place DESC, id DESC"
         ),
-        "errors": _DetailTable(_ERROR, "workflow_id = ?", "id DESC"),
+        "subscriptions": _DetailTable(
+            _SUBSCRIPTION,
+            "event_subscriptions_by_workflow",
+            "workflow_id = ? AND terminated_at IS NULL",
+            "workflow_id",
+        ),
+        "errors": _DetailTable(
+            _ERROR, "execution_errors_by_workflow", "workflow_id = ?", "id DESC"
+        ),
     },
 )
-_WORK_ITEMS = _Kind("work items", StateBackend, _DEAD, WorkItemStatus, "dead_lettered_at", {})
+_WORK_ITEMS = _Kind(
+    "work items",
+    StateBackend,
+    _DEAD,
+    WorkItemStatus,
+    "dead_lettered_at",
+    "flowstore_items_by_status",
+    {},
+)
 _KINDS = (_EXECUTIONS, _FLOWS, _WORKFLOWS, _WORK_ITEMS)
 _STATUSES = dict.fromkeys(str(status) for kind in _KINDS for status in kind.statuses)
 
 
 # --- the model: what is read from the store ---
 _LONG_CODECS = (_text, _ref, _json, _texts, _object)  # of columns with texts of any length
-_LAST_EVENTS = _Sql("""SELECT execution_id, timestamp, position FROM flowstore_log
-    WHERE execution_id <> '' {tenant} ORDER BY position DESC LIMIT 1000""")
+_LAST_EVENTS = _Sql(f"""SELECT execution_id, timestamp, position FROM {_LOG_IN_ORDER}
+    WHERE execution_id <> '' {{tenant}} ORDER BY position DESC LIMIT 1000""")
 
 
 def _first_value(row: _Row, *names: str) -> Any:
@@ -6952,19 +7145,19 @@ class _ViewReader:
         row = self.facet._row(self.tx, sql, *params)
         return row[0] if row else None
 
-    def count(self, table: str, where: str, *params: Any) -> int | str:
+    def count(self, table: str, index: str, where: str, *params: Any) -> int | str:
         """The number of rows; a text when there are more than the bound."""
-        some = f"SELECT 1 FROM {table} WHERE {where} {{tenant}} LIMIT {_COUNT_BOUND + 1}"
+        some = f"SELECT 1 FROM {table} {{by {index}}} WHERE {where} {{tenant}} LIMIT {_COUNT_BOUND + 1}"
         count: int = self.value(_statement(f"SELECT COUNT(*) FROM ({some}) counted"), *params)
         return count if count <= _COUNT_BOUND else f"{_COUNT_BOUND:,}+"
 
-    def records(self, mapper: _Mapper[Any], where: str, *params: Any) -> list[_Row]:
-        """Records as dicts, long texts and JSON cut; `where` has a {tenant}, as `_Sql` needs it."""
+    def records(self, mapper: _Mapper[Any], rest: str, *params: Any) -> list[_Row]:
+        """Records as dicts, long texts and JSON cut; `rest` has a {tenant}, as `_Sql` needs it."""
         columns = [
             f"SUBSTR({name}, 1, {_TEXT_BOUND + 1})" if encode in _LONG_CODECS else name
             for name, encode in mapper.codecs.items()
         ]
-        sql = _statement(f"SELECT {', '.join(columns)} FROM {mapper.table} WHERE {where}")
+        sql = _statement(f"SELECT {', '.join(columns)} FROM {mapper.table} {rest}")
         decoders = dict(mapper._decoders)
 
         def view_value(index: int, value: Any) -> Any:
@@ -6978,7 +7171,7 @@ class _ViewReader:
 
     def record(self, mapper: _Mapper[Any], id: str) -> _Row | None:
         """The record of an id."""
-        rows = self.records(mapper, f"{mapper.key} = ? {{tenant}}", id)
+        rows = self.records(mapper, f"WHERE {mapper.key} = ? {{tenant}}", id)
         return rows[0] if rows else None
 
     def overview(self, status: str | None) -> View:
@@ -7008,10 +7201,22 @@ class _ViewReader:
                 tables[f"{kind.mapper.kind}s"] = {"rows": rows, "total": total}
         if is_store or isinstance(facet, PersistenceProvider):
             facts |= {
-                "open_subscriptions": self.count("event_subscriptions", "terminated_at IS NULL"),
-                "unprocessed_events": self.count("events", "is_processed = 0"),
-                "due_commands": self.count("scheduled_commands", "execute_time <= ?", now // 1000),
-                "later_commands": self.count("scheduled_commands", "execute_time > ?", now // 1000),
+                "open_subscriptions": self.count(
+                    "event_subscriptions", "event_subscriptions_open", "terminated_at IS NULL"
+                ),
+                "unprocessed_events": self.count("events", "events_runnable", "is_processed = 0"),
+                "due_commands": self.count(
+                    "scheduled_commands",
+                    "scheduled_commands_by_time",
+                    "execute_time <= ?",
+                    now // 1000,
+                ),
+                "later_commands": self.count(
+                    "scheduled_commands",
+                    "scheduled_commands_by_time",
+                    "execute_time > ?",
+                    now // 1000,
+                ),
             }
         return View(
             kind="overview",
@@ -7030,7 +7235,10 @@ class _ViewReader:
             statuses = ("pending", "claimed", "dead_lettered")
         table = kind.mapper.table
         column = "{status}" if kind is _WORK_ITEMS else "status"
-        counts = {str(status): self.count(table, f"{column} = '{status}'") for status in statuses}
+        counts = {
+            str(status): self.count(table, kind.index_of(status), f"{column} = '{status}'")
+            for status in statuses
+        }
         return {status: count for status, count in counts.items() if count}
 
     def last_changed(self, kind: _Kind, status: str | None) -> list[_Row]:
@@ -7040,7 +7248,10 @@ class _ViewReader:
         rows: list[_Row] = []
         for each in ("dead_lettered",) if kind is _WORK_ITEMS else kind.statuses:
             if status in (None, each):
-                rows += self.records(kind.mapper, f"{column} = '{each}' {{tenant}} {order}")
+                rows += self.records(
+                    kind.mapper,
+                    f"{{by {kind.index_of(each)}}} WHERE {column} = '{each}' {{tenant}} {order}",
+                )
         times = ("dead_lettered_at", "updated_at", "complete_time", "create_time")
         rows.sort(key=lambda row: _first_value(row, *times), reverse=True)
         return rows[:_OVERVIEW_ROWS]
@@ -7058,21 +7269,20 @@ class _ViewReader:
 
     def queues(self, now: int) -> list[_Row]:
         """The queues that have items which wait, are leased or are dead, and how many."""
-        dead_letters = f"""SELECT queue_type FROM flowstore_work_items
+        dead_letters = f"""SELECT queue_type FROM flowstore_work_items {{by {_BY_STATUS["dead_lettered"]}}}
             WHERE {{status}} = 'dead_lettered' {{tenant}} LIMIT {_DEAD_BOUND}"""
         dead = [queue for (queue,) in self.facet._rows(self.tx, _statement(dead_letters))]
         queues = set(dead)
         for status in ("pending", "claimed"):
             # One seek per queue: the index sorts the items of a status by queue.
-            following = _statement(f"""SELECT queue_type FROM flowstore_work_items
-                WHERE {{status}} = '{status}' {{tenant}} AND {{queue_type}} > ?
-                ORDER BY {{queue_type}} LIMIT 1""")
+            following = _NEXT_QUEUE[status]
             queue = self.value(following, "")
             while queue and len(queues) < _QUEUE_LIMIT:
                 queues.add(queue)
                 queue = self.value(following, queue)
-        head = _statement("""SELECT available_at FROM flowstore_work_items
-            WHERE {status} = 'pending' {tenant} AND {queue_type} = ?
+        waiting, leased = _BY_STATUS["pending"], _BY_STATUS["claimed"]
+        head = _statement(f"""SELECT available_at FROM flowstore_work_items {{by {waiting}}}
+            WHERE {{status}} = 'pending' {{tenant}} AND {{queue_type}} = ?
             ORDER BY available_at, id LIMIT 1""")
         items = _ITEM.table
         rows = []
@@ -7083,9 +7293,11 @@ class _ViewReader:
                 {
                     "queue": queue,
                     "waiting": self.count(
-                        items, "{status} = 'pending' AND {queue_type} = ?", queue
+                        items, waiting, "{status} = 'pending' AND {queue_type} = ?", queue
                     ),
-                    "leased": self.count(items, "{status} = 'claimed' AND {queue_type} = ?", queue),
+                    "leased": self.count(
+                        items, leased, "{status} = 'claimed' AND {queue_type} = ?", queue
+                    ),
                     "dead": dead_count if len(dead) < _DEAD_BOUND else f"{dead_count}+",
                     "oldest_seconds": None if oldest is None else max(0, now - oldest) / 1e6,
                 }
@@ -7104,8 +7316,10 @@ class _ViewReader:
         now = _datetime(self.tx.now())
         tables = {}
         steps: list[_Row] = []
-        for name, (mapper, where, order) in kind.tables.items():
-            newest = f"{where} {{tenant}} ORDER BY {order} LIMIT {_DETAIL_ROWS}"
+        for name, (mapper, index, where, order) in kind.tables.items():
+            newest = (
+                f"{{by {index}}} WHERE {where} {{tenant}} ORDER BY {order} LIMIT {_DETAIL_ROWS}"
+            )
             rows = self.records(mapper, newest, id)
             rows.reverse()
             if mapper is _STORED and rows:
@@ -7114,7 +7328,7 @@ class _ViewReader:
                 if _status_class(status) not in _ONGOING:
                     now = rows[-1]["timestamp"]  # the execution has ended: so have its steps
             else:
-                total = self.count(mapper.table, where, id)
+                total = self.count(mapper.table, index, where, id)
                 steps += [_step_from_row(row) for row in rows if "status" in row]
             tables[name] = {"total": total, "rows": rows}
         for step in steps:
@@ -8408,24 +8622,37 @@ _Read: TypeAlias = "Callable[[str, tuple[Any, ...]], _Rows]"  # runs a statement
 
 
 class _CopiedTable(NamedTuple):
-    """A table that a copy moves: its columns, the first of which are its key."""
+    """A table that a copy moves: its columns, the first of which are a unique key, and the index of that."""
 
     name: str
     columns: list[str]
     key: list[str]
+    by: str
 
     def chunks(self, read: _Read, after: tuple[Any, ...] = ()) -> Iterator[_Rows]:
         """The rows in the order of the key, some hundred at a time, those after a key if given."""
-        columns = ", ".join(self.columns)
-        key = ", ".join(self.key)
+        first, *others = self.key
+        select = f"SELECT {', '.join(self.columns)} FROM {self.name} {{by {self.by}}}"
+        page = f"ORDER BY {', '.join(self.key)} LIMIT 500"
+        # The rows that begin as the last one, then those behind: SQLite seeks a pair by its first column alone.
+        same = f"{first} = ? AND ({', '.join(others)}) > ({', '.join('?' * len(others))})"
         while True:
-            where = f"WHERE ({key}) > ({', '.join('?' * len(after))})" if after else ""
-            sql = f"SELECT {columns} FROM {self.name} {where} ORDER BY {key} LIMIT 500"
-            rows = read(sql, after)
+            rows = read(f"{select} WHERE {same} {page}", after) if after and others else []
+            if not rows:
+                where = f"WHERE {first} > ?" if after else ""
+                rows = read(f"{select} {where} {page}", after[:1])
             if not rows:
                 return
             yield rows
             after = rows[-1][: len(self.key)]
+
+
+# Of the tables whose key is a number, which is no index that could be named: a column, and its index.
+_NUMBERED_BY = {
+    "flow_events": ("flow_id", "flow_events_by_flow"),
+    "execution_errors": ("workflow_id", "execution_errors_by_workflow"),
+    "flowstore_log": ("tenant_id", "flowstore_log_by_tenant"),
+}
 
 
 @functools.cache
@@ -8435,13 +8662,23 @@ def _copied_tables() -> list[_CopiedTable]:
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         db.executescript(_SQLITE.resolve(_TABLES))
         for table in _TABLE_NAMES:
-            sql = "SELECT name, pk FROM pragma_table_info(?) ORDER BY pk = 0, pk"
-            info = db.execute(sql, [table]).fetchall()
+            first, index = _NUMBERED_BY.get(table, ("", ""))
+            sql = """SELECT name, pk OR name = ?1 FROM pragma_table_info(?2)
+                ORDER BY name <> ?1, pk = 0, pk"""
+            info = db.execute(sql, [first, table]).fetchall()
+            if not index:
+                sql = "SELECT name FROM pragma_index_list(?) WHERE origin = 'pk'"
+                ((index,),) = db.execute(sql, [table])
             columns = [name for name, _ in info]
-            key = [name for name, place in info if place]
+            key = [name for name, is_key in info if is_key]
             if table != "flowstore_meta":
-                tables.append(_CopiedTable(table, columns, key))
+                tables.append(_CopiedTable(table, columns, key, index))
     return tables
+
+
+def _read_in(store: Store, transaction: Transaction) -> _Read:
+    """What runs a statement with markers in a transaction of a store."""
+    return lambda sql, parameters: transaction.execute(store._dialect.resolve(sql), parameters)
 
 
 def _copy_tables(
@@ -8462,7 +8699,8 @@ def _copy_tables(
         key = ", ".join(table.key)
         backwards = ", ".join(f"{name} DESC" for name in table.key)
         with target.transaction() as tx:
-            last = tx.execute(f"SELECT {key} FROM {table.name} ORDER BY {backwards} LIMIT 1")
+            sql = f"SELECT {key} FROM {table.name} {{by {table.by}}} ORDER BY {backwards} LIMIT 1"
+            last = _read_in(target, tx)(sql, ())
             done += tx.execute(f"SELECT COUNT(*) FROM {table.name}")[0][0]
         marks = ", ".join("?" * len(table.columns))
         insert = f"INSERT INTO {table.name} ({', '.join(table.columns)}) VALUES ({marks})"
@@ -8483,12 +8721,12 @@ def _copy_store(args: Any) -> int:
         count = "SELECT COUNT(*) FROM "
         total = sum(snapshot.execute(count + table.name)[0][0] for table in tables)
         with open(args.target) as target, _progress_bar(sys.stdout, total, "rows") as progress:
-            _copy_tables(snapshot.execute, target, progress)
+            _copy_tables(_read_in(source, snapshot), target, progress)
         differ = []
         with open(args.target) as target, target.transaction() as copied:
             for table in tables:
-                ours = table.chunks(snapshot.execute)
-                theirs = table.chunks(copied.execute)
+                ours = table.chunks(_read_in(source, snapshot))
+                theirs = table.chunks(_read_in(target, copied))
                 if any(one != other for one, other in itertools.zip_longest(ours, theirs)):
                     differ.append(table.name)
     verdict = f"other than the source in {', '.join(differ)}" if differ else "equal"
@@ -8648,6 +8886,9 @@ _POSTGRES = _Dialect(
     queue_type="(queue_type || '')",
     in_order=f"""AND (position < {_FIRST("pg_snapshot_xmin(pg_current_snapshot())")}
         OR position >= {_FIRST("pg_current_xact_id_if_assigned()")})""",
+    by="",
+    by_key="",
+    join="JOIN",
     for_update="FOR UPDATE",
     skip_locked="FOR UPDATE SKIP LOCKED",
 )
@@ -8983,7 +9224,7 @@ class _PostgresEngine(_Engine):
     def connect(self) -> _Tx:
         """A new connection to the server."""
         self.refuse_closed()
-        return _Tx(_PostgresDb(self), self.options.clock)
+        return _Tx(_PostgresDb(self), self.options.clock, _POSTGRES)
 
     # --- opening ---
     def _prepare(self) -> None:
@@ -9126,7 +9367,9 @@ class _PostgresEngine(_Engine):
         """A backup is an SQLite file."""
         tx.db.begin("")
         with open(path) as store:
-            _copy_tables(lambda sql, parameters: tx.rows(sql, *parameters), store)
+            _copy_tables(
+                lambda sql, parameters: tx.rows(self.dialect.resolve(sql), *parameters), store
+            )
 
     def compact(self) -> None:
         """Have the server find the space that is free again."""
