@@ -60,7 +60,7 @@ The chapters, each resting only on those above it:
     Transactions  the block, savepoints, the user's own SQL
     Fork          what happens before and after one
     Operations    the engine that runs them, how a method becomes a call, tenants' SQL, pruning
-    Facets        FlowStore, EventStore, StateBackend, PersistenceProvider
+    FlowStore, EventStore, StateBackend, PersistenceProvider    the facets, a chapter each
     Store         what open() returns
     Event loop    what open_async() returns: whoever never awaits can skip it
     Views         what is stored, as text, as HTML and as JSON
@@ -121,6 +121,7 @@ if TYPE_CHECKING:
     from collections.abc import (
         AsyncIterator,
         Callable,
+        Collection,
         Coroutine,
         Generator,
         Iterable,
@@ -258,7 +259,7 @@ class RevisionMismatch(
     says="revision {expected} is stale, the store has {actual}: "
     "read the flow again, or go on with the flow that the last update returned",
 ):
-    """A flow was changed since it was read. Source: FlowError::RevisionMismatch."""
+    """A flow was changed since it was read."""
 
     expected: int
     actual: int
@@ -269,7 +270,7 @@ class SequenceConflict(
     says="the log of {execution_id!r} is at {actual}, not at {expected}: "
     "load the events after the one you know, then decide again",
 ):
-    """The log of an execution is not at `expected_sequence`. Source: StateBackendError::SequenceConflict."""
+    """The log of an execution is not at `expected_sequence`."""
 
     execution_id: str
     expected: int
@@ -440,9 +441,9 @@ def _enum(kind: type[E], value: object, path: str) -> E:
     raise InvalidData(f"{path}: {word!r} is no {kind.__name__} ({', '.join(kind)})")
 
 
-# --- flows (seed 001) ---
+# --- flows ---
 class FlowStatus(StrEnum):
-    """Where a flow stands. Source: FlowStatus."""
+    """Where a flow stands."""
 
     CREATED, RUNNING, WAITING = "created", "running", "waiting"
     CANCELLED, FINISHED, FAILED = "cancelled", "finished", "failed"
@@ -470,13 +471,13 @@ _FLOW_TRANSITIONS = {
 
 
 class StepRuntime(StrEnum):
-    """Who runs a step. Source: StepRuntime."""
+    """Who runs a step."""
 
     MANAGED, MIRRORED = "managed", "mirrored"
 
 
 class FlowStepStatus(StrEnum):
-    """Where a step stands. Source: FlowStepStatus."""
+    """Where a step stands."""
 
     PENDING, RUNNING, SUCCEEDED, FAILED, CANCELLED = (
         "pending",
@@ -488,7 +489,7 @@ class FlowStepStatus(StrEnum):
 
 
 class Flow(_Record):
-    """A revision-checked record that one controller moves forward. Source: Flow."""
+    """A revision-checked record that one controller moves forward."""
 
     id: Id = field(default_factory=new_id)
     controller_id: str = ""
@@ -507,7 +508,7 @@ class Flow(_Record):
     def transition_to(self, status: FlowStatus | str) -> None:
         """Set `status`, and nothing else, if it may follow the present one; the store itself checks no transition.
 
-        Raises AlreadyTerminal, CancelPending, IllegalTransition. Source: Flow::transition_to."""
+        Raises AlreadyTerminal, CancelPending, IllegalTransition."""
         now, then = _enum(FlowStatus, self.status, "status"), _enum(FlowStatus, status, "status")
         if now.is_terminal:
             raise AlreadyTerminal(self.id, now)
@@ -524,7 +525,7 @@ class Flow(_Record):
 
 
 class FlowStep(_Record):
-    """One piece of a flow's work, found again by its run id. Steps have no revision. Source: FlowStep."""
+    """One piece of a flow's work, found again by its run id. Steps have no revision."""
 
     id: Id = field(default_factory=new_id)
     flow_id: Id
@@ -539,7 +540,7 @@ class FlowStep(_Record):
 
 
 class FlowEvent(_Record, frozen=True):
-    """One line of a flow's audit trail. Source: FlowEvent."""
+    """One line of a flow's audit trail."""
 
     id: int
     flow_id: Id
@@ -548,9 +549,9 @@ class FlowEvent(_Record, frozen=True):
     at: datetime
 
 
-# --- the execution log (seed 003) ---
+# --- the execution log ---
 class EventType(StrEnum):
-    """The event types of the seed's crate; any other text is fine too. Source: ExecutionEventData."""
+    """The event types that programs of this kind have in common; any other text is fine too."""
 
     EXECUTION_STARTED, STEP_STARTED = "execution_started", "step_started"
     STEP_COMPLETED, STEP_FAILED = "step_completed", "step_failed"
@@ -574,9 +575,9 @@ class StoredEvent(_Record, frozen=True):
     position: int
 
 
-# --- the state backend (seeds 000 and 004) ---
+# --- the state backend ---
 class ExecutionStatus(StrEnum):
-    """Where an execution stands. Source: jamjet_core::WorkflowStatus."""
+    """Where an execution stands."""
 
     PENDING, RUNNING, PAUSED = "pending", "running", "paused"
     COMPLETED, FAILED, CANCELLED, LIMIT_EXCEEDED = (
@@ -609,13 +610,13 @@ class WorkItemStatus(StrEnum):
 
 
 class TenantStatus(StrEnum):
-    """Whether a tenant may change anything. Source: TenantStatus."""
+    """Whether a tenant may change anything."""
 
     ACTIVE, SUSPENDED, ARCHIVED = "active", "suspended", "archived"
 
 
 class WorkflowDefinition(_Record):
-    """A compiled workflow, by id and version. Source: WorkflowDefinition."""
+    """A compiled workflow, by id and version."""
 
     workflow_id: Id
     version: str
@@ -625,7 +626,7 @@ class WorkflowDefinition(_Record):
 
 
 class WorkflowExecution(_Record):
-    """One run of a workflow and its current state. Source: WorkflowExecution."""
+    """One run of a workflow and its current state."""
 
     execution_id: Id = field(default_factory=new_id)
     workflow_id: Id
@@ -640,7 +641,7 @@ class WorkflowExecution(_Record):
 
 
 class Snapshot(_Record, frozen=True):
-    """An execution's state as of one sequence of its log. Source: Snapshot."""
+    """An execution's state as of one sequence of its log."""
 
     execution_id: Id
     at_sequence: int
@@ -650,7 +651,7 @@ class Snapshot(_Record, frozen=True):
 
 
 class WorkItem(_Record):
-    """One piece of work in a queue; while claimed, `lease_fence` says under which claim. Source: WorkItem."""
+    """One piece of work in a queue; while claimed, `lease_fence` says under which claim."""
 
     execution_id: Id
     node_id: str = ""
@@ -691,14 +692,14 @@ class DeadLetter(_Record, frozen=True):
 
 
 class ReclaimResult(_Record, frozen=True):
-    """What became of the items whose lease had expired. Source: ReclaimResult."""
+    """What became of the items whose lease had expired."""
 
     retryable: list[WorkItem] = field(default_factory=list)
     exhausted: list[DeadLetter] = field(default_factory=list)
 
 
 class ApiToken(_Record, frozen=True):
-    """What the store knows of a token: never its plaintext. Source: ApiToken."""
+    """What the store knows of a token: never its plaintext."""
 
     id: Id
     name: str
@@ -719,7 +720,7 @@ class TenantLimits(_Record):
 
 
 class Tenant(_Record):
-    """One tenant. Source: Tenant."""
+    """One tenant."""
 
     id: Id
     name: str = ""
@@ -738,15 +739,15 @@ class ArtifactRef(_Record, frozen=True):
     media_type: str | None
 
 
-# --- workflow persistence (seed 002) ---
+# --- workflow persistence ---
 class WorkflowStatus(StrEnum):
-    """Where a workflow instance stands. Source: wfe_core::WorkflowStatus."""
+    """Where a workflow instance stands."""
 
     RUNNABLE, SUSPENDED, COMPLETE, TERMINATED = "Runnable", "Suspended", "Complete", "Terminated"
 
 
 class PointerStatus(StrEnum):
-    """Where one step of a workflow instance stands. Source: wfe_core::PointerStatus."""
+    """Where one step of a workflow instance stands."""
 
     PENDING, RUNNING, COMPLETE, SKIPPED = "Pending", "Running", "Complete", "Skipped"
     SLEEPING, WAITING_FOR_EVENT = "Sleeping", "WaitingForEvent"
@@ -755,7 +756,7 @@ class PointerStatus(StrEnum):
 
 
 class CommandName(StrEnum):
-    """What a scheduled command asks for. Source: wfe_core::CommandName."""
+    """What a scheduled command asks for."""
 
     PROCESS_WORKFLOW, PROCESS_EVENT = "ProcessWorkflow", "ProcessEvent"
 
@@ -804,7 +805,7 @@ class WorkflowInstance(_Record):
 
 
 class Event(_Record):
-    """Something that happened, for subscriptions to pick up. Source: wfe_core::Event."""
+    """Something that happened, for subscriptions to pick up."""
 
     id: Id = field(default_factory=new_id)
     event_name: Key
@@ -815,7 +816,7 @@ class Event(_Record):
 
 
 class EventSubscription(_Record):
-    """A step that waits for an event, with the token of the host that handles it. Source: EventSubscription."""
+    """A step that waits for an event, with the token of the host that handles it."""
 
     id: Id = field(default_factory=new_id)
     workflow_id: Id
@@ -831,7 +832,7 @@ class EventSubscription(_Record):
 
 
 class ScheduledCommand(_Record):
-    """A command that becomes due at `execute_time`, epoch milliseconds. Source: ScheduledCommand."""
+    """A command that becomes due at `execute_time`, epoch milliseconds."""
 
     command_name: CommandName
     data: Data
@@ -839,7 +840,7 @@ class ScheduledCommand(_Record):
 
 
 class ExecutionError(_Record, frozen=True):
-    """One failure of a step, as the log of errors keeps it: a record, no exception. Source: ExecutionError."""
+    """One failure of a step, as the log of errors keeps it: a record, no exception."""
 
     workflow_id: Id
     execution_pointer_id: Id
@@ -851,7 +852,8 @@ class ExecutionError(_Record, frozen=True):
 # Schema: the tables, one statement each, with markers for what differs between SQLite and PostgreSQL
 # ==================================================================================================
 
-# Times are integer microseconds since the epoch, JSON is text. Tables that a seed names keep that name; the others
+# Times are integer microseconds since the epoch, JSON is text. Tables with a plain name are those of the systems after which
+# the facets are made; the others
 # are `flowstore_...`, since the user's own tables may share the file. The partial indexes of the queue begin with the
 # status that they are about: one column more to match is what makes SQLite prefer them to the full ones. The two tables
 # that every append looks into are WITHOUT ROWID: one seek less. Each statement names the index that it goes by, or looks
@@ -1234,7 +1236,7 @@ def _after(now: int, seconds: float, path: str) -> int:
 
 
 def _milliseconds(value: object, path: str) -> int:
-    """The seed's millisecond fields: a whole number, or an aware datetime."""
+    """Epoch milliseconds: a whole number, or an aware datetime."""
     if issubclass(type(value), datetime):
         return _time(value, path) // 1000
     return _int(value, path)
@@ -3757,10 +3759,6 @@ def _vacuum_step(tx: _Tx) -> bool:
     return bool(0 < tx.rows("PRAGMA freelist_count")[0][0] < before)
 
 
-# ==================================================================================================
-# Facets: the operations, grouped as the seeds group them
-# ==================================================================================================
-
 _TENANT_TABLES = re.compile(
     "flowstore_(executions|log|runs|snapshots|work_items|definitions|effects|artifacts|tokens)"
 )
@@ -4290,7 +4288,10 @@ _PRUNED: dict[str, _PruneRule] = {
 }
 _PRUNED_SNAPSHOT = _PruneRule("flowstore_snapshots", "id", ())
 
-# --- flows ---
+# ==================================================================================================
+# FlowStore: revision-checked flows, their steps and their audit trail
+# ==================================================================================================
+
 _FLOW_REVISION = "SELECT revision FROM flows WHERE id = ?"
 _FLOW_UPDATE = f"{_FLOW.update} AND revision = ? RETURNING {_FLOW.columns}"
 _FLOW_EVENT_INSERT = (
@@ -4304,23 +4305,23 @@ _STEP_UPDATE = (
 
 
 class FlowStore(_Facet):
-    """Revision-checked flows with their steps and their audit trail. Source: FlowStore."""
+    """Revision-checked flows with their steps and their audit trail, after nexo-taskflow's FlowStore."""
 
     @_write
     def insert(self, tx: _Tx, flow: Flow) -> Flow:
-        """Store a new flow and return it as stored. Raises AlreadyExists. Source: FlowStore.insert."""
+        """Store a new flow and return it as stored. Raises AlreadyExists."""
         return _add(tx, _FLOW, flow)
 
     @_read
     def get(self, tx: _Tx, id: AnyId) -> Flow | None:
-        """The flow as it is now, or None. Source: FlowStore.get."""
+        """The flow as it is now, or None."""
         return self._get(tx, _FLOW, id=id)
 
     @_read
     def list_by_owner(
         self, tx: _Tx, owner_session_key: str, *, limit: int | None = None, offset: int = 0
     ) -> list[Flow]:
-        """The owner's flows, newest `created_at` first. Source: FlowStore.list_by_owner."""
+        """The owner's flows, newest `created_at` first."""
         return self._page(
             tx,
             _FLOW,
@@ -4335,14 +4336,14 @@ class FlowStore(_Facet):
     def list_by_status(
         self, tx: _Tx, status: FlowStatus | str, *, limit: int | None = None, offset: int = 0
     ) -> list[Flow]:
-        """The flows in a status, oldest `updated_at` first. Source: FlowStore.list_by_status."""
+        """The flows in a status, oldest `updated_at` first."""
         return self._page(
             tx, _FLOW, "flows_by_status", "updated_at, id", limit, offset, status=status
         )
 
     @_write
     def update_with_revision(self, tx: _Tx, flow: Flow) -> Flow:
-        """Write the flow, if its revision is current. Raises RevisionMismatch, NotFound. Source: FlowStore."""
+        """Write the flow, if its revision is current. Raises RevisionMismatch, NotFound."""
         return self._update(tx, flow)
 
     def _update(self, tx: _Tx, flow: Flow) -> Flow:
@@ -4358,7 +4359,7 @@ class FlowStore(_Facet):
 
     @_write
     def append_event(self, tx: _Tx, flow_id: AnyId, kind: str, payload: Json) -> FlowEvent:
-        """Add a line to the flow's audit trail. Raises NotFound. Source: FlowStore.append_event."""
+        """Add a line to the flow's audit trail. Raises NotFound."""
         return self._append(
             tx, _id(flow_id, "flow_id"), _text(kind, "kind"), _json(payload, "payload")
         )
@@ -4369,21 +4370,21 @@ class FlowStore(_Facet):
 
     @_read
     def list_events(self, tx: _Tx, flow_id: AnyId, limit: int = 100) -> list[FlowEvent]:
-        """The flow's audit trail, newest first. Source: FlowStore.list_events."""
+        """The flow's audit trail, newest first."""
         return self._page(tx, _FLOW_EVENT, "flow_events_by_flow", "id DESC", limit, flow_id=flow_id)
 
     @_write
     def update_and_append(
         self, tx: _Tx, flow: Flow, event_kind: str, event_payload: Json
     ) -> tuple[Flow, FlowEvent]:
-        """`update_with_revision` and `append_event`, both or neither. Source: FlowStore.update_and_append."""
+        """`update_with_revision` and `append_event`, both or neither."""
         kind, payload = _text(event_kind, "event_kind"), _json(event_payload, "event_payload")
         stored = self._update(tx, flow)
         return stored, self._append(tx, stored.id, kind, payload)
 
     @_write
     def insert_step(self, tx: _Tx, step: FlowStep) -> FlowStep:
-        """Store a new step. Raises NotFound (flow), AlreadyExists (id, or run id in the flow). Source: insert_step."""
+        """Store a new step. Raises NotFound (flow), AlreadyExists (id, or run id in the flow)."""
         values = _STEP.encode(step, now=tx.now())
         flow_id, run_id = values["flow_id"], values["run_id"]
         _found(tx.row(_FLOW_REVISION, flow_id), "flow", flow_id)
@@ -4393,7 +4394,7 @@ class FlowStore(_Facet):
 
     @_write
     def update_step(self, tx: _Tx, step: FlowStep) -> FlowStep:
-        """Write the step; the last writer wins. Raises NotFound, AlreadyExists (run id). Source: update_step."""
+        """Write the step; the last writer wins. Raises NotFound, AlreadyExists (run id)."""
         values = _STEP.encode(step) | {"updated_at": tx.now()}
         row = tx.row(_STEP_UPDATE, *_STEP.changes(values), values["run_id"])
         if row is None:
@@ -4403,28 +4404,31 @@ class FlowStore(_Facet):
 
     @_read
     def get_step(self, tx: _Tx, id: AnyId) -> FlowStep | None:
-        """The step as it is now, or None. Source: FlowStore.get_step."""
+        """The step as it is now, or None."""
         return self._get(tx, _STEP, id=id)
 
     @_read
     def list_steps(self, tx: _Tx, flow_id: AnyId) -> list[FlowStep]:
-        """The flow's steps, oldest `created_at` first. Source: FlowStore.list_steps."""
+        """The flow's steps, oldest `created_at` first."""
         return self._page(tx, _STEP, "flow_steps_by_flow", "created_at, id", flow_id=flow_id)
 
     @_read
     def find_step_by_run_id(self, tx: _Tx, flow_id: AnyId, run_id: AnyId) -> FlowStep | None:
-        """The flow's step with this run id, or None. Source: FlowStore.find_step_by_run_id."""
+        """The flow's step with this run id, or None."""
         return self._get(tx, _STEP, flow_id=flow_id, run_id=run_id)
 
     @_steps
     def prune_terminal_flows(self, retain_days: int) -> _Steps[int]:
-        """Drop ended flows not updated for `retain_days` days, in small transactions; how many. Source: FlowStore."""
+        """Drop ended flows not updated for `retain_days` days, in small transactions; how many."""
         age = _count(retain_days, "retain_days") * 86_400_000_000
         before = max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age)
         return (yield from self._prune_kind("flows", before))
 
 
-# --- the execution log ---
+# ==================================================================================================
+# EventStore: the append-only log of executions
+# ==================================================================================================
+
 _LOG_HEAD = _Sql(f"""SELECT tenant_id, (SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id),
     (SELECT l.sequence FROM flowstore_log l {{by {_LOG_KEY}}} WHERE l.execution_id = e.execution_id
     ORDER BY l.sequence DESC LIMIT 1) FROM flowstore_executions e WHERE execution_id = ? {{tenant}}""")
@@ -4524,7 +4528,7 @@ class _LogFacet(_Facet):
 
 
 class EventStore(_LogFacet):
-    """The append-only log of executions. Source: EventStore."""
+    """The append-only log of executions, after the trait EventStore of the Rust crates for durable agents."""
 
     @_write
     def append(
@@ -4541,7 +4545,7 @@ class EventStore(_LogFacet):
 
         The first append makes the execution known for that tenant, and registers a new one. An `event_id` that is in
         the log already returns its sequence and writes nothing. Raises TenantMismatch, TenantInactive, SequenceConflict
-        (the log is not at `expected_sequence`; 0: no events yet), InvalidData. Source: EventStore.append."""
+        (the log is not at `expected_sequence`; 0: no events yet), InvalidData."""
         execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
         last = self._open_log(tx, execution, tenant)
         return self._append_to(
@@ -4554,13 +4558,13 @@ class EventStore(_LogFacet):
         tx: _Tx,
         execution_id: AnyId,
         tenant_id: AnyId,
-        events: Iterable[Mapping[str, Json]],
+        events: Sequence[Mapping[str, Json]],
         *,
         expected_sequence: int | None = None,
     ) -> int:
         """Append all of the events with consecutive sequences, or none; the first one's sequence.
 
-        Raises as `append` does, and InvalidData for an empty batch. Source: EventStore.append_batch."""
+        Raises as `append` does, and InvalidData for an empty batch."""
         execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
         last, listed = (
             self._open_log(tx, execution, tenant),
@@ -4583,7 +4587,7 @@ class EventStore(_LogFacet):
 
     def _open_log(self, tx: _Tx, execution_id: str, tenant_id: str) -> int:
         """The last sequence of a log that this tenant may append to; the first time, make it known."""
-        head = tx.rows(_LOG_HEAD.all, execution_id)
+        head = tx.rows(_LOG_HEAD.resolve(self._dialect)[0], execution_id)
         if not head:
             row = tx.row(_TENANT_STATUS, tenant_id)
             if row is None:
@@ -4601,24 +4605,24 @@ class EventStore(_LogFacet):
 
     @_read
     def load_events(self, tx: _Tx, execution_id: AnyId) -> list[StoredEvent]:
-        """All events of an execution, by sequence. Source: EventStore.load_events."""
+        """All events of an execution, by sequence."""
         return self._events_after(tx, execution_id, 0)
 
     @_read
     def load_events_after(self, tx: _Tx, execution_id: AnyId, after_seq: int) -> list[StoredEvent]:
-        """The events with a sequence above `after_seq`. Source: EventStore.load_events_after."""
+        """The events with a sequence above `after_seq`."""
         return self._events_after(tx, execution_id, after_seq)
 
     @_read
     def get_latest_sequence(self, tx: _Tx, execution_id: AnyId) -> int | None:
-        """The last event's sequence, None when there are no events. Source: EventStore.get_latest_sequence."""
+        """The last event's sequence, None when there are no events."""
         return self._last_sequence(tx, execution_id)
 
     @_read
     def list_executions(
         self, tx: _Tx, tenant_id: AnyId = DEFAULT_TENANT, limit: int = 100, offset: int = 0
     ) -> list[str]:
-        """The ids of the tenant's known executions, newest first. Source: EventStore.list_executions."""
+        """The ids of the tenant's known executions, newest first."""
         rows = tx.rows(
             tx.dialect.resolve(_EXECUTIONS_OF),
             _id(tenant_id, "tenant_id"),
@@ -4629,12 +4633,12 @@ class EventStore(_LogFacet):
 
     @_read
     def execution_exists(self, tx: _Tx, execution_id: AnyId) -> bool:
-        """True when the execution is known, with or without events. Source: EventStore.execution_exists."""
+        """True when the execution is known, with or without events."""
         return tx.row(_EXECUTION_OWNER.all, _id(execution_id, "execution_id")) is not None
 
     @_read
     def count_events(self, tx: _Tx, execution_id: AnyId) -> int:
-        """How many events the execution has; sequences have no gaps, so the last one says. Source: count_events."""
+        """How many events the execution has; sequences have no gaps, so the last one says."""
         return self._last_sequence(tx, execution_id) or 0
 
     def iter_events(
@@ -4753,7 +4757,10 @@ class EventStore(_LogFacet):
         ]
 
 
-# --- the state backend ---
+# ==================================================================================================
+# StateBackend: executions, the work queue, keepsakes, tenants
+# ==================================================================================================
+
 # The indexes of the queue, by the status that they are about.
 _BY_STATUS = {
     "pending": "flowstore_pending|flowstore_pending_by_tenant",
@@ -4893,7 +4900,9 @@ def _claimed(item: object, fence: object = None) -> tuple[str, int | None]:
 
 
 class StateBackend(_LogFacet):
-    """Executions, queue, tenants and theirs; `for_tenant` alone isolates. Source: StateBackend, SqliteBackend."""
+    """Executions, the work queue, tenants and what is theirs; `for_tenant` alone isolates.
+
+    After jamjet-state's StateBackend and SqliteBackend."""
 
     @property
     def _home(self) -> str:
@@ -4928,7 +4937,7 @@ class StateBackend(_LogFacet):
         """Store the record of a new execution, which the log may know already, and return it.
 
         Raises AlreadyExists for an id that has a record or is another tenant's, NotFound for an unregistered tenant,
-        LimitExceeded beyond its `max_concurrent_executions`. Source: StateBackend.create_execution."""
+        LimitExceeded beyond its `max_concurrent_executions`."""
         stored = _add(tx, _RUN, execution, **_given(tenant_id=self._tenant))
         id, tenant = stored.execution_id, stored.tenant_id
         tx.run(_EXECUTION_INSERT, id, tenant, tx.now())
@@ -4941,7 +4950,7 @@ class StateBackend(_LogFacet):
 
     @_read
     def get_execution(self, tx: _Tx, id: AnyId) -> WorkflowExecution | None:
-        """The record of an execution, or None. Source: StateBackend.get_execution."""
+        """The record of an execution, or None."""
         return self._get(tx, _RUN, execution_id=_id(id, "id"))
 
     @_read
@@ -4952,7 +4961,7 @@ class StateBackend(_LogFacet):
         limit: int = 100,
         offset: int = 0,
     ) -> list[WorkflowExecution]:
-        """Executions with a record, newest `updated_at` first. Source: StateBackend.list_executions."""
+        """Executions with a record, newest `updated_at` first."""
         index = "flowstore_runs_by_" + (
             "status|flowstore_runs_by_tenant_status" if status else "time|flowstore_runs_by_tenant"
         )
@@ -4961,14 +4970,14 @@ class StateBackend(_LogFacet):
 
     @_write
     def update_execution_status(self, tx: _Tx, id: AnyId, status: ExecutionStatus | str) -> None:
-        """Set status, `updated_at` and, once ended, `completed_at`; no check. Raises NotFound. Source: StateBackend."""
+        """Set status, `updated_at` and, once ended, `completed_at`; no check. Raises NotFound."""
         new, now = _enum(ExecutionStatus, status, "status"), tx.now()
         changes = "status = ?, updated_at = ?, completed_at = COALESCE(completed_at, ?)"
         self._change(tx, _RUN, changes, id, new.value, now, now if new.is_terminal else None)
 
     @_write
     def update_execution_current_state(self, tx: _Tx, id: AnyId, state: Json) -> None:
-        """Replace the whole state, without a merge; sets `updated_at`. Raises NotFound. Source: StateBackend."""
+        """Replace the whole state, without a merge; sets `updated_at`. Raises NotFound."""
         self._change(
             tx, _RUN, "current_state = ?, updated_at = ?", id, _json(state, "state"), tx.now()
         )
@@ -4977,7 +4986,7 @@ class StateBackend(_LogFacet):
     def patch_append_array(self, tx: _Tx, id: AnyId, key: str, value: Json) -> None:
         """Append to an array in the state, made if it is not there: one step, however many callers race.
 
-        Raises NotFound, and InvalidData for what is no object or no array. Source: StateBackend.patch_append_array."""
+        Raises NotFound, and InvalidData for what is no object or no array."""
         execution_id, member = _id(id, "id"), _text(key, "key")
         _json(value, "value")
         stored = self._row(tx, _STATE, execution_id)
@@ -5004,7 +5013,7 @@ class StateBackend(_LogFacet):
         expected_sequence: int | None = None,
         event_id: AnyId | None = None,
     ) -> int:
-        """`EventStore.append` under the execution's tenant. Raises NotFound, SequenceConflict. Source: append_event."""
+        """`EventStore.append` under the execution's tenant. Raises NotFound, SequenceConflict."""
         execution, text = _id(execution_id, "execution_id"), _event_text(event, "event")
         owner, _, last = _found(self._row(tx, _LOG_HEAD, execution), "execution", execution)
         _found(owner or None, "execution", execution)
@@ -5012,25 +5021,25 @@ class StateBackend(_LogFacet):
 
     @_read
     def get_events(self, tx: _Tx, execution_id: AnyId) -> list[StoredEvent]:
-        """All events of an execution, by sequence. Source: StateBackend.get_events."""
+        """All events of an execution, by sequence."""
         return self._events_after(tx, execution_id, 0)
 
     @_read
     def get_events_since(
         self, tx: _Tx, execution_id: AnyId, since_sequence: int
     ) -> list[StoredEvent]:
-        """The events with a sequence above `since_sequence`. Source: StateBackend.get_events_since."""
+        """The events with a sequence above `since_sequence`."""
         return self._events_after(tx, execution_id, _int(since_sequence, "since_sequence"))
 
     @_read
     def latest_sequence(self, tx: _Tx, execution_id: AnyId) -> int:
-        """The last event's sequence, 0 when there are no events. Source: StateBackend.latest_sequence."""
+        """The last event's sequence, 0 when there are no events."""
         return self._last_sequence(tx, execution_id) or 0
 
     # --- snapshots ---
     @_write
     def write_snapshot(self, tx: _Tx, snapshot: Snapshot) -> Snapshot:
-        """Store a snapshot and return it; the same `at_sequence` again replaces. Source: StateBackend.write_snapshot.
+        """Store a snapshot and return it; the same `at_sequence` again replaces.
 
         Raises NotFound for an unknown execution, InvalidData for an `at_sequence` below 0."""
         values = _SNAPSHOT.encode(snapshot, now=tx.now())
@@ -5043,7 +5052,7 @@ class StateBackend(_LogFacet):
 
     @_read
     def latest_snapshot(self, tx: _Tx, execution_id: AnyId) -> Snapshot | None:
-        """The snapshot with the highest `at_sequence`, or None. Source: StateBackend.latest_snapshot."""
+        """The snapshot with the highest `at_sequence`, or None."""
         return _SNAPSHOT.maybe(
             self._row(tx, _SNAPSHOT_LATEST, _id(execution_id, "execution_id"), _INT_MAX)
         )
@@ -5100,7 +5109,7 @@ class StateBackend(_LogFacet):
         """Put an item into its queue; its id. It is available from `available_at` on (default: `created_at`).
 
         It takes its execution's tenant and starts pending, whatever the record says. Raises NotFound for an unknown
-        execution, AlreadyExists for an id that any item has or had. Source: StateBackend.enqueue_work_item."""
+        execution, AlreadyExists for an id that any item has or had."""
         values = _ITEM.encode(item, now=tx.now())
         for name in ("attempt", "max_attempts"):
             _int(values[name], name, 0, 2**31 - 1)
@@ -5146,7 +5155,7 @@ class StateBackend(_LogFacet):
     def claim_work_item(
         self,
         worker_id: AnyId,
-        queue_types: Sequence[AnyId],
+        queue_types: Collection[AnyId],
         *,
         lease_seconds: float | None = None,
         wait: float = 0.0,
@@ -5155,7 +5164,7 @@ class StateBackend(_LogFacet):
 
         The item carries a new `lease_fence`, greater than any before. First, expired leases of these queues (some of
         them, per call) are taken back. Waits up to `wait` seconds for an item, not at all inside a transaction.
-        Raises InvalidData. Source: StateBackend.claim_work_item."""
+        Raises InvalidData."""
         worker = _id(worker_id, "worker_id")
         given = _is((list, tuple, set, frozenset), queue_types, "queue_types", "a list of queues")
         names = enumerate(_foreign(list, given, "queue_types", list))
@@ -5244,7 +5253,7 @@ class StateBackend(_LogFacet):
     ) -> datetime:
         """Lease the item anew from now on; the new expiry.
 
-        Raises LeaseLost when it is not leased to this worker or under this fence, NotFound. Source: renew_lease."""
+        Raises LeaseLost when it is not leased to this worker or under this fence, NotFound."""
         id, fence = _claimed(item_id, lease_fence)
         if worker_id is None and issubclass(type(item_id), WorkItem):
             worker_id = _attribute("worker_id", item_id, WorkItem, "item_id")
@@ -5299,14 +5308,14 @@ class StateBackend(_LogFacet):
         """The work is done: settle the item under its fence, and return it.
 
         With a fence (or the claimed item itself): LeaseLost, and nothing changed, unless claimed under that fence.
-        Without: any item but a dead letter (LeaseLost). Raises NotFound. Source: StateBackend.complete_work_item."""
+        Without: any item but a dead letter (LeaseLost). Raises NotFound."""
         return self._settle(tx, WorkItemStatus.COMPLETED, item_id, lease_fence)
 
     @_write_one
     def fail_work_item(
         self, tx: _Tx, item_id: AnyItem, error: str, *, lease_fence: int | None = None
     ) -> WorkItem:
-        """The work failed for good: settle the item, `error` as its `last_error`. Source: StateBackend.fail_work_item.
+        """The work failed for good: settle the item, `error` as its `last_error`.
 
         It stays failed until someone calls `retry_work_item`. Rules and errors are those of `complete_work_item`."""
         return self._settle(tx, WorkItemStatus.FAILED, item_id, lease_fence, _text(error, "error"))
@@ -5361,7 +5370,7 @@ class StateBackend(_LogFacet):
         """Take back every expired lease, in one transaction: each counts an attempt.
 
         Below `max_attempts` the item is pending again after the store's backoff, else a dead letter. Claims do this
-        by themselves for their queues. Source: StateBackend.reclaim_expired_leases."""
+        by themselves for their queues."""
         now, queue, ended = tx.now(), "", []
         while (following := self._row(tx, _NEXT_QUEUE["claimed"], queue)) is not None:
             queue = following[0]
@@ -5373,7 +5382,7 @@ class StateBackend(_LogFacet):
 
     @_write
     def move_to_dead_letter(self, tx: _Tx, item_id: AnyItem, last_error: str) -> DeadLetter:
-        """Give an item up: no claim finds it any more. Source: StateBackend.move_to_dead_letter.
+        """Give an item up: no claim finds it any more.
 
         Raises LeaseLost for a completed item, or one that is not the claim it was given as; NotFound."""
         error = _text(last_error, "last_error")
@@ -5436,7 +5445,7 @@ class StateBackend(_LogFacet):
     # --- definitions, effects, artifacts ---
     @_write
     def store_workflow(self, tx: _Tx, definition: WorkflowDefinition) -> WorkflowDefinition:
-        """Store a definition, or replace it. Raises NotFound (tenant), LimitExceeded. Source: store_workflow."""
+        """Store a definition, or replace it. Raises NotFound (tenant), LimitExceeded."""
         values = _DEFINITION.encode(definition, now=tx.now()) | _given(tenant_id=self._tenant)
         tenant = values["tenant_id"]
         replaced = tx.run(_DEFINITION_DROP, values["workflow_id"], values["version"], tenant)
@@ -5446,7 +5455,7 @@ class StateBackend(_LogFacet):
 
     @_read
     def get_workflow(self, tx: _Tx, workflow_id: AnyId, version: str) -> WorkflowDefinition | None:
-        """The definition, or None. Source: StateBackend.get_workflow."""
+        """The definition, or None."""
         return self._get(
             tx, _DEFINITION, workflow_id=workflow_id, version=version, tenant_id=self._home
         )
@@ -5468,7 +5477,7 @@ class StateBackend(_LogFacet):
 
     @_read
     def get_effect(self, tx: _Tx, key: AnyId, default: Json = None) -> Json:
-        """The result kept under the key, else `default`. Source: get_tool_effect."""
+        """The result kept under the key, else `default`."""
         row = tx.row(_EFFECT_GET, _id(key, "key"), self._home)
         return default if row is None else _of_json(row[0])
 
@@ -5494,7 +5503,7 @@ class StateBackend(_LogFacet):
     def create_token(
         self, tx: _Tx, name: str, role: str, *, expires_at: datetime | None = None
     ) -> tuple[str, ApiToken]:
-        """A new token: its plaintext, which is not stored (its SHA-256 is), and its record. Source: create_token."""
+        """A new token: its plaintext, which is not stored (its SHA-256 is), and its record."""
         token = f"fs_{os.urandom(32).hex()}"
         info = ApiToken(
             id=new_id(),
@@ -5532,26 +5541,26 @@ class StateBackend(_LogFacet):
 
     @_write
     def create_tenant(self, tx: _Tx, tenant: Tenant) -> Tenant:
-        """Register a tenant. Raises AlreadyExists, in a view TenantMismatch. Source: StateBackend.create_tenant."""
+        """Register a tenant. Raises AlreadyExists, in a view TenantMismatch."""
         values = _TENANT.encode(tenant, now=tx.now())
         self._administer(values["id"])
         return _store(tx, _TENANT, values)
 
     @_read
     def get_tenant(self, tx: _Tx, id: AnyId) -> Tenant | None:
-        """A tenant's record, or None; a view knows its own alone. Source: StateBackend.get_tenant."""
+        """A tenant's record, or None; a view knows its own alone."""
         tenant = _id(id, "id")
         return self._get(tx, _TENANT, id=tenant) if self._tenant in (None, tenant) else None
 
     @_read
     def list_tenants(self, tx: _Tx) -> list[Tenant]:
-        """All tenants, oldest first; a view knows its own alone. Source: StateBackend.list_tenants."""
+        """All tenants, oldest first; a view knows its own alone."""
         index = "" if self._tenant else "flowstore_tenants_by_time"
         return self._page(tx, _TENANT, index, "created_at, id", **_given(id=self._tenant))
 
     @_write
     def update_tenant(self, tx: _Tx, tenant: Tenant) -> Tenant:
-        """Write a tenant's record. Raises NotFound, in a view TenantMismatch. Source: StateBackend.update_tenant."""
+        """Write a tenant's record. Raises NotFound, in a view TenantMismatch."""
         values = _TENANT.encode(tenant) | {"updated_at": tx.now()}
         self._administer(values["id"])
         return _TENANT.decode(
@@ -5566,7 +5575,7 @@ class StateBackend(_LogFacet):
         return _found(view, "execution", execution)
 
     def for_tenant(self, tenant_id: AnyId) -> Self:
-        """The view of one tenant: the same methods, its rows alone. In a view TenantMismatch. Source: for_tenant."""
+        """The view of one tenant: the same methods, its rows alone. In a view TenantMismatch."""
         self._administer(tenant := _id(tenant_id, "tenant_id"))
         return type(self)(self._engine, tenant)
 
@@ -5650,7 +5659,10 @@ def _keep_lease(
         ended.release()
 
 
-# --- workflow persistence ---
+# ==================================================================================================
+# PersistenceProvider: workflow instances, events, subscriptions, commands
+# ==================================================================================================
+
 _INSTANCES = _INSTANCE.select(
     "workflows {by sqlite_autoindex_workflows_1} WHERE id IN ({}) ORDER BY id"
 )
@@ -5754,7 +5766,7 @@ def _event_until(
 
 
 class PersistenceProvider(_Facet):
-    """Workflow instances, events, subscriptions, commands and errors. Source: PersistenceProvider."""
+    """Workflow instances, events, subscriptions, commands and errors, after wfe's PersistenceProvider."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -5765,7 +5777,7 @@ class PersistenceProvider(_Facet):
     # --- instances ---
     @_write
     def create_new_workflow(self, tx: _Tx, instance: WorkflowInstance) -> str:
-        """Store a new instance with its pointers; its id. Source: create_new_workflow.
+        """Store a new instance with its pointers; its id.
 
         An empty id is made; an empty name becomes `{definition id}-{N}`, N the next in sequence whose name is free.
         Raises AlreadyExists for a taken id or name, InvalidData."""
@@ -5787,7 +5799,7 @@ class PersistenceProvider(_Facet):
 
     @_write
     def persist_workflow(self, tx: _Tx, instance: WorkflowInstance) -> None:
-        """Store an instance as it is now, writing only the pointers that changed. Source: persist_workflow.
+        """Store an instance as it is now, writing only the pointers that changed.
 
         `create_time` never changes, an empty name keeps the stored one. Raises NotFound, AlreadyExists (name)."""
         self._persist(tx, instance)
@@ -5796,7 +5808,7 @@ class PersistenceProvider(_Facet):
     def persist_workflow_with_subscriptions(
         self, tx: _Tx, instance: WorkflowInstance, subscriptions: Sequence[EventSubscription]
     ) -> None:
-        """`persist_workflow`, and new subscriptions: all or none. Raises AlreadyExists. Source: WorkflowRepository."""
+        """`persist_workflow`, and new subscriptions: all or none. Raises AlreadyExists."""
         self._persist(tx, instance)
         for index, subscription in enumerate(_listed(subscriptions, "subscriptions")):
             _add(tx, _SUBSCRIPTION, subscription, f"subscriptions[{index}]")
@@ -5867,7 +5879,7 @@ class PersistenceProvider(_Facet):
 
     @_read
     def get_runnable_instances(self, tx: _Tx, as_at: datetime | None = None) -> list[str]:
-        """The ids of those Runnable and due by `as_at` (None: now), soonest first. Source: get_runnable_instances."""
+        """The ids of those Runnable and due by `as_at` (None: now), soonest first."""
         sql = """SELECT id FROM workflows {by workflows_runnable}
             WHERE status = 'Runnable' AND next_execution <= ? ORDER BY next_execution, id"""
         return [
@@ -5876,14 +5888,14 @@ class PersistenceProvider(_Facet):
 
     @_snapshot
     def get_workflow_instance(self, tx: _Tx, id: AnyId) -> WorkflowInstance:
-        """One instance, its pointers in their order. Raises NotFound. Source: get_workflow_instance."""
+        """One instance, its pointers in their order. Raises NotFound."""
         return _found(
             next(iter(self._instances(tx, [key := _id(id, "id")])), None), "workflow", key
         )
 
     @_snapshot
     def get_workflow_instance_by_name(self, tx: _Tx, name: str) -> WorkflowInstance:
-        """One instance by its name. Raises NotFound. Source: get_workflow_instance_by_name."""
+        """One instance by its name. Raises NotFound."""
         found = self._instances(
             tx, [id for (id,) in tx.rows(_INSTANCE_BY_NAME, _key(name, "name"))]
         )
@@ -5891,7 +5903,7 @@ class PersistenceProvider(_Facet):
 
     @_snapshot
     def get_workflow_instances(self, tx: _Tx, ids: Sequence[AnyId]) -> list[WorkflowInstance]:
-        """Instances in the order asked, unknown ids skipped: two queries per 10,000. Source: get_workflow_instances."""
+        """Instances in the order asked, unknown ids skipped: two queries per 10,000."""
         asked = [_id(id, f"ids[{index}]") for index, id in enumerate(_listed(ids, "ids"))]
         return [
             one
@@ -5912,12 +5924,12 @@ class PersistenceProvider(_Facet):
 
     @_write
     def next_definition_sequence(self, tx: _Tx, definition_id: str) -> int:
-        """1, 2, 3, ... for each definition, shared with the automatic names. Source: next_definition_sequence."""
+        """1, 2, 3, ... for each definition, shared with the automatic names."""
         return int(tx.rows(_COUNTER_NEXT, _key(definition_id, "definition_id"))[0][0])
 
     @_steps
     def delete_workflow(self, id: AnyId) -> _Steps[None]:
-        """Delete an instance with its pointers, subscriptions and errors. Source: delete_workflow.
+        """Delete an instance with its pointers, subscriptions and errors.
 
         Raises NotFound, and StorageError while rows of the user's own tables refer to any of it by a foreign key."""
         holder = yield self._delete(id)
@@ -5937,7 +5949,7 @@ class PersistenceProvider(_Facet):
 
     @_steps
     def purge_workflows(self, status: WorkflowStatus | str, older_than: datetime) -> _Steps[int]:
-        """Delete those of a status completed (else created) before a time; how many. Source: purge_workflows."""
+        """Delete those of a status completed (else created) before a time; how many."""
         ended = _terminal(
             "workflows", "workflows_by_age", _WORKFLOW_TIME, _enum(WorkflowStatus, status, "status")
         )
@@ -5946,24 +5958,24 @@ class PersistenceProvider(_Facet):
     # --- subscriptions and events ---
     @_write
     def create_event_subscription(self, tx: _Tx, subscription: EventSubscription) -> str:
-        """Store a subscription; its id. Raises AlreadyExists. Source: create_event_subscription."""
+        """Store a subscription; its id. Raises AlreadyExists."""
         return _add(tx, _SUBSCRIPTION, subscription).id
 
     @_read
     def get_subscription(self, tx: _Tx, id: AnyId) -> EventSubscription:
-        """A subscription, terminated ones too. Raises NotFound. Source: get_subscription."""
+        """A subscription, terminated ones too. Raises NotFound."""
         return self._need(tx, _SUBSCRIPTION, id=id)
 
     @_write
     def terminate_subscription(self, tx: _Tx, id: AnyId) -> None:
-        """End a subscription; again has no effect. Raises NotFound. Source: terminate_subscription."""
+        """End a subscription; again has no effect. Raises NotFound."""
         self._change(tx, _SUBSCRIPTION, "terminated_at = COALESCE(terminated_at, ?)", id, tx.now())
 
     @_read
     def get_subscriptions(
         self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
     ) -> list[EventSubscription]:
-        """Those to an event, begun by a time (None: now), not terminated, oldest first. Source: get_subscriptions."""
+        """Those to an event, begun by a time (None: now), not terminated, oldest first."""
         until = _event_until(tx, event_name, event_key, as_of)
         return _SUBSCRIPTION.decode_all(self._rows(tx, _SUBSCRIPTIONS, *until))
 
@@ -5971,7 +5983,7 @@ class PersistenceProvider(_Facet):
     def get_first_open_subscription(
         self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
     ) -> EventSubscription | None:
-        """The oldest of them with no token, or an expired one, or None. Source: get_first_open_subscription."""
+        """The oldest of them with no token, or an expired one, or None."""
         until = _event_until(tx, event_name, event_key, as_of)
         return _SUBSCRIPTION.maybe(self._row(tx, _SUBSCRIPTION_OPEN, *until, tx.now()))
 
@@ -5979,7 +5991,7 @@ class PersistenceProvider(_Facet):
     def set_subscription_token(
         self, tx: _Tx, id: AnyId, token: str, worker_id: AnyId, expiry: datetime
     ) -> bool:
-        """Take a subscription until `expiry`: True for one of any number of callers. Source: set_subscription_token.
+        """Take a subscription until `expiry`: True for one of any number of callers.
 
         False while a token that has not expired is set, even one's own. Raises NotFound if missing or terminated."""
         key, until = _id(id, "id"), _time(expiry, "expiry")
@@ -5993,24 +6005,24 @@ class PersistenceProvider(_Facet):
 
     @_write_row
     def clear_subscription_token(self, tx: _Tx, id: AnyId, token: str) -> None:
-        """Give a subscription back. Raises NotFound unless this is its token. Source: clear_subscription_token."""
+        """Give a subscription back. Raises NotFound unless this is its token."""
         _found(
             self._row(tx, _LET_GO, key := _id(id, "id"), _text(token, "token")), "subscription", key
         )
 
     @_write
     def create_event(self, tx: _Tx, event: Event) -> str:
-        """Store an event; its id. Raises AlreadyExists. Source: create_event."""
+        """Store an event; its id. Raises AlreadyExists."""
         return _add(tx, _EVENT, event).id
 
     @_read
     def get_event(self, tx: _Tx, id: AnyId) -> Event:
-        """An event. Raises NotFound. Source: get_event."""
+        """An event. Raises NotFound."""
         return self._need(tx, _EVENT, id=id)
 
     @_read
     def get_runnable_events(self, tx: _Tx, as_at: datetime | None = None) -> list[str]:
-        """The ids of events up to `as_at` (None: now) not processed yet, oldest first. Source: get_runnable_events."""
+        """The ids of events up to `as_at` (None: now) not processed yet, oldest first."""
         sql = """SELECT id FROM events {by events_runnable}
             WHERE is_processed = 0 AND event_time <= ? ORDER BY event_time, id"""
         return [id for (id,) in tx.rows(tx.dialect.resolve(sql), _as_of(tx, as_at, "as_at"))]
@@ -6019,7 +6031,7 @@ class PersistenceProvider(_Facet):
     def get_events(
         self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
     ) -> list[str]:
-        """The ids of events of a name and key up to `as_of` (None: now), oldest first. Source: get_events."""
+        """The ids of events of a name and key up to `as_of` (None: now), oldest first."""
         until = _event_until(tx, event_name, event_key, as_of)
         sql = """SELECT id FROM events {by events_by_key}
             WHERE event_name = ? AND event_key = ? AND event_time <= ? ORDER BY event_time, id"""
@@ -6027,22 +6039,22 @@ class PersistenceProvider(_Facet):
 
     @_write
     def mark_event_processed(self, tx: _Tx, id: AnyId) -> None:
-        """The event is done with. Raises NotFound. Source: mark_event_processed."""
+        """The event is done with. Raises NotFound."""
         self._change(tx, _EVENT, "is_processed = 1", id)
 
     @_write
     def mark_event_unprocessed(self, tx: _Tx, id: AnyId) -> None:
-        """The event is to be processed again. Raises NotFound. Source: mark_event_unprocessed."""
+        """The event is to be processed again. Raises NotFound."""
         self._change(tx, _EVENT, "is_processed = 0", id)
 
     # --- scheduled commands and errors ---
     def supports_scheduled_commands(self) -> bool:
-        """True. Source: supports_scheduled_commands."""
+        """True."""
         return True
 
     @_write
     def schedule_command(self, tx: _Tx, command: ScheduledCommand) -> None:
-        """Have a command handled: one per name and data, at the earliest time asked for. Source: schedule_command."""
+        """Have a command handled: one per name and data, at the earliest time asked for."""
         values, now = _COMMAND.encode(command), tx.now()
         tx.run(_SCHEDULE, *values.values(), now, now, now)
 
@@ -6059,7 +6071,7 @@ class PersistenceProvider(_Facet):
         Each is leased to one caller just before `handler(command)`, outside any transaction, and removed when that
         returns. If it raises, the command stays for a later call, the rest go on, and an ExceptionGroup follows; what
         is no Exception propagates at once. After a crash, or a handler that outlived its lease, the command is handed
-        out again. Raises StorageError inside one's own transaction. Source: process_commands."""
+        out again. Raises StorageError inside one's own transaction."""
         self._engine.forbid_inside("process_commands()")
         _function(handler, "handler")
         due = _time(self._engine.now() if as_of is None else as_of, "as_of") // 1000
@@ -6124,7 +6136,7 @@ class PersistenceProvider(_Facet):
 
     @_write
     def persist_errors(self, tx: _Tx, errors: Sequence[ExecutionError]) -> None:
-        """Keep errors of steps, all or none. Source: persist_errors."""
+        """Keep errors of steps, all or none."""
         for index, error in enumerate(_listed(errors, "errors")):
             _add(tx, _ERROR, error, f"errors[{index}]")
 
@@ -6145,7 +6157,7 @@ class PersistenceProvider(_Facet):
 
     @_read
     def ensure_store_exists(self, tx: _Tx) -> None:
-        """No effect: opening the store made its tables. Source: ensure_store_exists."""
+        """No effect: opening the store made its tables."""
         tx.row("SELECT value FROM flowstore_meta WHERE key = 'schema'")
 
 
@@ -6179,7 +6191,7 @@ class _StoreBase(_Facet):
     def close(self) -> _Steps[None]:
         """Close the store: calls under way finish, waiters and later calls get StoreClosed; again has no effect.
 
-        Raises StorageError inside one's own transaction. Source: StorageBackend.shutdown."""
+        Raises StorageError inside one's own transaction."""
         self._engine.forbid_inside("close()")
         yield self._engine.close()
 
@@ -6265,7 +6277,7 @@ class _StoreBase(_Facet):
 
     @_snapshot
     def stats(self, tx: _Tx) -> dict[str, Any]:
-        """How much is in the store, as JSON values: rows, runs by status, queues, bytes. Source: health_check."""
+        """How much is in the store, as JSON values: rows, runs by status, queues, bytes."""
         queues: dict[str, dict[str, int]] = {}
         items = "SELECT queue_type, status, COUNT(*) FROM flowstore_work_items GROUP BY queue_type, status"
         for queue, status, count in tx.rows(items):
@@ -6291,7 +6303,7 @@ class Store(_StoreBase):
     """A durable memory for workflows in one database: four facets, and what concerns all of it.
 
     Any number of threads may share one, any number of processes may open the same file, and both sides of a fork may
-    go on using it. Close it, or use it as a context manager. Source: SqliteBackend."""
+    go on using it. Close it, or use it as a context manager."""
 
     def __init__(self, engine: _Engine) -> None:
         super().__init__(engine)
@@ -6435,7 +6447,7 @@ def open(
     (default `min(2**n, 64)`). `clock`: where every "now" comes from. `read_only`: nothing in the database is changed.
 
     Raises InvalidData for an option out of range, StorageError and SchemaError for what cannot be opened, which is left
-    as it was. Source: SqliteBackend::open, SqlitePersistenceProvider::new, SqliteFlowStore::open."""
+    as it was."""
     mode = _text(synchronous, "synchronous").upper()
     if mode not in ("FULL", "NORMAL", "OFF"):
         raise InvalidData(f"synchronous: FULL, NORMAL or OFF is needed, not {synchronous!r}")
