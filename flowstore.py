@@ -2864,6 +2864,7 @@ class _Block:
 
     def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
         """Run an operation as a savepoint of its own."""
+        self._refuse_inside_call()
         with self.connection.lock:
             tx = self.tx()
             if operation.writes:
@@ -2880,6 +2881,7 @@ class _Block:
                 f"{refused[1].upper()} is not for a statement inside transaction(): the block does that"
             )
         values = parameters if many else _parameters(parameters)
+        self._refuse_inside_call()
         with self.connection.lock:
             tx = self.tx()
             execute = tx.db.executemany if many else tx.db.execute
@@ -2900,6 +2902,11 @@ class _Block:
                     raise
                 says = f"the driver cannot read a value, it raised {type(error).__name__}"
                 raise InvalidData(f"parameters: {says}") from error
+
+    def _refuse_inside_call(self) -> None:
+        """StorageError for a call that interrupts another one of its thread: what that undoes would be its own, too."""
+        if self.connection.lock._is_owned():  # type: ignore[attr-defined]
+            raise StorageError(_INTERRUPTS)
 
     @staticmethod
     def _in_savepoint(tx: _Tx, action: Callable[[], R]) -> R:
