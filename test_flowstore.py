@@ -7858,6 +7858,7 @@ def signal_a_waiter(target: str, situation: str, kind: str) -> None:
     store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=patience, clock=clock)
     for run in ("run", "visit"):
         write_pair(store_engine, run, "first")
+    news = store_engine.events.tail(timeout=8.0)
     main = threading.get_ident()
     visit = Visit(
         store_engine.close if kind == "close" else partial(do, kind, store_engine, "visit", "visit")
@@ -7909,7 +7910,7 @@ def signal_a_waiter(target: str, situation: str, kind: str) -> None:
         "read": partial(do, "read", store_engine, ""),
         "block": partial(do, "block", store_engine, "key"),
         "item": partial(store_engine.state.claim_work_item, "w", ["later"], wait=8.0),
-        "tail": lambda: next(store_engine.events.tail(timeout=8.0)),
+        "tail": partial(next, news),
         "close": store_engine.close,
     }
     began = time.monotonic()
