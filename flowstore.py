@@ -2509,6 +2509,11 @@ class _Writer:
         return False
 
     def _commit(self, tx: _Tx, leader: _Call) -> None:
+        vanishing = self.log if self.engine.log_may_vanish else None
+        if vanishing is not None and vanishing.was_deleted():
+            raise StorageError(
+                "another process deleted the write-ahead log, nothing of this was stored: run it again"
+            )
         while tx.db.in_transaction:
             try:
                 # extend() drains map() in C: no Ctrl-C can come between the end of COMMIT and the note of it.
@@ -2519,9 +2524,10 @@ class _Writer:
                     raise failure from error
                 # Never in WAL mode; a file that someone took out of it may have readers.
                 self.engine.pause(leader.deadline or _monotonic() + 1)
-        if self.engine.log_may_vanish and self.log is not None and self.log.was_deleted():
+        if vanishing is not None and vanishing.was_deleted():
             raise StorageError(
-                "another process deleted the write-ahead log during COMMIT: look whether this was stored"
+                "another process deleted the write-ahead log during COMMIT, which is in doubt: look whether "
+                "this was stored"
             )
 
     # --- having the writer for oneself ---

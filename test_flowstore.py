@@ -10236,7 +10236,7 @@ def reader_of_a_touched_file(path: str, locks: str, read_only: str) -> None:
     told()
     assert len(keys(store_engine, "theirs")) == 60
     assert [stored.event["key"] for stored in walk] == [f"{number}" for number in range(1, 60)]
-    assert len(store_engine.events.read_all()) == 60
+    assert len(store_engine.events.read_all()) == 61
     store_engine.close()
 
 
