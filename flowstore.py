@@ -8940,6 +8940,12 @@ _POSTGRES_FOREIGN_KEYS = f"""WITH named AS NOT MATERIALIZED (
     LEFT JOIN pg_collation c ON c.oid = own.attcollation
     WHERE k.contype = 'f' AND NOT (child.here AND child.relname IN ({_OUR_TABLES}))
         AND has_table_privilege(k.conrelid, 'SELECT')
+        -- nearly always false, and asked once: a database may have thousands of foreign keys of others
+        AND (SELECT EXISTS (SELECT 1 FROM pg_constraint f JOIN pg_class p ON p.oid = f.confrelid
+            JOIN pg_class c ON c.oid = f.conrelid
+            WHERE f.contype = 'f' AND p.relnamespace = to_regnamespace(current_schema())
+                AND p.relname IN ({_OUR_TABLES})
+                AND NOT (c.relnamespace = p.relnamespace AND c.relname IN ({_OUR_TABLES}))))
     ORDER BY k.oid, pair.place"""
 _NEWS = re.compile(
     "INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'"
