@@ -4976,7 +4976,9 @@ class StateBackend(_LogFacet):
     ) -> list[WorkflowExecution]:
         """Executions with a record, newest `updated_at` first."""
         index = "flowstore_runs_by_" + (
-            "status|flowstore_runs_by_tenant_status" if status else "time|flowstore_runs_by_tenant"
+            "time|flowstore_runs_by_tenant"
+            if status is None
+            else "status|flowstore_runs_by_tenant_status"
         )
         order = "updated_at DESC, execution_id DESC"
         return self._page(tx, _RUN, index, order, limit, offset, **_given(status=status))
@@ -5156,12 +5158,11 @@ class StateBackend(_LogFacet):
     ) -> list[WorkItem]:
         """Items, oldest `available_at` first, filtered by what is given."""
         filters = _given(status=status, queue_type=queue_type, execution_id=execution_id)
-        index = (
-            "flowstore_items_by_execution"
-            if execution_id is not None
-            else f"flowstore_items_by_{'queue' if queue_type else 'status' if status else 'time'}"
-            "|flowstore_items_by_tenant"
-        )
+        if execution_id is not None:
+            index = "flowstore_items_by_execution"
+        else:
+            by = next((by for by in ("queue_type", "status") if by in filters), "time")
+            index = f"flowstore_items_by_{by.removesuffix('_type')}|flowstore_items_by_tenant"
         return self._page(tx, _ITEM, index, "available_at, id", limit, offset, **filters)
 
     @_steps
@@ -8385,6 +8386,8 @@ def _demo(args: Any) -> int:
         return _complain(f"{args.folder}: {problem} folder", 2)
     folder = os.path.realpath(args.folder)
     own = os.path.realpath(_shared_path(args.store, "--store") or args.store)
+    if os.path.isdir(own):
+        return _complain(f"{args.store}: this is a folder: name a file in it", 1)
     names = itertools.islice(_demo_files(folder, own), args.limit)
     files = {_demo_id(folder, name): name for name in names}
     queue = _demo_id(folder)
