@@ -19669,7 +19669,8 @@ def test_short_lived_threads_of_every_kind_leave_no_descriptor_behind(path: Path
             calls = [partial(kinds[n % 4], 100 * wave + n) for n in range(20)]
             assert outcomes(calls) == [None] * 20
         gc.collect()
-        assert descriptors() <= before + flowstore._IDLE_READERS
+        # Two descriptors for each reader that is kept (at most 8 here: they are short), two for the one that checkpoints.
+        assert descriptors() <= before + flowstore._IDLE_READERS + 2
         assert store.check() == []
 
 
