@@ -89,6 +89,7 @@ import sqlite3
 import sys
 import threading
 import time
+import types
 import weakref
 
 if sys.version_info < (3, 11):  # noqa: UP036 (what is imported next is not there, and would say so less clearly)
@@ -2123,26 +2124,300 @@ class _Log:
     leak = close
 
 
+# --- a database ---
+_INTERRUPTS = (
+    "this call interrupts another one of its thread, or a fork, which it would have to wait for: "
+    "call again later"
+)
+
+
+class _Database:
+    """One SQLite database: how it is opened, what guards it, its size and its copies."""
+
+    dialect = _SQLITE
+    types: ClassVar[dict[str, str]] = {}  # its names of column types, where not SQLite's
+    foreign_keys = _FOREIGN_KEYS
+
+    def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
+        self.target = target
+        # The real path, not a symbolic link: SQLite has the log beside the real file. None: in memory, or a server.
+        self.path = None if path is None else os.path.realpath(path)
+        self.options = options  # the arguments of open()
+        # A read-only store whose folder has no room for the files of SQLite's locks is read without locks.
+        self.cannot_lock = bool(self.path and options.read_only and not _can_lock(self.path))
+        self.log = None if self.path is None or self.cannot_lock else _Log(self.path)
+        # Without a lock that holds for sure, each use looks whether the log is still the file's own.
+        self.log_may_vanish = False
+        self.process = os.getpid()
+        self.closed = False
+
+    # --- connections ---
+    def connect(self) -> _Tx:
+        """A new connection to the database, which `disconnect` closes."""
+        self.refuse_closed()
+        if _process.forking and _process.lock._is_owned():
+            raise StorageError(_INTERRUPTS)  # the fork under way does not know of this connection
+        if self.path is None:
+            db = sqlite3.connect(
+                ":memory:", isolation_level=None, check_same_thread=False, cached_statements=256
+            )
+            db.execute("PRAGMA foreign_keys = ON")
+            db.execute("PRAGMA temp_store = MEMORY")
+            return _Tx(db, self.options.clock)
+        uri = _file_uri(self.path, self.options.read_only)
+        tx = _Tx(_connect_file(uri, self.path, self.options.read_only), self.options.clock)
+        try:
+            for pragma in (
+                "foreign_keys = ON",
+                # Savepoints, sorts and VACUUM must not fail where no temporary file can be written.
+                "temp_store = MEMORY",
+                f"synchronous = {self.options.synchronous}",
+                "fullfsync = ON",  # macOS: an fsync that reaches the disk; elsewhere without effect
+                "checkpoint_fullfsync = ON",
+                "wal_autocheckpoint = 0",  # the writer does it, under the write lock
+                "journal_size_limit = 12582912",  # a log begun anew shrinks to that, below its bound
+                "cache_size = -16384",
+                f"query_only = {self.options.read_only:d}",
+            ):
+                tx.run(f"PRAGMA {pragma}")
+            if not self.cannot_lock and tx.row("PRAGMA journal_mode") == ("wal",):
+                tx.row("PRAGMA schema_version")  # a read takes the shared lock, and opens the log
+                pinned = _count_connection(self.path, tx)
+                self.log_may_vanish = not pinned and os.name == "posix"
+                if self.log is not None:
+                    self.log.open(tx.rows("PRAGMA page_size")[0][0])
+        except BaseException:
+            self.disconnect(tx)
+            raise
+        return tx
+
+    def disconnect(self, tx: _Tx) -> None:
+        """Close a connection."""
+        if tx.file_id:
+            _close_database(tx)
+        else:
+            tx.db.close()
+
+    def begin_on_reader(self, tx: _Tx) -> None:
+        """Begin the transaction of a block that leaves the writer to others: one snapshot."""
+        tx.run("BEGIN")
+        tx.rows("SELECT value FROM flowstore_meta LIMIT 1")  # a snapshot begins with its first read
+
+    def commit_on_reader(self, tx: _Tx) -> None:
+        """Commit the transaction that `begin_on_reader` began."""
+        tx.run("COMMIT")
+
+    # --- refusals ---
+    def refuse_closed(self) -> None:
+        """StoreClosed after close(); StorageError in a child whose parent forked in a transaction on the file."""
+        if self.closed:
+            raise StoreClosed("the store is closed: open it again")
+        parents = _process.files_of_parent
+        if parents and self.path is not None and _file_id(self.path) in parents:
+            raise StorageError(
+                "this process was forked while a transaction was open on the file, which is the "
+                "parent's: fork outside transactions, or start a new process"
+            )
+
+    def refuse_unprepared_fork(self) -> None:
+        """StorageError in a child whose parent had no stack left for the hook before the fork."""
+        if os.getpid() != self.process:
+            raise StorageError(
+                "this process was forked where the stack had no room to prepare for it: open the "
+                "store again in a new process"
+            )
+
+    def refuse_read_only(self) -> None:
+        """StorageError in a store that was opened read-only."""
+        if self.options.read_only:
+            raise StorageError("the store was opened read-only: nothing can be changed through it")
+
+    def refuse_hidden(self, tx: _Tx) -> None:
+        """StorageError when something temporary hides a table of ours: our statements would go to it."""
+        hidden = self._temporary_names(tx).intersection(_TABLE_NAMES)
+        if hidden:
+            raise StorageError(
+                f"{min(hidden)!r} is a table of flowstore's: give the temporary table, view or "
+                "trigger another name, and make no temporary trigger on it"
+            )
+
+    def _temporary_names(self, tx: _Tx) -> set[str]:
+        """The names of temporary tables, views and triggers, and of what the triggers are on."""
+        rows = tx.rows("SELECT name, tbl_name FROM sqlite_temp_master WHERE type <> 'index'")
+        return {name.lower() for row in rows for name in row}
+
+    # --- busy waiting ---
+    def busy_error(self) -> StoreBusy:
+        """The error after `busy_timeout`."""
+        return StoreBusy(
+            "another process or transaction held the store for more than "
+            f"{self.options.busy_timeout:g} s (busy_timeout); nothing was written"
+        )
+
+    def pause(self, deadline: float) -> None:
+        """Sleep a little while another process holds the file; StoreBusy after the deadline."""
+        self.refuse_closed()
+        left = deadline - _monotonic()
+        if left <= 0:
+            raise self.busy_error()
+        import random
+
+        time.sleep(min(left, random.uniform(0.0001, 0.001)))
+
+    def retry_while_busy(self, action: Callable[[], R]) -> R:
+        """Run `action` again while another process holds the file, for `busy_timeout` at most."""
+        deadline = 0.0
+        while True:
+            try:
+                return action()
+            except StoreBusy:
+                deadline = deadline or _monotonic() + self.options.busy_timeout
+                self.pause(deadline)
+
+    # --- opening ---
+    def prepare(self, connection: _Connection) -> None:
+        """Create or upgrade the tables, in one transaction, however many processes open the file at once."""
+        if self.path is None:
+            with connection.lock:
+                self._build(connection.use(), None)
+            return
+        if not self.options.read_only:
+            _prepare_path(self.path)
+        self.retry_while_busy(lambda: self._prepare_file(connection))
+
+    def _prepare_file(self, connection: _Connection) -> None:
+        with connection.lock:
+            tx = connection.use()
+            read_only = self.options.read_only
+            if self._version(tx) == _SCHEMA_VERSION and (read_only or self._in_wal_mode(tx)):
+                return
+            if read_only:
+                raise SchemaError(
+                    "the tables are of an older version: open the store once without read_only"
+                )
+            if not tx.rows("SELECT name FROM sqlite_master LIMIT 1"):
+                tx.run("PRAGMA auto_vacuum = INCREMENTAL")  # only possible before the first table
+            if not self._in_wal_mode(tx):
+                raise StorageError(
+                    f"{self.path}: this file system cannot hold a database in WAL mode: "
+                    "choose a local disk"
+                )
+            tx.run("BEGIN IMMEDIATE")
+            try:
+                self._build(tx, self._version(tx))
+                tx.run("COMMIT")
+            finally:
+                tx.rollback()
+            if not tx.file_id:  # it was not in WAL mode when it was opened: open it as it is now
+                connection.close()
+                connection.use()
+
+    @staticmethod
+    def _in_wal_mode(tx: _Tx) -> bool:
+        mode = tx.row("PRAGMA journal_mode")
+        return mode == ("wal",) or tx.row("PRAGMA journal_mode = WAL") == ("wal",)
+
+    def _version(self, tx: _Tx) -> int | None:
+        """The version of the file's tables, None when there are none; SchemaError for foreign tables."""
+        names = self._names(tx)
+        if "flowstore_meta" not in names:
+            if clash := sorted(names.intersection(_NAMES)):
+                raise SchemaError(
+                    f"{self.target}: the table or index {clash[0]!r} there is not flowstore's: "
+                    "use another file"
+                )
+            if self.options.read_only:
+                raise StorageError(f"{self.target}: there is no store in it")
+            return None
+        try:
+            row = tx.row("SELECT value FROM flowstore_meta WHERE key = 'schema'")
+            version = int(row[0]) if row else 0
+            names = self._names(tx)  # again: another process may have upgraded it just now
+        except (StoreBusy, StoreCorrupt):
+            raise
+        except (StorageError, ValueError) as error:
+            raise SchemaError(
+                f"{self.target}: the table 'flowstore_meta' there is not flowstore's"
+            ) from error
+        if version > _SCHEMA_VERSION:
+            raise SchemaError(
+                f"{self.target}: the tables are of version {version}, this flowstore knows "
+                f"{_SCHEMA_VERSION}: upgrade flowstore"
+            )
+        if version < 1 or (version == _SCHEMA_VERSION and not names.issuperset(_NAMES)):
+            raise SchemaError(
+                f"{self.target}: some of flowstore's tables or indexes are missing: "
+                "restore it from a backup"
+            )
+        return version
+
+    def _names(self, tx: _Tx) -> set[str]:
+        """The names of tables and indexes, in lower case: SQLite does not tell case apart."""
+        return {name.lower() for (name,) in tx.rows("SELECT name FROM sqlite_master")}
+
+    def _build(self, tx: _Tx, version: int | None) -> None:
+        """Make the tables, or upgrade those of an older version."""
+        if version is None:
+            script = _TABLES
+        else:
+            script = ";".join(_UPGRADES[old] for old in range(version, _SCHEMA_VERSION))
+        for name, own_name in self.types.items():
+            script = script.replace(f" {name}", f" {own_name}")
+        for statement in _statements(self.dialect.resolve(script)):
+            tx.run(statement)
+        number = str(_SCHEMA_VERSION)
+        if version is None:
+            tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", number)
+            _add_tenant(tx, DEFAULT_TENANT)
+        tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'schema'", number)
+
+    # --- the whole file ---
+    def sizes(self, tx: _Tx) -> dict[str, int]:
+        """Bytes of the database, and of the write-ahead log beside it."""
+        pages = tx.rows("PRAGMA page_count")[0][0]
+        page_bytes = tx.rows("PRAGMA page_size")[0][0]
+        wal_bytes = 0 if self.path is None else _size_and_mtime(self.path + "-wal")[0]
+        return {"file_bytes": pages * page_bytes, "wal_bytes": wal_bytes}
+
+    def copy_to(self, tx: _Tx, path: str) -> None:
+        """Copy one state of the database into a new file. In steps: a write does not make it begin again."""
+        try:
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
+                try:
+                    self.begin_on_reader(tx)
+                    tx.db.backup(copy, pages=4096)
+                finally:
+                    tx.rollback()
+        except sqlite3.Error as error:
+            raise _explain(error, path, False) from error
+
+
 # ==================================================================================================
 # Writer: group commit, interrupts, checkpoints, and who is told of a commit
 # ==================================================================================================
 
-_GROUP_MOST = 1000  # operations in one commit: enough to hide the fsync, few enough to keep each transaction short
+# Operations in one commit: enough to hide the fsync, few enough to keep each transaction short.
+_GROUP_MOST = 1000
 
 
 class _CallState(enum.Enum):
     WAITING = enum.auto()  # in the queue, or on the way there: it may still time out
     TAKEN = enum.auto()  # in a leader's group: its outcome comes, however late
     LEADING = enum.auto()  # it has the writer
-    DONE = enum.auto()  # result or error say what became of it
-    ABANDONED = enum.auto()  # nobody waits for it: its thread has gone on, or its block was dropped
+    DONE = enum.auto()  # its result or its error is set
+    ABANDONED = enum.auto()  # its thread no longer waits, or its block was dropped
 
 
 _WAITING, _TAKEN, _LEADING, _DONE, _ABANDONED = _CallState
 
 
-class _Call:
-    """One caller that wants the writer: with an operation, with a batch of them, or for itself alone."""
+class _Call(SimpleNamespace):
+    """One call on its way: an operation with its arguments, a batch of such calls, or a block that wants the writer.
+
+    A namespace, since that is made in C."""
+
+    __eq__ = object.__eq__  # not by the arguments, which have code of their own
+    __hash__ = object.__hash__  # type: ignore[assignment]
 
     state = _WAITING
     operation: Any = None  # a _Method
@@ -2158,16 +2433,17 @@ class _Call:
     deadline = 0.0
     begun = False  # as leader: its transaction has begun
     file_is_busy = False  # as leader: another process has the file
-    runs_alone = (
-        False  # it failed in another's group by no error of ours: its own thread meets it again
-    )
+    runs_alone = False  # it failed in another's group by a foreign error: its own thread runs it
 
-
-_INTERRUPTS = "this call interrupts another one of its thread, or a fork, which it would have to wait for: call again later"
+    def run(self, tx: _Tx) -> Any:
+        """Run the operation in an open transaction, if the facet's tenant may."""
+        if self.facet._tenant is not None:
+            self.facet._admit(tx, self.operation.writes)
+        return self.operation.function(self.facet, tx, *self.args, **self.kwargs)
 
 
 class _CommitListeners:
-    """Who is told of each commit of this process; what other processes write is looked for now and then."""
+    """The waiters that each commit of this process wakes. Commits of other processes are polled for."""
 
     def __init__(self) -> None:
         self.wakers: set[Callable[[], object]] = set()
@@ -2175,60 +2451,181 @@ class _CommitListeners:
     def notify(self) -> None:
         """Wake all of them."""
         for wake in list(self.wakers):
-            with contextlib.suppress(
-                RuntimeError
-            ):  # it was woken already, or its event loop has ended
+            # RuntimeError: it was woken already, or its event loop has ended.
+            with contextlib.suppress(RuntimeError):
                 wake()
 
     def poll_interval(self, seconds: float, interval: float) -> float:
-        """How long to wait before the next look: longer when many of us are looking."""
+        """Seconds until the next poll: twice as many when many waiters poll."""
         return max(0.0, min(seconds, interval * (2 if len(self.wakers) > 16 else 1)))
 
 
-class _Writer:
-    """The one connection that writes, shared by group commit.
+class _Checkpointer:
+    """The connection that copies the write-ahead log into the file while the writer keeps all others out.
 
-    A durable commit costs one fsync, whatever it carries. The caller that finds the writer free leads: it begins a
-    transaction, takes every operation that queued meanwhile, runs them all, commits, wakes their callers and hands
-    the lead to the first that has queued since. `leader`, `queue` and the calls in them change only under `mutex`.
-    Whoever holds a connection's lock may take the mutex, never the other way round."""
+    SQLite 3.7.0 to 3.51.2 can lose commits when a process begins the log anew while another one's checkpoint begins
+    (the "WAL-reset bug"). No process can while the write lock is held, so the checkpoint runs then, on a second
+    connection. Only the writer's lock guards it: a fork that held one lock and waited for the other would hang."""
 
-    def __init__(self, engine: _Engine, log: _Log | None) -> None:
+    def __init__(self, engine: _Engine, log: _Log) -> None:
+        self.log = log
+        self.connection = _Connection(engine.connect, engine.disconnect)
+        self.wait_at_bytes = _WAL_BOUND
+        self.drain_seconds = 0.01
+
+    def checkpoint(self, writer: sqlite3.Connection) -> None:
+        """Copy the log into the file, in the transaction that the writer has just begun.
+
+        Past 16 MB it waits, for a second at most, until the present readers have ended: new ones read past the log
+        meanwhile. If a foreign reader holds the log longer, the next try comes 16 MB later."""
+        try:
+            size = self.log.size()
+            waits = size >= self.wait_at_bytes
+            deadline = _monotonic() + 1
+            complete = self._copy_log()
+            while waits and not complete and _monotonic() < deadline:
+                time.sleep(0.001)
+                complete = self._copy_log()
+        except (StorageError, OSError):
+            return  # no commit depends on it: the next checkpoint tries again
+        self.wait_at_bytes = _WAL_BOUND
+        if waits and (not complete or self.drain_seconds >= 1):
+            self.wait_at_bytes = size + _WAL_BOUND
+        if not complete:
+            return
+        self.drain_seconds = min(1.0, 2 * self.drain_seconds) if waits else 0.005
+        if waits:
+            time.sleep(self.drain_seconds)  # readers of the log's end finish in this time
+        writer.rollback()
+        # The new snapshot needs nothing of the log, so the next write begins the log anew.
+        writer.execute("BEGIN IMMEDIATE")
+
+    def _copy_log(self) -> bool:
+        """Copy what no reader holds back; whether that was the whole log."""
+        busy, pages, copied = self.connection.use().rows("PRAGMA wal_checkpoint(PASSIVE)")[0]
+        return not busy and bool(pages == copied)
+
+    def truncate(self, writer: _Tx) -> None:
+        """Copy and truncate the log; StoreBusy while a reader needs it.
+
+        If TRUNCATE does not get the write lock in time, it goes on without the lock. The snapshot here, which reads
+        past the log, then keeps it from copying anything."""
+        helper = self.connection.use()
+        try:
+            complete = self._copy_log()
+            helper.run("BEGIN")
+            helper.rows("SELECT value FROM flowstore_meta LIMIT 1")
+            writer.rollback()
+            if complete:
+                writer.run("PRAGMA busy_timeout = 20")
+                complete = not writer.rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
+            if not complete:
+                raise StoreBusy("a reader holds the write-ahead log: it could not be emptied")
+        finally:
+            writer.rollback()
+            helper.rollback()
+            writer.run("PRAGMA busy_timeout = 0")
+
+
+class _CallQueue:
+    """The call that leads the writer, and those that wait for it. They change only under `mutex`."""
+
+    def __init__(self, engine: _Engine) -> None:
         self.engine = engine
         self.mutex = engine.mutex
-        self.connection = engine.pool.new_connection()
         self.leader: _Call | None = None
         self.queue: deque[_Call] = deque()
+
+    def wait_for_lead(self, call: _Call) -> bool:
+        """Queue for the writer: True with the lead, False when another leader has done the call."""
+        if self.mutex._is_owned() or _process.lock._is_owned():  # type: ignore[attr-defined]
+            raise StorageError(_INTERRUPTS)
+        call.gate = threading.Lock()
+        call.gate.acquire()
+        call.thread = threading.get_ident()
+        call.deadline = call.deadline or _monotonic() + self.engine.options.busy_timeout
+        with self.mutex:
+            leader = self.leader
+            if leader is not None and leader.state is _LEADING and leader.thread == call.thread:
+                raise StorageError(
+                    "this thread already holds the store (another task's open transaction, or code "
+                    "that runs inside an operation) and could only wait for itself"
+                )
+            self.queue.append(call)
+        while True:
+            with self.mutex:
+                if call.state is _DONE:
+                    return False
+                if call.state is _WAITING:
+                    if self._may_lead(call):
+                        self.leader = call
+                        call.state = _LEADING
+                        self.queue.remove(call)
+                        return True
+                    self.engine.refuse_closed()
+                    if self._is_late(call):
+                        raise self.engine.busy_error()
+            left = -1 if call.state is _TAKEN else max(0.0, call.deadline - _monotonic())
+            call.gate.acquire(timeout=left)
+
+    def _may_lead(self, call: _Call) -> bool:
+        leader = self.leader
+        return (
+            leader is None
+            or leader is call
+            or leader.state is _ABANDONED
+            # The lead went to a call that this one interrupts: that call cannot take it before this one has ended.
+            or (leader.state is _WAITING and leader.thread == call.thread)
+        )
+
+    def _is_late(self, call: _Call) -> bool:
+        """Whether a waiting call gives up. It waits for a commit under way, however long that takes."""
+        now = _monotonic()
+        if now < call.deadline:
+            return False
+        leader = self.leader
+        if leader is None or leader.file_is_busy or not (leader.operation or leader.batch):
+            return True
+        call.deadline = now + 0.01
+        return False
+
+
+class _Writer(_CallQueue):
+    """The one connection that writes, shared by group commit.
+
+    A durable commit costs one fsync, whatever it carries. A call that finds the writer free leads: it begins a
+    transaction, takes every call that has queued, runs them all, commits, wakes their threads and hands the lead to
+    the call that queued first since then. A thread that holds a connection's lock may take the mutex, never the
+    other way round."""
+
+    def __init__(self, engine: _Engine, log: _Log | None) -> None:
+        super().__init__(engine)
+        self.connection = engine.pool.new_connection()
         self.group: list[_Call] = []  # what the leader commits together
         self.committed: list[object] = []  # not empty: the leader's COMMIT has succeeded
         self.next_yield = 0.0
         self.log = log
-        self.checkpointer: _Connection | None = None
-        self.wait_at_bytes = _WAL_BOUND
-        self.drain_seconds = 0.01
+        self.checkpointer: _Checkpointer | None = None
         if log is not None:
-            # Only the writer's lock is taken for it: a fork that holds one lock and waits for the other would hang.
-            self.checkpointer = _Connection(engine.connect, engine.disconnect)
-            self.connection.companions = [self.checkpointer, log]
+            self.checkpointer = _Checkpointer(engine, log)
+            self.connection.companions = [self.checkpointer.connection, log]
 
     # --- one call ---
     def run_batch(self, calls: list[_Call]) -> None:
         """Run operations in one transaction, each on its own: every call gets its result or error."""
-        call = _Call()
-        call.batch = calls
-        call.deadline = max(one.deadline for one in calls)
+        call = _Call(batch=calls, deadline=max(one.deadline for one in calls))
         self.lead(call, self.commit_calls)
         if call.error is not None:
             raise call.error
 
     def lead(self, call: _Call, action: Callable[[_Call], bool], *, keep: bool = False) -> None:
-        """Lead and run `action` until it returns True, unless another leader does the call; then hand the lead on.
+        """Lead and run `action` until it returns True, then hand the lead on. Or wait until another leader did the call.
 
-        Whatever exception strikes, and wherever, the lead is handed on: not committed, what the leader began is
-        rolled back and the others of its group queue again; committed, all of them are done. This stands in one
-        frame on purpose: to give the lead up takes no more stack than to take it, so not even a RecursionError
-        prevents it, and between the two no Python function begins, so nor does Ctrl-C. With `keep` the call goes on
-        leading after a success, until it is led again."""
+        Any exception, at any point, leaves the writer usable. Before the commit, the leader's transaction is rolled
+        back and the other calls of its group queue again. After the commit, all of them are done. All this stands in
+        one frame on purpose: handing the lead on takes no more stack than taking it, so a RecursionError does not
+        prevent it, and no Python function begins between the two, so Ctrl-C does not either. With `keep` the call
+        leads on after a success, until it is led again."""
         if os.getpid() != self.engine.process:
             self.engine.refuse_unprepared_fork()
         kept = False
@@ -2238,7 +2635,7 @@ class _Writer:
                     self.leader = call
                     call.thread = threading.get_ident()
                     call.state = _LEADING
-            if self.leader is call or self._wait_for_lead(call):
+            if self.leader is call or self.wait_for_lead(call):
                 while not action(call):
                     self._pause_for_others(call)
                 if keep:
@@ -2280,84 +2677,31 @@ class _Writer:
                                 ):
                                     following.gate.release()
                                 self.leader = following
-                    elif call.gate is not None:  # it may be in the queue
+                    elif call.gate is not None:  # it may be in the queue, or in another's group
                         with self.mutex:
                             if call in self.queue:
                                 self.queue.remove(call)
                             if call.state is not _DONE:
-                                call.state = _ABANDONED  # in another's group it is, perhaps
+                                call.state = _ABANDONED
                             if self.leader is call:
-                                continue  # handed to it meanwhile
+                                continue  # the lead was handed to it just now
                     break
-                except BaseException as error:  # a second one: each step can be repeated
+                except BaseException as error:  # a second one: each of these steps can be repeated
                     struck = error
             if self.engine.closed and not kept:
                 self.engine.close_connection(self.connection)
             if struck is not None:
                 raise struck
 
-    def _wait_for_lead(self, call: _Call) -> bool:
-        """Queue for the writer: True with the lead, False when another leader has done the call."""
-        if self.mutex._is_owned() or _process.lock._is_owned():  # type: ignore[attr-defined]
-            raise StorageError(_INTERRUPTS)
-        call.gate = threading.Lock()
-        call.gate.acquire()
-        call.thread = threading.get_ident()
-        call.deadline = call.deadline or _monotonic() + self.engine.options.busy_timeout
-        with self.mutex:
-            leader = self.leader
-            if leader is not None and leader.state is _LEADING and leader.thread == call.thread:
-                raise StorageError(
-                    "this thread already holds the store (another task's open transaction, or code that "
-                    "runs inside an operation) and could only wait for itself"
-                )
-            self.queue.append(call)
-        while True:
-            with self.mutex:
-                if call.state is _DONE:
-                    return False
-                if call.state is _WAITING:
-                    if self._may_lead(call):
-                        self.leader = call
-                        call.state = _LEADING
-                        self.queue.remove(call)
-                        return True
-                    self.engine.refuse_closed()
-                    if self._is_late(call):
-                        raise self.engine.busy_error()
-            left = -1 if call.state is _TAKEN else max(0.0, call.deadline - _monotonic())
-            call.gate.acquire(timeout=left)
-
-    def _may_lead(self, call: _Call) -> bool:
-        leader = self.leader
-        return (
-            leader is None
-            or leader is call
-            or leader.state is _ABANDONED
-            # Handed to a call that this one interrupts: its thread cannot take the lead before this one has ended.
-            or (leader.state is _WAITING and leader.thread == call.thread)
-        )
-
-    def _is_late(self, call: _Call) -> bool:
-        """Whether a waiting call gives up. A commit under way does not hold the store: it is waited for."""
-        now = _monotonic()
-        if now < call.deadline:
-            return False
-        leader = self.leader
-        if leader is None or leader.file_is_busy or not (leader.operation or leader.batch):
-            return True
-        call.deadline = now + 0.01
-        return False
-
     def _pause_for_others(self, call: _Call) -> None:
-        """As leader: wait a little, since another process has the file."""
+        """As leader, while another process has the file: wait a little."""
         call.deadline = call.deadline or _monotonic() + self.engine.options.busy_timeout
         if self.engine.log_may_vanish:
             self.engine.reopen_after_lost_log()
         self.engine.pause(call.deadline)
 
     def _yield_to_other_processes(self) -> None:
-        """Threads that hand on the lead without a break would starve other processes, who only try now and then."""
+        """Leave the file alone for a moment: other processes poll for it, and a lead that never rests starves them."""
         time.sleep(0.0005)
         self.next_yield = _monotonic() + 0.025
 
@@ -2368,24 +2712,24 @@ class _Writer:
         log = self.log
         try:
             tx = self.connection.tx or self.connection.use()
-            if tx.db.in_transaction:  # of a block whose end was never run
+            if tx.db.in_transaction:  # left by a block whose end never ran
                 tx.db.rollback()
             if engine.log_may_vanish and not engine.has_log():
                 leader.file_is_busy = True
                 return None
             tx.db.execute("BEGIN IMMEDIATE")
-            # Nearly always the mark is what it was: that is seen here, without a call.
+            # The mark seldom changes. It is compared here, so that the usual case costs no call.
             if (
                 log is not None
                 and log.descriptor >= 0
                 and _read_at(log.descriptor, 8, log.mark_offset) != log.seen_mark
                 and log.is_full()
+                and self.checkpointer is not None
             ):
-                self._checkpoint(tx.db, log)
+                self.checkpointer.checkpoint(tx.db)
         except (sqlite3.Error, StoreBusy) as error:
-            if isinstance(error, sqlite3.Error) and not isinstance(
-                failure := _failure(error), StoreBusy
-            ):
+            failure = _failure(error) if isinstance(error, sqlite3.Error) else error
+            if not isinstance(failure, StoreBusy):
                 raise failure from error
             leader.file_is_busy = True
             return None
@@ -2404,13 +2748,15 @@ class _Writer:
             if operation is None or (self.queue and not leader.runs_alone):
                 wrote = self._commit_group(tx, leader)
             else:
-                facet = leader.facet
-                if facet._tenant is not None:
-                    facet._admit(tx, operation.writes)
-                leader.result = operation.function(facet, tx, *leader.args, **leader.kwargs)
+                if leader.facet._tenant is None:  # as _Call.run, without the call
+                    leader.result = operation.function(
+                        leader.facet, tx, *leader.args, **leader.kwargs
+                    )
+                else:
+                    leader.result = leader.run(tx)
                 self._commit(tx, leader)
                 wrote = operation.writes
-        if wrote:  # in memory, reads come this way too: they are no news
+        if wrote:  # in memory, reads come this way too: no listener waits for them
             engine = self.engine
             engine.commits += 1
             if engine.listeners.wakers:
@@ -2423,13 +2769,13 @@ class _Writer:
         if not leader.runs_alone:
             self._take_queue()
         try:
-            tx.run("SAVEPOINT flowstore_group")  # to begin again without giving the file to others
+            tx.run("SAVEPOINT flowstore_group")  # the group begins again here, and keeps the file
             savepoints = False
             while not self._run_group(tx, leader, savepoints):
                 tx.run("ROLLBACK TO flowstore_group")
                 savepoints = True
             self._commit(tx, leader)
-        except StorageError as error:  # the transaction of all of them
+        except StorageError as error:  # it ended the transaction, which is that of all of them
             for member in self.group:
                 for call in member.batch or (member,):
                     call.result = None
@@ -2451,17 +2797,16 @@ class _Writer:
                 call = self.queue[0]
                 if call.runs_alone or not (call.operation or call.batch):
                     return
-                call.state = (
-                    _TAKEN  # in this order: interrupted between two steps, no call is nowhere
-                )
+                # In this order: an interrupt between two of the steps leaves the call in one of the two.
+                call.state = _TAKEN
                 self.group.append(call)
                 self.queue.popleft()
 
     def _run_group(self, tx: _Tx, leader: _Call, savepoints: bool) -> bool:
         """Run the calls of the group; False when they have to begin again, with savepoints.
 
-        A failure of the database itself is everybody's: after a full disk or an I/O error SQLite may have rolled
-        back all of it, and a savepoint outside a transaction would open one that its release commits."""
+        A failure of the database itself fails all calls: after a full disk or an I/O error SQLite may have rolled back
+        the transaction, and a savepoint outside a transaction opens one that its release commits."""
         db = tx.db
         for member in list(self.group):
             for call in member.batch or (member,):
@@ -2469,19 +2814,17 @@ class _Writer:
                 if savepoints:
                     tx.run("SAVEPOINT flowstore_call")
                 try:
-                    call.result = call.operation.run(call.facet, tx, call.args, call.kwargs)
+                    call.result = call.run(tx)
                     call.error = None
                 except Exception as error:
                     # A constraint of the user's own on our tables concerns that call alone.
-                    if isinstance(error, StorageError) and not isinstance(
-                        error.__cause__, sqlite3.IntegrityError
-                    ):
+                    constraint = isinstance(error.__cause__, sqlite3.IntegrityError)
+                    if isinstance(error, StorageError) and not constraint:
                         raise
                     if not db.in_transaction:
                         raise StorageError("the database ended the transaction") from error
-                    if not isinstance(error, FlowStoreError) and not (
-                        member is leader and member.batch
-                    ):
+                    in_own_batch = member is leader and bool(member.batch)
+                    if not isinstance(error, FlowStoreError) and not in_own_batch:
                         if member is leader or self._send_back(member, error):
                             raise
                         return False
@@ -2496,9 +2839,9 @@ class _Writer:
         return True
 
     def _send_back(self, member: _Call, error: Exception) -> bool:
-        """Let another's call, which failed by no error of ours, be run by its own thread alone.
+        """Send another thread's call, which raised a foreign error, back to that thread, to be run alone.
 
-        True when the error is this thread's own: a signal handler's, or that of a full stack."""
+        True when the error is this thread's own: a signal handler raised it, or the stack was full."""
         member.runs_alone = True
         if _came_from_outside(error):
             return True
@@ -2512,25 +2855,26 @@ class _Writer:
         vanishing = self.log if self.engine.log_may_vanish else None
         if vanishing is not None and vanishing.was_deleted():
             raise StorageError(
-                "another process deleted the write-ahead log, nothing of this was stored: run it again"
+                "another process deleted the write-ahead log, nothing of this was stored: "
+                "run it again"
             )
         while tx.db.in_transaction:
             try:
-                # extend() drains map() in C: no Ctrl-C can come between the end of COMMIT and the note of it.
+                # extend() drains map() in C: Ctrl-C cannot strike between the end of COMMIT and the note of it.
                 self.committed.extend(map(type, map(tx.db.execute, ("COMMIT",))))
             except sqlite3.Error as error:
                 failure = _failure(error)
                 if not isinstance(failure, StoreBusy):
                     raise failure from error
-                # Never in WAL mode; a file that someone took out of it may have readers.
+                # Not in WAL mode, but another program may have taken the file out of it.
                 self.engine.pause(leader.deadline or _monotonic() + 1)
         if vanishing is not None and vanishing.was_deleted():
             raise StorageError(
-                "another process deleted the write-ahead log during COMMIT, which is in doubt: look whether "
-                "this was stored"
+                "another process deleted the write-ahead log during COMMIT, which is in doubt: "
+                "look whether this was stored"
             )
 
-    # --- having the writer for oneself ---
+    # --- leading alone: blocks, and work outside transactions ---
     def begin_block(self, call: _Call) -> bool:
         """Begin the transaction of a block that leads; False when another process has the file."""
         with self.connection.lock:
@@ -2546,7 +2890,7 @@ class _Writer:
         return True
 
     def alone(self, action: Callable[[_Tx], R]) -> R:
-        """Run `action` on the writer outside any transaction, while nobody else of this process writes."""
+        """Run `action` on the writer outside any transaction, while no other thread writes."""
         results: list[R] = []
 
         def run(_: _Call) -> bool:
@@ -2557,85 +2901,31 @@ class _Writer:
         self.lead(_Call(), run)
         return results[0]
 
-    # --- the write-ahead log ---
-    def _checkpoint(self, db: sqlite3.Connection, log: _Log) -> None:
-        """Copy the log into the file, while the transaction that `db` has just begun keeps all others out.
-
-        SQLite 3.7.0 to 3.51.2 can lose what was committed when somebody begins the log anew while a checkpoint
-        begins ("WAL-reset bug"). Nobody can while the write lock is held, so a second connection checkpoints then.
-        Past 16 MB it waits, for a second at most, until the readers there are have ended: new ones read past the
-        log meanwhile. Where a foreign reader holds it longer, the next try comes 16 MB later."""
-        if self.checkpointer is None:
-            return
-        try:
-            size = log.size()
-            waits = size >= self.wait_at_bytes
-            deadline = _monotonic() + 1
-            helper = self.checkpointer.use()
-            busy, pages, copied = helper.rows("PRAGMA wal_checkpoint(PASSIVE)")[0]
-            while waits and (busy or pages != copied) and _monotonic() < deadline:
-                time.sleep(0.001)
-                busy, pages, copied = helper.rows("PRAGMA wal_checkpoint(PASSIVE)")[0]
-        except (StorageError, OSError):
-            return  # what was committed is committed: the next one tries again
-        complete = not busy and pages == copied
-        self.wait_at_bytes = _WAL_BOUND
-        if waits and (not complete or self.drain_seconds >= 1):
-            self.wait_at_bytes = size + _WAL_BOUND
-        if not complete:
-            return
-        self.drain_seconds = min(1.0, 2 * self.drain_seconds) if waits else 0.005
-        if waits:
-            time.sleep(self.drain_seconds)  # for those who read the end of the log
-        db.rollback()
-        db.execute(
-            "BEGIN IMMEDIATE"
-        )  # its snapshot needs nothing of the log, so what it writes begins the log anew
-
     def mind_log(self, tx: _Tx) -> None:
         """Checkpoint the log if it is full."""
         if self._begin(_Call()) is not None:
             tx.rollback()
 
     def empty_log(self, tx: _Tx) -> None:
-        """Checkpoint and truncate the log; StoreBusy while a reader needs it.
-
-        Where TRUNCATE does not get the write lock in time it goes on without: the checkpointer's snapshot, which
-        reads past the log, then keeps it from copying anything."""
+        """Checkpoint and truncate the log; StoreBusy while a reader needs it."""
         if self.checkpointer is None or self._begin(_Call()) is None:
             raise self.engine.busy_error()
-        helper = self.checkpointer.use()
-        try:
-            busy, pages, copied = helper.rows("PRAGMA wal_checkpoint(PASSIVE)")[0]
-            helper.run("BEGIN")
-            helper.rows("SELECT value FROM flowstore_meta LIMIT 1")
-            tx.rollback()
-            if busy or pages != copied:
-                raise StoreBusy("a reader holds the write-ahead log: it could not be emptied")
-            tx.run("PRAGMA busy_timeout = 20")
-            busy = tx.rows("PRAGMA wal_checkpoint(TRUNCATE)")[0][0]
-            if busy:
-                raise StoreBusy("a reader holds the write-ahead log: it could not be emptied")
-        finally:
-            tx.rollback()
-            helper.rollback()
-            tx.run("PRAGMA busy_timeout = 0")
+        self.checkpointer.truncate(tx)
 
 
 def _came_from_outside(error: Exception) -> bool:
     """Whether an exception has nothing to do with the operation in which it struck.
 
-    That is a full stack or memory, and what a signal handler or a trace function raised. What is raised in this
-    module's own code without being one of its errors was put there by another thread."""
+    Such are a full stack or memory, and the exceptions of signal handlers and trace functions. A foreign exception
+    that strikes in this module's own code was put there by another thread."""
     if isinstance(error, (RecursionError, MemoryError)):
         return True
-    codes = {getattr(sys.gettrace(), "__code__", None)}
+    handlers: list[object] = [sys.gettrace()]
     if "signal" in sys.modules:
         import signal
 
-        codes |= {
-            getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()
-        }
+        handlers += map(signal.getsignal, signal.valid_signals())
+    codes = {getattr(handler, "__code__", None) for handler in handlers}
     traceback = error.__traceback__
     depth = 0
     while traceback is not None:
@@ -2805,8 +3095,7 @@ class _Block:
         engine = self.engine
         if engine.blocks_lead():
             self._connection = engine.writer.connection
-            self._call = _Call()
-            self._call.deadline = deadline
+            self._call = _Call(deadline=deadline)
             engine.writer.lead(self._call, engine.writer.begin_block, keep=True)
         else:
             engine.retry_while_busy(self._begin_on_reader)
@@ -2868,16 +3157,16 @@ class _Block:
             )
         return tx
 
-    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+    def run(self, call: _Call) -> Any:
         """Run an operation as a savepoint of its own."""
         self._refuse_inside_call()
         with self.connection.lock:
             tx = self.tx()
-            if operation.writes:
+            if call.operation.writes:
                 self.engine.refuse_read_only()
             elif not self.engine.failed_reads_end_transactions:
-                return operation.run(facet, tx, args, kwargs)
-            return self._in_savepoint(tx, lambda: operation.run(facet, tx, args, kwargs))
+                return call.run(tx)
+            return self._in_savepoint(tx, lambda: call.run(tx))
 
     def execute(self, sql: object, parameters: Any, *, many: bool = False) -> list[tuple[Any, ...]]:
         """Run a statement of the user's own."""
@@ -3064,15 +3353,17 @@ if hasattr(os, "register_at_fork") and not _process.fork_hooks:
 
 
 class _Method(Generic[F, P, R]):
-    """A facet's method as the facet writes it, seen from outside as one that its store runs (awaited on an async one).
+    """A method of a facet: written as an operation, called as a method that the store runs.
 
-    An operation is a function over an open transaction. One that `writes` may run more than once (a group begun again),
-    so it has no effect outside `tx`; a `snapshot` has several reading statements and runs them on one state of the
-    database. Each race of a `row` write is closed by one conditional statement or the lock on a row: where writers run
-    side by side, it needs no more isolation. The first statement of a write of `one` does it all, or changes nothing;
-    run twice, it does no harm or raises. `steps` are a generator for what takes several transactions, or runs user code
-    between them: each `yield` hands a step's outcome to whoever drives it and takes it back, awaited where the store is
-    async."""
+    An operation is a function over an open transaction. The kinds:
+        write     it may run more than once (a group that begins again), so it has no effect outside `tx`
+        row       a write whose every race is decided by one conditional statement or one row lock: on a server it
+                  runs at READ COMMITTED
+        one       a row write whose first statement is the whole effect, or none: after a lost connection it runs again
+        read      one reading statement
+        snapshot  several reading statements, on one state of the database
+        steps     no operation but a generator of several: each `yield` hands an operation's outcome to the driver,
+                  which awaits it on an async store, and sends it back"""
 
     def __init__(self, function: Callable[..., Any], kind: str) -> None:
         self.function = function
@@ -3083,20 +3374,22 @@ class _Method(Generic[F, P, R]):
         self.steps = kind == "steps"
         self.name = function.__name__
         self.__doc__ = function.__doc__
-        signature = inspect.signature(function)
-        returned = re.sub(
-            r"^_Steps\[(.*)\]$", r"\1", str(signature.return_annotation)
-        )  # what the driver makes of it
-        signature = signature.replace(return_annotation=returned)
-        own, *rest = [one for name, one in signature.parameters.items() if name != "tx"]
-        self._bound_signature = signature.replace(parameters=rest)
 
-        @functools.wraps(function)
+    @functools.cached_property
+    def unbound(self) -> Callable[..., Any]:
+        """The method as its class shows it, with the signature that callers see: without `tx`."""
+
+        @functools.wraps(self.function)
         def method(facet: Any, *args: Any, **kwargs: Any) -> Any:
             return getattr(facet, self.name)(*args, **kwargs)
 
-        method.__signature__ = signature.replace(parameters=[own, *rest])  # type: ignore[attr-defined]
-        self._method = method
+        signature = inspect.signature(self.function)
+        public = [each for name, each in signature.parameters.items() if name != "tx"]
+        returns = re.sub(r"^_Steps\[(.*)\]$", r"\1", str(signature.return_annotation))
+        method.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=public, return_annotation=returns
+        )
+        return method
 
     @overload
     def __get__(self, facet: None, owner: Any) -> Callable[..., Any]: ...
@@ -3107,42 +3400,27 @@ class _Method(Generic[F, P, R]):
     @overload
     def __get__(self, facet: F, owner: Any = None) -> Callable[P, R]: ...
     def __get__(self, facet: Any, owner: Any = None) -> Callable[..., Any]:
-        """The method of one facet: made once, then found in the facet's own attributes."""
+        """The method of one facet: made once, then found in the facet's own attributes.
+
+        Both layers are in C, so that calling the method calls no other Python function than the engine's."""
         if facet is None:
-            return self._method
-        engine_run, drive, function = facet._engine.run, facet._engine.drive, self.function
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return engine_run(self, facet, args, kwargs)
-
-        def walk(*args: Any, **kwargs: Any) -> Any:
-            return drive(function(facet, *args, **kwargs))
-
-        bound = functools.update_wrapper(walk if self.steps else run, self._method)
-        bound.__signature__ = self._bound_signature  # type: ignore[attr-defined]
+            return self.unbound
+        run = facet._engine.run_steps if self.steps else facet._engine.run
+        function = functools.update_wrapper(functools.partial(run, self), self.unbound)
+        bound = types.MethodType(function, facet)
         facet.__dict__[self.name] = bound
         return bound
-
-    def run(self, facet: Any, tx: _Tx, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation in an open transaction, if the facet's tenant may."""
-        if facet._tenant is not None:
-            facet._admit(tx, self.writes)
-        return self.function(facet, tx, *args, **kwargs)
 
 
 def _operation(kind: str) -> Callable[[Callable[Concatenate[F, _Tx, P], R]], _Method[F, P, R]]:
     return lambda function: _Method(function, kind)
 
 
-_write = _operation("write")  # changes something: one atomic, durable transaction
-_write_row = _operation("row")  # one that a conditional statement or the lock on a row protects
-_write_one = _operation(
-    "one"
-)  # one whose first statement does it all, or changes nothing: claim, renew, settle
-_read = _operation("read")  # one reading statement
-_snapshot = _operation(
-    "snapshot"
-)  # several reading statements, all of them on one state of the database
+_write = _operation("write")
+_write_row = _operation("row")
+_write_one = _operation("one")
+_read = _operation("read")
+_snapshot = _operation("snapshot")
 
 
 def _steps(function: Callable[Concatenate[F, P], Generator[Any, Any, R]]) -> _Method[F, P, R]:
@@ -3150,342 +3428,87 @@ def _steps(function: Callable[Concatenate[F, P], Generator[Any, Any, R]]) -> _Me
     return _Method(function, "steps")
 
 
-class _Engine:
-    """One SQLite database: the writer, the readers, and what runs an operation on them.
+class _Engine(_Database):
+    """A database, the writer and the readers on it, and what runs an operation on them.
 
-    `_PostgresEngine` is the other one: what it does in another way is a method here."""
+    `_PostgresEngine` is the other engine: it overrides the methods that a server does in another way."""
 
     max_writers = 1  # connections that write side by side
-    dialect = _SQLITE
-    types: ClassVar[dict[str, str]] = {}  # what it calls the types of columns, where not as SQLite
-    foreign_keys = _FOREIGN_KEYS
-    poll_seconds = 0.02  # between two looks of a waiter at what other processes wrote
+    poll_seconds = 0.02  # between two looks of a waiting thread at the commits of other processes
     failed_reads_end_transactions = False
-    listens = False  # whether a commit of another process is told, so that nobody has to look
+    listens = False  # whether the database tells of other processes' commits
 
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
-        self.target = target
-        # The real path, not a symbolic link: SQLite has the log beside the real file. None: in memory, or a server.
-        self.path = None if path is None else os.path.realpath(path)
-        self.options = options  # what open() was asked for
+        super().__init__(target, path, options)
         self.in_memory = self.keeps_in_memory()
-        # A read-only store where SQLite cannot make the files that it locks with: it reads without locks.
-        self.cannot_lock = bool(self.path and options.read_only and not _can_lock(self.path))
-        self.log = None if self.path is None or self.cannot_lock else _Log(self.path)
-        self.log_may_vanish = (
-            False  # nothing holds the file's locks for sure: look whether the log is still its own
-        )
-        self.process = os.getpid()
-        self.closed = False
         self.commits = 0
         self.listeners = _CommitListeners()
-        self.open_blocks: dict[
-            object, weakref.ref[_Block]
-        ] = {}  # by the thread or task that opened them
+        self.open_blocks: dict[object, weakref.ref[_Block]] = {}  # by their thread or task
         self.mutex = threading.RLock()
         self.pool = self.make_pool()
         self.writer = _Writer(self, self.log)
+        # Runs a call that writes. A partial calls no Python function but the writer's.
+        self.run_write: Callable[[_Call], object] = functools.partial(
+            self.writer.lead, action=self.writer.commit_calls
+        )
         with _process.lock:
             _process.engines.add(self)
         try:
-            self._prepare()
+            self.prepare(self.writer.connection)
         except BaseException:
             self.writer.connection.close()
             raise
         weakref.finalize(self, _close_all, self.pool.connections)
 
     def keeps_in_memory(self) -> bool:
-        """Whether there is one connection for all, and nothing on a disk."""
+        """Whether one connection serves all calls, and no disk keeps the data."""
         return self.path is None
 
     def blocks_lead(self) -> bool:
-        """Whether a transaction block has the writer for itself. Others only read: they are snapshots."""
+        """Whether a transaction block leads the writer. Else it is a snapshot on a reader."""
         return self.in_memory or not self.options.read_only
 
     def make_pool(self) -> _Pool:
-        """The readers."""
+        """The pool of readers."""
         pool = _Pool(self)
-        pool.keeps_idle = (
-            not self.cannot_lock
-        )  # how to open such a file may have changed by the next call
+        # Without locks, the next call may have to open the file in another way.
+        pool.keeps_idle = not self.cannot_lock
         return pool
 
-    # --- connections ---
-    def connect(self) -> _Tx:
-        """A new connection to the database, which `disconnect` closes."""
-        self.refuse_closed()
-        if _process.forking and _process.lock._is_owned():
-            raise StorageError(_INTERRUPTS)  # the fork under way would not know of it
-        if self.path is None:
-            db = sqlite3.connect(
-                ":memory:", isolation_level=None, check_same_thread=False, cached_statements=256
-            )
-            db.execute("PRAGMA foreign_keys = ON")
-            db.execute("PRAGMA temp_store = MEMORY")
-            return _Tx(db, self.options.clock)
-        uri = _file_uri(self.path, self.options.read_only)
-        db = _connect_file(uri, self.path, self.options.read_only)
-        tx = _Tx(db, self.options.clock)
-        try:
-            for pragma in (
-                "foreign_keys = ON",
-                # Savepoints, sorts and VACUUM must not fail where no temporary file can be written.
-                "temp_store = MEMORY",
-                f"synchronous = {self.options.synchronous}",
-                "fullfsync = ON",  # macOS: an fsync that reaches the disk; elsewhere without effect
-                "checkpoint_fullfsync = ON",
-                "wal_autocheckpoint = 0",  # the writer does it, under the write lock
-                "journal_size_limit = 12582912",  # a log that is begun anew shrinks to that, below its bound
-                "cache_size = -16384",
-            ):
-                db.execute(f"PRAGMA {pragma}")
-            if self.options.read_only:
-                db.execute("PRAGMA query_only = ON")
-            if not self.cannot_lock and tx.row("PRAGMA journal_mode") == ("wal",):
-                tx.row(
-                    "PRAGMA schema_version"
-                )  # a read: it takes the shared lock, and opens the log
-                pinned = _count_connection(self.path, tx)
-                self.log_may_vanish = not pinned and os.name == "posix"
-                if self.log is not None:
-                    self.log.open(tx.rows("PRAGMA page_size")[0][0])
-        except BaseException:
-            self.disconnect(tx)
-            raise
-        return tx
-
-    def disconnect(self, tx: _Tx) -> None:
-        """Close a connection."""
-        if tx.file_id:
-            _close_database(tx)
-        else:
-            tx.db.close()
-
-    def refuse_closed(self) -> None:
-        """StoreClosed after close(); StorageError where the file has to be left to the parent of this process."""
-        if self.closed:
-            raise StoreClosed("the store is closed: open it again")
-        if (
-            _process.files_of_parent
-            and self.path is not None
-            and _file_id(self.path) in _process.files_of_parent
-        ):
-            raise StorageError(
-                "this process was forked while a transaction was open on the file, which is the "
-                "parent's: fork outside transactions, or start a new process"
-            )
-
-    def refuse_unprepared_fork(self) -> None:
-        """StorageError: this process is a fork, and its locks and connections are as the parent happened to hold them."""
-        raise StorageError(
-            "this process was forked where the stack had no room to prepare for it: open the store again in a "
-            "new process"
-        )
-
-    def refuse_read_only(self) -> None:
-        """StorageError when nothing may be changed."""
-        if self.options.read_only:
-            raise StorageError("the store was opened read-only: nothing can be changed through it")
-
-    def busy_error(self) -> StoreBusy:
-        """What is raised after waiting in vain."""
-        return StoreBusy(
-            "another process or transaction held the store for more than "
-            f"{self.options.busy_timeout:g} s (busy_timeout); nothing was written"
-        )
-
-    def pause(self, deadline: float) -> None:
-        """Sleep a little while another process holds the file; StoreBusy once that has lasted too long."""
-        self.refuse_closed()
-        left = deadline - _monotonic()
-        if left <= 0:
-            raise self.busy_error()
-        import random
-
-        time.sleep(min(left, random.uniform(0.0001, 0.001)))
-
-    def retry_while_busy(self, action: Callable[[], R]) -> R:
-        """Run something that finds the file held by another process for a moment, until it does not."""
-        deadline = 0.0
-        while True:
-            try:
-                return action()
-            except StoreBusy:
-                deadline = deadline or _monotonic() + self.options.busy_timeout
-                self.pause(deadline)
-
-    # --- a log that may vanish ---
-    def has_log(self) -> bool:
-        """Take the shared lock that the process may have lost; whether the log is still the file's."""
-        if self.path is None or self.log is None:
-            return True
-        return _take_shared_lock_again(self.path) and not self.log.was_deleted()
-
-    def reopen_after_lost_log(self) -> None:
-        """After the log was deleted: close every connection of this process to the file, and go on with what it is.
-
-        All of them share what SQLite keeps of the old log. Their log has nothing that the file has not, and SQLite
-        deletes the log of the last who closes, whatever log that is: so not where a crash left one meanwhile."""
-        if self.path is None or self.log is None or not self.log.was_deleted():
-            return
-        if _size_and_mtime(self.log.path)[0] and not _is_locked_by_others(self.path):
-            raise StorageError(
-                f"{self.path}: other code in this process dropped the locks on the file, and a crash left a "
-                "write-ahead log since: end this process, and open the file again"
-            )
-        with _process.lock:
-            engines = [one for one in _process.engines if one.path == self.path]
-            for engine in engines:
-                engine.before_fork()
-            for engine in engines:
-                engine.after_fork_in_parent()
-
-    # --- opening ---
-    def _prepare(self) -> None:
-        """Create or upgrade the tables, in one transaction, whoever else opens the file at the same time."""
-        if self.path is None:
-            with self.writer.connection.lock:
-                self._build(self.writer.connection.use(), None)
-            return
-        if not self.options.read_only:
-            _prepare_path(self.path)
-        self.retry_while_busy(self._prepare_file)
-
-    def _prepare_file(self) -> None:
-        with self.writer.connection.lock:
-            tx = self.writer.connection.use()
-            if self._version(tx) == _SCHEMA_VERSION and (
-                self.options.read_only or self._in_wal_mode(tx)
-            ):
-                return
-            if self.options.read_only:
-                raise SchemaError(
-                    "the tables are of an older version: open the store once without read_only"
-                )
-            if not tx.rows("SELECT name FROM sqlite_master LIMIT 1"):
-                tx.run("PRAGMA auto_vacuum = INCREMENTAL")  # only possible before the first table
-            if not self._in_wal_mode(tx):
-                raise StorageError(
-                    f"{self.path}: this file system cannot hold a database in WAL mode: "
-                    "choose a local disk"
-                )
-            tx.run("BEGIN IMMEDIATE")
-            try:
-                self._build(tx, self._version(tx))
-                tx.run("COMMIT")
-            finally:
-                tx.rollback()
-            if not tx.file_id:  # it was not in WAL mode when it was opened: open it as it is now
-                self.writer.connection.close()
-                self.writer.connection.use()
-
-    @staticmethod
-    def _in_wal_mode(tx: _Tx) -> bool:
-        mode = tx.row("PRAGMA journal_mode")
-        if mode != ("wal",):
-            mode = tx.row("PRAGMA journal_mode = WAL")
-        return mode == ("wal",)
-
-    def _version(self, tx: _Tx) -> int | None:
-        """The version of the file's tables, None when there are none; SchemaError for tables that are not ours."""
-        names = self._names(tx)
-        if "flowstore_meta" not in names:
-            if clash := sorted(names.intersection(_NAMES)):
-                raise SchemaError(
-                    f"{self.target}: the table or index {clash[0]!r} there is not flowstore's: "
-                    "use another file"
-                )
-            if self.options.read_only:
-                raise StorageError(f"{self.target}: there is no store in it")
-            return None
-        try:
-            row = tx.row("SELECT value FROM flowstore_meta WHERE key = 'schema'")
-            version = int(row[0]) if row else 0
-            names = self._names(tx)  # again: one may have upgraded it meanwhile
-        except (StoreBusy, StoreCorrupt):
-            raise
-        except (StorageError, ValueError) as error:
-            raise SchemaError(
-                f"{self.target}: the table 'flowstore_meta' there is not flowstore's"
-            ) from error
-        if version > _SCHEMA_VERSION:
-            raise SchemaError(
-                f"{self.target}: the tables are of version {version}, this flowstore knows "
-                f"{_SCHEMA_VERSION}: upgrade flowstore"
-            )
-        if version < 1 or (version == _SCHEMA_VERSION and not names.issuperset(_NAMES)):
-            raise SchemaError(
-                f"{self.target}: some of flowstore's tables or indexes are missing: "
-                "restore it from a backup"
-            )
-        return version
-
-    def _names(self, tx: _Tx) -> set[str]:
-        """What there is in the database, by names that are compared without regard to case."""
-        return {name.lower() for (name,) in tx.rows("SELECT name FROM sqlite_master")}
-
-    def _build(self, tx: _Tx, version: int | None) -> None:
-        """Make the tables, or upgrade those of an older version."""
-        script = (
-            _TABLES
-            if version is None
-            else ";".join(_UPGRADES[old] for old in range(version, _SCHEMA_VERSION))
-        )
-        for name, own_name in self.types.items():
-            script = script.replace(f" {name}", f" {own_name}")
-        for statement in _statements(self.dialect.resolve(script)):
-            tx.run(statement)
-        if version is None:
-            tx.run(
-                "INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", str(_SCHEMA_VERSION)
-            )
-            _add_tenant(tx, DEFAULT_TENANT)
-        tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'schema'", str(_SCHEMA_VERSION))
-
     # --- running operations ---
-    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
+    def run(
+        self, operation: _Method[Any, Any, Any], facet: Any, /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run an operation: in the caller's open transaction, or in one of its own."""
+        call = _Call(operation=operation, facet=facet, args=args, kwargs=kwargs)
         if _blocks.get():
             block = self.block()
             if block is not None:
-                return block.run(operation, facet, args, kwargs)
-        if operation.writes or self.in_memory:
-            if operation.writes and self.options.read_only:
-                self.refuse_read_only()
-            call = _Call()
-            call.operation = operation
-            call.facet = facet
-            call.args = args
-            call.kwargs = kwargs
-            self.writer.lead(call, self.writer.commit_calls)
-            if call.error is not None:
-                try:
-                    raise call.error
-                finally:
-                    del call  # its error's traceback leads back to this frame
-            return call.result
-        read = functools.partial(self._read, operation, facet, args, kwargs)
+                return block.run(call)
+        if not (operation.writes or self.in_memory):
+            return self.read(call)
+        if operation.writes and self.options.read_only:
+            self.refuse_read_only()
+        self.run_write(call)
+        if call.error is not None:
+            try:
+                raise call.error
+            finally:
+                del call  # its error's traceback leads back to this frame
+        return call.result
+
+    def read(self, call: _Call) -> Any:
+        """Run an operation on a connection of the pool: one that reads, and on a server each."""
+        run = functools.partial(self.run_on_reader, call)
+        read = functools.partial(self.with_connection, run, call.operation.writes)
         if self.cannot_lock or self.log_may_vanish:
             return self.retry_while_busy(lambda: self._read_again_if_changed(read))
         return self.retry_while_busy(read)
 
-    def _read(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
-        if os.getpid() != self.process:
-            self.refuse_unprepared_fork()
-        connection = self.pool.check_out(operation.writes)
-        try:
-            with connection.lock:
-                tx = connection.tx or connection.use()
-                result = self.run_on_reader(tx, operation, facet, args, kwargs)
-        finally:
-            self.pool.check_in(connection)
-        return result
-
     def _read_again_if_changed(self, read: Callable[[], R]) -> R:
-        """Read without a lock that holds: once more, when somebody wrote the file or deleted its log meanwhile."""
+        """Read without a lock that holds: once more, if the file was written or its log deleted meanwhile."""
         while True:
             stamps = self._file_stamps()
-            result = None
             error: FlowStoreError | None = None
             try:
                 result = read()
@@ -3496,18 +3519,21 @@ class _Engine:
             elif not self.cannot_lock or self._file_stamps() == stamps:
                 if error is not None:
                     raise error
-                return result  # type: ignore[return-value]
+                return result
 
-    def run_on_reader(
-        self, tx: _Tx, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
-    ) -> Any:
-        """Run an operation on a connection of its own; what it leaves open is rolled back with that."""
-        if operation.snapshot:
+    def _file_stamps(self) -> list[tuple[int, int]]:
+        """What changes when the file is written."""
+        return [_size_and_mtime(f"{self.path}{suffix}") for suffix in ("", "-wal")]
+
+    def run_on_reader(self, call: _Call, tx: _Tx) -> Any:
+        """Run an operation on a reader. What it leaves open is rolled back when the reader goes back."""
+        if call.operation.snapshot:
             tx.run("BEGIN")
-        return operation.run(facet, tx, args, kwargs)
+        return call.run(tx)
 
     def with_connection(self, action: Callable[[_Tx], R], writes: bool = False) -> R:
         """Run `action` on a connection from the pool."""
+        self.refuse_unprepared_fork()
         connection = self.pool.check_out(writes)
         try:
             with connection.lock:
@@ -3531,17 +3557,15 @@ class _Engine:
 
         return self.retry_while_busy(run)
 
-    def _file_stamps(self) -> list[tuple[int, int]]:
-        """What tells that the file was written, where it is read without locks."""
-        return [_size_and_mtime(f"{self.path}{suffix}") for suffix in ("", "-wal")]
-
     def in_thread(self, function: Callable[..., R], *args: Any) -> R:
-        """Run something that blocks; an async store does so in a thread."""
+        """Run a function that blocks; an async store does so in a thread."""
         return function(*args)
 
-    @staticmethod
-    def drive(steps: Generator[Any, Any, R]) -> R:
+    def run_steps(
+        self, method: _Method[Any, Any, R], facet: Any, /, *args: Any, **kwargs: Any
+    ) -> R:
         """Walk through the steps of a method."""
+        steps = method.function(facet, *args, **kwargs)
         outcome = None
         while True:
             try:
@@ -3550,9 +3574,35 @@ class _Engine:
                 result: R = end.value
                 return result
 
-    # --- who is told of a commit ---
+    # --- a log that may vanish ---
+    def has_log(self) -> bool:
+        """Take the shared lock that the process may have lost; whether the log is still the file's."""
+        if self.path is None or self.log is None:
+            return True
+        return _take_shared_lock_again(self.path) and not self.log.was_deleted()
+
+    def reopen_after_lost_log(self) -> None:
+        """After the log was deleted: close every connection of this process to the file, and go on with the file.
+
+        The connections share what SQLite keeps of the old log, and the file has all that is in it. SQLite deletes the
+        log when the last connection closes, whichever log that is. So a log that a crash left since is not touched."""
+        if self.path is None or self.log is None or not self.log.was_deleted():
+            return
+        if _size_and_mtime(self.log.path)[0] and not _is_locked_by_others(self.path):
+            raise StorageError(
+                f"{self.path}: other code in this process dropped the locks on the file, and a "
+                "crash left a write-ahead log since: end this process, and open the file again"
+            )
+        with _process.lock:
+            engines = [one for one in _process.engines if one.path == self.path]
+            for engine in engines:
+                engine.before_fork()
+            for engine in engines:
+                engine.after_fork_in_parent()
+
+    # --- waiting for commits ---
     def wait(self, seen: int, seconds: float) -> Any:
-        """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
+        """Wait for a commit after the first `seen` ones, or until it is time to poll for other processes' commits."""
         gate = threading.Lock()
         gate.acquire()
         with self.listen(gate.release):
@@ -3570,17 +3620,6 @@ class _Engine:
             self.listeners.wakers.discard(wake)
 
     # --- transaction blocks ---
-    def begin_on_reader(self, tx: _Tx) -> None:
-        """Begin the transaction of a block that leaves the writer to others: one snapshot."""
-        tx.run("BEGIN")
-        tx.rows(
-            "SELECT value FROM flowstore_meta LIMIT 1"
-        )  # the snapshot begins with the first read
-
-    def commit_on_reader(self, tx: _Tx) -> None:
-        """Commit the transaction that `begin_on_reader` began."""
-        tx.run("COMMIT")
-
     def block(self) -> _Block | None:
         """The innermost transaction block that this thread or task has open, if any."""
         for reference in _blocks.get():
@@ -3590,24 +3629,11 @@ class _Engine:
             if block.thread in (0, threading.get_ident()):
                 if not block.is_open:
                     raise StorageError(
-                        "the transaction that this one is nested in has ended: nothing of it was stored"
+                        "the transaction that this one is nested in has ended: nothing of it was "
+                        "stored"
                     )
                 return block
         return None
-
-    def refuse_hidden(self, tx: _Tx) -> None:
-        """StorageError when something temporary hides a table of ours: our statements would go to it."""
-        hidden = self._temporary_names(tx).intersection(_TABLE_NAMES)
-        if hidden:
-            raise StorageError(
-                f"{min(hidden)!r} is a table of flowstore's: give the temporary table, view or trigger another "
-                "name, and make no temporary trigger on it"
-            )
-
-    def _temporary_names(self, tx: _Tx) -> set[str]:
-        """The names of temporary tables, views and triggers, and of what the triggers are on."""
-        rows = tx.rows("SELECT name, tbl_name FROM sqlite_temp_master WHERE type <> 'index'")
-        return {name.lower() for row in rows for name in row}
 
     def has_block(self, owner: object) -> bool:
         """Whether a thread or task has a transaction block open."""
@@ -3626,41 +3652,14 @@ class _Engine:
         clock = self.options.clock
         return datetime.now(UTC) if clock is None else _datetime(_time(clock(), "clock()"))
 
-    def sizes(self, tx: _Tx) -> dict[str, int]:
-        """Bytes of the database, and of the write-ahead log beside it."""
-        pages = tx.rows("PRAGMA page_count")[0][0]
-        page_bytes = tx.rows("PRAGMA page_size")[0][0]
-        wal_bytes = 0 if self.path is None else _size_and_mtime(self.path + "-wal")[0]
-        return {"file_bytes": pages * page_bytes, "wal_bytes": wal_bytes}
-
-    def copy_to(self, tx: _Tx, path: str) -> None:
-        """Copy one state of the database into a new file, in steps, so that no write makes it begin anew."""
-        try:
-            copy = sqlite3.connect(path, isolation_level=None)
-        except sqlite3.Error as error:
-            raise _explain(error, path, False) from error
-        try:
-            try:
-                self.begin_on_reader(tx)
-                tx.db.backup(copy, pages=4096)
-            finally:
-                copy.close()
-                tx.rollback()
-        except sqlite3.Error as error:
-            raise _failure(error) from error
-
     def backup(self, path: str) -> None:
         """Copy one state of the database to `path`; the copy gets its name when it is complete and on disk."""
-        folder = os.path.dirname(path)
-        for name in (
-            path,
-            path + "-wal",
-            path + "-journal",
-        ):  # a log that a crash left would become the copy's
-            if os.path.lexists(name):
+        for suffix in ("", "-wal", "-journal"):  # a log that a crash left would become the copy's
+            if os.path.lexists(path + suffix):
                 raise StorageError(
-                    f"{name}: there is something already: choose a path that is free"
+                    f"{path + suffix}: there is something already: choose a path that is free"
                 )
+        folder = os.path.dirname(path)
         if not os.path.isdir(folder):
             raise StorageError(f"{path}: the folder does not exist: make it first")
         partial = f"{path}.{new_id()}.partial"
@@ -3669,7 +3668,7 @@ class _Engine:
             self.on_new_connection(lambda tx: self.copy_to(tx, partial))
             _sync(partial, os.O_RDWR)
             try:
-                os.link(partial, path)  # unlike a rename, never over a file that came meanwhile
+                os.link(partial, path)  # unlike a rename, it never replaces another file
             except FileExistsError:
                 raise
             except OSError:  # a file system without links
@@ -3686,40 +3685,41 @@ class _Engine:
     def compact(self) -> None:
         """Return free pages in small steps, then empty the log."""
         self.refuse_read_only()
-        while self.retry_while_busy(lambda: self.writer.alone(_vacuum_step)):
+        while self._alone(_vacuum_step):
             if self.log is not None:
-                self.retry_while_busy(lambda: self.writer.alone(self.writer.mind_log))
+                self._alone(self.writer.mind_log)
         if self.log is not None:
-            self.retry_while_busy(lambda: self.writer.alone(self.writer.empty_log))
+            self._alone(self.writer.empty_log)
+
+    def _alone(self, action: Callable[[_Tx], R]) -> R:
+        return self.retry_while_busy(lambda: self.writer.alone(action))
 
     def close(self) -> None:
-        """Close every connection; who waits is woken with StoreClosed, an open transaction is rolled back."""
-        if os.getpid() != self.process:
-            self.refuse_unprepared_fork()
+        """Close every connection; waiting calls are woken with StoreClosed, an open transaction is rolled back."""
+        self.refuse_unprepared_fork()
         with self.mutex:
             self.closed = True
             self.pool.keeps_idle = False
             for call in self.writer.queue:
                 if call.gate is not None and call.gate.locked():
                     call.gate.release()
-            connections = [
-                one for one in self.pool.connections if one is not self.writer.connection
-            ]
+            connections = list(self.pool.connections)
         self.listeners.notify()
-        # The writer last: it leaves no log behind.
-        for connection in (*connections, self.writer.connection):
+        # The writer last: the last connection to close deletes the log.
+        connections.sort(key=lambda one: one is self.writer.connection)
+        for connection in connections:
             self.close_connection(connection)
 
     @staticmethod
     def close_connection(connection: _Connection) -> None:
-        """Close a connection, unless this call interrupts one that uses it: that closes it when it ends."""
+        """Close a connection, unless this call interrupts one that uses it: that one closes it at its end."""
         if not connection.lock._is_owned():  # type: ignore[attr-defined]
             with connection.lock, contextlib.suppress(sqlite3.Error):
                 connection.close()
 
     # --- fork ---
     def before_fork(self) -> None:
-        """Wait for the statements being executed, then close every connection; all locks are this thread's then."""
+        """Wait for running statements, then close every connection. All locks are this thread's afterwards."""
         while True:
             with self.mutex:
                 known = set(self.pool.connections)
@@ -3740,7 +3740,7 @@ class _Engine:
             _release_fully(connection.lock)
 
     def after_fork_in_child(self) -> None:
-        """Begin anew: the other threads, and what they held or waited for, exist in the parent alone."""
+        """Begin anew: the other threads, their locks and their waiting calls exist in the parent alone."""
         for connection in self.pool.connections:
             if connection.tx is not None and connection.in_transaction:
                 if self.path is None:
@@ -6551,19 +6551,20 @@ class _AsyncEngine:
         return self.loop.run_in_executor(self._others, function, *args)
 
     async def run(
-        self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
+        self, operation: _Method[Any, Any, Any], facet: Any, /, *args: Any, **kwargs: Any
     ) -> Any:
         """Run an operation: in the task's open transaction, or in one of its own."""
+        call = _Call(operation=operation, facet=facet, args=args, kwargs=kwargs)
         while _blocks.get() and (block := self.engine.block()) is not None:
             with contextlib.suppress(_TransactionEnded):
-                return await self.in_block(block, block.run, operation, facet, args, kwargs)
-        if not self.engine.in_memory and not (operation.writes and self.engine.max_writers == 1):
-            self.refuse_foreign()
-            pool = self._writers if operation.writes else self._readers
-            return await self.loop.run_in_executor(
-                pool, self.engine.run, operation, facet, args, kwargs
-            )
-        return await self.send(operation, facet, args, kwargs)
+                return await self.in_block(block, block.run, call)
+        self.refuse_foreign()
+        if operation.writes:
+            self.engine.refuse_read_only()
+        if self.engine.in_memory or (operation.writes and self.engine.max_writers == 1):
+            return await self.send(call)
+        pool = self._writers if operation.writes else self._readers
+        return await self.loop.run_in_executor(pool, self.engine.read, call)
 
     async def in_block(self, block: _Block, function: Callable[..., R], *args: Any) -> R:
         """Run a statement of a block, while no other task has a transaction nested in it."""
@@ -6584,18 +6585,8 @@ class _AsyncEngine:
                 "another task has a transaction nested in this one: let it end first"
             ) from None
 
-    def send(
-        self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
-    ) -> asyncio.Future[Any]:
+    def send(self, call: _Call) -> asyncio.Future[Any]:
         """Have an operation run in a batch, behind those that were sent before."""
-        self.refuse_foreign()
-        if operation.writes:
-            self.engine.refuse_read_only()
-        call = _Call()
-        call.operation = operation
-        call.facet = facet
-        call.args = args
-        call.kwargs = kwargs
         call.deadline = _monotonic() + self.engine.options.busy_timeout
         future = call.future = self.loop.create_future()
         self._waiting.append(call)
@@ -6694,8 +6685,11 @@ class _AsyncEngine:
                     self.engine.pause(0.0)  # raises StoreBusy
                 deadline = _monotonic() + 0.01  # a commit under way: nobody is holding the store
 
-    async def drive(self, steps: Generator[Any, Any, R]) -> R:
+    async def run_steps(
+        self, method: _Method[Any, Any, R], facet: Any, /, *args: Any, **kwargs: Any
+    ) -> R:
         """Walk through the steps of a method, awaiting those that can be awaited."""
+        steps = method.function(facet, *args, **kwargs)
         outcome, take = None, steps.send
         while True:
             try:
@@ -6881,8 +6875,12 @@ class AsyncEventStore(_AsyncFacet, EventStore):
 
     def _tail_place(self, after: int | None, execution_id: str | None) -> Any:
         # It begins now, not when the loop comes to it: in memory, behind the writes that were sent before.
-        run = self._engine.send if self._engine.in_memory else self._engine.engine.run
-        return run(EventStore.__dict__["_tail_place"], self, (after, execution_id), {})
+        operation = EventStore.__dict__["_tail_place"]
+        if self._engine.in_memory:
+            return self._engine.send(
+                _Call(operation=operation, facet=self, args=(after, execution_id))
+            )
+        return self._engine.engine.run(operation, self, after, execution_id)
 
     async def _generate(self, place: Any, behind: Callable[[_Place], Any]) -> Any:
         place = await place if inspect.isawaitable(place) else place
@@ -7391,7 +7389,7 @@ def _views(facet: _Facet, tx: _Tx, id: str | None = None, status: str | None = N
 def _read_views(facet: Any, *which: str | None) -> Any:
     """Run `_views` with an id and a status. An async store runs it too, without its event loop."""
     engine = getattr(facet._engine, "engine", facet._engine)
-    return engine.run(_views, facet, which, {})
+    return engine.run(_views, facet, *which)
 
 
 # --- the model: the steps of a detail ---
@@ -9242,6 +9240,7 @@ class _PostgresEngine(_Engine):
             SET synchronous_commit = {"on" if options.synchronous == "FULL" else "off"};
             SET default_transaction_read_only = {"on" if options.read_only else "off"}"""
         super().__init__(re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target), None, options)
+        self.run_write = self._write_beside_others
 
     def keeps_in_memory(self) -> bool:
         """No: the server keeps it."""
@@ -9261,7 +9260,7 @@ class _PostgresEngine(_Engine):
         return _Tx(_PostgresDb(self), self.options.clock, _POSTGRES)
 
     # --- opening ---
-    def _prepare(self) -> None:
+    def prepare(self, connection: _Connection) -> None:
         """Create or upgrade the tables in their schema, whoever else opens it at the same time."""
         self.retry_while_busy(lambda: self.with_connection(self._prepare_schema))
 
@@ -9306,18 +9305,12 @@ class _PostgresEngine(_Engine):
         return int(top - following + 1) if top >= base + following else 0
 
     # --- running operations ---
-    def run(self, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any) -> Any:
-        """Run an operation: in the caller's open transaction, or in one of its own."""
-        block = self.block() if _blocks.get() else None
-        if block is not None:
-            return block.run(operation, facet, args, kwargs)
-        if operation.writes:
-            self.refuse_read_only()
-        return self.retry_while_busy(functools.partial(self._read, operation, facet, args, kwargs))
+    def _write_beside_others(self, call: _Call) -> None:
+        call.result = self.read(call)
 
-    def run_on_reader(
-        self, tx: _Tx, operation: _Method[Any, Any, Any], facet: Any, args: Any, kwargs: Any
-    ) -> Any:
+    def run_on_reader(self, call: _Call, tx: _Tx) -> Any:
+        operation = call.operation
+
         def once() -> Any:
             if operation.writes or operation.snapshot:
                 level = (
@@ -9328,12 +9321,12 @@ class _PostgresEngine(_Engine):
                     else ""
                 )
                 tx.db.begin(level, late)
-            result = operation.run(facet, tx, args, kwargs)
+            result = call.run(tx)
             if operation.writes:
                 self.commit_on_reader(tx)
             return result
 
-        late = 2 if operation.one and facet._tenant is None else 0
+        late = 2 if operation.one and call.facet._tenant is None else 0
         try:
             return once()
         except StoreBusy:

@@ -10699,7 +10699,7 @@ def test_nobody_checkpoints_without_the_write_lock(path: Path) -> None:
         assert writer.checkpointer is not None
         connections = [
             writer.connection,
-            writer.checkpointer,
+            writer.checkpointer.connection,
             store_engine._engine.pool.check_out(),
         ]
 
@@ -20977,7 +20977,7 @@ def test_a_read_that_fails_in_a_block_is_undone_alone_and_what_ends_the_block_is
         with pytest.raises(StorageError):
             tx.execute("SELECT pg_sleep(1)")
         with pytest.raises(StorageError):
-            server._engine.run(slow, server.flows, (), {})
+            server._engine.run(slow, server.flows)
         tx.execute("SET LOCAL statement_timeout = 0")
         assert server.events.count_events("e1") == 1
     assert server.events.count_events("e1") == 1
