@@ -2949,27 +2949,27 @@ def _copy_error(error: Exception) -> Exception:
 # Transactions: the block, savepoints, the user's own SQL
 # ==================================================================================================
 
+# The first word of a statement, behind white space and comments. The loop is possessive (*+), so that a text of many
+# comments is not searched for other ways to read them.
 _REFUSED_SQL = re.compile(
-    # Possessive: a search for other ways to read many comments would never end.
-    r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*+(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|"
-    r"VACUUM|PRAGMA|SET(?!\s+(?:LOCAL|CONSTRAINTS)\b)|RESET|DISCARD)\b",
+    r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*+"
+    r"(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|VACUUM|PRAGMA"
+    r"|SET(?!\s+(?:LOCAL|CONSTRAINTS)\b)|RESET|DISCARD)\b",
     re.IGNORECASE | re.DOTALL,
 )
-
-# A statement without these words makes nothing temporary, names nothing so, and puts no trigger on it.
+# A statement without one of these words neither makes nor renames a temporary table, view or trigger.
 _TEMPORARY_SQL = re.compile("temp|alter|trigger", re.IGNORECASE)
-
-
 _PLAIN_TYPES = {type(None), bool, int, float, str, bytes}
 
 
-def _parameters(given: Any, path: str = "parameters") -> Any:
+def _parameters(values: Any, path: str = "parameters") -> Any:
     """A statement's parameters as the driver takes them: by name, or in order."""
-    if type(given) in (tuple, list, dict):
-        return given
-    if hasattr(type(given), "keys"):
-        return _foreign(dict, given, path)
-    return _foreign(list, given, path) if issubclass(type(given), (tuple, list)) else given
+    kind = type(values)
+    if kind in (tuple, list, dict):
+        return values
+    if hasattr(kind, "keys"):
+        return _foreign(dict, values, path)
+    return _foreign(list, values, path) if issubclass(kind, (tuple, list)) else values
 
 
 def _is_plain(parameters: Any) -> bool:
@@ -2979,23 +2979,30 @@ def _is_plain(parameters: Any) -> bool:
     return type(parameters) in (tuple, list) and {*map(type, parameters)} <= _PLAIN_TYPES
 
 
-def _as_list(rows: Any) -> list[Any]:
+def _parameter_rows(rows: Any) -> list[Any]:
     if not hasattr(type(rows), "__iter__"):
         raise InvalidData(f"rows: rows of values are needed, not {type(rows).__name__}")
     return [_parameters(row, "rows") for row in _foreign(list, rows, "rows", list)]
 
 
 def _reserve_stack(frames: int) -> None:
-    """RecursionError here, before anything is held, where the end of a block would not have that many frames."""
+    """RecursionError now, while nothing is held, if the end of a block would not have that many frames."""
     if frames:
         _reserve_stack(frames - 1)
+
+
+class _TransactionEnded(StorageError):
+    """The transaction ended while a call of another task was on its way into it."""
+
+    def __init__(self) -> None:
+        super().__init__("the transaction has ended: use tx inside its with block only")
 
 
 class Transaction:
     """An open transaction, for the user's own SQL in the same database."""
 
     def __init__(self, block: _Block) -> None:
-        # Weakly: a block whose end was lost must not be kept open by the variable it was given to.
+        # Weak: the user's variable must not keep a block open whose end never ran.
         self._block = weakref.ref(block)
 
     def execute(
@@ -3003,32 +3010,28 @@ class Transaction:
     ) -> list[tuple[Any, ...]]:
         """Run one statement of the user's own and return its rows.
 
-        Raises StorageError for the driver's error, for statements that would end the transaction or reach outside
-        it (BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, ATTACH, VACUUM, PRAGMA), for a temporary table, view or
-        trigger with the name of a table of flowstore's or on one, and after the block."""
+        Raises StorageError for the driver's error; for a statement that would end the transaction or reach outside
+        it (BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, ATTACH, VACUUM, PRAGMA); for a temporary table, view or
+        trigger that hides or watches a table of flowstore's; and after the block."""
         return self._innermost().execute(sql, parameters)
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
         """Run one statement for each of the rows; errors as with `execute`."""
-        self._innermost().execute(sql, _as_list(rows), many=True)
+        self._innermost().execute(sql, _parameter_rows(rows), many=True)
 
     def _innermost(self) -> _Block:
-        """The innermost block here: SQL given to an outer `tx` belongs to the block nested in it."""
+        """The innermost open block: SQL given to an outer `tx` belongs to the block nested in it."""
         block = self._block()
         if block is None or not block.is_open:
-            raise StorageError("the transaction has ended: use tx inside its with block only")
+            raise _TransactionEnded
         innermost = block.engine.block()
         if innermost is None or innermost.root is not block.root:
             raise StorageError("the transaction belongs to the thread or task that opened it")
         return innermost
 
 
-class _TransactionEnded(StorageError):
-    """A transaction has ended while a call of another task was on its way into it."""
-
-
 class _Nested(NamedTuple):
-    """A block that is open in an outermost one, and its savepoint."""
+    """A block nested in an outermost one, and its savepoint."""
 
     block: weakref.ref[_Block]
     savepoint: str
@@ -3037,23 +3040,19 @@ class _Nested(NamedTuple):
 class _Block:
     """`with store.transaction()`: everything that the thread or task does in it, or nothing.
 
-    The `with` statement alone holds it. If an interrupt strikes so that its end is never run, it is collected, and
-    its finalizer leaves word that the next caller may roll back and have the writer."""
+    Only the `with` statement holds a strong reference. If an interrupt strikes so that the end never runs, the block
+    is collected, and its finalizer marks the call that leads as abandoned: the next caller rolls back and leads."""
 
     def __init__(self, engine: _Engine) -> None:
         self.engine = engine
-        self.thread: int | None = (
-            None  # its owner's; 0: a task, whose statements run in the loop's worker
-        )
+        self.thread: int | None = None  # the owner's; 0: a task, whose statements run in a worker
         self.owner: object = None
-        self.begun = False  # and not ended
+        self.begun = False  # True until the block ends
         self.parent: _Block | None = None
-        self.nested: list[
-            _Nested
-        ] = []  # of the outermost block: those open in it, the innermost last
+        self.nested: list[_Nested] = []  # of an outermost block: open blocks, the innermost last
         self.savepoint = ""
-        self.turn: Any = None  # of a task's block: the lock that a statement in it, or a block nested in it, holds
-        self._call: _Call | None = None  # of an outermost block: what leads the writer for it
+        self.turn: Any = None  # of a task's block: the lock for one statement or nested block
+        self._call: _Call | None = None  # of an outermost block that leads the writer
         self._connection: _Connection | None = None
         self._ref = weakref.ref(self)
 
@@ -3065,7 +3064,7 @@ class _Block:
         return self.activate()
 
     def bind(self, thread: int, owner: object) -> None:
-        """Record the owner: the thread whose calls join the block, and the thread or task that opened it."""
+        """Record the thread whose calls join the block, and the thread or task that opened it."""
         if self.thread is not None:
             raise StorageError(
                 "a transaction object opens one block: call store.transaction() again"
@@ -3075,7 +3074,7 @@ class _Block:
         self.owner = owner
 
     def begin(self, deadline: float = 0.0) -> None:
-        """Begin a transaction, or a savepoint in the parent's; StoreBusy when others hold the store too long."""
+        """Begin a transaction, or a savepoint in the parent's. Raises StoreBusy."""
         if self.parent is None:
             self._begin_transaction(deadline)
             self.engine.open_blocks[self.owner] = self._ref
@@ -3084,9 +3083,8 @@ class _Block:
             with connection.lock:
                 tx = self.parent.tx()
                 self._connection = connection
-                self.savepoint = (
-                    f"flowstore_{new_id()[24:]}"  # a name once used may still stand below
-                )
+                # A new name: the savepoint of a block whose end never ran may still be there.
+                self.savepoint = f"flowstore_{new_id()[24:]}"
                 tx.run(f"SAVEPOINT {self.savepoint}")
                 self.root.nested.append(_Nested(self._ref, self.savepoint))
         self.begun = True
@@ -3123,31 +3121,31 @@ class _Block:
     def connection(self) -> _Connection:
         """The connection of a block that has begun."""
         if self._connection is None:
-            raise _TransactionEnded("the transaction has ended: use tx inside its with block only")
+            raise _TransactionEnded
         return self._connection
 
     def activate(self) -> Transaction:
-        """Make it the block that calls of this context join."""
+        """Let the calls of this context join the block."""
         _blocks.set((self._ref, *(ref for ref in _blocks.get() if ref() is not None)))
         return Transaction(self)
 
     def deactivate(self) -> None:
-        """Let later calls of this context no longer join it."""
+        """Let later calls of this context no longer join the block."""
         _blocks.set(tuple(ref for ref in _blocks.get() if ref is not self._ref))
 
     def tx(self) -> _Tx:
-        """The open transaction, under the connection's lock; StorageError when the block can no longer be used."""
+        """The open transaction; the caller holds the connection's lock. Raises StorageError after its end."""
         self.engine.refuse_closed()
         if not self.is_open:
-            raise _TransactionEnded("the transaction has ended: use tx inside its with block only")
+            raise _TransactionEnded
         tx = self.connection.use()
         if not tx.db.in_transaction:
             raise StorageError(
                 "the database ended this transaction, nothing of it was stored: run the block again"
             )
         nested = self.root.nested
-        while nested and nested[-1].block() is None:  # its end was never run
-            with contextlib.suppress(StorageError):  # its RELEASE may have run already
+        while nested and nested[-1].block() is None:  # its end never ran
+            with contextlib.suppress(StorageError):  # or only its RELEASE did
                 tx.run(f"ROLLBACK TO {nested[-1].savepoint}")
             nested.pop()
         innermost = nested[-1].block() if nested else self.root
@@ -3173,7 +3171,8 @@ class _Block:
         sql = str.__str__(_is(str, sql, "sql", "text"))
         if refused := _REFUSED_SQL.match(sql):
             raise StorageError(
-                f"{refused[1].upper()} is not for a statement inside transaction(): the block does that"
+                f"{refused[1].upper()} is not for a statement inside transaction(): "
+                "the block does that"
             )
         values = parameters if many else _parameters(parameters)
         self._refuse_inside_call()
@@ -3199,7 +3198,7 @@ class _Block:
                 raise InvalidData(f"parameters: {says}") from error
 
     def _refuse_inside_call(self) -> None:
-        """StorageError for a call that interrupts another one of its thread: what that undoes would be its own, too."""
+        """StorageError in a call that interrupts another one of its thread: the savepoint of that one may undo it."""
         if self.connection.lock._is_owned():  # type: ignore[attr-defined]
             raise StorageError(_INTERRUPTS)
 
@@ -3209,9 +3208,7 @@ class _Block:
         try:
             result = action()
         except BaseException:
-            if (
-                tx.db.in_transaction
-            ):  # not after an error with which SQLite has rolled back everything
+            if tx.db.in_transaction:  # SQLite rolls everything back after some errors
                 tx.run("ROLLBACK TO flowstore_call")
                 tx.run("RELEASE flowstore_call")
             raise
@@ -3225,12 +3222,12 @@ class _Block:
             self.finish(commit=kind is None)
         except StorageError:
             if kind is None:
-                raise  # else what the block raised says more
+                raise  # else the block's own error says more
         finally:
             self.deactivate()
 
     def finish(self, commit: bool) -> None:
-        """Commit or roll back, and give the writer to others, whatever happens."""
+        """Commit or roll back. After any error too, the writer goes to others."""
         try:
             with self.connection.lock:
                 tx = self.tx()
@@ -3254,7 +3251,7 @@ class _Block:
             self.root.nested[:] = [one for one in self.root.nested if one.block is not self._ref]
 
     def _return_connection(self) -> None:
-        """After an outermost block: give back what it held; what is not committed is rolled back."""
+        """After an outermost block: hand the lead on, or check the reader in. Either rolls back what is open."""
         if self._call is not None:
             if self.engine.writer.leader is self._call:
                 self.engine.writer.lead(self._call, lambda _: True)
@@ -3264,7 +3261,7 @@ class _Block:
             self.engine.pool.check_in(connection)
 
     def __del__(self) -> None:
-        # Runs at any point of any thread, so it takes no lock: who waits looks for itself.
+        # This runs at any point of any thread, so it takes no lock: it wakes the next callers, who look again.
         if self._call is None:
             return
         writer = self.engine.writer
@@ -3272,7 +3269,7 @@ class _Block:
             self._call.state = _ABANDONED
         for waiting in [writer.leader, *list(writer.queue)[:1]]:
             if waiting is not None and waiting.gate is not None:
-                with contextlib.suppress(RuntimeError):  # it was woken already
+                with contextlib.suppress(RuntimeError):  # it was awake already
                     waiting.gate.release()
 
 
@@ -3780,12 +3777,9 @@ _TENANT_TABLES = re.compile(
 class _Sql:
     """A statement on a table that has tenants, in two texts: for all of them, and for one.
 
-    `{tenant}` marks where the condition goes. A statement without the mark is refused when the module is imported,
+    `{tenant}` marks the place of the condition. A statement without the mark is refused when the module is imported,
     unless it inserts, so no statement can forget the tenant. (Not `? IS NULL OR tenant_id = ?`: no index serves it.)
-    Other markers differ by engine (`_SQLITE` names them); `all` and `one` are what SQLite gets. `{by this|that}` is
-    the index for all of them, and the one for one."""
-
-    __slots__ = ("_texts", "all", "one", "places", "text")
+    `{by this|that}` names the index of each text. Other markers differ by engine: `_SQLITE` has the list."""
 
     def __init__(self, text: str) -> None:
         text = " ".join(text.split())
@@ -3794,24 +3788,35 @@ class _Sql:
         elif "{tenant}" not in text and not (text.startswith("INSERT") and "tenant_id" in text):
             raise AssertionError(f"a statement on a tenant's table without {{tenant}}: {text}")
         self.text = text
-        self._texts: dict[_Dialect, tuple[str, str]] = {}
-        self.all, self.one = self.resolve(_SQLITE)
-        # Where the tenant goes among the parameters: behind those of the text before each mark.
+        # The tenant's places among the parameters: behind those of the text before each mark.
         marks = re.finditer("{tenant}", text)
         self.places = [text[: mark.start()].replace("{tenant}", "?").count("?") for mark in marks]
+        self.texts = _Texts(text)
+        self.all, self.one = self.texts[_SQLITE]
 
-    def resolve(self, dialect: _Dialect) -> tuple[str, str]:
-        """The text for all tenants and the one for a tenant, as an engine reads them; each is made once."""
-        texts = self._texts.get(dialect)
-        if texts is None:
-            of_all = re.sub(r"\|\w+}", "}", self.text)
-            of_tenant = re.sub(r"{by\w* ?\w*\|", "{by ", self.text)
-            of_tenant = of_tenant.replace("{status}", "{tenant_status}")
-            texts = self._texts[dialect] = (
-                dialect.resolve(of_all, tenant=""),
-                dialect.resolve(of_tenant, tenant="AND tenant_id = ?"),
-            )
-        return texts
+    def scoped(self, params: Iterable[Any], tenant: str) -> list[Any]:
+        """The parameters of the text for one tenant."""
+        scoped = list(params)
+        for place in self.places:
+            scoped.insert(place, tenant)
+        return scoped
+
+
+class _Texts(dict[_Dialect, tuple[str, str]]):
+    """By dialect, the text of a statement for all tenants and the text for one; each is made once."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __missing__(self, dialect: _Dialect) -> tuple[str, str]:
+        of_all = re.sub(r"\|\w+}", "}", self.text)
+        of_tenant = re.sub(r"{by\w* ?\w*\|", "{by ", self.text)
+        of_tenant = of_tenant.replace("{status}", "{tenant_status}")
+        self[dialect] = (
+            dialect.resolve(of_all, tenant=""),
+            dialect.resolve(of_tenant, tenant="AND tenant_id = ?"),
+        )
+        return self[dialect]
 
 
 # A statement that is put together when it is needed.
@@ -3819,7 +3824,7 @@ _statement = functools.cache(_Sql)
 
 
 class _Facet:
-    """What every facet has: the engine that runs its operations and, for a tenant's view, the tenant."""
+    """The common part of all facets: the engine that runs the operations and, in a tenant's view, the tenant."""
 
     def __init__(self, engine: Any, tenant: str | None = None) -> None:
         self._engine = engine
@@ -3828,10 +3833,10 @@ class _Facet:
 
     def _rows(self, tx: _Tx, sql: _Sql, *params: Any) -> list[tuple[Any, ...]]:
         """The rows of a statement, of this view's tenant alone."""
-        of_all, of_tenant = sql.resolve(self._dialect)
+        of_all, of_tenant = sql.texts[self._dialect]
         if self._tenant is None:
             return tx.rows(of_all, *params)
-        return tx.rows(of_tenant, *self._scoped(sql, params))
+        return tx.rows(of_tenant, *sql.scoped(params, self._tenant))
 
     def _row(self, tx: _Tx, sql: _Sql, *params: Any) -> tuple[Any, ...] | None:
         rows = self._rows(tx, sql, *params)
@@ -3839,22 +3844,15 @@ class _Facet:
 
     def _run(self, tx: _Tx, sql: _Sql, *params: Any) -> int:
         """Execute a statement for this view's tenant alone; how many rows it wrote."""
-        of_all, of_tenant = sql.resolve(self._dialect)
+        of_all, of_tenant = sql.texts[self._dialect]
         if self._tenant is None:
             return tx.run(of_all, *params)
-        return tx.run(of_tenant, *self._scoped(sql, params))
-
-    def _scoped(self, sql: _Sql, params: Iterable[Any]) -> list[Any]:
-        """The parameters of a statement's text for one tenant."""
-        scoped = list(params)
-        for place in sql.places:
-            scoped.insert(place, self._tenant)
-        return scoped
+        return tx.run(of_tenant, *sql.scoped(params, self._tenant))
 
     def _find(
         self, tx: _Tx, mapper: _Mapper[T], rest: str, *params: Any, index: str = "", **where: Any
     ) -> list[T]:
-        """The records with these columns, whose values are checked as those of fields are."""
+        """The records with these values in their columns. The values are checked as those of fields are."""
         values = [mapper.codecs[name](value, name) for name, value in where.items()]
         sql = _select(mapper, rest, *where, index=index)
         return mapper.decode_all(self._rows(tx, sql, *values, *params))
@@ -3885,7 +3883,7 @@ class _Facet:
         return record
 
     def _change(self, tx: _Tx, mapper: _Mapper[Any], changes: str, id: AnyId, *params: Any) -> None:
-        """Change columns of the row with an id; NotFound when it is not there."""
+        """Change columns of the row with an id. Raises NotFound."""
         key = _id(id, "id")
         if not self._run(tx, _update(mapper, changes, returning=None), *params, key):
             raise NotFound(mapper.kind, key)
@@ -3903,7 +3901,9 @@ class _Facet:
         *sources: _PruneSource,
         progress: Callable[[int], object] | None = None,
     ) -> _Steps[int]:
-        """The steps that drop what ended before a time of a kind (or what `sources` pick); how many things went."""
+        """Drop, in short transactions, the things of a kind that ended before a time; how many went.
+
+        With `sources`, drop what those pick instead."""
         gone = 0
         kept = Counter[str]()
         cursor: _PruneCursor | None = (0,)
@@ -3924,43 +3924,41 @@ class _Facet:
         tx: _Tx,
         kind: str,
         before: int,
-        cursor: _PruneCursor = (0,),
-        sources: Sequence[_PruneSource] = (),
+        cursor: _PruneCursor,
+        sources: Sequence[_PruneSource],
     ) -> _PruneStep:
-        """Drop as much of a kind as a short transaction can, from the cursor on.
+        """Drop as much of a kind as fits into a short transaction, from the cursor on.
 
-        What `sources` pick may not have ended: somebody may still work on it, so it is never left in pieces."""
+        What `sources` pick may still be in use, so it is dropped whole, however large."""
         rule = _PRUNED[kind]
         room = _INT_MAX if sources else _PRUNED_AT_ONCE
-        # A part costs a statement, even where there is nothing of it.
+        # Each part of a thing costs a statement, even if there is no row of it.
         most = _PRUNED_AT_ONCE // (1 + len(rule.parts)) or 1
         keys = _foreign_keys(tx, self._engine.foreign_keys)
-        gone = rows = 0
-        kept = Counter[str]()
+        step = _PruneStep(cursor)
         candidates = _candidates(tx, rule, sources or rule.sources, keys, before, cursor, most + 1)
-        for seen, (following, id, holder) in enumerate(candidates):
-            if seen == most or rows >= _PRUNED_AT_ONCE:
-                break
+        for number, (following, id, holder) in enumerate(candidates):
+            if number == most or step.rows >= _PRUNED_AT_ONCE:
+                return step
             reason = holder
             if holder is None:
-                dropped, whole, reason = _drop_or_keep(tx, rule, id, room - rows, keys)
-                rows += dropped
-                gone += whole
-                if not whole and reason is None:  # what is left of it comes first the next time
-                    break
+                dropped, whole, reason = _drop_or_keep(tx, rule, id, room - step.rows, keys)
+                step.rows += dropped
+                step.gone += whole
+                if not whole and reason is None:
+                    return step  # its other rows come first in the next step
             if reason is not None:
-                kept[reason] += 1
-            cursor = following
-        else:
-            return _PruneStep(gone, rows, kept, None)
-        return _PruneStep(gone, rows, kept, cursor)
+                step.kept[reason] += 1
+            step.cursor = following
+        step.cursor = None
+        return step
 
 
 @functools.cache
 def _select(mapper: _Mapper[Any], rest: str, *conditions: str, index: str = "") -> _Sql:
-    """SELECT of the records for which the conditions hold; a column's name alone: that has a value.
+    """SELECT of records on conditions. A column's name alone stands for `column = ?`.
 
-    Without an index, the conditions are on a whole unique key."""
+    It names the index, unless the conditions are on a whole unique key."""
     where = "".join(f" AND {each if ' ' in each else f'{each} = ?'}" for each in conditions)
     by = f"{{by {index}}} " if index else ""
     return _Sql(mapper.select(f"{mapper.table} {by}WHERE true{where} {{tenant}} {rest}"))
@@ -3970,9 +3968,9 @@ def _select(mapper: _Mapper[Any], rest: str, *conditions: str, index: str = "") 
 def _update(
     mapper: _Mapper[Any], changes: str, condition: str = "", returning: str | None = ""
 ) -> _Sql:
-    """UPDATE by id, where a condition holds too; it returns the id of what it changed, if not more.
+    """UPDATE by id and a further condition. It returns the id of the row, or the columns in `returning`.
 
-    With None it returns nothing: SQLite copies the whole row for RETURNING, a large state twice."""
+    With None it returns nothing: RETURNING makes SQLite copy the whole row, a large state twice."""
     sql = f"UPDATE {mapper.table} SET {changes} WHERE {mapper.key} = ? {condition} {{tenant}}"
     return _Sql(sql if returning is None else f"{sql} RETURNING {returning or mapper.key}")
 
@@ -3996,40 +3994,35 @@ def _found(thing: T | None, kind: str, id: str) -> T:
     return thing
 
 
-# --- what has ended, and goes ---
-_ForeignKeys: TypeAlias = "dict[str, list[tuple[str, str, list[tuple[str, str]], str]]]"
+# --- pruning ---
 _PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
-# What SQLite calls the indexes of UNIQUE (execution_id, sequence) and of PRIMARY KEY (execution_id, at_sequence).
+# SQLite's names for the indexes of UNIQUE (execution_id, sequence) and PRIMARY KEY (execution_id, at_sequence).
 _LOG_KEY = "sqlite_autoindex_flowstore_log_1"
 _SNAPSHOT_KEY = "sqlite_autoindex_flowstore_snapshots_2"
 
-
-_PruneCursor: TypeAlias = (
-    "tuple[Any, ...]"  # the number of a source; the time and key of the last thing there
-)
+# The number of a source; then the time and the key of the last thing there.
+_PruneCursor: TypeAlias = "tuple[Any, ...]"
+# By table: name, quoted name, pairs of columns (own, theirs) and ON DELETE of the foreign keys that refer to it.
+_ForeignKeys: TypeAlias = "dict[str, list[tuple[str, str, list[tuple[str, str]], str]]]"
 
 
 class _PruneSource(NamedTuple):
     """Where a prune finds what has ended, in the order of its time."""
 
     table: str
-    by: str
+    by: str  # the index
     time: str
     ended: str  # the condition; each ? in it is the time before which
-    in_pieces: bool = (
-        False  # an earlier transaction has begun to drop it, after a look at who refers to it
-    )
+    in_pieces: bool = False  # an earlier step, which looked for foreign keys, began to drop these
 
 
 class _PrunePart(NamedTuple):
-    """Rows that go with a thing: their table, their column with its key, and the statement that drops them."""
+    """Rows that go with a thing: their table, their column with the thing's key, and their DELETE."""
 
     table: str
     owner: str
-    sql: str
-    picked: str = (
-        ""  # picks some by their keys, which the statement takes; else it takes the owner's
-    )
+    delete: str
+    select: str = ""  # selects the keys that `delete` takes; without it, `delete` takes the owner's
 
 
 class _PruneRule(NamedTuple):
@@ -4039,31 +4032,35 @@ class _PruneRule(NamedTuple):
     key: str
     sources: tuple[_PruneSource, ...]
     parts: tuple[_PrunePart, ...] = ()
-    in_pieces: str = ""  # what is done to one of which only some parts fitted into the transaction
+    mark: str = ""  # run when not all rows of a thing fitted into the transaction
 
 
-class _PruneStep(NamedTuple):
-    """What one transaction of a prune did."""
+@dataclass
+class _PruneStep:
+    """The result of one transaction of a prune."""
 
-    gone: int  # things that went whole
-    rows: int
-    kept: Counter[str]  # things that stay, by the table that refers to them
     cursor: _PruneCursor | None  # where the next one goes on; None: at the end
+    gone: int = 0  # things that went whole
+    rows: int = 0
+    kept: Counter[str] = field(default_factory=Counter)  # by the table that refers to them
 
 
 def _part(table: str, index: str, owner: str, key: str = "id", order: str = "") -> _PrunePart:
-    """A part of which some rows are picked: by the owner's id, and how many at most."""
-    conditions = key.replace(", ", " = ? AND ")
+    """A part that is dropped row by row, as far as there is room."""
     return _PrunePart(
         table,
         owner,
-        f"DELETE FROM {table} WHERE {conditions} = ?",
+        f"DELETE FROM {table} WHERE {key.replace(', ', ' = ? AND ')} = ?",
         f"SELECT {key} FROM {table} {{by {index}}} WHERE {owner} = ? {order} LIMIT ?",
     )
 
 
+def _rule_without_parts(table: str, index: str, time: str, ended: str) -> _PruneRule:
+    return _PruneRule(table, "id", (_PruneSource(table, index, time, ended),))
+
+
 def _terminal(table: str, index: str, time: str, *statuses: str) -> tuple[_PruneSource, ...]:
-    """A source for each status: in the index of status and time each is a range of its own."""
+    """A source for each status: each is one range in the index of status and time."""
     return tuple(
         _PruneSource(table, index, time, f"{table}.status = '{status}' AND {time} < ?")
         for status in statuses
@@ -4071,7 +4068,7 @@ def _terminal(table: str, index: str, time: str, *statuses: str) -> tuple[_Prune
 
 
 def _foreign_keys(tx: _Tx, sql: str) -> _ForeignKeys:
-    """By table, the foreign keys of the user's tables that refer to it."""
+    """The foreign keys of the user's tables; none if none refers to a table of ours."""
     keys: _ForeignKeys = {}
     columns: dict[tuple[str, int], list[tuple[str, str]]] = {}
     for name, child, number, own, table, theirs, on_delete in tx.rows(sql):
@@ -4085,7 +4082,7 @@ def _foreign_keys(tx: _Tx, sql: str) -> _ForeignKeys:
 def _holders(
     keys: _ForeignKeys, table: str, row: str, joins: str = "", path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, str]]:
-    """What refers to a row, or to one that a cascade would delete with it: names of tables, and the joins to them."""
+    """The tables that refer to a row, or to one that a cascade would delete with it, and the joins to them."""
     for name, child, columns, on_delete in keys.get(table, ()):
         alias = f"{row}_"
         match = " AND ".join(f"{alias}.{own} = {row}.{theirs}" for own, theirs in columns)
@@ -4097,15 +4094,15 @@ def _holders(
 
 
 def _holder_sql(keys: _ForeignKeys, rule: _PruneRule, table: str) -> str:
-    """In SQL, for a row of `table` that has the rule's key: the name of a table that refers to the thing, or NULL."""
-    owners = [(rule.table, rule.key), *((part.table, part.owner) for part in rule.parts)]
-    cases = [
-        f"WHEN EXISTS (SELECT 1 FROM {part} part{joins} WHERE part.{owner} = {table}.{rule.key}) "
-        "THEN '{}'".format(name.replace("'", "''"))
-        for part, owner in dict.fromkeys(owners)
-        for name, joins in _holders(keys, f'"{part}"', "part")
-    ]
-    return f"CASE {' '.join(cases)} END" if cases else "NULL"
+    """SQL for a row of `table` that has the rule's key: the name of a table that refers to the thing, or NULL."""
+    owners = {rule.table: rule.key} | {part.table: part.owner for part in rule.parts}
+    cases = ""
+    for part, owner in owners.items():
+        for name, joins in _holders(keys, f'"{part}"', "part"):
+            rows = f"SELECT 1 FROM {part} part{joins} WHERE part.{owner} = {table}.{rule.key}"
+            quoted = name.replace("'", "''")
+            cases += f" WHEN EXISTS ({rows}) THEN '{quoted}'"
+    return f"CASE{cases} END" if cases else "NULL"
 
 
 def _candidates(
@@ -4117,35 +4114,34 @@ def _candidates(
     cursor: _PruneCursor,
     most: int,
 ) -> Iterator[tuple[_PruneCursor, Any, str | None]]:
-    """What has ended behind the cursor: where it is, its id, and the table that holds it; `most` of each source.
+    """The cursor, the id and the holder of each thing that has ended, from the cursor on; `most` of each source.
 
-    By a cursor, so that what is kept is passed over once, however much of it there is."""
+    The cursor passes what is kept, so no step reads that again."""
     first, *after = cursor
     for number, source in enumerate(sources[first:], first):
         held = "NULL" if source.in_pieces else _holder_sql(keys, rule, source.table)
         order = f"{source.time}, {rule.key}"
-        # Both conditions: SQLite finds a pair of columns in an index of an expression by the first alone.
+        # Both conditions: in an index of an expression SQLite seeks by the first alone.
         behind = f"AND {source.time} >= ? AND ({order}) > (?, ?)" if after else ""
-        by = tx.dialect.resolve(f"{{by {source.by}}}")
-        sql = f"""SELECT {order}, {held} FROM {source.table} {by}
+        sql = f"""SELECT {order}, {held} FROM {source.table} {{by {source.by}}}
             WHERE {source.ended} {behind} ORDER BY {order} LIMIT {most}"""
         times = [before] * source.ended.count("?")
-        for ended_at, id, holder in tx.rows(sql, *times, *after[:1], *after):
+        for ended_at, id, holder in tx.rows(tx.dialect.resolve(sql), *times, *after[:1], *after):
             yield (number, ended_at, id), id, holder
         after = []
 
 
 def _drop(tx: _Tx, rule: _PruneRule, id: object, room: int) -> tuple[int, bool]:
-    """Drop a thing with its parts, or what there is room for; how many rows went, and whether it went whole."""
+    """Drop a thing with its parts, as far as there is room; how many rows went, and whether it went whole."""
     rows = 0
     for part in rule.parts:
-        sql = tx.dialect.resolve(part.sql)
-        if not part.picked:
-            rows += tx.run(sql, *[id] * sql.count("?"))
-        elif keys := tx.rows(tx.dialect.resolve(part.picked), id, max(0, room - rows)):
-            rows += tx.run_many(sql, keys)
+        delete = tx.dialect.resolve(part.delete)
+        if not part.select:
+            rows += tx.run(delete, *[id] * delete.count("?"))
+        elif keys := tx.rows(tx.dialect.resolve(part.select), id, max(0, room - rows)):
+            rows += tx.run_many(delete, keys)
     if rows >= room:
-        tx.run(rule.in_pieces, id)
+        tx.run(rule.mark, id)
         return rows, False
     return rows + tx.run(f"DELETE FROM {rule.table} WHERE {rule.key} = ?", id), True
 
@@ -4153,7 +4149,7 @@ def _drop(tx: _Tx, rule: _PruneRule, id: object, room: int) -> tuple[int, bool]:
 def _drop_or_keep(
     tx: _Tx, rule: _PruneRule, id: object, room: int, keys: _ForeignKeys
 ) -> tuple[int, bool, str | None]:
-    """`_drop`; where a constraint of the user's tables refuses it, nothing, and why."""
+    """As `_drop`; when a constraint of the user's tables refuses it, nothing goes, and the reason is returned."""
     if not keys:
         return *_drop(tx, rule, id, room), None
     try:
@@ -4165,60 +4161,33 @@ def _drop_or_keep(
         return 0, False, str(error)
 
 
-def _remove(tx: _Tx, rule: _PruneRule, id: str, keys: _ForeignKeys) -> str | None:
-    """Drop a thing that is there, whole, unless something refers to it: the name of that."""
+def _drop_whole(tx: _Tx, rule: _PruneRule, id: str, keys: _ForeignKeys) -> str | None:
+    """Drop a thing, unless something refers to it: the name of that."""
     sql = f"SELECT {_holder_sql(keys, rule, rule.table)} FROM {rule.table} WHERE {rule.key} = ?"
     holder: str | None = tx.rows(sql, id)[0][0]
     return holder or _drop_or_keep(tx, rule, id, _INT_MAX, keys)[2]
 
 
-# What a prune drops, by kind. What may belong to others comes first, and is counted as what it is. One that is left in
-# pieces is changed, so that nobody goes on with the whole that he knows. A log goes from its end, so that what is left
-# of it never has a gap. The highest position of all must not be given again: a row of no execution takes one above it,
-# and goes when there is a higher one.
+# The rules, in this order: things that may belong to others come first, and are counted under their own kind. The mark
+# makes a writer fail its revision check, which knows the thing as it was before some of its rows went. A log is dropped
+# from its end, so that the rest never has a gap. SQLite must not give the highest position of all again: a row of the
+# execution '' takes the position above it, and goes when there is a higher one.
 _WORKFLOW_TIME = "COALESCE(complete_time, create_time)"
 _PRUNED: dict[str, _PruneRule] = {
-    "errors": _PruneRule(
-        "execution_errors",
-        "id",
-        (
-            _PruneSource(
-                "execution_errors", "execution_errors_by_time", "error_time", "error_time < ?"
-            ),
-        ),
+    "errors": _rule_without_parts(
+        "execution_errors", "execution_errors_by_time", "error_time", "error_time < ?"
     ),
-    "subscriptions": _PruneRule(
-        "event_subscriptions",
-        "id",
-        (
-            _PruneSource(
-                "event_subscriptions",
-                "event_subscriptions_ended",
-                "terminated_at",
-                "terminated_at < ?",
-            ),
-        ),
+    "subscriptions": _rule_without_parts(
+        "event_subscriptions", "event_subscriptions_ended", "terminated_at", "terminated_at < ?"
     ),
-    "events": _PruneRule(
-        "events",
-        "id",
-        (
-            _PruneSource(
-                "events", "events_processed", "event_time", "is_processed = 1 AND event_time < ?"
-            ),
-        ),
+    "events": _rule_without_parts(
+        "events", "events_processed", "event_time", "is_processed = 1 AND event_time < ?"
     ),
-    "tokens": _PruneRule(
+    "tokens": _rule_without_parts(
         "flowstore_tokens",
-        "id",
-        (
-            _PruneSource(
-                "flowstore_tokens",
-                "flowstore_tokens_by_time",
-                "created_at",
-                "created_at <= ? AND (revoked_at < ? OR expires_at < ?)",
-            ),
-        ),
+        "flowstore_tokens_by_time",
+        "created_at",
+        "created_at <= ? AND (revoked_at < ? OR expires_at < ?)",
     ),
     "workflows": _PruneRule(
         "workflows",
@@ -4286,13 +4255,14 @@ _PRUNED: dict[str, _PruneRule] = {
                 "execution_id",
                 """INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp)
                 SELECT '', position, '', '{}', 0 FROM flowstore_log
-                WHERE position = (SELECT MAX(position) FROM flowstore_log {by_key}) AND execution_id = ?""",
+                WHERE position = (SELECT MAX(position) FROM flowstore_log {by_key})
+                AND execution_id = ?""",
             ),
             _PrunePart(
                 "flowstore_log",
                 "execution_id",
-                f"""DELETE FROM flowstore_log {{by {_LOG_KEY}}}
-                WHERE execution_id = '' AND position < (SELECT MAX(position) FROM flowstore_log {{by_key}})""",
+                f"""DELETE FROM flowstore_log {{by {_LOG_KEY}}} WHERE execution_id = ''
+                AND position < (SELECT MAX(position) FROM flowstore_log {{by_key}})""",
             ),
             _part("flowstore_log", _LOG_KEY, "execution_id", "position", "ORDER BY sequence DESC"),
         ),
@@ -4300,6 +4270,7 @@ _PRUNED: dict[str, _PruneRule] = {
     ),
 }
 _PRUNED_SNAPSHOT = _PruneRule("flowstore_snapshots", "id", ())
+
 
 # ==================================================================================================
 # FlowStore: revision-checked flows, their steps and their audit trail
@@ -4600,7 +4571,7 @@ class EventStore(_LogFacet):
 
     def _open_log(self, tx: _Tx, execution_id: str, tenant_id: str) -> int:
         """The last sequence of a log that this tenant may append to; the first time, make it known."""
-        head = tx.rows(_LOG_HEAD.resolve(self._dialect)[0], execution_id)
+        head = tx.rows(_LOG_HEAD.texts[self._dialect][0], execution_id)
         if not head:
             row = tx.row(_TENANT_STATUS, tenant_id)
             if row is None:
@@ -5092,7 +5063,7 @@ class StateBackend(_LogFacet):
             return self._run(tx, _SNAPSHOT_PRUNE, *older), kept
         found = self._rows(tx, _statement(f"SELECT id {_OLDER_SNAPSHOTS}"), *older)
         for (id,) in found:
-            if holder := _remove(tx, _PRUNED_SNAPSHOT, id, keys):
+            if holder := _drop_whole(tx, _PRUNED_SNAPSHOT, id, keys):
                 kept[holder] += 1
         return len(found) - kept.total(), kept
 
@@ -5959,7 +5930,7 @@ class PersistenceProvider(_Facet):
         key = _id(id, "id")
         _found(tx.row("SELECT id FROM workflows WHERE id = ?", key), "workflow", key)
         keys = _foreign_keys(tx, self._engine.foreign_keys)
-        return _remove(tx, _PRUNED["workflows"], key, keys)
+        return _drop_whole(tx, _PRUNED["workflows"], key, keys)
 
     @_steps
     def purge_workflows(self, status: WorkflowStatus | str, older_than: datetime) -> _Steps[int]:
@@ -6754,7 +6725,7 @@ class AsyncTransaction:
         """Run one statement for each of the rows; errors as with `execute`."""
         block = self._transaction._innermost()
         await self._engine.in_block(
-            block, functools.partial(block.execute, many=True), sql, _as_list(rows)
+            block, functools.partial(block.execute, many=True), sql, _parameter_rows(rows)
         )
 
 
@@ -6827,7 +6798,7 @@ class _AsyncBlock:
             await asyncio.shield(ended)
         except StorageError:
             if kind is None:
-                raise  # else what the block raised says more
+                raise  # else the block's own error says more
         finally:
             if ended is None:
                 self._undo()

@@ -12614,7 +12614,7 @@ def test_statistics_do_not_change_how_a_store_is_copied_or_pruned_or_a_limit_cou
     }
     for rule in flowstore._PRUNED.values():
         for part in rule.parts:
-            issued |= {resolve(sql) for sql in (part.sql, part.picked) if sql}
+            issued |= {resolve(sql) for sql in (part.delete, part.select) if sql}
 
     def read(sql: str, _: object) -> list[Any]:
         sql = resolve(sql)
@@ -13786,7 +13786,7 @@ def test_a_tail_of_an_execution_goes_on_when_it_was_pruned_and_begun_anew(
 def test_what_a_prune_has_left_in_pieces_is_not_known_any_more(store: Store) -> None:
     create(store, status="completed")
     store.events.append_batch("e1", "default", [EVENT] * 600)
-    store._prune_some("executions", 2**52)
+    store._prune_some("executions", 2**52, (0,), ())
     assert 0 < len(store.events.load_events("e1")) < 600
     assert not store.events.execution_exists("e1")
     for call in (
@@ -16292,7 +16292,7 @@ def test_a_row_that_refers_to_what_is_left_in_pieces_holds_up_nothing_else(
     store = make_store(clock=clock)
     for run in ("first", "giant", "last"):
         ended_log(store, run, 55)
-    store._prune_some("executions", 2**52)
+    store._prune_some("executions", 2**52, (0,), ())
     [(left,)] = dump_ids(store, "flowstore_executions WHERE tenant_id = ''", "execution_id")
     refer(store, "flowstore_log", "position", f"execution_id = '{left}' AND sequence = 20")
     assert store.prune(clock.now)["executions"] == 2
@@ -20406,7 +20406,7 @@ def test_a_claim_on_a_server_looks_at_few_pages_whatever_waits_or_is_leased_else
         ):
             for place in sql.places if tenant else ():
                 values.insert(place, tenant)
-            text = sql.resolve(flowstore._POSTGRES)[tenant is not None]
+            text = sql.texts[flowstore._POSTGRES][tenant is not None]
             [([plan],)] = tx.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {text}", values)
             assert plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"] < 60
 
@@ -20451,7 +20451,7 @@ def test_no_marker_of_a_statement_is_left_to_an_engine() -> None:
     assert flowstore._SQLITE.markers.keys() == flowstore._POSTGRES.markers.keys()
     for dialect in (flowstore._SQLITE, flowstore._POSTGRES):
         for sql in statements:
-            for text in sql.resolve(dialect):
+            for text in sql.texts[dialect]:
                 assert not re.search(r"{\w+}", text)
 
 
