@@ -3054,7 +3054,7 @@ class _Block:
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
         self._call: _Call | None = None  # of an outermost block that leads the writer
         self._connection: _Connection | None = None
-        self._ref = weakref.ref(self)
+        self._ref: weakref.ref[_Block] = weakref.ref(self)
 
     def __enter__(self) -> Transaction:
         _reserve_stack(20)
@@ -3502,10 +3502,11 @@ class _Engine(_Database):
             return self.retry_while_busy(lambda: self._read_again_if_changed(read))
         return self.retry_while_busy(read)
 
-    def _read_again_if_changed(self, read: Callable[[], R]) -> R:
+    def _read_again_if_changed(self, read: Callable[[], Any]) -> Any:
         """Read without a lock that holds: once more, if the file was written or its log deleted meanwhile."""
         while True:
             stamps = self._file_stamps()
+            result: Any = None
             error: FlowStoreError | None = None
             try:
                 result = read()
