@@ -1511,59 +1511,55 @@ _ERROR = _Mapper(ExecutionError, "execution_errors", "error")
 
 
 # ==================================================================================================
-# Connections: one connection, the pool of readers, files and their guards, waiting for others
+# Connections: one connection, the pool of readers, files, and the guard on their locks
 # ==================================================================================================
 
 _IDLE_READERS = 8
-_WAL_FRAMES = 3000  # the log is checkpointed at that many pages: commits often change the same ones
-_PATH_MOST = 504  # bytes of a path: SQLite has room for 512, with "-journal" behind it
-_NAME_MOST = 255  # bytes of a name, with what SQLite puts behind it
-_INFO = 20  # the numbers that `logging` has for its levels
+# A log with that many frames is checkpointed. Commits often change the same pages.
+_WAL_FRAMES = 3000
+_MAX_PATH_BYTES = 504  # SQLite has room for 512, with "-journal" at the end
+_MAX_NAME_BYTES = 255  # of a file system, with the suffix that SQLite adds
+_INFO = 20  # as in `logging`
 _WARNING = 30
 _WAL_BOUND = 16 << 20  # bytes of the log from which on a checkpoint waits for readers
 
-# The real time that passes, for waits. (A partial, since freezegun replaces every module's name for time.monotonic.)
-_monotonic: Callable[[], float] = (
+# Real time, for waits. It is a partial, since freezegun replaces each module's name for
+# time.monotonic.
+_monotonic = (
     functools.partial(time.clock_gettime, time.CLOCK_MONOTONIC)
     if hasattr(time, "CLOCK_MONOTONIC")
     else functools.partial(time.monotonic)
 )
 
-
-def _shared_by_copies() -> Any:
-    """What all copies of this module in the process share: it may be reloaded, or vendored twice.
-
-    A fork, a file that is the parent's and a lock on a file concern every copy."""
-    name = "_flowstore_process"
-    shared: Any = sys.modules.get(name)
-    if shared is None:
-        shared = type(sys)(name)
-        shared.lock = threading.RLock()  # over the engines, held while a fork goes on
-        shared.engines = weakref.WeakSet()
-        shared.forking = []  # the engines that the fork under way has stopped
-        shared.fork_hooks = False  # whether they are registered
-        shared.files_of_parent = set()  # file ids that a forked child must not touch
-        shared.leaked = []  # connections that are never closed, since closing them would do harm
-        shared.pin_lock = (
-            threading.RLock()
-        )  # over the two below; who holds it waits for no other lock
-        shared.pins = {}  # by file id: how many connections are open, and the descriptors that hold a second lock
-        shared.lock_descriptors = {}  # by file id: our own descriptor, where locks have to be taken again
-        # The innermost open transaction block of this thread or task, one per engine. Tasks inherit it from the
-        # task that starts them. Weak, so that a block whose end was never run is noticed and rolled back.
-        shared.blocks = contextvars.ContextVar("flowstore", default=())
-        sys.modules[name] = shared
-    return shared
-
-
-_process = _shared_by_copies()
+# All copies of this module in the process share this: it may be reloaded, or vendored twice.
+# A fork, a file of the parent and a lock on a file concern every copy.
+_process: Any = sys.modules.setdefault(
+    "_flowstore_process",
+    SimpleNamespace(  # type: ignore[arg-type]
+        lock=threading.RLock(),  # guards `engines`; a fork holds it
+        engines=weakref.WeakSet(),
+        forking=[],  # the engines that the fork under way has stopped
+        fork_hooks=False,  # whether the hooks of the chapter "Fork" are registered
+        files_of_parent=set(),  # file ids that a forked child must not touch
+        leaked_connections=[],  # never closed, since closing them would do harm
+        # Guards the three below. A thread that holds it waits for no other lock.
+        pin_lock=threading.RLock(),
+        open_files=[],  # the file id of each open connection
+        pinned_files=set(),  # the file ids with a second lock
+        lock_descriptors={},  # by file id: our own descriptor, where locks have to be taken again
+        # The innermost open transaction block of this thread or task, one for each engine. Tasks
+        # inherit it from the task that starts them. The references are weak, so that a block whose
+        # end was never run is noticed and rolled back.
+        blocks=contextvars.ContextVar("flowstore", default=()),
+    ),
+)
 _blocks: contextvars.ContextVar[tuple[weakref.ref[_Block], ...]] = _process.blocks
 
 
 def _log(level: int, message: str, *args: object) -> None:
-    """Write a line to the logger "flowstore": a warning always, other lines where the program has imported logging.
+    """Write a line to the logger "flowstore": warnings always, others if `logging` is imported.
 
-    An exception of the program's handlers is dropped: what the line tells of has been done."""
+    An exception of the program's handlers is dropped: the line tells of what has been done."""
     if level >= _WARNING or "logging" in sys.modules:
         import logging
 
@@ -1574,59 +1570,51 @@ def _log(level: int, message: str, *args: object) -> None:
             logger.log(level, message, *args)
 
 
-def _code(error: Exception) -> int:
-    """SQLite's primary code for an error of the driver; 0 when it has none."""
-    return (getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
-
-
 def _failure(error: Exception) -> FlowStoreError:
-    """The error that callers see for one of the driver."""
-    if isinstance(error, (OverflowError, UnicodeError)):
+    """The error that a caller gets for an error of the driver."""
+    if isinstance(error, (OverflowError, UnicodeError, sqlite3.DataError)):
         return InvalidData(f"the value cannot be stored: {error}")
-    code = _code(error)
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return StoreBusy(
-            "the store is held by another transaction: try again, or open it with a longer busy_timeout"
-        )
-    if code == sqlite3.SQLITE_CANTOPEN and (missing := _no_descriptor()):
-        return StorageError(missing)
-    if code == sqlite3.SQLITE_FULL:
-        return StoreFull("the disk is full, nothing was written: make room and try again")
-    if code in (
-        sqlite3.SQLITE_CORRUPT,
-        sqlite3.SQLITE_NOTADB,
-    ) or "decode to UTF-8" in str(error):  # an error without a code
-        return StoreCorrupt(
-            f"the file is damaged or not an SQLite database ({error!s:.60}): restore it from a backup"
-        )
-    if code == sqlite3.SQLITE_TOOBIG or isinstance(error, sqlite3.DataError):
-        return InvalidData(f"the value is too large to be stored: {error}")
-    what = "cannot be written" if code == sqlite3.SQLITE_READONLY else "failed"
-    return StorageError(f"the database {what}: {error}")
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if "decode to UTF-8" in str(error):  # this one has no code
+        code = sqlite3.SQLITE_CORRUPT
+    match code:
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return StoreBusy(
+                "the store is held by another transaction: try again, or open it with a longer "
+                "busy_timeout"
+            )
+        case sqlite3.SQLITE_FULL:
+            return StoreFull("the disk is full, nothing was written: make room and try again")
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+            return StoreCorrupt(
+                f"the file is damaged or not an SQLite database ({error!s:.60}): restore it from a "
+                "backup"
+            )
+        case sqlite3.SQLITE_CANTOPEN if reason := _no_descriptor():
+            return StorageError(reason)
+        case _:
+            return StorageError(f"the database failed: {error}")
 
 
-# What sqlite3 raises for a statement; values that it cannot bind raise the last three.
+# What sqlite3 raises for a statement; the last three are for values that it cannot bind.
 _DRIVER_ERRORS = (sqlite3.Error, sqlite3.Warning, OverflowError, UnicodeError, TypeError)
 
 
 class _Tx:
     """One connection as operations see it: rows in, rows out, the driver's errors as ours."""
 
-    __slots__ = ("_clock", "db", "dialect", "file_id")
-
     def __init__(
         self, db: Any, clock: Callable[[], datetime] | None, dialect: _Dialect = _SQLITE
     ) -> None:
         self.dialect = dialect
         self.db = db  # an sqlite3.Connection, or what is used like one
-        self.file_id: tuple[int, ...] = ()  # of the database file, when its connections are counted
+        self.file_id: tuple[int, ...] = ()  # of the database file, if its connections are counted
         self._clock = clock
 
     def rows(self, sql: str, *params: Any) -> list[tuple[Any, ...]]:
         """All rows of a statement: a cursor left half read would hold its snapshot open."""
         try:
-            rows: list[tuple[Any, ...]] = self.db.execute(sql, params).fetchall()
-            return rows
+            return self.db.execute(sql, params).fetchall()  # type: ignore[no-any-return]
         except _DRIVER_ERRORS as error:
             raise _failure(error) from error
 
@@ -1638,14 +1626,14 @@ class _Tx:
     def run(self, sql: str, *params: Any) -> int:
         """Execute a statement; how many rows it wrote."""
         try:
-            return int(self.db.execute(sql, params).rowcount)
+            return self.db.execute(sql, params).rowcount  # type: ignore[no-any-return]
         except _DRIVER_ERRORS as error:
             raise _failure(error) from error
 
     def run_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> int:
         """Execute a statement for each of the rows of parameters; how many rows it wrote."""
         try:
-            return int(self.db.executemany(sql, rows).rowcount)
+            return self.db.executemany(sql, rows).rowcount  # type: ignore[no-any-return]
         except _DRIVER_ERRORS as error:
             raise _failure(error) from error
 
@@ -1667,20 +1655,21 @@ def _add_tenant(tx: _Tx, tenant_id: str) -> None:
 
 
 class _Connection:
-    """One database connection under a lock of its own: opened at its first use, and again after a fork."""
+    """One database connection under a lock of its own.
 
-    def __init__(self, connect: Callable[[], _Tx], disconnect: Callable[[_Tx], object]) -> None:
+    It is opened at its first use, and again at its first use after a fork."""
+
+    def __init__(self, engine: _Engine) -> None:
+        self.engine = engine
         self.lock = threading.RLock()
         self.tx: _Tx | None = None
-        self.companions: list[Any] = []  # of the writer: what is closed before it
-        self._connect = connect
-        self._disconnect = disconnect
+        self.companions: list[Any] = []  # of the writer: closed before it
 
     def use(self) -> _Tx:
         """The open connection; the caller holds the lock."""
         if self.tx is None:
             try:
-                self.tx = self._connect()
+                self.tx = self.engine.connect()
             except _DRIVER_ERRORS as error:
                 raise _failure(error) from error
         return self.tx
@@ -1688,7 +1677,7 @@ class _Connection:
     @property
     def in_transaction(self) -> bool:
         """True while a transaction is open on it."""
-        return self.tx is not None and bool(self.tx.db.in_transaction)
+        return self.tx is not None and self.tx.db.in_transaction
 
     def close(self) -> None:
         """Close; what is not committed is rolled back."""
@@ -1697,53 +1686,52 @@ class _Connection:
         for companion in self.companions:
             companion.close()
         if tx is not None:
-            self._disconnect(tx)
+            self.engine.disconnect(tx)
 
     def leak(self) -> None:
-        """Never close it: closing would write to a file, or end a session, that is another's now."""
-        tx = self.tx
-        self.tx = None
-        if tx is not None:
-            _keep_for_ever(tx.db)
+        """Let go of the connection without closing it.
+
+        To close it would write to the file, or end the session, of another process."""
+        if self.tx is not None:
+            _process.leaked_connections.append(self.tx.db)
+            # When the interpreter ends it drops all references that it knows, and a connection that
+            # nothing refers to is closed. It does not know this one.
+            with contextlib.suppress(Exception):
+                import ctypes
+
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.tx.db))
+            self.tx = None
         for companion in self.companions:
             companion.leak()
 
-    __del__ = (
-        close  # of a store that was dropped without close(): a descriptor does not close itself
-    )
-
-
-def _keep_for_ever(db: object) -> None:
-    """Keep a reference that outlives the interpreter's own cleaning up."""
-    _process.leaked.append(db)
-    with contextlib.suppress(Exception):
-        import ctypes
-
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(db))
+    # A store may be dropped without close(), and the descriptor would stay open.
+    __del__ = close
 
 
 class _Pool:
-    """The connections of one engine: readers that calls check out and in, and those that are made for one use.
+    """The connections of one engine: readers that calls check out and in, and others for one use.
 
-    There are as many readers as calls that read at one time, not as many as threads were ever started."""
+    There are as many readers as calls that read at one time, however many threads there were."""
 
     def __init__(self, engine: _Engine) -> None:
+        self.engine = engine
         self.mutex = engine.mutex
-        self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()  # all that are there
+        self.connections: weakref.WeakSet[_Connection] = weakref.WeakSet()  # all of the engine's
         self.idle: list[_Connection] = []
         self.keeps_idle = True
-        self._connect = engine.connect
-        self._disconnect = engine.disconnect
 
     def new_connection(self) -> _Connection:
         """A connection that the caller closes."""
-        connection = _Connection(self._connect, self._disconnect)
+        connection = _Connection(self.engine)
         with self.mutex:
             self.connections.add(connection)
         return connection
 
     def check_out(self, writes: bool = False) -> _Connection:
-        """A connection for one call or block, an idle one first. On a server, those that write have a limit."""
+        """A connection for one call or block, an idle one first.
+
+        `writes` matters on a server, where the connections that write are limited."""
+        # (An interrupt between a call and `return` inside `with` would leave the mutex locked.)
         with self.mutex:
             connection = self.idle.pop() if self.idle else None
         return connection or self.new_connection()
@@ -1753,19 +1741,18 @@ class _Pool:
         with connection.lock:
             if connection.tx is not None:
                 try:
-                    if connection.tx.db.in_transaction:
-                        connection.tx.db.rollback()
+                    connection.tx.db.rollback()
                 except (sqlite3.Error, StorageError):  # it is broken
                     connection.close()
-        with self.mutex:
-            if self.keeps_idle and len(self.idle) < _IDLE_READERS:
-                self.idle.append(connection)
-                return
-        with connection.lock:
+            with self.mutex:
+                if self.keeps_idle and len(self.idle) < _IDLE_READERS:
+                    self.idle.append(connection)
+                    return
             connection.close()
 
 
 def _close_all(connections: Iterable[_Connection]) -> None:
+    """Close the connections of an engine that is gone, or as the interpreter ends."""
     for connection in list(connections):
         if connection.lock.acquire(timeout=1):
             with contextlib.suppress(sqlite3.Error):
@@ -1775,89 +1762,87 @@ def _close_all(connections: Iterable[_Connection]) -> None:
 
 # --- files ---
 def _file_id(path: str | int) -> tuple[int, ...]:
-    """Inode and device of a path or descriptor; zeros where there is no such file."""
+    """Inode and device of a path or descriptor; () if there is no such file."""
     with contextlib.suppress(OSError):
         return os.stat(path)[1:3]
-    return (0, 0)
+    return ()
 
 
 def _size_and_mtime(path: str) -> tuple[int, int]:
-    """How large a file is and when it was written; zeros where it is not, for a log may go at any moment."""
+    """Size of a file and time of its last write; zeros if it is not there."""
     with contextlib.suppress(OSError):
         state = os.stat(path)
         return state.st_size, state.st_mtime_ns
     return 0, 0
 
 
+def _no_descriptor() -> str:
+    """A sentence if too few file descriptors are left for a connection, else ""."""
+    try:
+        with contextlib.ExitStack() as files:
+            for _ in range(4):  # the file, its -wal, its -shm, their folder
+                files.enter_context(io.FileIO(os.devnull))
+    except OSError as error:
+        return f"no file descriptor is left ({error.strerror}): close files, or raise their limit"
+    return ""
+
+
+def _missing_right(read_only: bool, *names: str) -> str:
+    """A sentence on the first of these files that is there and may not be used, or ""."""
+    right, mode = ("read", os.R_OK) if read_only else ("read and write", os.R_OK | os.W_OK)
+    for name in names:
+        if os.path.exists(name) and not os.access(
+            name, mode, effective_ids=os.access in os.supports_effective_ids
+        ):
+            return f"there is no permission to {right} {name}"
+    return ""
+
+
 def _can_lock(path: str) -> bool:
     """Whether SQLite can make the files beside the database that it needs for locking."""
-    return os.access(path, os.W_OK) and os.access(os.path.dirname(path), os.W_OK)
+    return not _missing_right(False, path, os.path.dirname(path))
+
+
+def _explain(error: sqlite3.Error, path: str, read_only: bool) -> FlowStoreError:
+    """The error that a caller gets, with the file and the missing right: SQLite tells neither."""
+    failure = _failure(error)
+    reason = ""
+    if type(failure) is StorageError:
+        folder = os.path.dirname(path)
+        reason = _missing_right(read_only, path, f"{path}-wal", f"{path}-shm", folder)
+    failure.args = (f"{path}: {reason or failure}",)
+    return failure
 
 
 def _file_uri(path: str, read_only: bool) -> str:
-    """How to open the file: never creating it by the way, and read-only in the way its folder allows."""
-    # Made by hand: a program that has given up its rights, or has no descriptor left, may import nothing more.
-    escaped = path.replace(os.sep, "/").replace("%", "%25").replace("?", "%3f").replace("#", "%23")
-    uri = f"file://{'' if escaped.startswith('/') else '/'}{escaped}"
+    """The URI that opens a file without creating it, and read-only in the way its folder allows.
+
+    Raises StorageError for a file that may not be written. SQLite would open it read-only, for as
+    long as the connection lasts."""
+    # To import urllib could fail in a program without rights, or without a descriptor left.
+    escapes = str.maketrans({"%": "%25", "?": "%3f", "#": "%23", os.sep: "/"})
+    uri = "file:///" + path.translate(escapes).removeprefix("/")
     if not read_only:
+        if reason := _missing_right(False, path):
+            raise StorageError(f"{path}: {reason}")
         return uri + "?mode=rw"
     if _can_lock(path) or (os.path.exists(path + "-wal") and os.path.exists(path + "-shm")):
         return uri + "?mode=ro"
     if _size_and_mtime(path + "-wal")[0]:
         raise StorageError(
-            f"{path}: a crash left a write-ahead log beside it, which cannot be read here: open it once "
-            "where it may be written, or copy it together with its -wal"
+            f"{path}: a crash left a write-ahead log beside it, which cannot be read here: open it "
+            "once where it may be written, or copy it together with its -wal"
         )
-    return (
-        uri + "?mode=ro&immutable=1"
-    )  # at rest; whether somebody writes it is looked at after each read
+    # The file is at rest. Whether another process writes to it is checked after each read.
+    return uri + "?mode=ro&immutable=1"
 
 
-def _no_descriptor() -> str:
-    """What to say when the process or the system lacks the descriptors that a connection needs; "" when it does not."""
-    found: list[int] = []
-    try:
-        for _ in ("the file", "its -wal", "its -shm", "their folder"):
-            found += [os.open(os.devnull, os.O_RDONLY)]
-    except OSError as error:
-        return f"no file descriptor is left ({error.strerror}): close files, or raise their limit"
-    finally:
-        for descriptor in found:
-            os.close(descriptor)
-    return ""
-
-
-def _missing_right(read_only: bool, *names: str) -> str:
-    """What to say for the first of these files that may not be used; "" when there is none."""
-    rights, needed = (os.R_OK, "read") if read_only else (os.R_OK | os.W_OK, "read and write")
-    effective = os.access in os.supports_effective_ids
-    for name in names:
-        if os.path.exists(name) and not os.access(name, rights, effective_ids=effective):
-            return f"there is no permission to {needed} {name}"
-    return ""
-
-
-def _explain(error: sqlite3.Error, path: str, read_only: bool) -> FlowStoreError:
-    """The error that callers see, with the file's name and why it cannot be opened, neither of which SQLite says."""
-    failure = _failure(error)
-    reason = ""
-    if _code(error) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
-        folder = [] if read_only else [os.path.dirname(path)]
-        reason = _missing_right(read_only, path, f"{path}-wal", f"{path}-shm", *folder)
-    failure.args = (f"{path}: {reason or failure}",)
-    return failure
-
-
-def _connect_file(uri: str, path: str, read_only: bool) -> sqlite3.Connection:
-    # SQLite would open a file that it may not write read-only, for as long as the connection lasts.
-    if not read_only and (missing := _missing_right(False, path)):
-        raise StorageError(f"{path}: {missing}")
-    # timeout=0: waiting for other processes is done by pause(), in steps far shorter than SQLite's 100 ms.
+def _connect_file(path: str, read_only: bool) -> sqlite3.Connection:
     try:
         return sqlite3.connect(
-            uri,
+            _file_uri(path, read_only),
             uri=True,
-            timeout=0,
+            timeout=0,  # pause() waits for other processes, in shorter steps than SQLite's 100 ms
             isolation_level=None,
             check_same_thread=False,
             cached_statements=256,
@@ -1867,74 +1852,75 @@ def _connect_file(uri: str, path: str, read_only: bool) -> sqlite3.Connection:
 
 
 def _refuse_long(path: str, suffix: str) -> None:
-    """StorageError for a path that SQLite cannot open, or beside which it could make no file with this suffix."""
-    whole, name = os.fsencode(path), os.fsencode(os.path.basename(path) + suffix)
-    if os.name == "posix" and (len(whole) > _PATH_MOST or len(name) > _NAME_MOST):
+    """StorageError for a path too long for SQLite, or for a file with this suffix beside it."""
+    encoded = os.fsencode(path)
+    name_bytes = len(os.path.basename(encoded))
+    most = _MAX_NAME_BYTES - len(suffix)
+    if os.name == "posix" and (len(encoded) > _MAX_PATH_BYTES or name_bytes > most):
         raise StorageError(
-            f"{path}: the path has {len(whole)} bytes and its name {len(name) - len(suffix)}, SQLite can open "
-            f"{_PATH_MOST} and {_NAME_MOST - len(suffix)} at most: choose a shorter one"
+            f"{path}: the path has {len(encoded)} bytes and its name {name_bytes}, SQLite can open "
+            f"{_MAX_PATH_BYTES} and {most} at most: choose a shorter one"
         )
 
 
 def _create_file(path: str) -> None:
     """Make an empty file where there is none; the umask alone decides who may read it.
 
-    SQLite's locks are POSIX locks: closing any descriptor of a file drops all locks that this process has on it, and
-    another thread may open the file as soon as it is there. So it is made and closed under another name, then linked."""
-    made = f"{path}.{new_id()}.new"
+    SQLite's locks are POSIX locks: closing any descriptor of a file drops all locks that this
+    process has on it, and another thread may open the file as soon as it is there. So the file is
+    made and closed under another name, then linked."""
+    first_name = f"{path}.{new_id()}.new"
     flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
     try:
-        os.close(os.open(made, flags, 0o666))
-        os.link(made, path)
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links, or a name that leaves no room for a suffix
+        os.close(os.open(first_name, flags, 0o666))
+        os.link(first_name, path)
+    except OSError:  # another process was first, there are no links here, or the name is too long
         with contextlib.suppress(FileExistsError):
             os.open(path, flags, 0o666)  # and never closed
     finally:
         with contextlib.suppress(OSError):
-            os.remove(made)
+            os.remove(first_name)
 
 
 def _remove_leftover(path: str) -> None:
-    """Remove the name under which we made a file, where a process was killed before it did so (or is about to)."""
-    folder, name = os.path.split(path)
-    with contextlib.suppress(OSError):
-        for other in os.listdir(folder):
-            leftover = os.path.join(folder, other)
-            ours = re.fullmatch(re.escape(name) + r"\.[0-9a-f-]{36}\.(new|partial)", other)
-            if ours and os.path.samefile(leftover, path):
-                os.remove(leftover)
+    """Remove the first name of a file or a backup, which a killed process of ours has left."""
+    ours = re.escape(path) + r"\.[0-9a-f-]{36}\.(new|partial)"
+    with contextlib.suppress(OSError), os.scandir(os.path.dirname(path)) as entries:
+        for entry in entries:
+            if re.fullmatch(ours, entry.path) and os.path.samefile(entry.path, path):
+                os.remove(entry.path)
 
 
 def _is_mount(path: str) -> bool:
-    """Whether a file is mounted by itself. Its device tells so only where it is not that of the folder."""
+    """Whether a file is mounted by itself. It may be of the same device as its folder."""
     try:
         with io.FileIO("/proc/self/mountinfo") as mounts:
-            points = re.findall(rb"^(?:[^ ]+ ){4}([^ ]+)", mounts.readall(), re.MULTILINE)
+            # Spaces and backslashes are escaped there, a space as \040; other bytes are not.
+            points = [mount.split()[4].decode("unicode_escape") for mount in mounts]
     except OSError:  # not on Linux
         return os.path.ismount(path)
-    octal = re.compile(rb"\\([0-7]{3})")  # how spaces are written there
-    names = [octal.sub(lambda code: bytes([int(code[1], 8)]), point) for point in points]
-    return os.fsencode(path) in names
+    return os.fsencode(path).decode("latin-1") in points
 
 
 def _prepare_path(path: str) -> None:
-    """Make the file where there is none; StorageError where it has two names, each with a log of its own beside it."""
+    """Make the file if there is none.
+
+    Raises StorageError if the file has two names: there would be a log beside each."""
     try:
         if not os.path.exists(path):
-            if missing := _no_descriptor():  # no empty file is left by what would fail
-                raise StorageError(f"{path}: {missing}")
+            if reason := _no_descriptor():  # SQLite would fail, and an empty file would stay behind
+                raise StorageError(f"{path}: {reason}")
             _create_file(path)
-        for _ in range(100):  # a second: another process may be making the file, or a backup
+        # For a second: another process may be making the file, or a backup.
+        for _ in range(100):
             if os.stat(path).st_nlink < 2:
                 break
             _remove_leftover(path)
             time.sleep(0.01)
         else:
             raise StorageError(
-                f"{path}: the file has another name, a hard link, and what is written through both is lost: "
-                "remove that name, or make a copy by backup()"
+                f"{path}: the file has another name, a hard link, and what is written through both "
+                "is lost: remove that name, or make a copy by backup()"
             )
     except OSError as error:
         raise StorageError(f"{path}: the file cannot be made: {error.strerror}") from error
@@ -1946,6 +1932,7 @@ def _prepare_path(path: str) -> None:
 
 
 def _sync(path: str, flags: int) -> None:
+    """Have the system write a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
@@ -1954,110 +1941,96 @@ def _sync(path: str, flags: int) -> None:
 
 
 # --- the guard on SQLite's locks ---
-# SQLite's locks on a file are POSIX locks: the close of any descriptor of the file, by whatever code in the process,
-# drops all that the process has. Another process may then take itself for the last, and delete the log in use. On
-# Linux a second lock on the same bytes, which belongs to SQLite's own descriptor alone, keeps the file; elsewhere the
-# shared lock is taken again before each transaction, and _Log tells whether the log was deleted all the same.
-_SHARED_BYTES = (0x40000002, 510)  # where SQLite's shared lock lies in a file, and how long it is
+# SQLite's locks on a file are POSIX locks: if any code in the process closes any descriptor of the
+# file, the process loses all of them. Another process may then take itself for the last one, and
+# delete the log in use. On Linux each descriptor of the file gets a second lock on the same bytes.
+# That one belongs to the descriptor, so SQLite's own descriptor keeps it: the file is "pinned".
+# Elsewhere the shared lock is taken again before each transaction, and _Log tells whether the log
+# was deleted all the same.
+_SHARED_START = 0x40000002  # the bytes of a file on which SQLite takes its shared lock
+_SHARED_LENGTH = 510
 
 
-def _lock_shared_bytes(descriptor: int, command: int, kind: int) -> bool:
-    import fcntl
-    import struct
-
-    try:
-        fcntl.fcntl(descriptor, command, struct.pack("hhqqi4x", kind, 0, *_SHARED_BYTES, 0))
-    except OSError:
-        return False
-    return True
-
-
-def _pin_locks(path: str) -> tuple[int, ...]:
-    """Hold SQLite's shared lock a second time, by its own descriptors; none where the system has no such lock.
-
-    Raises StoreBusy when the log is not there any more: it was deleted before the lock was held."""
-    try:
-        import fcntl
-
-        ids = {int(name): _file_id(int(name)) for name in os.listdir("/proc/self/fd")}
-        command = fcntl.F_OFD_SETLK
-    except (ImportError, AttributeError, OSError):
-        return ()
-    matching = [descriptor for descriptor, id in ids.items() if id == _file_id(path)]
-    # The kernel names a lock at the descriptor through which it was taken. If it was dropped already: at all of them.
-    locking = [
-        one for one in matching if str(_SHARED_BYTES[0]) in _read_text(f"/proc/self/fdinfo/{one}")
-    ]
-    pinned = [one for one in locking or matching if _lock_shared_bytes(one, command, fcntl.F_RDLCK)]
-    if pinned and _file_id(path + "-wal") not in ids.values():
-        _unpin_locks(pinned)
-        raise StoreBusy("the write-ahead log was deleted while the file was being opened")
-    return tuple(pinned)
-
-
-def _unpin_locks(descriptors: Iterable[int]) -> None:
-    """Give the second lock back: whoever closes last has to be able to lock the file for itself alone."""
-    for descriptor in descriptors:
-        import fcntl
-
-        _lock_shared_bytes(descriptor, fcntl.F_OFD_SETLK, fcntl.F_UNLCK)
-
-
-def _read_text(path: str) -> str:
+def _descriptors_of(file_id: tuple[int, ...]) -> list[int]:
+    """This process's descriptors of a file; none if the system does not list them."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            return os.read(descriptor, 65536).decode(errors="replace")
-        finally:
-            os.close(descriptor)
-    return ""
+        return [
+            descriptor
+            for descriptor in map(int, os.listdir("/proc/self/fd"))
+            if file_id and _file_id(descriptor) == file_id
+        ]
+    return []
 
 
-def _take_shared_lock_again(path: str) -> bool:
-    """Take the process's shared lock on a file, which it may have lost; False while another has it all for itself.
+def _set_second_lock(file_id: tuple[int, ...], kind: str) -> bool:
+    """Take (F_RDLCK) or drop (F_UNLCK) the second lock on a file; False where it cannot be had."""
+    locked = False
+    for descriptor in _descriptors_of(file_id):
+        import fcntl
+        import struct
+
+        lock = struct.pack("hhqqi4x", getattr(fcntl, kind), 0, _SHARED_START, _SHARED_LENGTH, 0)
+        # The system may have no such lock, and a descriptor that only writes takes none.
+        with contextlib.suppress(AttributeError, OSError):
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, lock)
+            locked = True
+    return locked
+
+
+def _count_connection(path: str, tx: _Tx) -> bool:
+    """Count a new connection to a file, and pin the file; False where it cannot be pinned.
+
+    Raises StoreBusy if the log was deleted before the file was pinned."""
+    file_id = _file_id(path)
+    with _process.pin_lock:
+        _process.open_files.append(file_id)
+        tx.file_id = file_id
+        if file_id not in _process.pinned_files and _set_second_lock(file_id, "F_RDLCK"):
+            if not _descriptors_of(_file_id(path + "-wal")):
+                raise StoreBusy("the write-ahead log was deleted while the file was being opened")
+            _process.pinned_files.add(file_id)
+        return file_id in _process.pinned_files
+
+
+def _close_database(tx: _Tx) -> None:
+    """Close a connection to a file.
+
+    The file is pinned no longer when the last connection of the process closes: then SQLite has to
+    lock the file for itself alone, to delete the log."""
+    with _process.pin_lock:
+        _process.open_files.remove(tx.file_id)
+        if tx.file_id not in _process.open_files:
+            _process.pinned_files.discard(tx.file_id)
+            _set_second_lock(tx.file_id, "F_UNLCK")
+        tx.db.close()
+
+
+def _take_shared_lock_again(path: str, kind: str = "LOCK_SH") -> bool:
+    """Take the process's lock on a file, which it may have lost; False if it cannot be had.
 
     The descriptor is never closed: that would drop the lock."""
     import fcntl
 
-    id = _file_id(path)
-    with _process.pin_lock:
-        if id not in _process.lock_descriptors:
-            try:
-                _process.lock_descriptors[id] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
-                return False
-    return _lock_shared_bytes(_process.lock_descriptors[id], fcntl.F_SETLK, fcntl.F_RDLCK)
-
-
-def _count_connection(path: str, tx: _Tx) -> bool:
-    """Count a new connection to a file, the first of which pins the locks; whether they are pinned."""
-    tx.file_id = _file_id(path)
-    with _process.pin_lock:
-        count, pinned = _process.pins.get(tx.file_id, (0, ()))
-        pinned = pinned or _pin_locks(path)
-        _process.pins[tx.file_id] = (count + 1, pinned)
-    return bool(pinned)
-
-
-def _close_database(tx: _Tx) -> None:
-    """Close a connection to a file; the last one of the process unpins the locks before."""
-    with _process.pin_lock:
-        count, pinned = _process.pins.pop(tx.file_id, (1, ()))
-        if count > 1:
-            _process.pins[tx.file_id] = (count - 1, pinned)
-        else:
-            _unpin_locks(pinned)
-        tx.db.close()
+    file_id = _file_id(path)
+    descriptors = _process.lock_descriptors
+    with _process.pin_lock, contextlib.suppress(OSError):
+        if file_id not in descriptors:
+            descriptors[file_id] = os.open(path, os.O_RDWR)
+        fcntl.lockf(
+            descriptors[file_id],
+            getattr(fcntl, kind) | fcntl.LOCK_NB,
+            _SHARED_LENGTH,
+            _SHARED_START,
+        )
+        return True
+    return False
 
 
 def _is_locked_by_others(path: str) -> bool:
-    """Whether another process has the file open."""
-    import fcntl
-    import struct
-
-    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, *_SHARED_BYTES, 0)
-    answer = fcntl.fcntl(_process.lock_descriptors[_file_id(path)], fcntl.F_GETLK, lock)
-    return bool(struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK)
+    """Whether another process has the file open. If not, an exclusive lock can be had."""
+    alone = _take_shared_lock_again(path, "LOCK_EX")
+    _take_shared_lock_again(path)
+    return not alone
 
 
 def _seek_and_read(descriptor: int, size: int, offset: int) -> bytes:
@@ -2065,7 +2038,7 @@ def _seek_and_read(descriptor: int, size: int, offset: int) -> bytes:
     return os.read(descriptor, size)
 
 
-_read_at: Callable[[int, int, int], bytes] = getattr(os, "pread", _seek_and_read)
+_read_at = getattr(os, "pread", _seek_and_read)
 
 
 class _Log:
@@ -2075,21 +2048,22 @@ class _Log:
         self.path = path + "-wal"
         self.descriptor = -1
         self.mark_offset = 0  # where the salt of the 3,000th frame stands
-        self.seen_mark = b""  # what stood there when the log was found not to be full
+        self.seen_mark = b""  # the bytes there when the log was last found not to be full
 
     def open(self, page_bytes: int) -> None:
-        """Open it, as soon as SQLite has: what is found under its name later may be another one."""
+        """Open it, as soon as SQLite has: later its name may stand for another log."""
         self.mark_offset = 40 + (_WAL_FRAMES - 1) * (24 + page_bytes)
         if self.descriptor < 0:
             with contextlib.suppress(OSError):
-                self.descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                self.descriptor = os.open(self.path, getattr(os, "O_BINARY", 0))
 
     def is_full(self) -> bool:
-        """Whether the log has its 3,000th frame. Its size does not tell: a log that is begun anew keeps it.
+        """Whether the log has its 3,000th frame; the caller knows that `seen_mark` has changed.
 
-        Each frame has the salt of its log, which stands in the log's header too."""
+        The size of the log does not tell: a log that begins again keeps it. But each frame has the
+        salt of its log, which stands in the log's header too."""
         mark = _read_at(self.descriptor, 8, self.mark_offset)
-        if mark != self.seen_mark and mark == _read_at(self.descriptor, 8, 16):
+        if mark == _read_at(self.descriptor, 8, 16):
             return True
         self.seen_mark = mark
         return False
@@ -2099,14 +2073,14 @@ class _Log:
         return os.fstat(self.descriptor).st_size
 
     def was_deleted(self) -> bool:
-        """Whether it has no name any more: another process took it for left over, and what is in it is lost."""
+        """Whether it has lost its name: another process took it for a leftover and deleted it."""
         try:
             return os.fstat(self.descriptor).st_nlink == 0
         except OSError:
             return False
 
     def close(self) -> None:
-        """Close the descriptor: no lock is lost by that, for SQLite has none on a log."""
+        """Close the descriptor. No lock is lost by that: SQLite has none on a log."""
         descriptor = self.descriptor
         self.descriptor = -1
         self.seen_mark = b""
@@ -2156,8 +2130,7 @@ class _Database:
             db.execute("PRAGMA foreign_keys = ON")
             db.execute("PRAGMA temp_store = MEMORY")
             return _Tx(db, self.options.clock)
-        uri = _file_uri(self.path, self.options.read_only)
-        tx = _Tx(_connect_file(uri, self.path, self.options.read_only), self.options.clock)
+        tx = _Tx(_connect_file(self.path, self.options.read_only), self.options.clock)
         try:
             for pragma in (
                 "foreign_keys = ON",
@@ -2461,7 +2434,7 @@ class _Checkpointer:
 
     def __init__(self, engine: _Engine, log: _Log) -> None:
         self.log = log
-        self.connection = _Connection(engine.connect, engine.disconnect)
+        self.connection = _Connection(engine)
         self.wait_at_bytes = _WAL_BOUND
         self.drain_seconds = 0.01
 
@@ -3269,9 +3242,9 @@ class _Block:
 # Fork: what happens before and after one
 # ==================================================================================================
 
-# SQLite keeps its file locks in a table per process. A fork copies the table but not the locks, so a child that held on
-# to a connection would take the file for locked when it is not, and lose what is written. So every connection of every
-# store is closed before a fork, and opened again on both sides at its next use.
+# SQLite keeps its file locks in a table for each process. A fork copies the table, not the locks.
+# A child that kept a connection would take the file for locked when it is not, and lose writes.
+# So each connection is closed before a fork, and opened again on both sides at its next use.
 
 
 def _stop_engines() -> None:
@@ -3293,7 +3266,7 @@ def _resume_engines() -> None:
 
 
 def _restart_engines() -> None:
-    """After a fork, in the child, which has this thread alone."""
+    """After a fork, in the child, where this is the only thread."""
     for engine in _process.forking:
         engine.after_fork_in_child()
     _process.forking.clear()
@@ -3302,33 +3275,34 @@ def _restart_engines() -> None:
 
 
 def _release_fully(lock: Any) -> None:
-    """Release an RLock of this thread, however often it was taken: an interrupted step begins again."""
+    """Release an RLock of this thread, however often the thread took it: a step may run again."""
     if lock._is_owned():
         lock._release_save()
 
 
 def _until_done(step: Callable[[], None]) -> None:
-    """Do a step for every engine, whatever exception strikes: one that is left out would keep its locks for ever.
+    """Run a step until no exception interrupts it: an engine left out would keep its locks.
 
-    The exception is raised at the end. Python reports it, and the fork goes on."""
-    struck: BaseException | None = None
+    The last exception is raised at the end. Python reports it, and the fork goes on."""
+    interruption: BaseException | None = None
     limit = sys.getrecursionlimit()
     while True:
         try:
             step()
             break
         except BaseException as error:
-            struck = error
+            interruption = error
             if isinstance(error, RecursionError):
                 sys.setrecursionlimit(limit + 1000)
     sys.setrecursionlimit(limit)
-    if struck is not None:
-        raise struck
+    if interruption is not None:
+        raise interruption
 
 
 if hasattr(os, "register_at_fork") and not _process.fork_hooks:
     _process.fork_hooks = True
-    for _ in range(2):  # twice, since an interrupt at the very beginning of a hook leaves it undone
+    # Twice: an interrupt at the very beginning of a hook ends it before it has done anything.
+    for _ in range(2):
         os.register_at_fork(
             before=functools.partial(_until_done, _stop_engines),
             after_in_parent=functools.partial(_until_done, _resume_engines),

@@ -3713,7 +3713,7 @@ def test_sqlite_a_log_that_goes_while_a_reader_looks_for_it_is_none(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flowstore.open(path).close()
-    monkeypatch.setattr(os, "access", lambda *asked: False)
+    monkeypatch.setattr(os, "access", lambda *asked, **options: False)
     seen = os.path.exists
     monkeypatch.setattr(
         os.path, "exists", lambda name: str(name).endswith("-wal") or seen(name)
@@ -3798,14 +3798,14 @@ def test_a_second_name_that_goes_in_a_moment_is_waited_for(
     other = path.with_name("other")
     os.link(path, other)
     looks = itertools.count(1)
-    look = os.listdir
+    look = os.scandir
 
-    def looked(folder: str) -> list[str]:
+    def looked(folder: str) -> Any:
         if next(looks) == 3:
             other.unlink()
         return look(folder)
 
-    monkeypatch.setattr(os, "listdir", looked)
+    monkeypatch.setattr(os, "scandir", looked)
     with flowstore.open(path) as store:
         assert store.events.append("e1", "default", EVENT) == 1
 
@@ -10145,7 +10145,7 @@ def touch(path: str, how: str) -> None:
 
 def switch_linux_locks_off() -> None:
     """The hook by which these tests take from the module the locks that only Linux has; name them here."""
-    cast(Any, flowstore)._pin_locks = lambda _: ()
+    cast(Any, flowstore)._set_second_lock = lambda *_: False
 
 
 def told() -> str:
@@ -10353,6 +10353,28 @@ def test_no_call_of_the_module_itself_closes_a_descriptor_of_a_file_that_is_open
         keeper.finish()
     assert count == 11
     check_touched(path, 12, 11)
+
+
+@linux
+def test_a_log_that_is_deleted_while_the_file_is_opened_is_not_written_to(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flowstore.open(path).close()
+    count = flowstore._count_connection
+    opened: list[str] = []
+
+    def count_later(name: str, tx: Any) -> bool:
+        opened.append(name)
+        if len(opened) == 1:  # other code drops the locks, and another process deletes the log
+            os.close(os.open(name, os.O_RDONLY))
+            finished(script("flowstore.open(sys.argv[1]).close()", path))
+            assert not Path(f"{path}-wal").exists()
+        return count(name, tx)
+
+    monkeypatch.setattr(flowstore, "_count_connection", count_later)
+    with flowstore.open(path) as store:
+        assert store.events.append("e1", "default", EVENT) == 1
+        assert Path(f"{path}-wal").exists(), "it writes to a log that nobody will ever read"
 
 
 def maker_of_a_new_file(path: str) -> None:
