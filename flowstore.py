@@ -429,7 +429,7 @@ class _Record(metaclass=_RecordType):
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-def _enum(kind: type[E], value: object, path: str) -> E:
+def _enum_member(kind: type[E], value: object, path: str) -> E:
     """The member of `kind` that a value is or spells."""
     value_type = type(value)
     if value_type is kind:
@@ -459,7 +459,7 @@ class FlowStatus(StrEnum):
 
     def can_transition_to(self, status: FlowStatus | str) -> bool:
         """True when a flow in this status may go to `status`; InvalidData for any other word."""
-        return _enum(FlowStatus, status, "status") in _FLOW_TRANSITIONS.get(self, ())
+        return _enum_member(FlowStatus, status, "status") in _FLOW_TRANSITIONS.get(self, ())
 
 
 _FLOW_TRANSITIONS = {
@@ -503,8 +503,8 @@ class Flow(_Record):
         """Set `status` if it may follow the present one; the store itself checks no transition.
 
         Raises AlreadyTerminal, CancelPending, IllegalTransition."""
-        present = _enum(FlowStatus, self.status, "status")
-        next_status = _enum(FlowStatus, status, "status")
+        present = _enum_member(FlowStatus, self.status, "status")
+        next_status = _enum_member(FlowStatus, status, "status")
         if present.is_terminal:
             raise AlreadyTerminal(self.id, present)
         if self.cancel_requested and next_status != "cancelled":
@@ -515,7 +515,7 @@ class Flow(_Record):
 
     def request_cancel(self) -> None:
         """Set the flag after which only cancelled may follow; nothing for a flow that has ended."""
-        if not _enum(FlowStatus, self.status, "status").is_terminal:
+        if not _enum_member(FlowStatus, self.status, "status").is_terminal:
             self.cancel_requested = True
 
 
@@ -1022,8 +1022,8 @@ CREATE TABLE flowstore_counters (definition_id TEXT PRIMARY KEY, value INTEGER N
 """
 
 _TABLE_NAMES = tuple(re.findall(r"CREATE TABLE (\w+)", _TABLES))
-_NAMES = re.findall(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) (\w+)", _TABLES)
-_OUR_TABLES = ", ".join(f"'{name}'" for name in _TABLE_NAMES)
+_TABLE_AND_INDEX_NAMES = re.findall(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) (\w+)", _TABLES)
+_QUOTED_TABLE_NAMES = ", ".join(f"'{name}'" for name in _TABLE_NAMES)
 
 # The foreign keys of the user's tables, one row for each column: the table's name, the table, the
 # number of the key, the column, the table and the column to which it refers, and what happens to
@@ -1032,14 +1032,14 @@ _FOREIGN_KEYS = f"""SELECT m.name, lower(printf('"%w"', m.name)), k.id, printf('
     lower(printf('"%w"', k."table")), printf('"%w"', c.name), k.on_delete
     FROM sqlite_master m JOIN pragma_foreign_key_list(m.name) k JOIN pragma_table_info(k."table") c
         ON c.name = k."to" COLLATE NOCASE OR (k."to" IS NULL AND c.pk = k.seq + 1)
-    WHERE m.type = 'table' AND m.name NOT IN ({_OUR_TABLES}) AND m.sql LIKE '%REFERENCES%'
+    WHERE m.type = 'table' AND m.name NOT IN ({_QUOTED_TABLE_NAMES}) AND m.sql LIKE '%REFERENCES%'
     ORDER BY m.name, k.id, k.seq"""
 
 # Each script upgrades from version N to N + 1. The transaction that finds the file old runs them.
 _UPGRADES: dict[int, str] = {}
 
 
-def _statements(script: str) -> list[str]:
+def _split_script(script: str) -> list[str]:
     """The statements of a script; none of them holds a semicolon itself."""
     return re.findall(r"[^;\s][^;]*", script)
 
@@ -1084,7 +1084,7 @@ if make_encoder := getattr(json.encoder, "c_make_encoder", None):
 _json_decoder: Any = json.JSONDecoder()
 
 
-def _of_json(text: str) -> Any:
+def _decode_json(text: str) -> Any:
     """The value of a stored JSON text."""
     try:
         value, end = _json_decoder.scan_once(text, 0)
@@ -1097,10 +1097,10 @@ def _of_json(text: str) -> Any:
 
 # A value may be of a type that has methods of its own, which may raise or lie. So a check asks for
 # the value's type, never for its `__class__`. It reads text and numbers by the methods of str, int
-# and float themselves. Where code of the value's own has to run, `_foreign` runs it.
+# and float themselves. Where code of the value's own has to run, `_read_foreign` runs it.
 
 
-def _foreign(read: Callable[[Any], R], value: object, path: str, *plain: type) -> R:
+def _read_foreign(read: Callable[[Any], R], value: object, path: str, *plain: type) -> R:
     """What `read` returns for a value; InvalidData when the value's own code raises.
 
     A value of one of the types `plain` has no code of its own: only an attribute can be missing.
@@ -1119,12 +1119,14 @@ def _foreign(read: Callable[[Any], R], value: object, path: str, *plain: type) -
         ) from error
 
 
-def _attribute(name: str, record: object, kind: type, path: str) -> Any:
+def _read_field(name: str, record: object, kind: type, path: str) -> Any:
     """One field of a record."""
-    return _foreign(operator.attrgetter(name), _is(kind, record, path), path, kind)
+    return _read_foreign(operator.attrgetter(name), _check_type(kind, record, path), path, kind)
 
 
-def _is(kind: type[T] | tuple[type[T], ...], value: object, path: str, needed: str = "") -> T:
+def _check_type(
+    kind: type[T] | tuple[type[T], ...], value: object, path: str, needed: str = ""
+) -> T:
     """A value of a type (a bool is no number); InvalidData for another."""
     value_type = type(value)
     if value_type is not kind and (value_type is bool or not issubclass(value_type, kind)):
@@ -1135,7 +1137,7 @@ def _is(kind: type[T] | tuple[type[T], ...], value: object, path: str, needed: s
 
 def _text(value: object, path: str, most: int = sys.maxsize, least: int = 0) -> str:
     """Text that a database can hold: no NUL, no lone surrogates."""
-    text = value if type(value) is str else str.__str__(_is(str, value, path, "text"))
+    text = value if type(value) is str else str.__str__(_check_type(str, value, path, "text"))
     if "\0" in text:
         raise InvalidData(f"{path}: text cannot hold NUL")
     if not least <= len(text) <= most:
@@ -1167,18 +1169,22 @@ def _uuid_text(value: object, path: str) -> object:
     uuid = sys.modules.get("uuid")  # there is no UUID before somebody imports this module
     if uuid is None or not issubclass(type(value), uuid.UUID):
         return value
-    return _foreign(uuid.UUID.__str__, value, path, uuid.UUID)
+    return _read_foreign(uuid.UUID.__str__, value, path, uuid.UUID)
 
 
 def _int(value: object, path: str, least: int = -_INT_MAX - 1, most: int = _INT_MAX) -> int:
-    number = value if type(value) is int else int.__int__(_is(int, value, path, "a whole number"))
+    number = (
+        value
+        if type(value) is int
+        else int.__int__(_check_type(int, value, path, "a whole number"))
+    )
     if not least <= number <= most:
         raise InvalidData(f"{path}: a number from {least} to {most} is needed")
     return number
 
 
 def _bool(value: object, path: str) -> int:
-    return int(_is(bool, value, path, "True or False"))
+    return int(_check_type(bool, value, path, "True or False"))
 
 
 def _count(value: object, path: str) -> int:
@@ -1201,7 +1207,7 @@ def _number(
     if issubclass(type(value), float):
         number = float.__float__(value)
     else:
-        number = int.__int__(_is(int, value, path, needed))
+        number = int.__int__(_check_type(int, value, path, needed))
     if not least <= number <= most:
         raise InvalidData(f"{path}: {needed} is needed")
     return number
@@ -1212,16 +1218,16 @@ def _seconds(value: object, path: str) -> float:
     return max(0.0, float(_number(value, path, "a finite number of seconds")))
 
 
-def _time(value: object, path: str) -> int:
+def _microseconds(value: object, path: str) -> int:
     """The microseconds from the epoch to an aware datetime."""
-    time = _is(datetime, value, path, "an aware datetime")
+    time = _check_type(datetime, value, path, "an aware datetime")
     zone = _zone_of(time)
     if zone is None:
         raise InvalidData(f"{path}: the datetime has no time zone; pass an aware one")
     if type(time) is datetime and type(zone) is timezone:
         microseconds = _since_epoch(time)
     else:
-        microseconds = _int(_foreign(_since_epoch, time, path), path)
+        microseconds = _int(_read_foreign(_since_epoch, time, path), path)
     if not _FIRST_TIME <= microseconds <= _LAST_TIME:
         raise InvalidData(f"{path}: the time lies outside the years 1 to 9999 in UTC")
     return microseconds
@@ -1235,11 +1241,11 @@ def _since_epoch(time: datetime) -> int:
     return (time - _EPOCH) // _MICROSECOND
 
 
-def _datetime(microseconds: int) -> datetime:
+def _datetime_of(microseconds: int) -> datetime:
     return _EPOCH + timedelta(microseconds=microseconds)
 
 
-def _after(now: int, seconds: float, path: str) -> int:
+def _time_after(now: int, seconds: float, path: str) -> int:
     """The time `seconds` after `now`, both times in microseconds."""
     if seconds > (_LAST_TIME - now) / 1e6:
         raise InvalidData(f"{path}: the time would lie beyond the year 9999")
@@ -1249,7 +1255,7 @@ def _after(now: int, seconds: float, path: str) -> int:
 def _milliseconds(value: object, path: str) -> int:
     """Epoch milliseconds: a whole number, or an aware datetime."""
     if issubclass(type(value), datetime):
-        return _time(value, path) // 1000
+        return _microseconds(value, path) // 1000
     return _int(value, path)
 
 
@@ -1293,10 +1299,10 @@ def _refuse_json(value: object, path: str, depth: int = 0) -> None:
         return
     if depth == _JSON_DEPTH:
         raise InvalidData(f"{path[:200]}: nested deeper than {_JSON_DEPTH} levels") from None
-    for key, member in _foreign(_members, value, path, dict, list, tuple).items():
+    for key, member in _read_foreign(_members, value, path, dict, list, tuple).items():
         if issubclass(kind, dict):
             _refuse_scalar(key, f"{path}, a key of it")
-            step = "." + _foreign(_encode_json, key, path).strip('"')[:100]
+            step = "." + _read_foreign(_encode_json, key, path).strip('"')[:100]
         else:
             step = f"[{key}]"
         _refuse_json(member, path + step, depth + 1)
@@ -1321,29 +1327,29 @@ def _refuse_scalar(value: Any, path: str) -> None:
         raise InvalidData(f"{path}: {kind.__name__} is not JSON") from None
 
 
-def _object(value: object, path: str) -> str:
-    return _json(_is(dict, value, path, "a JSON object"), path)
+def _json_object(value: object, path: str) -> str:
+    return _json(_check_type(dict, value, path, "a JSON object"), path)
 
 
-def _listed(value: object, path: str, needed: str = "a list") -> Sequence[Any]:
+def _check_list(value: object, path: str, needed: str = "a list") -> Sequence[Any]:
     """A list or a tuple."""
     if type(value) in (list, tuple):
         return value  # type: ignore[return-value]
-    return _foreign(list, _is((list, tuple), value, path, needed), path)
+    return _read_foreign(list, _check_type((list, tuple), value, path, needed), path)
 
 
 def _texts(value: object, path: str) -> str:
     """A list of text, as JSON."""
-    members = enumerate(_listed(value, path, "a list of text"))
+    members = enumerate(_check_list(value, path, "a list of text"))
     return _encode_json([_text(member, f"{path}[{index}]") for index, member in members])
 
 
-def _function(value: object, path: str) -> None:
+def _check_callable(value: object, path: str) -> None:
     if not callable(value):
         raise InvalidData(f"{path}: a function is needed, not {type(value).__name__}")
 
 
-def _optional(check: Callable[[Any, str], R], value: object, path: str) -> R | None:
+def _none_or(check: Callable[[Any, str], R], value: object, path: str) -> R | None:
     """A value as `check` makes it, None for None."""
     return None if value is None else check(value, path)
 
@@ -1361,14 +1367,14 @@ _CODECS: dict[str, tuple[_Encoder, _Decoder | None]] = {
     "Limit": (functools.partial(_int, least=0), None),
     "float": (functools.partial(_number, needed="an amount of 0 or more", least=0), None),
     "bool": (_bool, bool),
-    "datetime": (_time, _datetime),
+    "datetime": (_microseconds, _datetime_of),
     "int | datetime": (_milliseconds, None),
-    "Json": (_json, _of_json),
-    "list[str]": (_texts, _of_json),
-    "dict[str, Any]": (_object, _of_json),
+    "Json": (_json, _decode_json),
+    "list[str]": (_texts, _decode_json),
+    "dict[str, Any]": (_json_object, _decode_json),
     "TenantLimits": (
         lambda value, path: _json(_LIMITS.encode(value, path), path),
-        lambda text: TenantLimits(**_of_json(text)),
+        lambda text: TenantLimits(**_decode_json(text)),
     ),
 }
 for _enum_type in (
@@ -1382,7 +1388,7 @@ for _enum_type in (
     PointerStatus,
     CommandName,
 ):
-    _CODECS[_enum_type.__name__] = functools.partial(_enum, _enum_type), _enum_type
+    _CODECS[_enum_type.__name__] = functools.partial(_enum_member, _enum_type), _enum_type
 
 _UNCHANGING_COLUMNS = ("id", "flow_id", "created_at", "create_time")
 # Columns of times that the store's clock fills where the record has None.
@@ -1454,7 +1460,9 @@ class _Mapper(Generic[T]):
 
         InvalidData names the field."""
         argument = path or self.kind.split()[-1]
-        fields = _foreign(self._read, _is(self.record, record, argument), argument, self.record)
+        fields = _read_foreign(
+            self._read, _check_type(self.record, record, argument), argument, self.record
+        )
         prefix = path and f"{path}."
         values: dict[str, Any] = {}
         for (column, encode), value in zip(self.codecs.items(), fields, strict=True):
@@ -1646,7 +1654,11 @@ class _Tx:
 
     def now(self) -> int:
         """The store's time in microseconds."""
-        return time.time_ns() // 1000 if self._clock is None else _time(self._clock(), "clock()")
+        return (
+            time.time_ns() // 1000
+            if self._clock is None
+            else _microseconds(self._clock(), "clock()")
+        )
 
 
 def _add_tenant(tx: _Tx, tenant_id: str) -> None:
@@ -1931,7 +1943,7 @@ def _prepare_path(path: str) -> None:
         )
 
 
-def _sync(path: str, flags: int) -> None:
+def _fsync(path: str, flags: int) -> None:
     """Have the system write a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, flags)
     try:
@@ -2005,7 +2017,7 @@ def _close_database(tx: _Tx) -> None:
         tx.db.close()
 
 
-def _take_shared_lock_again(path: str, kind: str = "LOCK_SH") -> bool:
+def _lock_file_again(path: str, kind: str = "LOCK_SH") -> bool:
     """Take the process's lock on a file, which it may have lost; False if it cannot be had.
 
     The descriptor is never closed: that would drop the lock."""
@@ -2028,8 +2040,8 @@ def _take_shared_lock_again(path: str, kind: str = "LOCK_SH") -> bool:
 
 def _is_locked_by_others(path: str) -> bool:
     """Whether another process has the file open. If not, an exclusive lock can be had."""
-    alone = _take_shared_lock_again(path, "LOCK_EX")
-    _take_shared_lock_again(path)
+    alone = _lock_file_again(path, "LOCK_EX")
+    _lock_file_again(path)
     return not alone
 
 
@@ -2048,7 +2060,7 @@ class _Log:
         self.path = path + "-wal"
         self.descriptor = -1
         self.mark_offset = 0  # where the salt of the 3,000th frame stands
-        self.seen_mark = b""  # the bytes there when the log was last found not to be full
+        self.last_mark = b""  # the bytes there when the log was last found not to be full
 
     def open(self, page_bytes: int) -> None:
         """Open it, as soon as SQLite has: later its name may stand for another log."""
@@ -2058,14 +2070,14 @@ class _Log:
                 self.descriptor = os.open(self.path, getattr(os, "O_BINARY", 0))
 
     def is_full(self) -> bool:
-        """Whether the log has its 3,000th frame; the caller knows that `seen_mark` has changed.
+        """Whether the log has its 3,000th frame; the caller knows that `last_mark` has changed.
 
         The size of the log does not tell: a log that begins again keeps it. But each frame has the
         salt of its log, which stands in the log's header too."""
         mark = _read_at(self.descriptor, 8, self.mark_offset)
         if mark == _read_at(self.descriptor, 8, 16):
             return True
-        self.seen_mark = mark
+        self.last_mark = mark
         return False
 
     def size(self) -> int:
@@ -2083,7 +2095,7 @@ class _Log:
         """Close the descriptor. No lock is lost by that: SQLite has none on a log."""
         descriptor = self.descriptor
         self.descriptor = -1
-        self.seen_mark = b""
+        self.last_mark = b""
         if descriptor >= 0:
             os.close(descriptor)
 
@@ -2286,7 +2298,7 @@ class _Database:
         """The version of the file's tables, None when there are none; SchemaError for foreign tables."""
         names = self._names(tx)
         if "flowstore_meta" not in names:
-            if clash := sorted(names.intersection(_NAMES)):
+            if clash := sorted(names.intersection(_TABLE_AND_INDEX_NAMES)):
                 raise SchemaError(
                     f"{self.target}: the table or index {clash[0]!r} there is not flowstore's: "
                     "use another file"
@@ -2309,7 +2321,9 @@ class _Database:
                 f"{self.target}: the tables are of version {version}, this flowstore knows "
                 f"{_SCHEMA_VERSION}: upgrade flowstore"
             )
-        if version < 1 or (version == _SCHEMA_VERSION and not names.issuperset(_NAMES)):
+        if version < 1 or (
+            version == _SCHEMA_VERSION and not names.issuperset(_TABLE_AND_INDEX_NAMES)
+        ):
             raise SchemaError(
                 f"{self.target}: some of flowstore's tables or indexes are missing: "
                 "restore it from a backup"
@@ -2328,7 +2342,7 @@ class _Database:
             script = ";".join(_UPGRADES[old] for old in range(version, _SCHEMA_VERSION))
         for name, own_name in self.types.items():
             script = script.replace(f" {name}", f" {own_name}")
-        for statement in _statements(self.dialect.resolve(script)):
+        for statement in _split_script(self.dialect.resolve(script)):
             tx.run(statement)
         number = str(_SCHEMA_VERSION)
         if version is None:
@@ -2403,7 +2417,7 @@ class _Call(SimpleNamespace):
     def run(self, tx: _Tx) -> Any:
         """Run the operation in an open transaction, if the facet's tenant may."""
         if self.facet._tenant is not None:
-            self.facet._admit(tx, self.operation.writes)
+            self.facet._check_tenant(tx, self.operation.writes)
         return self.operation.function(self.facet, tx, *self.args, **self.kwargs)
 
 
@@ -2687,7 +2701,7 @@ class _Writer(_CallQueue):
             if (
                 log is not None
                 and log.descriptor >= 0
-                and _read_at(log.descriptor, 8, log.mark_offset) != log.seen_mark
+                and _read_at(log.descriptor, 8, log.mark_offset) != log.last_mark
                 and log.is_full()
                 and self.checkpointer is not None
             ):
@@ -2933,8 +2947,8 @@ def _parameters(values: Any, path: str = "parameters") -> Any:
     if kind in (tuple, list, dict):
         return values
     if hasattr(kind, "keys"):
-        return _foreign(dict, values, path)
-    return _foreign(list, values, path) if issubclass(kind, (tuple, list)) else values
+        return _read_foreign(dict, values, path)
+    return _read_foreign(list, values, path) if issubclass(kind, (tuple, list)) else values
 
 
 def _is_plain(parameters: Any) -> bool:
@@ -2947,7 +2961,7 @@ def _is_plain(parameters: Any) -> bool:
 def _parameter_rows(rows: Any) -> list[Any]:
     if not hasattr(type(rows), "__iter__"):
         raise InvalidData(f"rows: rows of values are needed, not {type(rows).__name__}")
-    return [_parameters(row, "rows") for row in _foreign(list, rows, "rows", list)]
+    return [_parameters(row, "rows") for row in _read_foreign(list, rows, "rows", list)]
 
 
 def _reserve_stack(frames: int) -> None:
@@ -3133,7 +3147,7 @@ class _Block:
 
     def execute(self, sql: object, parameters: Any, *, many: bool = False) -> list[tuple[Any, ...]]:
         """Run a statement of the user's own."""
-        sql = str.__str__(_is(str, sql, "sql", "text"))
+        sql = str.__str__(_check_type(str, sql, "sql", "text"))
         if refused := _REFUSED_SQL.match(sql):
             raise StorageError(
                 f"{refused[1].upper()} is not for a statement inside transaction(): "
@@ -3399,7 +3413,6 @@ class _Engine(_Database):
     max_writers = 1  # connections that write side by side
     poll_seconds = 0.02  # between two looks of a waiting thread at the commits of other processes
     failed_reads_end_transactions = False
-    listens = False  # whether the database tells of other processes' commits
 
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
         super().__init__(target, path, options)
@@ -3543,7 +3556,7 @@ class _Engine(_Database):
         """Take the shared lock that the process may have lost; whether the log is still the file's."""
         if self.path is None or self.log is None:
             return True
-        return _take_shared_lock_again(self.path) and not self.log.was_deleted()
+        return _lock_file_again(self.path) and not self.log.was_deleted()
 
     def reopen_after_lost_log(self) -> None:
         """After the log was deleted: close every connection of this process to the file, and go on with the file.
@@ -3614,7 +3627,9 @@ class _Engine(_Database):
     def now(self) -> datetime:
         """The store's time, in UTC."""
         clock = self.options.clock
-        return datetime.now(UTC) if clock is None else _datetime(_time(clock(), "clock()"))
+        return (
+            datetime.now(UTC) if clock is None else _datetime_of(_microseconds(clock(), "clock()"))
+        )
 
     def backup(self, path: str) -> None:
         """Copy one state of the database to `path`; the copy gets its name when it is complete and on disk."""
@@ -3630,7 +3645,7 @@ class _Engine(_Database):
         _refuse_long(partial, "-journal")
         try:
             self.on_new_connection(lambda tx: self.copy_to(tx, partial))
-            _sync(partial, os.O_RDWR)
+            _fsync(partial, os.O_RDWR)
             try:
                 os.link(partial, path)  # unlike a rename, it never replaces another file
             except FileExistsError:
@@ -3638,7 +3653,7 @@ class _Engine(_Database):
             except OSError:  # a file system without links
                 os.rename(partial, path)
             with contextlib.suppress(OSError):  # the new name: not every system can sync a folder
-                _sync(folder, os.O_RDONLY)
+                _fsync(folder, os.O_RDONLY)
         except OSError as error:
             raise StorageError(f"{path}: the backup could not be written: {error}") from error
         finally:
@@ -3942,19 +3957,19 @@ def _update(
     return _Sql(sql if returning is None else f"{sql} RETURNING {returning or mapper.key}")
 
 
-def _store(tx: _Tx, mapper: _Mapper[T], values: dict[str, Any]) -> T:
+def _insert_values(tx: _Tx, mapper: _Mapper[T], values: dict[str, Any]) -> T:
     """Insert a row, and return it as a record; AlreadyExists for a taken id."""
     if not tx.run(mapper.insert, *map(values.__getitem__, mapper.written)):
         raise AlreadyExists(mapper.kind, values[mapper.key])
     return mapper.decode(map(values.__getitem__, mapper.codecs))
 
 
-def _add(tx: _Tx, mapper: _Mapper[T], record: T, path: str = "", **more: Any) -> T:
+def _insert_record(tx: _Tx, mapper: _Mapper[T], record: T, path: str = "", **more: Any) -> T:
     """Store a new record, with `more` set in its row, and return it as stored; AlreadyExists for a taken id."""
-    return _store(tx, mapper, mapper.encode(record, path, tx.now()) | more)
+    return _insert_values(tx, mapper, mapper.encode(record, path, tx.now()) | more)
 
 
-def _found(thing: T | None, kind: str, id: str) -> T:
+def _or_not_found(thing: T | None, kind: str, id: str) -> T:
     """What was looked for; NotFound when it is not there."""
     if thing is None:
         raise NotFound(kind, id)
@@ -4243,25 +4258,25 @@ _PRUNED_SNAPSHOT = _PruneRule("flowstore_snapshots", "id", ())
 # FlowStore: revision-checked flows, their steps and their audit trail
 # ==================================================================================================
 
-_FLOW_REVISION = "SELECT revision FROM flows WHERE id = ?"
 _FLOW_UPDATE = f"{_FLOW.update} AND revision = ? RETURNING {_FLOW.columns}"
-_FLOW_EVENT_INSERT = (
-    "INSERT INTO flow_events (flow_id, kind, payload, at) SELECT id, ?, ?, ? FROM flows WHERE id = ? "
-    f"RETURNING {_FLOW_EVENT.columns}"
-)
-_STEP_UPDATE = (
-    f"{_STEP.update} AND NOT EXISTS (SELECT 1 FROM flow_steps other WHERE other.flow_id = "
-    f"flow_steps.flow_id AND other.run_id = ? AND other.id <> flow_steps.id) RETURNING {_STEP.columns}"
-)
+_FLOW_EXISTS = "SELECT 1 FROM flows WHERE id = ?"
+_FLOW_EVENT_INSERT = f"""INSERT INTO flow_events (flow_id, kind, payload, at)
+    SELECT id, ?, ?, ? FROM flows WHERE id = ? RETURNING {_FLOW_EVENT.columns}"""
+# The flow of a step never changes, so the stored one counts.
+_STEP_UPDATE = f"""{_STEP.update} AND NOT EXISTS (SELECT 1 FROM flow_steps other
+    WHERE other.flow_id = flow_steps.flow_id AND other.run_id = ? AND other.id <> flow_steps.id)
+    RETURNING {_STEP.columns}"""
 
 
 class FlowStore(_Facet):
-    """Revision-checked flows with their steps and their audit trail, after nexo-taskflow's FlowStore."""
+    """Revision-checked flows, their steps and their audit trail.
+
+    After nexo-taskflow's FlowStore."""
 
     @_write
     def insert(self, tx: _Tx, flow: Flow) -> Flow:
         """Store a new flow and return it as stored. Raises AlreadyExists."""
-        return _add(tx, _FLOW, flow)
+        return _insert_record(tx, _FLOW, flow)
 
     @_read
     def get(self, tx: _Tx, id: AnyId) -> Flow | None:
@@ -4303,21 +4318,21 @@ class FlowStore(_Facet):
         values |= {"revision": _int(revision + 1, "revision"), "updated_at": tx.now()}
         row = tx.row(_FLOW_UPDATE, *_FLOW.changes(values), revision)
         if row is None:
-            raise RevisionMismatch(
-                revision, _found(tx.row(_FLOW_REVISION, values["id"]), "flow", values["id"])[0]
-            )
+            raise RevisionMismatch(revision, self._need(tx, _FLOW, id=values["id"]).revision)
         return _FLOW.decode(row)
 
     @_write
     def append_event(self, tx: _Tx, flow_id: AnyId, kind: str, payload: Json) -> FlowEvent:
         """Add a line to the flow's audit trail. Raises NotFound."""
-        return self._append(
-            tx, _id(flow_id, "flow_id"), _text(kind, "kind"), _json(payload, "payload")
-        )
+        return self._append(tx, _id(flow_id, "flow_id"), kind, payload)
 
-    def _append(self, tx: _Tx, flow_id: str, kind: str, payload: str) -> FlowEvent:
-        row = tx.row(_FLOW_EVENT_INSERT, kind, payload, tx.now(), flow_id)
-        return _FLOW_EVENT.decode(_found(row, "flow", flow_id))
+    def _append(
+        self, tx: _Tx, flow_id: str, kind: object, payload: object, prefix: str = ""
+    ) -> FlowEvent:
+        """Add a line; errors name the arguments `kind` and `payload` with the prefix."""
+        values = _text(kind, f"{prefix}kind"), _json(payload, f"{prefix}payload")
+        row = tx.row(_FLOW_EVENT_INSERT, *values, tx.now(), flow_id)
+        return _FLOW_EVENT.decode(_or_not_found(row, "flow", flow_id))
 
     @_read
     def list_events(self, tx: _Tx, flow_id: AnyId, limit: int = 100) -> list[FlowEvent]:
@@ -4329,19 +4344,19 @@ class FlowStore(_Facet):
         self, tx: _Tx, flow: Flow, event_kind: str, event_payload: Json
     ) -> tuple[Flow, FlowEvent]:
         """`update_with_revision` and `append_event`, both or neither."""
-        kind, payload = _text(event_kind, "event_kind"), _json(event_payload, "event_payload")
         stored = self._update(tx, flow)
-        return stored, self._append(tx, stored.id, kind, payload)
+        return stored, self._append(tx, stored.id, event_kind, event_payload, "event_")
 
     @_write
     def insert_step(self, tx: _Tx, step: FlowStep) -> FlowStep:
         """Store a new step. Raises NotFound (flow), AlreadyExists (id, or run id in the flow)."""
         values = _STEP.encode(step, now=tx.now())
-        flow_id, run_id = values["flow_id"], values["run_id"]
-        _found(tx.row(_FLOW_REVISION, flow_id), "flow", flow_id)
+        flow_id = values["flow_id"]
+        run_id = values["run_id"]
+        _or_not_found(tx.row(_FLOW_EXISTS, flow_id), "flow", flow_id)
         if self._get(tx, _STEP, flow_id=flow_id, run_id=run_id):
             raise AlreadyExists("flow step", run_id)
-        return _store(tx, _STEP, values)
+        return _insert_values(tx, _STEP, values)
 
     @_write
     def update_step(self, tx: _Tx, step: FlowStep) -> FlowStep:
@@ -4370,9 +4385,11 @@ class FlowStore(_Facet):
 
     @_steps
     def prune_terminal_flows(self, retain_days: int) -> _Steps[int]:
-        """Drop ended flows not updated for `retain_days` days, in small transactions; how many."""
+        """Drop the ended flows not updated for `retain_days` days; how many were dropped.
+
+        Works in small transactions, so no other writer waits for it long."""
         age = _count(retain_days, "retain_days") * 86_400_000_000
-        before = max(_FIRST_TIME, _time(self._engine.now(), "clock()") - age)
+        before = max(_FIRST_TIME, _since_epoch(self._engine.now()) - age)
         return (yield from self._prune_kind("flows", before))
 
 
@@ -4380,20 +4397,18 @@ class FlowStore(_Facet):
 # EventStore: the append-only log of executions
 # ==================================================================================================
 
-_LOG_HEAD = _Sql(f"""SELECT tenant_id, (SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id),
+# The tenant of an execution, the tenant's status and the last sequence: what an append has to know.
+_LOG_HEAD = _Sql(f"""SELECT tenant_id,
+    (SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id),
     (SELECT l.sequence FROM flowstore_log l {{by {_LOG_KEY}}} WHERE l.execution_id = e.execution_id
-    ORDER BY l.sequence DESC LIMIT 1) FROM flowstore_executions e WHERE execution_id = ? {{tenant}}""")
-_LOG_INSERT = (
-    "INSERT INTO flowstore_log (execution_id, sequence, tenant_id, event, timestamp, event_id) "
-    "VALUES (?, ?, ?, ?, ?, ?)"
-)
+    ORDER BY l.sequence DESC LIMIT 1)
+    FROM flowstore_executions e WHERE execution_id = ? {{tenant}}""")
+_LOG_INSERT = """INSERT INTO flowstore_log
+    (execution_id, sequence, tenant_id, event, timestamp, event_id) VALUES (?, ?, ?, ?, ?, ?)"""
 _LOG_BY_EVENT_ID = """SELECT sequence FROM flowstore_log {by flowstore_log_by_event_id}
     WHERE execution_id = ? AND event_id = ?"""
-_LOG_AFTER = _select(
-    _STORED, "ORDER BY sequence LIMIT ?", "execution_id", "sequence > ?", index=_LOG_KEY
-)
 _LOG_IN_ORDER = "flowstore_log {by_key|flowstore_log_by_tenant}"
-# The row that stands for a pruned end of the log (its position must not be given again) has no execution.
+# The row that stands for a pruned end of the log has no execution: it is no event.
 _LOG_FROM = _Sql(
     _STORED.select(
         f"""{_LOG_IN_ORDER} WHERE position > ? {{in_order}} AND execution_id <> '' {{tenant}}
@@ -4401,46 +4416,50 @@ _LOG_FROM = _Sql(
     )
 )
 _LOG_END = _Sql(f"SELECT MAX(position) FROM {_LOG_IN_ORDER} WHERE true {{in_order}} {{tenant}}")
-_LOG_PLACE = _Sql(f"""SELECT sequence FROM flowstore_log {{by {_LOG_KEY}}}
-    WHERE execution_id = ? AND position <= ? {{tenant}} ORDER BY sequence DESC LIMIT 1""")
-_LOG_LAST = _Sql(f"""SELECT sequence FROM flowstore_log {{by {_LOG_KEY}}}
-    WHERE execution_id = ? {{tenant}} ORDER BY sequence DESC LIMIT 1""")
-_EXECUTION_INSERT = (
-    "INSERT INTO flowstore_executions (execution_id, tenant_id, created_at) VALUES (?, ?, ?) "
-    "ON CONFLICT DO NOTHING"
+_LOG_LAST = _Sql(
+    f"SELECT MAX(sequence) FROM flowstore_log {{by {_LOG_KEY}}} WHERE execution_id = ? {{tenant}}"
 )
+_LOG_LAST_BEFORE = _Sql(f"{_LOG_LAST.text} AND position <= ?")
+_EXECUTION_INSERT = """INSERT INTO flowstore_executions (execution_id, tenant_id, created_at)
+    VALUES (?, ?, ?) ON CONFLICT DO NOTHING"""
 # An execution that a prune has left in pieces has no tenant: it is not known any more.
-_EXECUTION_OWNER = _Sql(
+_EXECUTION_TENANT = _Sql(
     "SELECT tenant_id FROM flowstore_executions WHERE execution_id = ? AND tenant_id <> '' {tenant}"
 )
-_EXECUTIONS_OF = """SELECT execution_id FROM flowstore_executions {by flowstore_executions_by_tenant}
+_EXECUTIONS_OF = """SELECT execution_id
+    FROM flowstore_executions {by flowstore_executions_by_tenant}
     WHERE tenant_id = ? ORDER BY created_at DESC, execution_id DESC LIMIT ? OFFSET ?"""
 _TENANT_STATUS = "SELECT status FROM flowstore_tenants WHERE id = ?"
 
-# In the log: a position, the sequence that an execution has there, and what is known of what follows.
-_Place: TypeAlias = "tuple[int, int, frozenset[int]]"
+
+class _LogCursor(NamedTuple):
+    """How far a generator has read the log."""
+
+    position: int
+    sequence: int  # of the one execution that is read
+    omit: frozenset[int] = frozenset()  # positions behind this one that are left out
 
 
 def _event_text(event: object, path: str) -> str:
+    """The JSON text of an event; InvalidData for anything but an object with a type."""
     if not issubclass(type(event), dict):
         raise InvalidData(f"{path}: an event is a JSON object, not {type(event).__name__}")
     text = _json(event, path)
-    kind = _event_type(event if type(event) is dict else _of_json(text))
-    if not issubclass(type(kind), str) or not str.__len__(kind):
-        raise InvalidData(f"{path}.type: an event needs a non-empty text as its 'type'")
-    return text
-
-
-def _event_type(event: dict[Any, Any]) -> Any:
-    """The type of an event; not by get(), which may ask a key that has code of its own."""
-    for key, value in [*event.items()]:
-        if type(key) is str and key == "type":
-            return value
-    return None
+    members: Any = event if type(event) is dict else _decode_json(text)
+    # Not by get(): it would run the methods of a key that is of a type of its own.
+    for key, value in [*members.items()]:
+        if (
+            type(key) is str
+            and key == "type"
+            and issubclass(type(value), str)
+            and str.__len__(value)
+        ):
+            return text
+    raise InvalidData(f"{path}.type: an event needs a non-empty text as its 'type'")
 
 
 class _LogFacet(_Facet):
-    """What the two views of the execution log share."""
+    """The operations that both views of the execution log have."""
 
     def _append_to(
         self,
@@ -4449,37 +4468,56 @@ class _LogFacet(_Facet):
         tenant_id: str,
         last: int,
         event: str,
-        expected: object,
-        event_id: object,
+        expected: object = None,
+        event_id: object = None,
     ) -> int:
-        """Append one event behind `last`, once per event id."""
-        key = None if event_id is None else _id(event_id, "event_id")
-        if key is not None and (
-            known := tx.row(tx.dialect.resolve(_LOG_BY_EVENT_ID), execution_id, key)
-        ):
-            return int(known[0])
-        if expected is not None and last != _int(expected, "expected_sequence", 0):
-            raise SequenceConflict(execution_id, _int(expected, "expected_sequence"), last)
-        tx.run(_LOG_INSERT, execution_id, last + 1, tenant_id, event, tx.now(), key)
+        """Append one event behind the sequence `last`, once per event id."""
+        if event_id is not None:
+            event_id = _id(event_id, "event_id")
+            known = tx.row(tx.dialect.resolve(_LOG_BY_EVENT_ID), execution_id, event_id)
+            if known is not None:
+                return int(known[0])
+        if expected is not None:
+            expected = _int(expected, "expected_sequence", 0)
+            if last != expected:
+                raise SequenceConflict(execution_id, expected, last)
+        tx.run(_LOG_INSERT, execution_id, last + 1, tenant_id, event, tx.now(), event_id)
         return last + 1
 
     def _events_after(
-        self, tx: _Tx, execution_id: object, after: object, limit: int = _INT_MAX
+        self, tx: _Tx, execution_id: AnyId, after: int, limit: int = _INT_MAX
     ) -> list[StoredEvent]:
-        execution, sequence = _id(execution_id, "execution_id"), _int(after, "after_seq")
-        return _STORED.decode_all(self._rows(tx, _LOG_AFTER, execution, sequence, limit))
+        values = _int(after, "after_seq"), limit
+        rest = "AND sequence > ? ORDER BY sequence LIMIT ?"
+        return self._find(tx, _STORED, rest, *values, index=_LOG_KEY, execution_id=execution_id)
 
-    def _last_sequence(self, tx: _Tx, execution_id: object) -> int | None:
-        row = self._row(tx, _LOG_LAST, _id(execution_id, "execution_id"))
-        return None if row is None else int(row[0])
+    def _last_sequence(self, tx: _Tx, execution_id: AnyId) -> int | None:
+        last: int | None = self._rows(tx, _LOG_LAST, _id(execution_id, "execution_id"))[0][0]
+        return last
 
     @_read
-    def _chunk(self, tx: _Tx, execution_id: AnyId, after: int, limit: int) -> list[StoredEvent]:
+    def _read_chunk(
+        self, tx: _Tx, execution_id: AnyId, after: int, limit: int
+    ) -> list[StoredEvent]:
         return self._events_after(tx, execution_id, after, limit)
+
+    @_steps
+    def _poll(self, look: Callable[[], Any], seconds: float) -> _Steps[Any]:
+        """Call `look` again at each commit, until it finds something or the seconds are over."""
+        deadline = _monotonic() + min(seconds, threading.TIMEOUT_MAX)
+        while True:
+            commits = self._engine.commits
+            result = yield look()
+            left = deadline - _monotonic()
+            if result or left <= 0:
+                return result
+            yield self._engine.wait(commits, left)
 
 
 class EventStore(_LogFacet):
-    """The append-only log of executions, after the trait EventStore of the Rust crates for durable agents."""
+    """The append-only log of executions.
+
+    After the trait EventStore of the Rust crates for durable agents."""
 
     @_write
     def append(
@@ -4492,16 +4530,15 @@ class EventStore(_LogFacet):
         expected_sequence: int | None = None,
         event_id: AnyId | None = None,
     ) -> int:
-        """Append one event, durable when this returns; its sequence in the execution: 1, 2, 3, ... without gaps.
+        """Append one event; its sequence. The event is durable when this returns.
 
-        The first append makes the execution known for that tenant, and registers a new one. An `event_id` that is in
-        the log already returns its sequence and writes nothing. Raises TenantMismatch, TenantInactive, SequenceConflict
-        (the log is not at `expected_sequence`; 0: no events yet), InvalidData."""
-        execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
-        last = self._open_log(tx, execution, tenant)
-        return self._append_to(
-            tx, execution, tenant, last, _event_text(event, "event"), expected_sequence, event_id
-        )
+        The sequences of an execution are 1, 2, 3, ... without gaps. The first append makes the
+        execution known for that tenant, and registers a new tenant. An `event_id` that is in the
+        log already returns its sequence and writes nothing. Raises TenantMismatch, TenantInactive,
+        InvalidData, and SequenceConflict when the log is not at `expected_sequence` (0: no events
+        yet)."""
+        log = self._open_log(tx, execution_id, tenant_id)
+        return self._append_to(tx, *log, _event_text(event, "event"), expected_sequence, event_id)
 
     @_write
     def append_batch(
@@ -4516,43 +4553,38 @@ class EventStore(_LogFacet):
         """Append all of the events with consecutive sequences, or none; the first one's sequence.
 
         Raises as `append` does, and InvalidData for an empty batch."""
-        execution, tenant = _id(execution_id, "execution_id"), _id(tenant_id, "tenant_id")
-        last, listed = (
-            self._open_log(tx, execution, tenant),
-            _listed(events, "events", "a list of events"),
-        )
-        texts = [_event_text(event, f"events[{index}]") for index, event in enumerate(listed)]
+        log = self._open_log(tx, execution_id, tenant_id)
+        execution, tenant, _ = log
+        members = enumerate(_check_list(events, "events", "a list of events"))
+        texts = [_event_text(event, f"events[{index}]") for index, event in members]
         if not texts:
             raise InvalidData("events: a batch needs at least one event")
-        if expected_sequence is not None:
-            expected = _int(expected_sequence, "expected_sequence", 0)
-            if expected != last:
-                raise SequenceConflict(execution, expected, last)
+        first = self._append_to(tx, *log, texts[0], expected_sequence)
         now = tx.now()
-        rows = [
-            (execution, last + 1 + index, tenant, text, now, None)
-            for index, text in enumerate(texts)
-        ]
+        rest = enumerate(texts[1:], first + 1)
+        rows = [(execution, sequence, tenant, text, now, None) for sequence, text in rest]
         tx.run_many(_LOG_INSERT, rows)
-        return last + 1
+        return first
 
-    def _open_log(self, tx: _Tx, execution_id: str, tenant_id: str) -> int:
-        """The last sequence of a log that this tenant may append to; the first time, make it known."""
-        head = tx.rows(_LOG_HEAD.texts[self._dialect][0], execution_id)
+    def _open_log(self, tx: _Tx, execution_id: AnyId, tenant_id: AnyId) -> tuple[str, str, int]:
+        """The execution, the tenant that may append to its log, and the last sequence there.
+
+        A new log is made known."""
+        execution = _id(execution_id, "execution_id")
+        tenant = _id(tenant_id, "tenant_id")
+        sql = _LOG_HEAD.texts[self._dialect][0]
+        head = tx.rows(sql, execution)
         if not head:
-            row = tx.row(_TENANT_STATUS, tenant_id)
-            if row is None:
-                _add_tenant(tx, tenant_id)
-            elif row[0] != TenantStatus.ACTIVE:
-                raise TenantInactive(tenant_id)
-            tx.run(_EXECUTION_INSERT, execution_id, tenant_id, tx.now())
-            return 0
+            if tx.row(_TENANT_STATUS, tenant) is None:
+                _add_tenant(tx, tenant)
+            tx.run(_EXECUTION_INSERT, execution, tenant, tx.now())
+            head = tx.rows(sql, execution)
         owner, status, last = head[0]
-        if owner != tenant_id:
-            raise TenantMismatch(execution_id, tenant_id)
+        if owner != tenant:
+            raise TenantMismatch(execution, tenant)
         if status != "active":
-            raise TenantInactive(tenant_id)
-        return last or 0
+            raise TenantInactive(tenant)
+        return execution, tenant, last or 0
 
     @_read
     def load_events(self, tx: _Tx, execution_id: AnyId) -> list[StoredEvent]:
@@ -4574,18 +4606,14 @@ class EventStore(_LogFacet):
         self, tx: _Tx, tenant_id: AnyId = DEFAULT_TENANT, limit: int = 100, offset: int = 0
     ) -> list[str]:
         """The ids of the tenant's known executions, newest first."""
-        rows = tx.rows(
-            tx.dialect.resolve(_EXECUTIONS_OF),
-            _id(tenant_id, "tenant_id"),
-            _limit(limit),
-            _count(offset, "offset"),
-        )
-        return [execution_id for (execution_id,) in rows]
+        page = _limit(limit), _count(offset, "offset")
+        sql = tx.dialect.resolve(_EXECUTIONS_OF)
+        return [row[0] for row in tx.rows(sql, _id(tenant_id, "tenant_id"), *page)]
 
     @_read
     def execution_exists(self, tx: _Tx, execution_id: AnyId) -> bool:
         """True when the execution is known, with or without events."""
-        return tx.row(_EXECUTION_OWNER.all, _id(execution_id, "execution_id")) is not None
+        return tx.row(_EXECUTION_TENANT.all, _id(execution_id, "execution_id")) is not None
 
     @_read
     def count_events(self, tx: _Tx, execution_id: AnyId) -> int:
@@ -4595,46 +4623,50 @@ class EventStore(_LogFacet):
     def iter_events(
         self, execution_id: AnyId, after_seq: int = 0, *, chunk: int = 1000
     ) -> Iterator[StoredEvent]:
-        """Generate the events after `after_seq`, reading `chunk` of them at a time: memory stays flat.
+        """Generate the events after `after_seq`, `chunk` of them read at a time: memory stays flat.
 
-        Nothing is held between two chunks, so writes go on, and what they append is reached too. Raises InvalidData."""
-        execution, most = _id(execution_id, "execution_id"), _int(chunk, "chunk", 1)
-        start: _Place = (0, _int(after_seq, "after_seq"), frozenset())
-        return self._generate(start, lambda place: self._chunk(execution, place[1], most))
+        No transaction is open between two chunks: writes go on, and the events that they append
+        are reached too. Raises InvalidData."""
+        execution = _id(execution_id, "execution_id")
+        most = _int(chunk, "chunk", 1)
+        start = _LogCursor(0, _int(after_seq, "after_seq"))
+        return self._generate(start, lambda place: self._read_chunk(execution, place[1], most))
 
     def _generate(
-        self, place: _Place, behind: Callable[[_Place], list[StoredEvent]]
+        self, place: _LogCursor, behind: Callable[[_LogCursor], list[StoredEvent]]
     ) -> Iterator[StoredEvent]:
-        """The events behind a place, then those behind the last of them, and so on while there are any."""
+        """The events behind a place, then those behind the last of them, and so on."""
         while events := behind(place):
             yield from events
-            place = events[-1].position, events[-1].sequence, place[2]
+            place = _LogCursor(events[-1].position, events[-1].sequence, place.omit)
 
     @_read
     def read_all(
         self, tx: _Tx, after_position: int = 0, limit: int = 1000, *, tenant_id: AnyId | None = None
     ) -> list[StoredEvent]:
-        """The whole log, or a tenant's part of it, by position: for projections that remember how far they are.
+        """The whole log, or a tenant's part of it, by position.
 
-        An event that commits later never has a lower position than one already read."""
-        after, most = _int(after_position, "after_position"), _limit(limit)
-        tenant = _optional(_id, tenant_id, "tenant_id")
-        return _STORED.decode_all(self._log_from(tx, tenant, after, most))
+        This is for projections, which remember how far they have read: an event that commits later
+        never has a lower position than one that was returned."""
+        after = _int(after_position, "after_position")
+        tenant = _none_or(_id, tenant_id, "tenant_id")
+        return self._log_from(tx, tenant, after, _limit(limit))
 
     def _log_from(
         self, tx: _Tx, tenant_id: str | None, position: int, limit: int
-    ) -> list[tuple[Any, ...]]:
-        """The rows of the log behind a position, of a tenant or of all."""
+    ) -> list[StoredEvent]:
+        """The events behind a position, of one tenant or of all."""
         if tenant_id is None and tx.dialect is _SQLITE:
-            # Positions have no index that could be named: where ANALYZE saw an event or two, SQLite
-            # would read the log from its beginning. Each tenant's part has an index.
+            # No index can be named for positions. Where ANALYZE saw an event or two, SQLite would
+            # read the log from its beginning. The part of each tenant has an index.
             (plan,) = tx.rows(f"EXPLAIN QUERY PLAN {_LOG_FROM.all}", position, limit)
             if plan[-1].startswith("SCAN"):
-                tenants = tx.rows("SELECT id FROM flowstore_tenants")
-                parts = [tx.rows(_LOG_FROM.one, position, *tenant, limit) for tenant in tenants]
-                rows = itertools.chain.from_iterable(parts)
-                return sorted(rows, key=operator.itemgetter(-1))[:limit]
-        return _Facet(self._engine, tenant_id)._rows(tx, _LOG_FROM, position, limit)
+                events = []
+                for (tenant,) in tx.rows("SELECT id FROM flowstore_tenants"):
+                    events += self._log_from(tx, tenant, position, limit)
+                return sorted(events, key=operator.attrgetter("position"))[:limit]
+        rows = _Facet(self._engine, tenant_id)._rows(tx, _LOG_FROM, position, limit)
+        return _STORED.decode_all(rows)
 
     def tail(
         self,
@@ -4644,259 +4676,113 @@ class EventStore(_LogFacet):
         tenant_id: AnyId | None = None,
         execution_id: AnyId | None = None,
     ) -> Iterator[StoredEvent]:
-        """Generate the events behind a position as they come, from any process, each once and in order.
+        """Generate the events behind a position as they come, from any process.
 
-        None starts behind the last event there is now. Ends after `timeout` seconds without an event (None: never).
-        Raises InvalidData, and StorageError inside one's own transaction."""
+        Each comes once, in order. None starts behind the last event there is now. Ends after
+        `timeout` seconds without an event (None: never). Raises InvalidData, and StorageError
+        inside one's own transaction."""
         self._engine.forbid_inside("tail()")
-        tenant, run = (
-            _optional(_id, tenant_id, "tenant_id"),
-            _optional(_id, execution_id, "execution_id"),
-        )
+        tenant = _none_or(_id, tenant_id, "tenant_id")
+        execution = _none_or(_id, execution_id, "execution_id")
         idle = math.inf if timeout is None else _seconds(timeout, "timeout")
-        place = self._tail_place(_optional(_int, after_position, "after_position"), run)
-        return self._generate(place, lambda place: self._await_news(place, tenant, run, idle))
+
+        def behind(place: _LogCursor) -> Any:
+            self._engine.forbid_inside("tail()")  # a transaction begun since has uncommitted events
+            return self._poll(functools.partial(self._next_events, place, tenant, execution), idle)
+
+        start = self._tail_start(_none_or(_int, after_position, "after_position"), execution)
+        return self._generate(start, behind)
 
     @_snapshot
-    def _tail_place(self, tx: _Tx, after: int | None, execution_id: str | None) -> _Place:
-        """Where a tail begins: a position, the sequence that one execution had there, and what is to be left out."""
-        known: frozenset[int] = frozenset()
+    def _tail_start(self, tx: _Tx, after: int | None, execution_id: str | None) -> _LogCursor:
+        """Where a tail begins: behind a position, or behind the last event."""
+        omit = frozenset[int]()
         if after is None:
             after = int(self._rows(tx, _LOG_END)[0][0] or 0)
             if self._engine.max_writers > 1:
-                # What is there already may still come to those who read by position.
+                # Readers by position leave these out as long as one not committed may precede them.
                 sql = "SELECT position FROM flowstore_log WHERE position > ?"
-                known = frozenset(row[0] for row in tx.rows(sql, after))
-        row = None if execution_id is None else self._row(tx, _LOG_PLACE, execution_id, after)
-        return after, 0 if row is None else int(row[0]), known
-
-    @_steps
-    def _await_news(
-        self, place: _Place, tenant_id: str | None, execution_id: str | None, idle: float
-    ) -> _Steps[list[StoredEvent]]:
-        """The next events behind a place, waited for up to `idle` seconds; none after that."""
-        self._engine.forbid_inside(
-            "tail()"
-        )  # where it goes on, too: what is not committed is no event yet
-        deadline = _monotonic() + idle
-        while True:
-            seen = self._engine.commits
-            events: list[StoredEvent] = yield self._news(place, tenant_id, execution_id)
-            left = deadline - _monotonic()
-            if events or left <= 0:
-                return events
-            yield self._engine.wait(seen, left)
+                omit = frozenset(row[0] for row in tx.rows(sql, after))
+        last = self._rows(tx, _LOG_LAST_BEFORE, execution_id or "", after)[0][0]
+        return _LogCursor(after, last or 0, omit)
 
     @_read
-    def _news(
-        self, tx: _Tx, place: _Place, tenant_id: str | None, execution_id: str | None
+    def _next_events(
+        self, tx: _Tx, place: _LogCursor, tenant_id: str | None, execution_id: str | None
     ) -> list[StoredEvent]:
-        """The next events behind a place: of one execution by its sequence, of others by position."""
-        position, sequence, known = place
-        at = "SELECT 1 FROM flowstore_log WHERE execution_id = ? AND sequence = ? AND position <= ?"
-        if execution_id is not None and not tx.row(at, execution_id, sequence, position):
-            sequence = 0  # pruned meanwhile, and perhaps begun anew
+        """The next events behind a place: of one execution by sequence, else by position."""
+        position, sequence, omit = place
         if execution_id is None:
-            rows = self._log_from(tx, tenant_id, position, 1000)
+            events = self._log_from(tx, tenant_id, position, 1000)
         else:
-            facet = _Facet(self._engine, tenant_id)
-            rows = facet._rows(tx, _LOG_AFTER, execution_id, sequence, 1000)
-        return [
-            event
-            for event in _STORED.decode_all(rows)
-            if event.position > position and event.position not in known
-        ]
+            at = """SELECT 1 FROM flowstore_log
+                WHERE execution_id = ? AND sequence = ? AND position <= ?"""
+            if not tx.row(at, execution_id, sequence, position):
+                sequence = 0  # the log was pruned, and perhaps a new one was begun
+            view = EventStore(self._engine, tenant_id)
+            events = view._events_after(tx, execution_id, sequence, 1000)
+        return [one for one in events if one.position > position and one.position not in omit]
 
 
 # ==================================================================================================
 # StateBackend: executions, the work queue, keepsakes, tenants
 # ==================================================================================================
 
-# The indexes of the queue, by the status that they are about.
-_BY_STATUS = {
-    "pending": "flowstore_pending|flowstore_pending_by_tenant",
-    "claimed": "flowstore_leases|flowstore_leases_by_tenant",
-    "dead_lettered": "flowstore_dead|flowstore_dead_by_tenant",
-}
-_STATE = _Sql("SELECT current_state FROM flowstore_runs WHERE execution_id = ? {tenant}")
-_SNAPSHOT_LATEST = _select(
-    _SNAPSHOT,
-    "ORDER BY at_sequence DESC LIMIT 1",
-    "execution_id",
-    "at_sequence <= ?",
-    index=_SNAPSHOT_KEY,
-)
-# An id is taken whoever took it: this one asks without regard to tenants.
-_SNAPSHOT_PLACE = "SELECT execution_id, at_sequence FROM flowstore_snapshots WHERE id = ?"
-_SNAPSHOT_WRITE = _SNAPSHOT.upsert("execution_id, at_sequence")
-_OLDER_SNAPSHOTS = f"""FROM flowstore_snapshots {{by {_SNAPSHOT_KEY}}}
-    WHERE execution_id = ? {{tenant}} AND at_sequence <= (
-    SELECT at_sequence FROM flowstore_snapshots {{by {_SNAPSHOT_KEY}}} WHERE execution_id = ? {{tenant}}
-    ORDER BY at_sequence DESC LIMIT 1 OFFSET ?)"""
-_SNAPSHOT_PRUNE = _Sql(f"DELETE {_OLDER_SNAPSHOTS}")
-_RENEW = _update(
-    _ITEM,
-    "lease_expires_at = ?",
-    """AND {status} = 'claimed'
-                 AND lease_fence = COALESCE(?, lease_fence) AND worker_id = COALESCE(?, worker_id)""",
-)
-_SETTLE = _update(
-    _ITEM,
-    "status = ?, lease_expires_at = NULL, last_error = COALESCE(?, last_error)",
-    """AND status <> 'dead_lettered' AND status = COALESCE(?, status)
-                  AND lease_fence = COALESCE(?, lease_fence)""",
-    _ITEM.columns,
-)
-_UNLEASED = (
-    "attempt = ?, worker_id = NULL, lease_expires_at = NULL, last_error = COALESCE(?, last_error)"
-)
-_RETRY = _update(
-    _ITEM, f"status = 'pending', available_at = ?, {_UNLEASED}", returning=_ITEM.columns
-)
-_BURY = _update(
-    _DEAD, f"status = 'dead_lettered', dead_lettered_at = ?, {_UNLEASED}", returning=_DEAD.columns
-)
-_EXPIRED = _select(
-    _ITEM,
-    "ORDER BY lease_expires_at, id LIMIT ? {skip_locked}",
-    "{queue_type} = ?",
-    "{status} = 'claimed'",
-    "lease_expires_at <= ?",
-    index=_BY_STATUS["claimed"],
-)
-_NEXT_QUEUE = {
-    status: _Sql(f"""SELECT queue_type FROM flowstore_work_items {{by {_BY_STATUS[status]}}}
-        WHERE {{status}} = '{status}' AND {{queue_type}} > ? {{tenant}} ORDER BY {{queue_type}} LIMIT 1""")
-    for status in ("pending", "claimed")
-}
-_DEAD_LETTERS = _select(
-    _DEAD,
-    "ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?",
-    "{status} = 'dead_lettered'",
-    index=_BY_STATUS["dead_lettered"],
-)
-_DEFINITION_DROP = _Sql(
-    "DELETE FROM flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}"
-).one
-# Counts for a tenant's limits, made only where it has one.
-_DEFINITIONS_KEPT = _Sql("""SELECT COUNT(*) FROM flowstore_definitions
-    {by sqlite_autoindex_flowstore_definitions_1} WHERE true {tenant}""")
-_RUNS_OPEN = _Sql("""SELECT COUNT(*) FROM flowstore_runs {by flowstore_runs_by_tenant_status}
-    WHERE status IN ('pending', 'running', 'paused') {tenant}""")
-_EFFECT_INSERT = (
-    "INSERT INTO flowstore_effects (tenant_id, key, result, execution_id) VALUES (?, ?, ?, ?) "
-    "ON CONFLICT DO NOTHING"
-)
-_EFFECT_GET = _Sql("SELECT result FROM flowstore_effects WHERE key = ? {tenant}").one
-_ARTIFACT_REF = _select(_ARTIFACT, "", "hash").one
-_ARTIFACT_GET = _Sql("SELECT data FROM flowstore_artifacts WHERE hash = ? {tenant}").one
-_TOKEN_VALID = _select(
-    _TOKEN,
-    "",
-    "hash",
-    "revoked_at IS NULL",
-    "COALESCE(expires_at > ?, true)",
-    "(SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id) = 'active'",
-    index="sqlite_autoindex_flowstore_tokens_2",
-)
-_TENANT_UPDATE = f"{_TENANT.update} RETURNING {_TENANT.columns}"
-_RECLAIMED_PER_CLAIM = 16
-_LEASE_EXPIRED = "the lease expired"
 
-
-def _first_sql(queues: int, status: str, time: str, lock: str = "") -> str:
-    """The id of the item in these queues, of a status, whose time came first: a seek for each queue."""
-    seek = f"""SELECT id FROM flowstore_work_items {{by {_BY_STATUS[status]}}}
-        WHERE {{status}} = '{status}' AND {{queue_type}} = %s AND {time} <= ? {{tenant}}
-        ORDER BY {time}, id LIMIT 1 {lock}"""
-    return (
-        seek % "?"
-        if queues == 1
-        else f"""SELECT i.id FROM (VALUES {", ".join(["(?)"] * queues)}) q
-        {{join}} flowstore_work_items i {{by sqlite_autoindex_flowstore_work_items_1}}
-        ON i.id = ({seek % "q.column1"}) ORDER BY i.{time}, i.id LIMIT 1"""
-    )
-
-
-@functools.cache
-def _queue_sql(queues: int) -> tuple[_Sql, _Sql, _Sql]:
-    """Claim the item that has been available longest, unless a lease has expired; the same, waiting for the end of
-    another claim; look for both."""
-    claim = f"""UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, lease_expires_at = ?,
-        lease_fence = lease_fence + 1
-        WHERE id = ({_first_sql(queues, "pending", "available_at", "{skip_locked}")}) AND {{status}} = 'pending'
-        AND ({_first_sql(queues, "claimed", "lease_expires_at")}) IS NULL {{tenant}}
-        RETURNING {_ITEM.columns}"""
-    look = f"""SELECT ({_first_sql(queues, "pending", "available_at")}),
-        NOT ({_first_sql(queues, "claimed", "lease_expires_at")}) IS NULL"""
-    return _Sql(claim), _Sql(claim.replace("{skip_locked}", "")), _Sql(look)
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """Those options that are not left out."""
+def _without_none(**options: Any) -> dict[str, Any]:
+    """The options that have a value."""
     return {name: value for name, value in options.items() if value is not None}
 
 
-_ITEM_CLAIM = operator.attrgetter("id", "lease_fence")
-
-
-def _claimed(item: object, fence: object = None) -> tuple[str, int | None]:
-    """The id of what is given as an item, and the fence to check: the one given, else the claimed item's own."""
-    id = item
-    if type(item) is WorkItem or issubclass(type(item), (WorkItem, DeadLetter)):
-        id, own = _foreign(_ITEM_CLAIM, item, "item_id", WorkItem)
-        if fence is None and issubclass(type(item), WorkItem):
-            fence = own
-    return _id(id, "item_id"), _optional(_int, fence, "lease_fence")
-
-
-class StateBackend(_LogFacet):
-    """Executions, the work queue, tenants and what is theirs; `for_tenant` alone isolates.
-
-    After jamjet-state's StateBackend and SqliteBackend."""
+class _StateFacet(_LogFacet):
+    """The parts of the state backend share this: which tenant a row is of, what a view may do."""
 
     @property
-    def _home(self) -> str:
-        """Whose the definitions, effects, artifacts and new tokens are."""
+    def _write_tenant(self) -> str:
+        """The tenant of new definitions, effects, artifacts and tokens."""
         return self._tenant or DEFAULT_TENANT
 
-    def _admit(self, tx: _Tx, writes: bool) -> None:
+    def _check_tenant(self, tx: _Tx, writes: bool) -> None:
         """Refuse an operation that the tenant of this view may not do."""
         tenant = str(self._tenant)
-        if (
-            _found(tx.row(_TENANT_STATUS, tenant), "tenant", tenant)[0] != TenantStatus.ACTIVE
-            and writes
-        ):
+        (status,) = _or_not_found(tx.row(_TENANT_STATUS, tenant), "tenant", tenant)
+        if writes and status != TenantStatus.ACTIVE:
             raise TenantInactive(tenant)
 
-    def _obey(self, tx: _Tx, tenant: str, limit: str, count: _Sql, added: bool) -> None:
-        """After a write: NotFound for an unregistered tenant, LimitExceeded when that was one row too many."""
-        most = getattr(self._need(tx, _TENANT, id=tenant).limits, limit)
-        of_tenant = _Facet(self._engine, tenant)
-        if added and most is not None and of_tenant._rows(tx, count)[0][0] > most:
-            raise LimitExceeded(tenant)
-
-    def _owner(self, tx: _Tx, execution_id: str) -> str:
+    def _tenant_of(self, tx: _Tx, execution_id: str) -> str:
         """The tenant of a known execution; NotFound for others."""
-        return str(
-            _found(self._row(tx, _EXECUTION_OWNER, execution_id), "execution", execution_id)[0]
-        )
+        row = self._row(tx, _EXECUTION_TENANT, execution_id)
+        return str(_or_not_found(row, "execution", execution_id)[0])
 
-    # --- executions ---
+
+_CURRENT_STATE = _Sql("SELECT current_state FROM flowstore_runs WHERE execution_id = ? {tenant}")
+_DEFINITION_DROP = _Sql(
+    "DELETE FROM flowstore_definitions WHERE workflow_id = ? AND version = ? {tenant}"
+).one
+# The counts for a tenant's limits; a tenant without a limit is not counted.
+_DEFINITION_COUNT = _Sql("""SELECT COUNT(*) FROM flowstore_definitions
+    {by sqlite_autoindex_flowstore_definitions_1} WHERE true {tenant}""")
+_OPEN_RUN_COUNT = _Sql("""SELECT COUNT(*) FROM flowstore_runs {by flowstore_runs_by_tenant_status}
+    WHERE status IN ('pending', 'running', 'paused') {tenant}""")
+
+
+class _Executions(_StateFacet):
+    """Executions: their records, their part of the log, and the definitions that they run."""
+
     @_write
     def create_execution(self, tx: _Tx, execution: WorkflowExecution) -> WorkflowExecution:
-        """Store the record of a new execution, which the log may know already, and return it.
+        """Store the record of a new execution and return it; the log may know it already.
 
-        Raises AlreadyExists for an id that has a record or is another tenant's, NotFound for an unregistered tenant,
-        LimitExceeded beyond its `max_concurrent_executions`."""
-        stored = _add(tx, _RUN, execution, **_given(tenant_id=self._tenant))
-        id, tenant = stored.execution_id, stored.tenant_id
+        Raises AlreadyExists for an id that has a record or is another tenant's, NotFound for an
+        unregistered tenant, LimitExceeded beyond the tenant's `max_concurrent_executions`."""
+        stored = _insert_record(tx, _RUN, execution, **_without_none(tenant_id=self._tenant))
+        id = stored.execution_id
+        tenant = stored.tenant_id
         tx.run(_EXECUTION_INSERT, id, tenant, tx.now())
-        if tx.row(_EXECUTION_OWNER.all, id) != (tenant,):
+        if tx.row(_EXECUTION_TENANT.all, id) != (tenant,):
             raise AlreadyExists("execution", id)
-        self._obey(
-            tx, tenant, "max_concurrent_executions", _RUNS_OPEN, not stored.status.is_terminal
-        )
+        opens = not stored.status.is_terminal
+        self._enforce_limit(tx, tenant, "max_concurrent_executions", _OPEN_RUN_COUNT, opens)
         return stored
 
     @_read
@@ -4913,49 +4799,46 @@ class StateBackend(_LogFacet):
         offset: int = 0,
     ) -> list[WorkflowExecution]:
         """Executions with a record, newest `updated_at` first."""
-        index = "flowstore_runs_by_" + (
-            "time|flowstore_runs_by_tenant"
-            if status is None
-            else "status|flowstore_runs_by_tenant_status"
-        )
+        index = "flowstore_runs_by_time|flowstore_runs_by_tenant"
+        if status is not None:
+            index = "flowstore_runs_by_status|flowstore_runs_by_tenant_status"
         order = "updated_at DESC, execution_id DESC"
-        return self._page(tx, _RUN, index, order, limit, offset, **_given(status=status))
+        return self._page(tx, _RUN, index, order, limit, offset, **_without_none(status=status))
 
     @_write
     def update_execution_status(self, tx: _Tx, id: AnyId, status: ExecutionStatus | str) -> None:
-        """Set status, `updated_at` and, once ended, `completed_at`; no check. Raises NotFound."""
-        new, now = _enum(ExecutionStatus, status, "status"), tx.now()
+        """Set the status, `updated_at` and, at the first end, `completed_at`. Raises NotFound.
+
+        No transition is checked."""
+        new = _enum_member(ExecutionStatus, status, "status")
+        now = tx.now()
         changes = "status = ?, updated_at = ?, completed_at = COALESCE(completed_at, ?)"
         self._change(tx, _RUN, changes, id, new.value, now, now if new.is_terminal else None)
 
     @_write
     def update_execution_current_state(self, tx: _Tx, id: AnyId, state: Json) -> None:
         """Replace the whole state, without a merge; sets `updated_at`. Raises NotFound."""
-        self._change(
-            tx, _RUN, "current_state = ?, updated_at = ?", id, _json(state, "state"), tx.now()
-        )
+        text = _json(state, "state")
+        self._change(tx, _RUN, "current_state = ?, updated_at = ?", id, text, tx.now())
 
     @_write
     def patch_append_array(self, tx: _Tx, id: AnyId, key: str, value: Json) -> None:
-        """Append to an array in the state, made if it is not there: one step, however many callers race.
+        """Append to an array in the state, a new one if the key is missing, in one atomic step.
 
-        Raises NotFound, and InvalidData for what is no object or no array."""
-        execution_id, member = _id(id, "id"), _text(key, "key")
+        No append is lost, however many callers race. Raises NotFound, and InvalidData where the
+        state is no object or the key has no array."""
+        execution = _id(id, "id")
+        member = _text(key, "key")
         _json(value, "value")
-        stored = self._row(tx, _STATE, execution_id)
-        state = _of_json(_found(stored, "execution", execution_id)[0])
-        if not isinstance(state, dict):
-            raise InvalidData(
-                f"current_state: an array can only be kept in an object, not in {type(state).__name__}"
-            )
-        array = state.setdefault(member, [])
+        row = self._row(tx, _CURRENT_STATE, execution)
+        state = _decode_json(_or_not_found(row, "execution", execution)[0])
+        array = state.setdefault(member, []) if isinstance(state, dict) else None
         if not isinstance(array, list):
-            raise InvalidData(f"current_state.{member}: cannot append to {type(array).__name__}")
+            raise InvalidData(f"current_state.{member}: an array in an object is needed")
         array.append(value)
         text = _json(state, "current_state")
-        self._change(tx, _RUN, "current_state = ?, updated_at = ?", execution_id, text, tx.now())
+        self._change(tx, _RUN, "current_state = ?, updated_at = ?", execution, text, tx.now())
 
-    # --- the log ---
     @_write
     def append_event(
         self,
@@ -4967,10 +4850,12 @@ class StateBackend(_LogFacet):
         event_id: AnyId | None = None,
     ) -> int:
         """`EventStore.append` under the execution's tenant. Raises NotFound, SequenceConflict."""
-        execution, text = _id(execution_id, "execution_id"), _event_text(event, "event")
-        owner, _, last = _found(self._row(tx, _LOG_HEAD, execution), "execution", execution)
-        _found(owner or None, "execution", execution)
-        return self._append_to(tx, execution, owner, last or 0, text, expected_sequence, event_id)
+        execution = _id(execution_id, "execution_id")
+        text = _event_text(event, "event")
+        tenant, _, last = self._row(tx, _LOG_HEAD, execution) or ("", None, 0)
+        if not tenant:  # as after a prune that has left some of the log
+            raise NotFound("execution", execution)
+        return self._append_to(tx, execution, tenant, last or 0, text, expected_sequence, event_id)
 
     @_read
     def get_events(self, tx: _Tx, execution_id: AnyId) -> list[StoredEvent]:
@@ -4989,80 +4874,139 @@ class StateBackend(_LogFacet):
         """The last event's sequence, 0 when there are no events."""
         return self._last_sequence(tx, execution_id) or 0
 
-    # --- snapshots ---
     @_write
-    def write_snapshot(self, tx: _Tx, snapshot: Snapshot) -> Snapshot:
-        """Store a snapshot and return it; the same `at_sequence` again replaces.
-
-        Raises NotFound for an unknown execution, InvalidData for an `at_sequence` below 0."""
-        values = _SNAPSHOT.encode(snapshot, now=tx.now())
-        place = values["execution_id"], _int(values["at_sequence"], "at_sequence", 0)
-        tenant = self._owner(tx, place[0])
-        if tx.row(_SNAPSHOT_PLACE, values["id"]) not in (None, place):
-            raise AlreadyExists("snapshot", values["id"])
-        tx.run(_SNAPSHOT_WRITE, *values.values(), tenant)
-        return _SNAPSHOT.decode(values.values())
+    def store_workflow(self, tx: _Tx, definition: WorkflowDefinition) -> WorkflowDefinition:
+        """Store a definition, or replace it. Raises NotFound (tenant), LimitExceeded."""
+        values = _DEFINITION.encode(definition, now=tx.now())
+        values |= _without_none(tenant_id=self._tenant)
+        tenant = values["tenant_id"]
+        replaced = tx.run(_DEFINITION_DROP, values["workflow_id"], values["version"], tenant)
+        stored = _insert_values(tx, _DEFINITION, values)
+        self._enforce_limit(tx, tenant, "max_workflows", _DEFINITION_COUNT, not replaced)
+        return stored
 
     @_read
-    def latest_snapshot(self, tx: _Tx, execution_id: AnyId) -> Snapshot | None:
-        """The snapshot with the highest `at_sequence`, or None."""
-        return _SNAPSHOT.maybe(
-            self._row(tx, _SNAPSHOT_LATEST, _id(execution_id, "execution_id"), _INT_MAX)
+    def get_workflow(self, tx: _Tx, workflow_id: AnyId, version: str) -> WorkflowDefinition | None:
+        """The definition, or None."""
+        return self._get(
+            tx, _DEFINITION, workflow_id=workflow_id, version=version, tenant_id=self._write_tenant
         )
 
-    @_steps
-    def prune_snapshots(self, execution_id: AnyId, keep: int = 1) -> _Steps[int]:
-        """Drop all but the newest `keep` snapshots of an execution; how many went.
-
-        Those that rows of the user's own tables refer to by a foreign key stay, as in `Store.prune`."""
-        gone, kept = yield self._prune_snapshots(execution_id, keep)
-        if kept:
-            _log(_INFO, "prune: %d snapshots went, kept %s", gone, dict(kept))
-        return int(gone)
-
-    @_write
-    def _prune_snapshots(self, tx: _Tx, execution_id: AnyId, keep: int) -> tuple[int, Counter[str]]:
-        execution = _id(execution_id, "execution_id")
-        older = execution, execution, _count(keep, "keep")
-        kept = Counter[str]()
-        keys = _foreign_keys(tx, self._engine.foreign_keys)
-        if not keys:
-            return self._run(tx, _SNAPSHOT_PRUNE, *older), kept
-        found = self._rows(tx, _statement(f"SELECT id {_OLDER_SNAPSHOTS}"), *older)
-        for (id,) in found:
-            if holder := _drop_whole(tx, _PRUNED_SNAPSHOT, id, keys):
-                kept[holder] += 1
-        return len(found) - kept.total(), kept
-
-    @_steps
-    def replay(
-        self, execution_id: AnyId, reducer: Callable[[Any, StoredEvent], Any], initial: Json = None
-    ) -> _Steps[tuple[Any, int]]:
-        """Fold `reducer(state, event)`, outside transactions, over the events after the latest snapshot, beginning with
-        its state, or with `initial` when there is none; the state and its sequence."""
-        _function(reducer, "reducer")
-        state, sequence = (yield self._replay_start(execution_id)) or (initial, 0)
-        while events := (yield self._chunk(execution_id, sequence, 1000)):
-            for event in events:
-                state = yield reducer(state, event)
-            sequence = events[-1].sequence
-        return state, sequence
+    def _enforce_limit(self, tx: _Tx, tenant: str, limit: str, count: _Sql, added: bool) -> None:
+        """After a write: NotFound for an unregistered tenant, LimitExceeded for a row too many."""
+        most = getattr(self._need(tx, _TENANT, id=tenant).limits, limit)
+        view = _Facet(self._engine, tenant)
+        if added and most is not None and view._rows(tx, count)[0][0] > most:
+            raise LimitExceeded(tenant)
 
     @_snapshot
-    def _replay_start(self, tx: _Tx, execution_id: AnyId) -> tuple[Any, int] | None:
-        """The state and sequence of the latest snapshot that does not lie beyond the log's end."""
-        execution = _id(execution_id, "execution_id")
-        last = self._last_sequence(tx, execution) or 0
-        snapshot = _SNAPSHOT.maybe(self._row(tx, _SNAPSHOT_LATEST, execution, last))
-        return None if snapshot is None else (snapshot.state, snapshot.at_sequence)
+    def timeline(self, tx: _Tx, execution_id: AnyId) -> View:
+        """The execution's events and items on a time axis. Raises NotFound.
 
-    # --- the work queue ---
+        The view is text as `str()`, and HTML in a notebook."""
+        execution = _id(execution_id, "execution_id")
+        view = _ViewReader(self, tx).detail(_EXECUTIONS, execution)
+        return _or_not_found(view, "execution", execution)
+
+
+# The partial indexes of items, by their status: for all tenants, and for one.
+_STATUS_INDEX = {
+    "pending": "flowstore_pending|flowstore_pending_by_tenant",
+    "claimed": "flowstore_leases|flowstore_leases_by_tenant",
+    "dead_lettered": "flowstore_dead|flowstore_dead_by_tenant",
+}
+# These change one item by its id, on conditions. None as a parameter: no condition, no change.
+_RENEW = _update(
+    _ITEM,
+    "lease_expires_at = ?",
+    """AND {status} = 'claimed' AND lease_fence = COALESCE(?, lease_fence)
+    AND worker_id = COALESCE(?, worker_id)""",
+)
+_UNDER_FENCE = "AND status <> 'dead_lettered' AND lease_fence = COALESCE(?, lease_fence)"
+_LEAVE = "lease_expires_at = NULL, last_error = COALESCE(?, last_error), status = "
+_SETTLE = _update(
+    _ITEM, f"{_LEAVE}?", f"{_UNDER_FENCE} AND status = COALESCE(?, status)", _ITEM.columns
+)
+_UNLEASE = f"attempt = COALESCE(?, attempt), worker_id = NULL, {_LEAVE}"
+_RETRY = _update(_ITEM, f"available_at = ?, {_UNLEASE}'pending'", "AND status = ?", _ITEM.columns)
+_GIVE_UP = _update(
+    _DEAD,
+    f"dead_lettered_at = ?, {_UNLEASE}'dead_lettered'",
+    f"{_UNDER_FENCE} AND status <> 'completed'",
+    _DEAD.columns,
+)
+_EXPIRED_LEASES = """AND {queue_type} = ? AND {status} = 'claimed' AND lease_expires_at <= ?
+    ORDER BY lease_expires_at, id LIMIT ? {skip_locked}"""
+_DEAD_LETTERS = """AND {status} = 'dead_lettered'
+    ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?"""
+_NEXT_QUEUE = {
+    status: _Sql(f"""SELECT queue_type FROM flowstore_work_items {{by {_STATUS_INDEX[status]}}}
+        WHERE {{status}} = '{status}' AND {{queue_type}} > ? {{tenant}}
+        ORDER BY {{queue_type}} LIMIT 1""")
+    for status in ("pending", "claimed")
+}
+_RECLAIMED_PER_CLAIM = 16
+_LEASE_EXPIRED = "the lease expired"
+
+
+class _QueueSql(NamedTuple):
+    """The statements on the head of some queues."""
+
+    claim: _Sql  # of the item available longest, unless a lease has expired; skips locked rows
+    claim_waiting: _Sql  # the same, but waits for the end of another claim
+    peek: _Sql  # the id of that item, and whether a lease has expired
+
+
+def _head(queues: int, status: str, time: str, lock: str = "") -> str:
+    """The id of the item with the earliest time in these queues: one seek for each queue."""
+    seek = f"""SELECT id FROM flowstore_work_items {{by {_STATUS_INDEX[status]}}}
+        WHERE {{status}} = '{status}' AND {{queue_type}} = %s AND {time} <= ? {{tenant}}
+        ORDER BY {time}, id LIMIT 1 {lock}"""
+    if queues == 1:
+        return seek % "?"
+    return f"""SELECT i.id FROM (VALUES {", ".join(["(?)"] * queues)}) q
+        {{join}} flowstore_work_items i {{by sqlite_autoindex_flowstore_work_items_1}}
+        ON i.id = ({seek % "q.column1"}) ORDER BY i.{time}, i.id LIMIT 1"""
+
+
+@functools.cache
+def _queue_sql(queues: int) -> _QueueSql:
+    expired = _head(queues, "claimed", "lease_expires_at")
+    claim = f"""UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?,
+        lease_expires_at = ?, lease_fence = lease_fence + 1
+        WHERE id = ({_head(queues, "pending", "available_at", "{skip_locked}")})
+        AND {{status}} = 'pending' AND ({expired}) IS NULL {{tenant}} RETURNING {_ITEM.columns}"""
+    peek = f"SELECT ({_head(queues, 'pending', 'available_at')}), ({expired}) IS NOT NULL"
+    return _QueueSql(_Sql(claim), _Sql(claim.replace("{skip_locked}", "")), _Sql(peek))
+
+
+def _id_and_fence(item: object, fence: object = None) -> tuple[str, int | None]:
+    """The id of an item given as such or by its id, and the fence to check: by default its own."""
+    if issubclass(type(item), (WorkItem, DeadLetter)):
+        read = operator.attrgetter("id", "lease_fence")
+        item, own_fence = _read_foreign(read, item, "item_id", WorkItem)
+        if fence is None:
+            fence = own_fence
+    if fence is not None:
+        fence = _int(fence, "lease_fence")
+    return _id(item, "item_id"), fence
+
+
+_SNAPSHOT_WRITE = _SNAPSHOT.upsert("execution_id, at_sequence")
+_EFFECT_INSERT = """INSERT INTO flowstore_effects (tenant_id, key, result, execution_id)
+    VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"""
+
+
+class _WorkQueue(_StateFacet):
+    """The work queue: workers claim its items under a lease, and settle, retry or give them up."""
+
     @_write
     def enqueue_work_item(self, tx: _Tx, item: WorkItem) -> str:
-        """Put an item into its queue; its id. It is available from `available_at` on (default: `created_at`).
+        """Put an item into its queue; its id.
 
-        It takes its execution's tenant and starts pending, whatever the record says. Raises NotFound for an unknown
-        execution, AlreadyExists for an id that any item has or had."""
+        The item is available from `available_at` on (default: `created_at`). It takes its
+        execution's tenant and starts pending, whatever the record says. Raises NotFound for an
+        unknown execution, AlreadyExists for an id that any item has or had."""
         values = _ITEM.encode(item, now=tx.now())
         for name in ("attempt", "max_attempts"):
             _int(values[name], name, 0, 2**31 - 1)
@@ -5071,17 +5015,17 @@ class StateBackend(_LogFacet):
         values |= {
             "lease_fence": 0,
             "status": "pending",
-            "tenant_id": self._owner(tx, values["execution_id"]),
+            "tenant_id": self._tenant_of(tx, values["execution_id"]),
             "lease_expires_at": None,
             "worker_id": None,
             "last_error": None,
         }
-        return _store(tx, _ITEM, values).id
+        return _insert_values(tx, _ITEM, values).id
 
     @_read
     def get_work_item(self, tx: _Tx, item_id: AnyItem) -> WorkItem | None:
         """The item as it is now, or None."""
-        return self._get(tx, _ITEM, id=_claimed(item_id)[0])
+        return self._get(tx, _ITEM, id=_id_and_fence(item_id)[0])
 
     @_read
     def list_work_items(
@@ -5094,13 +5038,16 @@ class StateBackend(_LogFacet):
         limit: int = 100,
         offset: int = 0,
     ) -> list[WorkItem]:
-        """Items, oldest `available_at` first, filtered by what is given."""
-        filters = _given(status=status, queue_type=queue_type, execution_id=execution_id)
+        """The items that have all of the given values, oldest `available_at` first."""
+        filters = _without_none(status=status, queue_type=queue_type, execution_id=execution_id)
         if execution_id is not None:
             index = "flowstore_items_by_execution"
+        elif queue_type is not None:
+            index = "flowstore_items_by_queue|flowstore_items_by_tenant"
+        elif status is not None:
+            index = "flowstore_items_by_status|flowstore_items_by_tenant"
         else:
-            by = next((by for by in ("queue_type", "status") if by in filters), "time")
-            index = f"flowstore_items_by_{by.removesuffix('_type')}|flowstore_items_by_tenant"
+            index = "flowstore_items_by_time|flowstore_items_by_tenant"
         return self._page(tx, _ITEM, index, "available_at, id", limit, offset, **filters)
 
     @_steps
@@ -5112,86 +5059,91 @@ class StateBackend(_LogFacet):
         lease_seconds: float | None = None,
         wait: float = 0.0,
     ) -> _Steps[WorkItem | None]:
-        """Lease the item of these queues that has been available longest, to this worker alone; None without one.
+        """Lease the item of these queues that has been available longest; None without one.
 
-        The item carries a new `lease_fence`, greater than any before. First, expired leases of these queues (some of
-        them, per call) are taken back. Waits up to `wait` seconds for an item, not at all inside a transaction.
-        Raises InvalidData."""
+        No other worker gets the item. It carries a new `lease_fence`, greater than any before.
+        First, some of the expired leases of these queues are taken back. Waits up to `wait` seconds
+        for an item, inside a transaction not at all. Raises InvalidData."""
         worker = _id(worker_id, "worker_id")
-        given = _is((list, tuple, set, frozenset), queue_types, "queue_types", "a list of queues")
-        names = enumerate(_foreign(list, given, "queue_types", list))
+        given = _check_type(
+            (list, tuple, set, frozenset), queue_types, "queue_types", "a list of queues"
+        )
+        names = enumerate(_read_foreign(list, given, "queue_types", list))
         queues = [*dict.fromkeys(_id(queue, f"queue_types[{index}]") for index, queue in names)]
         lease = self._lease(lease_seconds)
-        deadline = _monotonic() + min(_seconds(wait, "wait"), threading.TIMEOUT_MAX)
-        seen = self._engine.commits
+        deadline = _monotonic() + _seconds(wait, "wait")
+        if not queues:
+            return None
         item: WorkItem | None = yield self._claim(worker, queues, lease)
-        while (
-            item is None
-            and queues
-            and (left := deadline - _monotonic()) > 0
-            and self._engine.block() is None
-        ):
-            yield self._engine.wait(seen, left)
-            seen = self._engine.commits
-            if (yield self._claimable(queues)):
+        # An idle waiter looks with reads: it leaves the writer to others.
+        look = functools.partial(self._claimable, queues)
+        while item is None and deadline > _monotonic() and self._engine.block() is None:
+            if (yield self._poll(look, deadline - _monotonic())):
                 item = yield self._claim(worker, queues, lease)
         return item
 
     @_write_one
     def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
-        now, (claim, waiting_claim, _) = tx.now(), _queue_sql(len(queues) or 1)
-        values = worker_id, _after(now, lease, "lease_seconds"), *queues, now, *queues
-        row = self._row(tx, claim, *values, now) if queues else ()
+        now = tx.now()
+        sql = _queue_sql(len(queues))
+        values = worker_id, _time_after(now, lease, "lease_seconds"), *queues, now, *queues
+        row = self._row(tx, sql.claim, *values, now)
         if row is None:
             for queue in queues:
-                self._take_back(tx, queue, now, _RECLAIMED_PER_CLAIM)
-        # What came back may be free at once. What another transaction is claiming was skipped, and is free if that is
-        # undone: wait for its end. It may have taken the item: look again.
-        while row is None and self._look(tx, queues, now)[0] is not None:
-            row = self._row(tx, waiting_claim, *values, -_INT_MAX)  # whatever else has expired
+                self._reclaim(tx, queue, now, _RECLAIMED_PER_CLAIM)
+        # A reclaimed item may be available at once. An item that another transaction is claiming
+        # was skipped: wait for that claim, which may be undone, and look for the next item.
+        while row is None and self._peek(tx, queues, now)[0] is not None:
+            row = self._row(tx, sql.claim_waiting, *values, -_INT_MAX)  # no lease expired so early
         return _ITEM.decode(row) if row else None
 
-    def _look(self, tx: _Tx, queues: list[str], now: int) -> tuple[Any, ...]:
-        """The id of the item of these queues that has been available longest, and whether a lease has expired."""
-        return self._row(tx, _queue_sql(len(queues))[2], *queues, now, *queues, now) or (
-            None,
-            False,
-        )
+    def _peek(self, tx: _Tx, queues: list[str], now: int) -> tuple[Any, ...]:
+        """The id of the item that a claim would take, and whether a lease has expired."""
+        return self._rows(tx, _queue_sql(len(queues)).peek, *queues, now, *queues, now)[0]
 
     @_read
     def _claimable(self, tx: _Tx, queues: list[str]) -> bool:
-        """Whether a claim would find something to do: idle waiters look with reads and never take the writer."""
-        return any(self._look(tx, queues, tx.now()))
+        """Whether a claim would find an item or an expired lease."""
+        return any(self._peek(tx, queues, tx.now()))
 
-    def _take_back(self, tx: _Tx, queue: str, now: int, most: int) -> list[WorkItem | DeadLetter]:
-        """End the leases of a queue that have expired, the oldest first."""
-        expired = _ITEM.decode_all(self._rows(tx, _EXPIRED, queue, now, most))
-        return [self._try_again(tx, item, now, _LEASE_EXPIRED) for item in expired]
+    def _reclaim(self, tx: _Tx, queue: str, now: int, most: int) -> list[WorkItem | DeadLetter]:
+        """Take back the leases of a queue that have expired, the oldest first."""
+        by = _STATUS_INDEX["claimed"]
+        expired = self._find(tx, _ITEM, _EXPIRED_LEASES, queue, now, most, index=by)
+        return [self._count_attempt(tx, item, now, _LEASE_EXPIRED) for item in expired]
 
     def _backoff(self, attempt: int) -> float:
-        """Seconds until the next try; the default stands in for a function that fails."""
+        """Seconds until the next attempt; the default stands in for a function that fails."""
         backoff = self._engine.options.backoff
         with contextlib.suppress(Exception):
             if backoff is not None:
                 return _seconds(backoff(attempt), "backoff")
         return float(2 ** min(attempt, 6))
 
-    def _try_again(
+    def _count_attempt(
         self, tx: _Tx, item: WorkItem, now: int, error: str | None, delay: float | None = None
     ) -> WorkItem | DeadLetter:
-        """Count an attempt: pending again after the delay, or a dead letter when that was the last."""
-        attempt = min(item.attempt + 1, 2**31 - 1)
+        """Count an attempt: pending again after the delay, or a dead letter after the last one."""
+        attempt = item.attempt + 1
         if attempt >= item.max_attempts:
-            return self._bury(tx, item.id, attempt, now, error)
-        seconds = min(self._backoff(attempt) if delay is None else delay, (_LAST_TIME - now) / 1e6)
+            row = self._change_item(tx, _GIVE_UP, item.id, now, attempt, error, item.id, None)
+            return _DEAD.decode(row)
+        seconds = self._backoff(attempt) if delay is None else delay
+        due = now + round(min(seconds * 1e6, _LAST_TIME - now))
         if error == _LEASE_EXPIRED and item.last_error:
-            error = None  # it says less than the error of an earlier attempt
-        return _ITEM.decode(
-            self._row(tx, _RETRY, now + round(seconds * 1e6), attempt, error, item.id) or ()
-        )
+            error = None  # the error of an earlier attempt says more
+        values = due, attempt, error, item.id, item.status.value
+        return _ITEM.decode(self._change_item(tx, _RETRY, item.id, *values))
 
-    def _bury(self, tx: _Tx, item_id: str, attempt: int, now: int, error: str | None) -> DeadLetter:
-        return _DEAD.decode(self._row(tx, _BURY, now, attempt, error, item_id) or ())
+    def _change_item(self, tx: _Tx, sql: _Sql, item_id: str, *values: Any) -> tuple[Any, ...]:
+        """Run an UPDATE with a condition; the row that it returns.
+
+        Where the condition does not hold, raise NotFound (no such item) or LeaseLost."""
+        row = self._row(tx, sql, *values)
+        if row is None:
+            self._need(tx, _ITEM, id=item_id)
+            raise LeaseLost(item_id)
+        return row
 
     @_write_one
     def renew_lease(
@@ -5203,73 +5155,66 @@ class StateBackend(_LogFacet):
         lease_fence: int | None = None,
         lease_seconds: float | None = None,
     ) -> datetime:
-        """Lease the item anew from now on; the new expiry.
+        """Let the lease begin again now; its new expiry.
 
-        Raises LeaseLost when it is not leased to this worker or under this fence, NotFound."""
-        id, fence = _claimed(item_id, lease_fence)
+        Raises NotFound, and LeaseLost when the item is not leased to this worker or not under this
+        fence."""
+        id, fence = _id_and_fence(item_id, lease_fence)
         if worker_id is None and issubclass(type(item_id), WorkItem):
-            worker_id = _attribute("worker_id", item_id, WorkItem, "item_id")
-        worker = _optional(_id, worker_id, "worker_id")
-        expires = _after(tx.now(), self._lease(lease_seconds), "lease_seconds")
-        self._held(tx, id, self._row(tx, _RENEW, expires, id, fence, worker))
-        return _datetime(expires)
-
-    def _held(self, tx: _Tx, item_id: str, row: tuple[Any, ...] | None) -> tuple[Any, ...]:
-        """What a statement returned of an item that was to be held: LeaseLost when that is nothing, NotFound."""
-        if row is None:
-            self._need(tx, _ITEM, id=item_id)
-            raise LeaseLost(item_id)
-        return row
+            worker_id = _read_field("worker_id", item_id, WorkItem, "item_id")
+        worker = _none_or(_id, worker_id, "worker_id")
+        expires = _time_after(tx.now(), self._lease(lease_seconds), "lease_seconds")
+        self._change_item(tx, _RENEW, id, expires, id, fence, worker)
+        return _datetime_of(expires)
 
     def hold(self, item: WorkItem, *, lease_seconds: float | None = None) -> Hold:
-        """`with state.hold(item):` renew its lease in the background, every third of it, while the block runs.
+        """`with state.hold(item):` renew its lease in the background while the block runs.
 
-        Raises LeaseLost at the end of the block if the lease was lost; `.lost` tells meanwhile."""
+        A renewal comes at every third of the lease. Raises LeaseLost at the end of the block if the
+        lease was lost; in the block, `.lost` tells."""
         return Hold(self, item, self._lease(lease_seconds))
 
     @_steps
-    def _renew_held(self, hold: _LeaseKeeper) -> _Steps[bool]:
-        """Renew a lease; False when it is at its end, and `lost` unless the block itself has ended it."""
+    def _renew_lease_of(self, hold: _LeaseKeeper) -> _Steps[bool]:
+        """Renew a lease; False when no more renewals are needed.
+
+        `lost` is set when the lease was lost, but not when the block itself has ended the item."""
         try:
             hold.expires = yield self.renew_lease(hold.item, lease_seconds=hold.lease_seconds)
             return True
         except FlowStoreError as error:
-            refused, now = isinstance(error, (LeaseLost, NotFound)), self._engine.now()
-        expired = hold.expires is None or now >= hold.expires
+            refused = isinstance(error, (LeaseLost, NotFound))
+        expired = self._engine.now() >= hold.expires
         if not refused and not expired:
-            return (
-                True  # busy, full, a suspended tenant: the lease may still last until the next try
-            )
+            # The store is busy, the disk full, the tenant suspended: the next renewal may succeed.
+            return True
         with contextlib.suppress(StorageError):
             item = yield self.get_work_item(hold.item)
             if item is None or item.lease_fence != hold.item.lease_fence:
                 hold.lost = True
-            elif (
-                item.status is WorkItemStatus.CLAIMED
-            ):  # until it is taken back, an expired lease still holds
-                hold.lost = refused
-            elif item.status not in (WorkItemStatus.COMPLETED, WorkItemStatus.FAILED):
-                hold.lost = expired  # before that, only the block itself can have put the item back
-            return not refused and not hold.lost
-        return not refused
+            elif item.status in ("pending", "dead_lettered"):
+                hold.lost = expired  # before its expiry only the block can have done that
+        return not refused and not hold.lost
 
     @_write_one
     def complete_work_item(
         self, tx: _Tx, item_id: AnyItem, *, lease_fence: int | None = None
     ) -> WorkItem:
-        """The work is done: settle the item under its fence, and return it.
+        """The work is done: settle the item, and return it.
 
-        With a fence (or the claimed item itself): LeaseLost, and nothing changed, unless claimed under that fence.
-        Without: any item but a dead letter (LeaseLost). Raises NotFound."""
+        With a fence (or the claimed item itself), the item has to be claimed under that fence.
+        Without, any item but a dead letter is settled. Else LeaseLost, and nothing is changed.
+        Raises NotFound."""
         return self._settle(tx, WorkItemStatus.COMPLETED, item_id, lease_fence)
 
     @_write_one
     def fail_work_item(
         self, tx: _Tx, item_id: AnyItem, error: str, *, lease_fence: int | None = None
     ) -> WorkItem:
-        """The work failed for good: settle the item, `error` as its `last_error`.
+        """The work failed for good: settle the item, with `error` as its `last_error`.
 
-        It stays failed until someone calls `retry_work_item`. Rules and errors are those of `complete_work_item`."""
+        The item stays failed until `retry_work_item` is called. Conditions and errors are those of
+        `complete_work_item`."""
         return self._settle(tx, WorkItemStatus.FAILED, item_id, lease_fence, _text(error, "error"))
 
     def _settle(
@@ -5280,19 +5225,10 @@ class StateBackend(_LogFacet):
         lease_fence: object,
         error: str | None = None,
     ) -> WorkItem:
-        id, fence = _claimed(item_id, lease_fence)
+        id, fence = _id_and_fence(item_id, lease_fence)
         needed = None if fence is None else "claimed"
-        return _ITEM.decode(
-            self._held(tx, id, self._row(tx, _SETTLE, status.value, error, id, needed, fence))
-        )
-
-    def _item_in(self, tx: _Tx, item_id: AnyItem, lease_fence: object, *statuses: str) -> WorkItem:
-        """The item, which is to be in one of these statuses, and under the fence: LeaseLost, NotFound."""
-        id, fence = _claimed(item_id, lease_fence)
-        item = self._need(tx, _ITEM, "{for_update}", id=id)
-        if item.status not in statuses or fence not in (None, item.lease_fence):
-            raise LeaseLost(id)
-        return item
+        values = error, status.value, id, fence, needed
+        return _ITEM.decode(self._change_item(tx, _SETTLE, id, *values))
 
     @_write_row
     def retry_work_item(
@@ -5304,29 +5240,33 @@ class StateBackend(_LogFacet):
         delay: float | None = None,
         lease_fence: int | None = None,
     ) -> WorkItem | DeadLetter:
-        """The attempt failed: pending again after `delay` seconds (None: the store's backoff), or a dead letter.
+        """The attempt failed: pending again after `delay` seconds, or a dead letter.
 
-        Counts an attempt; the last one of `max_attempts` makes the dead letter. Raises LeaseLost unless the item is
-        claimed or failed (under the fence, if one is given), NotFound."""
-        text, seconds, now = (
-            _optional(_text, error, "error"),
-            _optional(_seconds, delay, "delay"),
-            tx.now(),
-        )
-        _after(now, seconds or 0, "delay")
-        item = self._item_in(tx, item_id, lease_fence, "claimed", "failed")
-        return self._try_again(tx, item, now, text, seconds)
+        Counts an attempt; the last one of `max_attempts` makes the dead letter. Without a delay the
+        store's backoff decides. Raises NotFound, and LeaseLost unless the item is claimed or failed
+        (under the fence, if there is one)."""
+        now = tx.now()
+        seconds = _none_or(_seconds, delay, "delay")
+        _time_after(now, seconds or 0, "delay")
+        text = _none_or(_text, error, "error")
+        id, fence = _id_and_fence(item_id, lease_fence)
+        item = self._need(tx, _ITEM, "{for_update}", id=id)
+        if item.status not in ("claimed", "failed") or fence not in (None, item.lease_fence):
+            raise LeaseLost(id)
+        return self._count_attempt(tx, item, now, text, seconds)
 
     @_write
     def reclaim_expired_leases(self, tx: _Tx) -> ReclaimResult:
         """Take back every expired lease, in one transaction: each counts an attempt.
 
-        Below `max_attempts` the item is pending again after the store's backoff, else a dead letter. Claims do this
-        by themselves for their queues."""
-        now, queue, ended = tx.now(), "", []
-        while (following := self._row(tx, _NEXT_QUEUE["claimed"], queue)) is not None:
-            queue = following[0]
-            ended += self._take_back(tx, queue, now, _INT_MAX)
+        Below `max_attempts` the item is pending again after the store's backoff, else a dead
+        letter. Claims do this by themselves for their queues."""
+        now = tx.now()
+        queue = ""
+        ended = []
+        while row := self._row(tx, _NEXT_QUEUE["claimed"], queue):
+            (queue,) = row
+            ended += self._reclaim(tx, queue, now, _INT_MAX)
         return ReclaimResult(
             retryable=[item for item in ended if isinstance(item, WorkItem)],
             exhausted=[item for item in ended if isinstance(item, DeadLetter)],
@@ -5336,23 +5276,26 @@ class StateBackend(_LogFacet):
     def move_to_dead_letter(self, tx: _Tx, item_id: AnyItem, last_error: str) -> DeadLetter:
         """Give an item up: no claim finds it any more.
 
-        Raises LeaseLost for a completed item, or one that is not the claim it was given as; NotFound."""
-        error = _text(last_error, "last_error")
-        item = self._item_in(tx, item_id, None, "pending", "claimed", "failed")
-        return self._bury(tx, item.id, item.attempt, tx.now(), error)
+        Raises NotFound, and LeaseLost for a completed item or a dead letter, or when the item is
+        not under the fence of the claim that it was given as."""
+        id, fence = _id_and_fence(item_id)
+        values = tx.now(), None, _text(last_error, "last_error"), id, fence
+        return _DEAD.decode(self._change_item(tx, _GIVE_UP, id, *values))
 
     @_read
     def list_dead_letters(self, tx: _Tx, limit: int = 100, offset: int = 0) -> list[DeadLetter]:
         """Dead letters, newest first."""
-        return _DEAD.decode_all(
-            self._rows(tx, _DEAD_LETTERS, _limit(limit), _count(offset, "offset"))
-        )
+        page = _limit(limit), _count(offset, "offset")
+        return self._find(tx, _DEAD, _DEAD_LETTERS, *page, index=_STATUS_INDEX["dead_lettered"])
 
     @_write
     def requeue_dead_letter(self, tx: _Tx, item_id: AnyItem | DeadLetter) -> WorkItem:
-        """Make a dead letter a pending item again, available now, at attempt 0. Raises NotFound for anything else."""
-        item = self._need(tx, _DEAD, id=_claimed(item_id)[0], status=WorkItemStatus.DEAD_LETTERED)
-        return _ITEM.decode(self._row(tx, _RETRY, tx.now(), 0, None, item.id) or ())
+        """Make a dead letter a pending item again, available now, at attempt 0.
+
+        Raises NotFound for anything else."""
+        id = _id_and_fence(item_id)[0]
+        row = self._row(tx, _RETRY, tx.now(), 0, None, id, "dead_lettered")
+        return _ITEM.decode(_or_not_found(row, "dead letter", id))
 
     @_write
     def commit_turn(
@@ -5369,182 +5312,262 @@ class StateBackend(_LogFacet):
         expected_sequence: int | None = None,
         event_id: AnyId | None = None,
     ) -> int:
-        """Settle the item under its fence, append the event, keep snapshot and effect where given, all or nothing.
+        """Settle the item under its fence and append the event, both or neither; its sequence.
 
-        Returns the event's sequence; a known `event_id` has its own. Raises LeaseLost, NotFound, SequenceConflict."""
-        fence, text = (
-            _int(_claimed(item_id, lease_fence)[1], "lease_fence"),
-            _event_text(event, "event"),
-        )
-        key, result = _optional(_id, effect_key, "effect_key"), _json(effect, "effect")
-        if effect is not None and key is None:
+        In the same transaction, keep a snapshot and an effect where they are given. A known
+        `event_id` has the sequence that it has. Raises LeaseLost, NotFound, SequenceConflict."""
+        if effect is not None and effect_key is None:
             raise InvalidData("effect: it is found again by its effect_key: give one")
-        state = None if snapshot_state is ... else _json(snapshot_state, "snapshot_state")
+        text = _event_text(event, "event")
         status = WorkItemStatus.FAILED if _bool(failed, "failed") else WorkItemStatus.COMPLETED
+        fence = _int(_id_and_fence(item_id, lease_fence)[1], "lease_fence")
         item = self._settle(tx, status, item_id, fence)
-        execution, tenant, last = (
-            item.execution_id,
-            item.tenant_id,
-            self._last_sequence(tx, item.execution_id) or 0,
-        )
+        execution = item.execution_id
+        tenant = item.tenant_id
+        last = self._last_sequence(tx, execution) or 0
         sequence = self._append_to(tx, execution, tenant, last, text, expected_sequence, event_id)
-        if state is not None:
+        if snapshot_state is not ...:
+            state = _json(snapshot_state, "snapshot_state")
             tx.run(_SNAPSHOT_WRITE, execution, sequence, state, new_id(), tx.now(), tenant)
-        if key is not None:
-            tx.run(_EFFECT_INSERT, tenant, key, result, execution)
+        if effect_key is not None:
+            result = _json(effect, "effect")
+            tx.run(_EFFECT_INSERT, tenant, _id(effect_key, "effect_key"), result, execution)
         return sequence
 
-    # --- definitions, effects, artifacts ---
+
+_SNAPSHOT_LATEST = _select(
+    _SNAPSHOT,
+    "ORDER BY at_sequence DESC LIMIT 1",
+    "execution_id",
+    "at_sequence <= ?",
+    index=_SNAPSHOT_KEY,
+)
+# For all tenants: an id is taken, whichever tenant has it.
+_SNAPSHOT_OF_ID = "SELECT execution_id, at_sequence FROM flowstore_snapshots WHERE id = ?"
+_OLDER_SNAPSHOTS = _Sql(f"""SELECT id FROM flowstore_snapshots {{by {_SNAPSHOT_KEY}}}
+    WHERE execution_id = ? {{tenant}} AND at_sequence <= (
+    SELECT at_sequence FROM flowstore_snapshots {{by {_SNAPSHOT_KEY}}}
+    WHERE execution_id = ? {{tenant}} ORDER BY at_sequence DESC LIMIT 1 OFFSET ?)""")
+_EFFECT_GET = _Sql("SELECT result FROM flowstore_effects WHERE key = ? {tenant}").one
+_ARTIFACT_REF = _select(_ARTIFACT, "", "hash").one
+_ARTIFACT_GET = _Sql("SELECT data FROM flowstore_artifacts WHERE hash = ? {tenant}").one
+
+
+class _Keepsakes(_StateFacet):
+    """Keepsakes: snapshots of an execution's state, results of effects, artifacts."""
+
     @_write
-    def store_workflow(self, tx: _Tx, definition: WorkflowDefinition) -> WorkflowDefinition:
-        """Store a definition, or replace it. Raises NotFound (tenant), LimitExceeded."""
-        values = _DEFINITION.encode(definition, now=tx.now()) | _given(tenant_id=self._tenant)
-        tenant = values["tenant_id"]
-        replaced = tx.run(_DEFINITION_DROP, values["workflow_id"], values["version"], tenant)
-        stored = _store(tx, _DEFINITION, values)
-        self._obey(tx, tenant, "max_workflows", _DEFINITIONS_KEPT, not replaced)
-        return stored
+    def write_snapshot(self, tx: _Tx, snapshot: Snapshot) -> Snapshot:
+        """Store a snapshot and return it; it replaces one with the same `at_sequence`.
+
+        Raises NotFound for an unknown execution, InvalidData for an `at_sequence` below 0."""
+        values = _SNAPSHOT.encode(snapshot, now=tx.now())
+        key = values["execution_id"], _int(values["at_sequence"], "at_sequence", 0)
+        tenant = self._tenant_of(tx, key[0])
+        if tx.row(_SNAPSHOT_OF_ID, values["id"]) not in (None, key):
+            raise AlreadyExists("snapshot", values["id"])
+        tx.run(_SNAPSHOT_WRITE, *values.values(), tenant)
+        return _SNAPSHOT.decode(values.values())
 
     @_read
-    def get_workflow(self, tx: _Tx, workflow_id: AnyId, version: str) -> WorkflowDefinition | None:
-        """The definition, or None."""
-        return self._get(
-            tx, _DEFINITION, workflow_id=workflow_id, version=version, tenant_id=self._home
-        )
+    def latest_snapshot(self, tx: _Tx, execution_id: AnyId) -> Snapshot | None:
+        """The snapshot with the highest `at_sequence`, or None."""
+        execution = _id(execution_id, "execution_id")
+        return _SNAPSHOT.maybe(self._row(tx, _SNAPSHOT_LATEST, execution, _INT_MAX))
+
+    @_steps
+    def prune_snapshots(self, execution_id: AnyId, keep: int = 1) -> _Steps[int]:
+        """Drop all but the newest `keep` snapshots of an execution; how many went.
+
+        As in `Store.prune`, a snapshot stays when rows of the user's own tables refer to it by a
+        foreign key."""
+        holders = yield self._prune_snapshots(execution_id, keep)
+        kept = Counter(filter(None, holders))
+        gone = len(holders) - kept.total()
+        if kept:
+            _log(_INFO, "prune: %d snapshots went, kept %s", gone, dict(kept))
+        return gone
+
+    @_write
+    def _prune_snapshots(self, tx: _Tx, execution_id: AnyId, keep: int) -> list[str | None]:
+        """For each of the older snapshots: None, or the table that refers to it and keeps it."""
+        execution = _id(execution_id, "execution_id")
+        older = self._rows(tx, _OLDER_SNAPSHOTS, execution, execution, _count(keep, "keep"))
+        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        return [_drop_whole(tx, _PRUNED_SNAPSHOT, id, keys) for (id,) in older]
+
+    @_steps
+    def replay(
+        self, execution_id: AnyId, reducer: Callable[[Any, StoredEvent], Any], initial: Json = None
+    ) -> _Steps[tuple[Any, int]]:
+        """Fold `reducer(state, event)` over the events after the latest snapshot.
+
+        Begins with the state of the snapshot, or with `initial` where there is none. Returns the
+        state and its sequence. The reducer runs outside transactions."""
+        _check_callable(reducer, "reducer")
+        snapshot = yield self._replay_start(execution_id)
+        state, sequence = (snapshot.state, snapshot.at_sequence) if snapshot else (initial, 0)
+        while events := (yield self._read_chunk(execution_id, sequence, 1000)):
+            for event in events:
+                state = yield reducer(state, event)
+            sequence = events[-1].sequence
+        return state, sequence
+
+    @_snapshot
+    def _replay_start(self, tx: _Tx, execution_id: AnyId) -> Snapshot | None:
+        """The latest snapshot that does not lie beyond the end of the log."""
+        last = self._last_sequence(tx, execution_id) or 0
+        execution = _id(execution_id, "execution_id")
+        return _SNAPSHOT.maybe(self._row(tx, _SNAPSHOT_LATEST, execution, last))
 
     @_write
     def record_effect(
         self, tx: _Tx, key: AnyId, result: Json, *, execution_id: AnyId | None = None
     ) -> Json:
-        """Keep a result if there is none under the key yet; the one that is kept. Raises NotFound (execution)."""
-        name, text, execution = (
-            _id(key, "key"),
-            _json(result, "result"),
-            _optional(_id, execution_id, "execution_id"),
-        )
+        """Keep a result, unless there is one under the key already; the result that is kept.
+
+        Raises NotFound for an unknown execution."""
+        name = _id(key, "key")
+        execution = _none_or(_id, execution_id, "execution_id")
         if execution is not None:
-            self._owner(tx, execution)
-        tx.run(_EFFECT_INSERT, self._home, name, text, execution)
-        return _of_json(tx.rows(_EFFECT_GET, name, self._home)[0][0])
+            self._tenant_of(tx, execution)
+        tx.run(_EFFECT_INSERT, self._write_tenant, name, _json(result, "result"), execution)
+        return _decode_json(tx.rows(_EFFECT_GET, name, self._write_tenant)[0][0])
 
     @_read
     def get_effect(self, tx: _Tx, key: AnyId, default: Json = None) -> Json:
         """The result kept under the key, else `default`."""
-        row = tx.row(_EFFECT_GET, _id(key, "key"), self._home)
-        return default if row is None else _of_json(row[0])
+        row = tx.row(_EFFECT_GET, _id(key, "key"), self._write_tenant)
+        return default if row is None else _decode_json(row[0])
 
     @_write
     def put_artifact(self, tx: _Tx, data: bytes, media_type: str | None = None) -> ArtifactRef:
-        """Keep bytes under their SHA-256: once, however often they come, with the media type that came first."""
-        data = bytes.__getitem__(_is(bytes, data, "data"), slice(None))  # of a type of its own too
+        """Keep bytes under their SHA-256.
+
+        The same bytes are stored once, and keep the first media type."""
+        data = bytes.__getitem__(
+            _check_type(bytes, data, "data"), slice(None)
+        )  # a subclass becomes bytes
         digest = hashlib.sha256(data).hexdigest()
-        values = _ARTIFACT.encode(
-            ArtifactRef(hash=digest, size=len(data), media_type=media_type)
-        ).values()
-        tx.run(_ARTIFACT.insert, *values, self._home, data)
-        return _ARTIFACT.decode(tx.rows(_ARTIFACT_REF, digest, self._home)[0])
+        media = _none_or(_text, media_type, "media_type")
+        tx.run(_ARTIFACT.insert, digest, len(data), media, self._write_tenant, data)
+        return _ARTIFACT.decode(tx.rows(_ARTIFACT_REF, digest, self._write_tenant)[0])
 
     @_read
     def get_artifact(self, tx: _Tx, hash: str) -> bytes | None:
         """The bytes with this SHA-256, in hex, or None."""
-        row = tx.row(_ARTIFACT_GET, _text(hash, "hash"), self._home)
+        row = tx.row(_ARTIFACT_GET, _text(hash, "hash"), self._write_tenant)
         return None if row is None else bytes(row[0])
 
-    # --- tokens and tenants ---
+
+_TOKEN_VALID = _select(
+    _TOKEN,
+    "",
+    "hash",
+    "revoked_at IS NULL",
+    "COALESCE(expires_at > ?, true)",
+    "(SELECT t.status FROM flowstore_tenants t WHERE t.id = tenant_id) = 'active'",
+    index="sqlite_autoindex_flowstore_tokens_2",
+)
+_TENANT_UPDATE = f"{_TENANT.update} RETURNING {_TENANT.columns}"
+
+
+class _Tenants(_StateFacet):
+    """Tenants: their records, their API tokens, and the view of one."""
+
     @_write
     def create_token(
         self, tx: _Tx, name: str, role: str, *, expires_at: datetime | None = None
     ) -> tuple[str, ApiToken]:
-        """A new token: its plaintext, which is not stored (its SHA-256 is), and its record."""
+        """A new token: its plaintext and its record. Only the SHA-256 of the text is stored."""
         token = f"fs_{os.urandom(32).hex()}"
         info = ApiToken(
             id=new_id(),
             name=name,
             role=role,
-            created_at=_datetime(tx.now()),
+            created_at=_datetime_of(tx.now()),
             expires_at=expires_at,
             revoked_at=None,
-            tenant_id=self._home,
+            tenant_id=self._write_tenant,
         )
-        return token, _add(tx, _TOKEN, info, hash=hashlib.sha256(token.encode()).hexdigest())
+        return token, _insert_record(
+            tx, _TOKEN, info, hash=hashlib.sha256(token.encode()).hexdigest()
+        )
 
     @_read
     def validate_token(self, tx: _Tx, token: str) -> ApiToken | None:
-        """A token's record, which names its tenant; None if unknown, revoked, expired, or the tenant is not active."""
+        """The record of a valid token, which names its tenant; else None.
+
+        No token is valid that is unknown, revoked or expired, or whose tenant is not active."""
         digest = hashlib.sha256(_text(token, "token").encode()).hexdigest()
         return _TOKEN.maybe(self._row(tx, _TOKEN_VALID, digest, tx.now()))
 
     @_write
     def revoke_token(self, tx: _Tx, token_id: AnyId) -> None:
         """Make a token invalid; again has no effect. Raises NotFound."""
-        self._change(
-            tx, _TOKEN, "revoked_at = COALESCE(revoked_at, ?)", _id(token_id, "token_id"), tx.now()
-        )
+        token = _id(token_id, "token_id")
+        self._change(tx, _TOKEN, "revoked_at = COALESCE(revoked_at, ?)", token, tx.now())
 
     @_read
     def list_tokens(self, tx: _Tx) -> list[ApiToken]:
         """All tokens, revoked and expired ones too, newest first."""
-        return self._page(
-            tx,
-            _TOKEN,
-            "flowstore_tokens_by_time|flowstore_tokens_by_tenant",
-            "created_at DESC, id DESC",
-        )
+        index = "flowstore_tokens_by_time|flowstore_tokens_by_tenant"
+        return self._page(tx, _TOKEN, index, "created_at DESC, id DESC")
 
     @_write
     def create_tenant(self, tx: _Tx, tenant: Tenant) -> Tenant:
         """Register a tenant. Raises AlreadyExists, in a view TenantMismatch."""
         values = _TENANT.encode(tenant, now=tx.now())
-        self._administer(values["id"])
-        return _store(tx, _TENANT, values)
+        self._refuse_in_view(values["id"])
+        return _insert_values(tx, _TENANT, values)
 
     @_read
     def get_tenant(self, tx: _Tx, id: AnyId) -> Tenant | None:
-        """A tenant's record, or None; a view knows its own alone."""
+        """A tenant's record, or None; a view knows only its own."""
         tenant = _id(id, "id")
         return self._get(tx, _TENANT, id=tenant) if self._tenant in (None, tenant) else None
 
     @_read
     def list_tenants(self, tx: _Tx) -> list[Tenant]:
-        """All tenants, oldest first; a view knows its own alone."""
+        """All tenants, oldest first; a view knows only its own."""
         index = "" if self._tenant else "flowstore_tenants_by_time"
-        return self._page(tx, _TENANT, index, "created_at, id", **_given(id=self._tenant))
+        return self._page(tx, _TENANT, index, "created_at, id", **_without_none(id=self._tenant))
 
     @_write
     def update_tenant(self, tx: _Tx, tenant: Tenant) -> Tenant:
         """Write a tenant's record. Raises NotFound, in a view TenantMismatch."""
         values = _TENANT.encode(tenant) | {"updated_at": tx.now()}
-        self._administer(values["id"])
-        return _TENANT.decode(
-            _found(tx.row(_TENANT_UPDATE, *_TENANT.changes(values)), "tenant", values["id"])
-        )
-
-    @_snapshot
-    def timeline(self, tx: _Tx, execution_id: AnyId) -> View:
-        """The execution's events and items on a time axis: text as `str()`, HTML in a notebook. Raises NotFound."""
-        execution = _id(execution_id, "execution_id")
-        view = _ViewReader(self, tx).detail(_EXECUTIONS, execution)
-        return _found(view, "execution", execution)
+        self._refuse_in_view(values["id"])
+        row = tx.row(_TENANT_UPDATE, *_TENANT.changes(values))
+        return _TENANT.decode(_or_not_found(row, "tenant", values["id"]))
 
     def for_tenant(self, tenant_id: AnyId) -> Self:
-        """The view of one tenant: the same methods, its rows alone. In a view TenantMismatch."""
-        self._administer(tenant := _id(tenant_id, "tenant_id"))
+        """The view of one tenant: the same methods over its rows. In a view TenantMismatch."""
+        tenant = _id(tenant_id, "tenant_id")
+        self._refuse_in_view(tenant)
         return type(self)(self._engine, tenant)
 
-    def _administer(self, tenant_id: str) -> None:
+    def _refuse_in_view(self, tenant_id: str) -> None:
         if self._tenant is not None:
             raise TenantMismatch(tenant_id, self._tenant)
 
 
+class StateBackend(_Executions, _WorkQueue, _Keepsakes, _Tenants):
+    """Executions, the work queue, keepsakes and tenants; only a view of `for_tenant` isolates.
+
+    After jamjet-state's StateBackend and SqliteBackend."""
+
+
 class _LeaseKeeper:
-    """What renews the lease of an item while a block runs: in a thread, or in a task."""
+    """The renewal of an item's lease while a block runs: in a thread, or in a task."""
+
+    expires: datetime
 
     def __init__(self, state: Any, item: WorkItem, lease_seconds: float) -> None:
-        _claimed(_is(WorkItem, item, "item"))
+        _id_and_fence(_check_type(WorkItem, item, "item"))
         self.lost = False
         self.item = item
         self.lease_seconds = lease_seconds
-        self.expires: datetime | None = None
         self._interval = max(0.01, lease_seconds / 3)  # seconds between two renewals
         self._state = state
         self._owner: object = None  # the thread or task of the block
@@ -5555,9 +5578,10 @@ class _LeaseKeeper:
 
 
 class Hold(_LeaseKeeper):
-    """`with state.hold(item)`: a lease that is renewed while the block runs; `lost` tells when it was lost.
+    """`with state.hold(item)`: a lease that is renewed while the block runs.
 
-    The `with` statement alone holds it: if an interrupt strikes so that its end is never run, the renewals end too."""
+    `lost` tells when it was lost. The renewals end with the `with` statement, even where an
+    interrupt keeps its end from being run: only the statement refers to the Hold."""
 
     def __enter__(self) -> Hold:
         import _thread
@@ -5565,15 +5589,13 @@ class Hold(_LeaseKeeper):
         _reserve_stack(20)
         self._owner = threading.get_ident()
         self._process = os.getpid()
-        self._gate = threading.Lock()  # open when the renewals are to end
+        self._gate = threading.Lock()  # is released to end the renewals
         self._gate.acquire()
-        self._ended = threading.Lock()  # open when they have ended
+        self._ended = threading.Lock()  # is released when they have ended
         self.expires = self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
-        if (
-            self._state._engine.block() is None
-        ):  # inside a transaction nobody else could renew before it ends
+        if self._state._engine.block() is None:  # a transaction would keep the renewals waiting
             self._ended.acquire()
-            # Not by threading.Thread: an interrupt amid its start would leave one that never ends.
+            # Not by threading.Thread: an interrupt during its start would leave a thread for ever.
             arguments = (weakref.ref(self), self._gate, self._ended, self._interval)
             _thread.start_new_thread(_keep_lease, arguments)
         return self
@@ -5582,29 +5604,32 @@ class Hold(_LeaseKeeper):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
     ) -> None:
         self._gate.release()
-        went_on = self._ended.locked()
-        if self._process == os.getpid():  # in a forked child there is no such thread
+        renewing = self._ended.locked()
+        if self._process == os.getpid():  # a forked child has no such thread
             self._ended.acquire()
-        if went_on and not self.lost:
-            self._state._renew_held(self)
+        if renewing and not self.lost:
+            self._state._renew_lease_of(self)
         self._end(kind)
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError, RuntimeError):  # never begun, or ended
+        with contextlib.suppress(AttributeError, RuntimeError):  # not entered, or ended
             self._gate.release()
 
 
 def _keep_lease(
     reference: weakref.ref[Hold], gate: threading.Lock, ended: threading.Lock, interval: float
 ) -> None:
-    """Renew a lease, in a thread of its own, until the gate is open or the hold has gone."""
+    """Renew a lease, in a thread of its own, until the gate is released or the hold has gone."""
     try:
         while not gate.acquire(timeout=interval):
             hold = reference()
-            # While the holder has a transaction open, a renewal would wait for its end, or make it lose.
+            # No renewal while the holder has a transaction open: it would wait for the end, or
+            # make the transaction fail.
             if hold is None:
                 return
-            if not (hold._state._engine.has_block(hold._owner) or hold._state._renew_held(hold)):
+            if not (
+                hold._state._engine.has_block(hold._owner) or hold._state._renew_lease_of(hold)
+            ):
                 return
             del hold
     finally:
@@ -5618,89 +5643,100 @@ def _keep_lease(
 _INSTANCES = _INSTANCE.select(
     "workflows {by sqlite_autoindex_workflows_1} WHERE id IN ({}) ORDER BY id"
 )
+_INSTANCE_BY_ID = "SELECT name, stamp FROM workflows WHERE id = ?"
 _INSTANCE_BY_NAME = "SELECT id FROM workflows WHERE name = ?"
+_INSTANCES_RUNNABLE = _Sql("""SELECT id FROM workflows {by workflows_runnable}
+    WHERE status = 'Runnable' AND next_execution <= ? ORDER BY next_execution, id""")
 _COUNTER_NEXT = """INSERT INTO flowstore_counters (definition_id, value) VALUES (?, 1)
-    ON CONFLICT (definition_id) DO UPDATE SET value = flowstore_counters.value + 1 RETURNING value"""
-_POINTERS = f"""SELECT {", ".join(_POINTER.written)} FROM execution_pointers {{by execution_pointers_in_order}}
+    ON CONFLICT (definition_id) DO UPDATE SET value = flowstore_counters.value + 1
+    RETURNING value"""
+_POINTERS = f"""SELECT {", ".join(_POINTER.written)}
+    FROM execution_pointers {{by execution_pointers_in_order}}
     WHERE workflow_id IN ({{}}) ORDER BY workflow_id, place, id"""
 _POINTER_WRITE = _POINTER.upsert("workflow_id, id")
-_UNHELD = "(external_token IS NULL OR external_token_expiry <= ?)"
-_HOLD_SUBSCRIPTION = _update(
+_POINTER_DELETE = "DELETE FROM execution_pointers WHERE workflow_id = ? AND id = ?"
+_EVENTS_RUNNABLE = _Sql("""SELECT id FROM events {by events_runnable}
+    WHERE is_processed = 0 AND event_time <= ? ORDER BY event_time, id""")
+_EVENTS_BY_KEY = _Sql("""SELECT id FROM events {by events_by_key}
+    WHERE event_name = ? AND event_key = ? AND event_time <= ? ORDER BY event_time, id""")
+_SUBSCRIPTION_FREE = "(external_token IS NULL OR external_token_expiry <= ?)"
+_SUBSCRIPTION_TAKE = _update(
     _SUBSCRIPTION,
     "external_token = ?, external_worker_id = ?, external_token_expiry = ?",
-    f"AND terminated_at IS NULL AND {_UNHELD}",
+    f"AND terminated_at IS NULL AND {_SUBSCRIPTION_FREE}",
 )
-_LET_GO = _update(
+_SUBSCRIPTION_CLEAR = _update(
     _SUBSCRIPTION,
     "external_token = NULL, external_worker_id = NULL, external_token_expiry = NULL",
     "AND external_token = ?",
 )
-_TO_EVENT = ("event_name", "event_key", "subscribe_as_of <= ?", "terminated_at IS NULL")
-_SUBSCRIPTIONS = _select(
-    _SUBSCRIPTION, "ORDER BY subscribe_as_of, id", *_TO_EVENT, index="event_subscriptions_open"
-)
-_SUBSCRIPTION_OPEN = _select(
-    _SUBSCRIPTION,
-    "ORDER BY subscribe_as_of, id LIMIT 1",
-    *_TO_EVENT,
-    _UNHELD,
-    index="event_subscriptions_open",
-)
-# A lease that has expired holds nothing: scheduling takes it away, so that its handler's late return finds it gone.
-_FREE_COMMAND = (
+_SUBSCRIBED = "AND subscribe_as_of <= ? AND terminated_at IS NULL"
+# A lease that has expired holds nothing. Scheduling takes its token away, so that a handler that
+# returns late does not find it.
+_COMMAND_FREE = (
     "(scheduled_commands.lease_token IS NULL OR scheduled_commands.lease_expires_at <= ?)"
 )
-_SCHEDULE = f"""INSERT INTO scheduled_commands (command_name, data, execute_time) VALUES (?, ?, ?)
-    ON CONFLICT (command_name, data) DO UPDATE SET
-    execute_time = CASE WHEN {_FREE_COMMAND} AND excluded.execute_time < scheduled_commands.execute_time
+_COMMAND_SCHEDULE = f"""INSERT INTO scheduled_commands (command_name, data, execute_time)
+    VALUES (?, ?, ?) ON CONFLICT (command_name, data) DO UPDATE SET
+    execute_time = CASE
+        WHEN {_COMMAND_FREE} AND excluded.execute_time < scheduled_commands.execute_time
         THEN excluded.execute_time ELSE scheduled_commands.execute_time END,
-    again_at = CASE WHEN {_FREE_COMMAND} OR scheduled_commands.again_at < excluded.execute_time
+    again_at = CASE WHEN {_COMMAND_FREE} OR scheduled_commands.again_at < excluded.execute_time
         THEN scheduled_commands.again_at ELSE excluded.execute_time END,
-    lease_token = CASE WHEN {_FREE_COMMAND} THEN NULL ELSE scheduled_commands.lease_token END"""
-_DUE = f"""SELECT execute_time, command_name, data FROM scheduled_commands {{by scheduled_commands_by_time}}
-    WHERE execute_time <= ? AND {_FREE_COMMAND} AND (execute_time, command_name, data) > (?, ?, ?)
-    ORDER BY execute_time, command_name, data LIMIT 1"""
-_LEASE = "UPDATE scheduled_commands SET lease_token = ?, lease_expires_at = ? WHERE command_name = ? AND data = ?"
-_HELD = "WHERE lease_token = ? AND lease_expires_at > ? AND command_name = ? AND data = ?"
-_AGAIN = f"""UPDATE scheduled_commands SET execute_time = again_at, again_at = NULL, lease_token = NULL
-    {_HELD} AND again_at IS NOT NULL"""
-_GIVE_BACK = """UPDATE scheduled_commands {{by {}}} SET again_at = NULL, lease_token = NULL,
+    lease_token = CASE WHEN {_COMMAND_FREE} THEN NULL ELSE scheduled_commands.lease_token END"""
+_COMMAND_DUE = _Sql(f"""SELECT execute_time, command_name, data
+    FROM scheduled_commands {{by scheduled_commands_by_time}}
+    WHERE execute_time <= ? AND {_COMMAND_FREE} AND (execute_time, command_name, data) > (?, ?, ?)
+    ORDER BY execute_time, command_name, data LIMIT 1""")
+_COMMAND_LEASE = """UPDATE scheduled_commands SET lease_token = ?, lease_expires_at = ?
+    WHERE command_name = ? AND data = ?"""
+_COMMAND_HELD = "WHERE lease_token = ? AND lease_expires_at > ? AND command_name = ? AND data = ?"
+_COMMAND_AGAIN = f"""UPDATE scheduled_commands
+    SET execute_time = again_at, again_at = NULL, lease_token = NULL
+    {_COMMAND_HELD} AND again_at IS NOT NULL"""
+_COMMAND_DELETE = f"DELETE FROM scheduled_commands {_COMMAND_HELD}"
+_COMMAND_RELEASE = """UPDATE scheduled_commands {by INDEX} SET again_at = NULL, lease_token = NULL,
     execute_time = CASE WHEN again_at < execute_time THEN again_at ELSE execute_time END
-    WHERE lease_token = ? AND lease_expires_at > ? AND execute_time <= ?""".format
-_GIVE_BACK_ALL = _GIVE_BACK("scheduled_commands_by_time")
-_GIVE_BACK_ONE = (
-    _GIVE_BACK("sqlite_autoindex_scheduled_commands_1") + " AND command_name = ? AND data = ?"
+    WHERE lease_token = ? AND lease_expires_at > ? AND execute_time <= ?"""
+_RELEASE_ALL = _Sql(_COMMAND_RELEASE.replace("INDEX", "scheduled_commands_by_time"))
+_RELEASE_ONE = _Sql(
+    _COMMAND_RELEASE.replace("INDEX", "sqlite_autoindex_scheduled_commands_1")
+    + " AND command_name = ? AND data = ?"
 )
 
-# Whether a pointer has changed is told, for a tenth of what encoding it costs, by marshal's bytes (== would take True
-# for 1) and, for what marshal does not know, by comparing.
-_COMPARED = ("sleep_until", "start_time", "end_time", "status")
-_compared = operator.attrgetter(*_COMPARED)
-_marshalled = operator.attrgetter(*(name for name in _POINTER.fields if name not in _COMPARED))
+# The pointer cache holds about this many fingerprints, of 700 bytes each. An instance counts as ten
+# pointers at least.
+_POINTER_CACHE_SIZE = 20_000
+_POINTER_COMPARED = ("status", "sleep_until", "start_time", "end_time")
+_compared_values = operator.attrgetter(*_POINTER_COMPARED)
+_marshalled_values = operator.attrgetter(
+    *(name for name in _POINTER.fields if name not in _POINTER_COMPARED)
+)
 
 
-# About how many pointers' fingerprints are kept, of 700 bytes each; an instance counts as ten of them at least.
-_KNOWN_POINTERS = 20_000
+def _fingerprints(pointers: Sequence[Any]) -> dict[str, Any]:
+    """By id, a value for each pointer that changes when its row would change.
 
-
-def _fingerprints(pointers: Sequence[Any]) -> dict[Any, Any]:
-    """By id, what changes when a pointer does; fewer than there are pointers when that cannot be told."""
-    if not {*map(type, pointers)} <= {ExecutionPointer}:
-        return {}
+    A fingerprint costs a sixth of what encoding the row costs. marshal, unlike ==, tells True from
+    1, and it refuses every type that has code of its own. A pointer whose change could be missed
+    makes the result empty."""
+    fingerprints = {}
     try:
-        compared = [*map(_compared, pointers)]
-        kinds = {*map(type, itertools.chain.from_iterable(compared))}
-        if not kinds <= {type(None), datetime, PointerStatus, str}:
-            return {}
-        times = (time for *times, _ in compared for time in times if time is not None)
-        if datetime in kinds and {type(time.tzinfo) for time in times} != {timezone}:
-            return {}  # == does not tell the two times apart that a clock shows when summer ends
-        # Version 2: later ones write references, and so how often an object is used.
-        plain = map(marshal.dumps, map(_marshalled, pointers), itertools.repeat(2))
-        ids = map(str.__str__, map(operator.attrgetter("id"), pointers))
-        return dict(zip(ids, zip(compared, plain, strict=True), strict=True))
+        for pointer in pointers:
+            if type(pointer) is not ExecutionPointer:
+                return {}
+            status, *times = compared = _compared_values(pointer)
+            if type(status) not in (PointerStatus, str):
+                return {}
+            for time in times:
+                # When summer ends, a clock shows an hour twice: == does not tell these times apart.
+                if time is not None and (type(time) is not datetime or time.tzinfo is not UTC):
+                    return {}
+            # Version 2: the bytes of later versions depend on how often an object is used.
+            fingerprints[pointer.id] = compared, marshal.dumps(_marshalled_values(pointer), 2)
     except (AttributeError, TypeError, ValueError):
         return {}
+    return fingerprints
 
 
 def _pointer_row(pointers: Sequence[Any], index: int) -> tuple[Any, ...]:
@@ -5708,52 +5744,148 @@ def _pointer_row(pointers: Sequence[Any], index: int) -> tuple[Any, ...]:
 
 
 def _as_of(tx: _Tx, value: datetime | None, path: str = "as_of") -> int:
-    return tx.now() if value is None else _time(value, path)
+    return tx.now() if value is None else _microseconds(value, path)
 
 
-def _event_until(
-    tx: _Tx, event_name: object, event_key: object, as_of: datetime | None
-) -> tuple[str, str, int]:
-    return _key(event_name, "event_name"), _key(event_key, "event_key"), _as_of(tx, as_of)
+class _CommandFacet(_Facet):
+    """Scheduled commands: the part of `PersistenceProvider` that runs handlers."""
+
+    def supports_scheduled_commands(self) -> bool:
+        """True."""
+        return True
+
+    @_write
+    def schedule_command(self, tx: _Tx, command: ScheduledCommand) -> None:
+        """Have a command handled: one per name and data, at the earliest time asked for."""
+        now = tx.now()
+        tx.run(_COMMAND_SCHEDULE, *_COMMAND.encode(command).values(), now, now, now)
+
+    @_steps
+    def process_commands(
+        self,
+        as_of: datetime | None,
+        handler: Callable[[ScheduledCommand], Any],
+        *,
+        lease_seconds: float | None = None,
+    ) -> _Steps[int]:
+        """Handle each command due by `as_of` (None: now), soonest first, at most once.
+
+        Returns how many handlers returned. Each command is leased to one caller just before
+        `handler(command)`, which runs outside any transaction; when it returns, the command is
+        removed. When it raises an Exception, the command stays for a later call, the rest go on,
+        and an ExceptionGroup follows. Any other exception propagates at once. After a crash, or
+        when a handler outlives its lease, the command is handed out again. Raises StorageError
+        inside one's own transaction."""
+        self._engine.forbid_inside("process_commands()")
+        _check_callable(handler, "handler")
+        due = _microseconds(self._engine.now() if as_of is None else as_of, "as_of") // 1000
+        lease = self._lease(lease_seconds)
+        token = new_id()
+        cursor: Any = (-_INT_MAX - 1, "", "")
+        handled_keys = set[tuple[str, str]]()  # scheduled again, they wait for a later call
+        count = 0
+        errors = []
+        try:
+            while (
+                cursor := (yield self._lease_command(due, cursor, handled_keys, token, lease))
+            ) is not None:
+                execute_time, *key = cursor
+                handled_keys.add(cursor[1:])
+                try:
+                    yield handler(_COMMAND.decode((*key, execute_time)))
+                except Exception as error:
+                    errors.append(error)
+                    yield self._release_command(token, due, *key)
+                else:
+                    count += yield self._finish_command(token, *key)
+        except Exception:
+            raise
+        except BaseException as error:
+            with contextlib.suppress(StorageError):  # the error that ends the call says more
+                release = self._release_command(token, due)
+                if not isinstance(error, GeneratorExit):
+                    yield release
+            raise
+        if errors:
+            raise ExceptionGroup("handlers of scheduled commands raised", errors)
+        return count
+
+    @_write
+    def _lease_command(
+        self,
+        tx: _Tx,
+        due: int,
+        cursor: tuple[Any, ...],
+        handled_keys: set[tuple[str, str]],
+        token: str,
+        lease: float,
+    ) -> tuple[Any, ...] | None:
+        """Lease the next free command that is due; its time, name and data, the next cursor."""
+        now = tx.now()
+        while (row := self._row(tx, _COMMAND_DUE, due, now, *cursor)) is not None:
+            cursor = row
+            key = row[1:]
+            if key not in handled_keys:
+                tx.run(_COMMAND_LEASE, token, _time_after(now, lease, "lease_seconds"), *key)
+                return cursor
+        return None
+
+    @_write
+    def _finish_command(self, tx: _Tx, token: str, *key: str) -> int:
+        """Delete a command, or keep it for the time that it was scheduled again for.
+
+        Returns 0 when the lease was lost."""
+        held = token, tx.now(), *key
+        return tx.run(_COMMAND_AGAIN, *held) or tx.run(_COMMAND_DELETE, *held)
+
+    @_write
+    def _release_command(self, tx: _Tx, token: str, due: int, *key: str) -> None:
+        """Free a command for the next caller; without a key, any command that the token holds."""
+        self._run(tx, _RELEASE_ONE if key else _RELEASE_ALL, token, tx.now(), due, *key)
 
 
-class PersistenceProvider(_Facet):
-    """Workflow instances, events, subscriptions, commands and errors, after wfe's PersistenceProvider."""
+class PersistenceProvider(_CommandFacet):
+    """Workflow instances, events, subscriptions, commands and errors.
+
+    Made after wfe's PersistenceProvider."""
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        # Of instances that this store wrote last: the stamp it left in the row, and the fingerprints and places
-        # of their pointers. Each write leaves a new stamp: one that still stands says all without a look.
-        self._known: dict[str, tuple[int, dict[Any, Any], list[int]]] = {}
+        # Every write of an instance leaves a new random write id in its row (column stamp). By the
+        # write ids that this store left: the fingerprint and the ordinal (column place) of each
+        # pointer, by its id. While a row has the write id, its pointers are these: no need to read.
+        self._pointer_cache: dict[int, dict[str, tuple[Any, int]]] = {}
 
     # --- instances ---
     @_write
     def create_new_workflow(self, tx: _Tx, instance: WorkflowInstance) -> str:
         """Store a new instance with its pointers; its id.
 
-        An empty id is made; an empty name becomes `{definition id}-{N}`, N the next in sequence whose name is free.
-        Raises AlreadyExists for a taken id or name, InvalidData."""
-        id = _attribute("id", instance, WorkflowInstance, "instance")
+        An empty id is replaced by a new one, and an empty name by `{definition id}-{N}`: N is the
+        next number of the definition whose name is free. Raises AlreadyExists for a taken id or
+        name, InvalidData."""
+        id = _read_field("id", instance, WorkflowInstance, "instance")
         if issubclass(type(id), str) and not str.__len__(id):
             replace = functools.partial(dataclasses.replace, id=new_id())
-            instance = _foreign(replace, instance, "instance", WorkflowInstance)
+            instance = _read_foreign(replace, instance, "instance", WorkflowInstance)
         values = _INSTANCE.encode(instance, now=tx.now()) | {"stamp": _random_bits()}
-        automatic, definition = not values["name"], values["workflow_definition_id"]
-        while automatic and (not values["name"] or tx.row(_INSTANCE_BY_NAME, values["name"])):
-            values["name"] = _key(
-                f"{definition}-{tx.rows(_COUNTER_NEXT, definition)[0][0]}", "the automatic name"
-            )
+        definition = values["workflow_definition_id"]
+        while not values["name"]:
+            name = f"{definition}-{tx.rows(_COUNTER_NEXT, definition)[0][0]}"
+            if tx.row(_INSTANCE_BY_NAME, _key(name, "the automatic name")) is None:
+                values["name"] = name
         if not tx.run(_INSTANCE.insert, *values.values()):
-            id_is_taken = tx.row("SELECT id FROM workflows WHERE id = ?", values["id"])
-            raise AlreadyExists("workflow", values["id" if id_is_taken else "name"])
-        self._write_pointers(tx, values, instance, None)
+            taken = "id" if tx.row(_INSTANCE_BY_ID, values["id"]) else "name"
+            raise AlreadyExists("workflow", values[taken])
+        self._write_pointers(tx, values, instance)
         return str(values["id"])
 
     @_write
     def persist_workflow(self, tx: _Tx, instance: WorkflowInstance) -> None:
         """Store an instance as it is now, writing only the pointers that changed.
 
-        `create_time` never changes, an empty name keeps the stored one. Raises NotFound, AlreadyExists (name)."""
+        `create_time` never changes, and an empty name keeps the stored one. Raises NotFound,
+        AlreadyExists (name)."""
         self._persist(tx, instance)
 
     @_write
@@ -5762,117 +5894,95 @@ class PersistenceProvider(_Facet):
     ) -> None:
         """`persist_workflow`, and new subscriptions: all or none. Raises AlreadyExists."""
         self._persist(tx, instance)
-        for index, subscription in enumerate(_listed(subscriptions, "subscriptions")):
-            _add(tx, _SUBSCRIPTION, subscription, f"subscriptions[{index}]")
+        for index, subscription in enumerate(_check_list(subscriptions, "subscriptions")):
+            _insert_record(tx, _SUBSCRIPTION, subscription, f"subscriptions[{index}]")
 
     def _persist(self, tx: _Tx, instance: WorkflowInstance) -> None:
         values = _INSTANCE.encode(instance) | {"stamp": _random_bits()}
-        stored = tx.row("SELECT name, stamp FROM workflows WHERE id = ?", values["id"])
-        name, stamp = _found(stored, "workflow", values["id"])
+        stored = tx.row(_INSTANCE_BY_ID, values["id"])
+        name, write_id = _or_not_found(stored, "workflow", values["id"])
         values["name"] = values["name"] or name
         if values["name"] != name and tx.row(_INSTANCE_BY_NAME, values["name"]):
             raise AlreadyExists("workflow", values["name"])
         tx.run(_INSTANCE.update, *_INSTANCE.changes(values))
-        self._write_pointers(tx, values, instance, stamp)
+        self._write_pointers(tx, values, instance, write_id)
 
     def _write_pointers(
-        self, tx: _Tx, values: dict[str, Any], instance: object, stored_stamp: int | None
+        self, tx: _Tx, values: dict[str, Any], instance: object, stored_write_id: int = -1
     ) -> None:
-        """Write the pointers that differ from the stored ones, which are read unless the stamp is our own."""
-        given = _attribute("execution_pointers", instance, WorkflowInstance, "instance")
-        id, pointers = values["id"], _listed(given, "execution_pointers")
-        prints, (known_stamp, known, places) = (
-            _fingerprints(pointers),
-            self._known.pop(id, (-1, {}, [])),
-        )
-        if (
-            known_stamp == stored_stamp
-            and len(prints) == len(pointers)
-            and [*known] == [*prints][: len(known)]
-        ):
-            end = max(places, default=-1) + 1
-            places = [*places, *range(end, end + len(prints) - len(known))]
-            pairs = enumerate(itertools.zip_longest(prints.values(), known.values()))
-            rows = [
-                (*_pointer_row(pointers, at), id, places[at])
-                for at, (now, before) in pairs
-                if now != before
-            ]
-        else:
-            rows, places = self._compare(tx, id, pointers)
-        tx.run_many(_POINTER_WRITE, rows)
-        if len(self._known) * max(10, len(pointers)) >= _KNOWN_POINTERS:
-            self._known.clear()
-        if len(prints) == len(pointers):
-            self._known[id] = values["stamp"], prints, places
-
-    def _compare(
-        self, tx: _Tx, id: str, pointers: Sequence[Any]
-    ) -> tuple[list[tuple[Any, ...]], list[int]]:
-        """The rows that differ, and all places, kept while they only ever increase; pointers that are gone go."""
-        stored = {row[0]: row for row in tx.rows(tx.dialect.resolve(_POINTERS).format("?"), id)}
-        places: dict[str, int] = {}
-        rows, last = [], -1
-        for index in range(len(pointers)):
-            key, *_ = row = _pointer_row(pointers, index)
-            if key in places:
+        """Write the pointers that differ from the stored ones, and delete those that are gone."""
+        listed = _read_field("execution_pointers", instance, WorkflowInstance, "instance")
+        pointers = _check_list(listed, "execution_pointers")
+        fingerprints = _fingerprints(pointers)
+        cacheable = len(fingerprints) == len(pointers)
+        before = self._pointer_cache.pop(stored_write_id, None) if cacheable else None
+        encode_all = before is None
+        if before is None:
+            stored = tx.rows(tx.dialect.resolve(_POINTERS).format("?"), values["id"])
+            before = {row[0]: (row[:-2], row[-1]) for row in stored}
+        after: dict[str, tuple[Any, int]] = {}
+        changed = []
+        last = -1
+        for index, pointer in enumerate(pointers):
+            row = _pointer_row(pointers, index) if encode_all else ()
+            id = row[0] if row else pointer.id
+            if id in after:
                 raise InvalidData(
-                    f"execution_pointers[{index}].id: {key!r} is another pointer's too"
+                    f"execution_pointers[{index}].id: {id!r} is another pointer's too"
                 )
-            before = stored.pop(key, (-1,))
-            places[key] = last = max(before[-1], last + 1)
-            if before != (*row, id, last):
-                rows.append((*row, id, last))
-        tx.run_many(
-            "DELETE FROM execution_pointers WHERE workflow_id = ? AND id = ?",
-            [(id, gone) for gone in stored],
-        )
-        return rows, [*places.values()]
+            content = row or fingerprints[id]
+            old_content, ordinal = before.pop(id, (None, -1))
+            # A pointer keeps its ordinal while these only increase.
+            last = ordinal if ordinal > last else last + 1
+            if content != old_content or last != ordinal:
+                row = row or _pointer_row(pointers, index)
+                changed.append((*row, values["id"], last))
+            after[id] = fingerprints.get(id), last
+        tx.run_many(_POINTER_DELETE, [(values["id"], id) for id in before])
+        tx.run_many(_POINTER_WRITE, changed)
+        if len(self._pointer_cache) * max(10, len(pointers)) >= _POINTER_CACHE_SIZE:
+            self._pointer_cache.clear()
+        if cacheable:
+            self._pointer_cache[values["stamp"]] = after
 
     @_read
     def get_runnable_instances(self, tx: _Tx, as_at: datetime | None = None) -> list[str]:
         """The ids of those Runnable and due by `as_at` (None: now), soonest first."""
-        sql = """SELECT id FROM workflows {by workflows_runnable}
-            WHERE status = 'Runnable' AND next_execution <= ? ORDER BY next_execution, id"""
-        return [
-            id for (id,) in tx.rows(tx.dialect.resolve(sql), _as_of(tx, as_at, "as_at") // 1000)
-        ]
+        until = _as_of(tx, as_at, "as_at") // 1000
+        return [id for (id,) in self._rows(tx, _INSTANCES_RUNNABLE, until)]
 
     @_snapshot
     def get_workflow_instance(self, tx: _Tx, id: AnyId) -> WorkflowInstance:
         """One instance, its pointers in their order. Raises NotFound."""
-        return _found(
-            next(iter(self._instances(tx, [key := _id(id, "id")])), None), "workflow", key
-        )
+        return self._read_pointers(tx, [self._need(tx, _INSTANCE, id=id)])[0]
 
     @_snapshot
     def get_workflow_instance_by_name(self, tx: _Tx, name: str) -> WorkflowInstance:
         """One instance by its name. Raises NotFound."""
-        found = self._instances(
-            tx, [id for (id,) in tx.rows(_INSTANCE_BY_NAME, _key(name, "name"))]
-        )
-        return _found(next(iter(found), None), "workflow", name)
+        return self._read_pointers(tx, [self._need(tx, _INSTANCE, name=name)])[0]
 
     @_snapshot
     def get_workflow_instances(self, tx: _Tx, ids: Sequence[AnyId]) -> list[WorkflowInstance]:
         """Instances in the order asked, unknown ids skipped: two queries per 10,000."""
-        asked = [_id(id, f"ids[{index}]") for index, id in enumerate(_listed(ids, "ids"))]
-        return [
-            one
-            for at in range(0, len(asked), 10_000)
-            for one in self._instances(tx, asked[at : at + 10_000])
-        ]
+        keys = [_id(id, f"ids[{index}]") for index, id in enumerate(_check_list(ids, "ids"))]
+        instances = []
+        for start in range(0, len(keys), 10_000):
+            chunk = keys[start : start + 10_000]
+            sql = tx.dialect.resolve(_INSTANCES).format(", ".join("?" * len(chunk)))
+            rows = {row[0]: row for row in tx.rows(sql, *chunk)}
+            known = [_INSTANCE.decode(rows[id]) for id in chunk if id in rows]
+            instances += self._read_pointers(tx, known)
+        return instances
 
-    def _instances(self, tx: _Tx, ids: list[str]) -> list[WorkflowInstance]:
-        marks = ", ".join("?" * len(ids)) or "NULL"
-        rows = {row[0]: row for row in tx.rows(tx.dialect.resolve(_INSTANCES).format(marks), *ids)}
-        pointers: dict[str, list[tuple[Any, ...]]] = {id: [] for id in rows}
-        for row in tx.rows(tx.dialect.resolve(_POINTERS).format(marks), *ids):
+    def _read_pointers(self, tx: _Tx, instances: list[WorkflowInstance]) -> list[WorkflowInstance]:
+        """Give instances their pointers."""
+        pointers: dict[str, list[Any]] = {instance.id: [] for instance in instances}
+        sql = tx.dialect.resolve(_POINTERS).format(", ".join("?" * len(pointers)) or "NULL")
+        for row in tx.rows(sql, *pointers):
             pointers[row[-2]].append(row[:-2])
-        found = [_INSTANCE.decode(rows[id]) for id in ids if id in rows]
-        for instance in found:
+        for instance in instances:
             instance.execution_pointers = _POINTER.decode_all(pointers[instance.id])
-        return found
+        return instances
 
     @_write
     def next_definition_sequence(self, tx: _Tx, definition_id: str) -> int:
@@ -5883,19 +5993,21 @@ class PersistenceProvider(_Facet):
     def delete_workflow(self, id: AnyId) -> _Steps[None]:
         """Delete an instance with its pointers, subscriptions and errors.
 
-        Raises NotFound, and StorageError while rows of the user's own tables refer to any of it by a foreign key."""
+        Raises NotFound, and StorageError while rows of the user's own tables refer to any of these
+        by a foreign key."""
         holder = yield self._delete(id)
-        # Raised here: a StorageError of the operation would be that of all calls in the same commit.
+        # Raised here: a StorageError in the operation would fail every call of the same commit.
         if holder is not None:
             raise StorageError(
-                f"workflow {id}: rows of your own refer to it by a foreign key, remove them first: {holder}"
+                f"workflow {id}: rows of your own refer to it by a foreign key, remove them first: "
+                f"{holder}"
             )
 
     @_write
     def _delete(self, tx: _Tx, id: AnyId) -> str | None:
         """Delete an instance, or return the name of the table that refers to it."""
         key = _id(id, "id")
-        _found(tx.row("SELECT id FROM workflows WHERE id = ?", key), "workflow", key)
+        _or_not_found(tx.row(_INSTANCE_BY_ID, key), "workflow", key)
         keys = _foreign_keys(tx, self._engine.foreign_keys)
         return _drop_whole(tx, _PRUNED["workflows"], key, keys)
 
@@ -5903,15 +6015,22 @@ class PersistenceProvider(_Facet):
     def purge_workflows(self, status: WorkflowStatus | str, older_than: datetime) -> _Steps[int]:
         """Delete those of a status completed (else created) before a time; how many."""
         ended = _terminal(
-            "workflows", "workflows_by_age", _WORKFLOW_TIME, _enum(WorkflowStatus, status, "status")
+            "workflows",
+            "workflows_by_age",
+            _WORKFLOW_TIME,
+            _enum_member(WorkflowStatus, status, "status"),
         )
-        return (yield from self._prune_kind("workflows", _time(older_than, "older_than"), *ended))
+        return (
+            yield from self._prune_kind(
+                "workflows", _microseconds(older_than, "older_than"), *ended
+            )
+        )
 
     # --- subscriptions and events ---
     @_write
     def create_event_subscription(self, tx: _Tx, subscription: EventSubscription) -> str:
         """Store a subscription; its id. Raises AlreadyExists."""
-        return _add(tx, _SUBSCRIPTION, subscription).id
+        return _insert_record(tx, _SUBSCRIPTION, subscription).id
 
     @_read
     def get_subscription(self, tx: _Tx, id: AnyId) -> EventSubscription:
@@ -5928,16 +6047,32 @@ class PersistenceProvider(_Facet):
         self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
     ) -> list[EventSubscription]:
         """Those to an event, begun by a time (None: now), not terminated, oldest first."""
-        until = _event_until(tx, event_name, event_key, as_of)
-        return _SUBSCRIPTION.decode_all(self._rows(tx, _SUBSCRIPTIONS, *until))
+        return self._find(
+            tx,
+            _SUBSCRIPTION,
+            f"{_SUBSCRIBED} ORDER BY subscribe_as_of, id",
+            _as_of(tx, as_of),
+            index="event_subscriptions_open",
+            event_name=event_name,
+            event_key=event_key,
+        )
 
     @_read
     def get_first_open_subscription(
         self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
     ) -> EventSubscription | None:
         """The oldest of them with no token, or an expired one, or None."""
-        until = _event_until(tx, event_name, event_key, as_of)
-        return _SUBSCRIPTION.maybe(self._row(tx, _SUBSCRIPTION_OPEN, *until, tx.now()))
+        subscriptions = self._find(
+            tx,
+            _SUBSCRIPTION,
+            f"{_SUBSCRIBED} AND {_SUBSCRIPTION_FREE} ORDER BY subscribe_as_of, id LIMIT 1",
+            _as_of(tx, as_of),
+            tx.now(),
+            index="event_subscriptions_open",
+            event_name=event_name,
+            event_key=event_key,
+        )
+        return subscriptions[0] if subscriptions else None
 
     @_write_row
     def set_subscription_token(
@@ -5945,27 +6080,26 @@ class PersistenceProvider(_Facet):
     ) -> bool:
         """Take a subscription until `expiry`: True for one of any number of callers.
 
-        False while a token that has not expired is set, even one's own. Raises NotFound if missing or terminated."""
-        key, until = _id(id, "id"), _time(expiry, "expiry")
-        held = _text(token, "token"), _id(worker_id, "worker_id"), until
-        if self._row(tx, _HOLD_SUBSCRIPTION, *held, key, tx.now()):
+        False while a token that has not expired is set, even one's own. Raises NotFound for a
+        subscription that is missing or terminated."""
+        key = _id(id, "id")
+        lease = _text(token, "token"), _id(worker_id, "worker_id"), _microseconds(expiry, "expiry")
+        if self._row(tx, _SUBSCRIPTION_TAKE, *lease, key, tx.now()):
             return True
-        alive = tx.row(
-            "SELECT id FROM event_subscriptions WHERE id = ? AND terminated_at IS NULL", key
-        )
-        return not _found(alive, "subscription", key)
+        self._need(tx, _SUBSCRIPTION, "AND terminated_at IS NULL", id=id)
+        return False
 
     @_write_row
     def clear_subscription_token(self, tx: _Tx, id: AnyId, token: str) -> None:
         """Give a subscription back. Raises NotFound unless this is its token."""
-        _found(
-            self._row(tx, _LET_GO, key := _id(id, "id"), _text(token, "token")), "subscription", key
-        )
+        key = _id(id, "id")
+        cleared = self._row(tx, _SUBSCRIPTION_CLEAR, key, _text(token, "token"))
+        _or_not_found(cleared, "subscription", key)
 
     @_write
     def create_event(self, tx: _Tx, event: Event) -> str:
         """Store an event; its id. Raises AlreadyExists."""
-        return _add(tx, _EVENT, event).id
+        return _insert_record(tx, _EVENT, event).id
 
     @_read
     def get_event(self, tx: _Tx, id: AnyId) -> Event:
@@ -5975,19 +6109,15 @@ class PersistenceProvider(_Facet):
     @_read
     def get_runnable_events(self, tx: _Tx, as_at: datetime | None = None) -> list[str]:
         """The ids of events up to `as_at` (None: now) not processed yet, oldest first."""
-        sql = """SELECT id FROM events {by events_runnable}
-            WHERE is_processed = 0 AND event_time <= ? ORDER BY event_time, id"""
-        return [id for (id,) in tx.rows(tx.dialect.resolve(sql), _as_of(tx, as_at, "as_at"))]
+        return [id for (id,) in self._rows(tx, _EVENTS_RUNNABLE, _as_of(tx, as_at, "as_at"))]
 
     @_read
     def get_events(
         self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
     ) -> list[str]:
         """The ids of events of a name and key up to `as_of` (None: now), oldest first."""
-        until = _event_until(tx, event_name, event_key, as_of)
-        sql = """SELECT id FROM events {by events_by_key}
-            WHERE event_name = ? AND event_key = ? AND event_time <= ? ORDER BY event_time, id"""
-        return [id for (id,) in tx.rows(tx.dialect.resolve(sql), *until)]
+        key = _key(event_name, "event_name"), _key(event_key, "event_key")
+        return [id for (id,) in self._rows(tx, _EVENTS_BY_KEY, *key, _as_of(tx, as_of))]
 
     @_write
     def mark_event_processed(self, tx: _Tx, id: AnyId) -> None:
@@ -5999,98 +6129,12 @@ class PersistenceProvider(_Facet):
         """The event is to be processed again. Raises NotFound."""
         self._change(tx, _EVENT, "is_processed = 0", id)
 
-    # --- scheduled commands and errors ---
-    def supports_scheduled_commands(self) -> bool:
-        """True."""
-        return True
-
-    @_write
-    def schedule_command(self, tx: _Tx, command: ScheduledCommand) -> None:
-        """Have a command handled: one per name and data, at the earliest time asked for."""
-        values, now = _COMMAND.encode(command), tx.now()
-        tx.run(_SCHEDULE, *values.values(), now, now, now)
-
-    @_steps
-    def process_commands(
-        self,
-        as_of: datetime | None,
-        handler: Callable[[ScheduledCommand], Any],
-        *,
-        lease_seconds: float | None = None,
-    ) -> _Steps[int]:
-        """Handle each command due by `as_of` (None: now), soonest first, at most once; how many handlers returned.
-
-        Each is leased to one caller just before `handler(command)`, outside any transaction, and removed when that
-        returns. If it raises, the command stays for a later call, the rest go on, and an ExceptionGroup follows; what
-        is no Exception propagates at once. After a crash, or a handler that outlived its lease, the command is handed
-        out again. Raises StorageError inside one's own transaction."""
-        self._engine.forbid_inside("process_commands()")
-        _function(handler, "handler")
-        due = _time(self._engine.now() if as_of is None else as_of, "as_of") // 1000
-        lease, token, handled = self._lease(lease_seconds), new_id(), 0
-        found: Any = (-_INT_MAX - 1, "", "")
-        seen: set[tuple[str, str]] = (
-            set()
-        )  # what is scheduled again while it is handled waits for a later call
-        errors: list[Exception] = []
-        try:
-            while (found := (yield self._lease_next(due, found, seen, token, lease))) is not None:
-                execute_time, *command = found
-                seen.add(found[1:])
-                try:
-                    yield handler(_COMMAND.decode((*command, execute_time)))
-                except Exception as error:
-                    errors.append(error)
-                    yield self._give_back(token, due, *command)
-                else:
-                    handled += yield self._handled(token, *command)
-        except BaseException as struck:
-            if not isinstance(struck, Exception):
-                with contextlib.suppress(StorageError):  # what struck says more
-                    given_back = self._give_back(token, due)
-                    if not isinstance(struck, GeneratorExit):
-                        yield given_back
-            raise
-        if errors:
-            raise ExceptionGroup("handlers of scheduled commands raised", errors)
-        return handled
-
-    @_write
-    def _lease_next(
-        self,
-        tx: _Tx,
-        due: int,
-        place: tuple[int, str, str],
-        seen: set[tuple[str, str]],
-        token: str,
-        lease: float,
-    ) -> tuple[int, str, str] | None:
-        """Lease the first due command behind `place` that is free; its time, name and data."""
-        now, found = tx.now(), place
-        while (row := tx.row(tx.dialect.resolve(_DUE), due, now, *found)) is not None:
-            found = row[0], row[1], row[2]
-            if found[1:] not in seen:
-                tx.run(_LEASE, token, _after(now, lease, "lease_seconds"), *found[1:])
-                return found
-        return None
-
-    @_write
-    def _handled(self, tx: _Tx, token: str, name: str, data: str) -> int:
-        """Remove a command, or keep it for the time it was scheduled again for; 0 when its lease was lost."""
-        held = token, tx.now(), name, data
-        return tx.run(_AGAIN, *held) or tx.run(f"DELETE FROM scheduled_commands {_HELD}", *held)
-
-    @_write
-    def _give_back(self, tx: _Tx, token: str, due: int, *command: str) -> None:
-        """Free a command for the next caller; where name and data are not known, whatever the token holds."""
-        sql = tx.dialect.resolve(_GIVE_BACK_ONE if command else _GIVE_BACK_ALL)
-        tx.run(sql, token, tx.now(), due, *command)
-
+    # --- errors of steps ---
     @_write
     def persist_errors(self, tx: _Tx, errors: Sequence[ExecutionError]) -> None:
         """Keep errors of steps, all or none."""
-        for index, error in enumerate(_listed(errors, "errors")):
-            _add(tx, _ERROR, error, f"errors[{index}]")
+        for index, error in enumerate(_check_list(errors, "errors")):
+            _insert_record(tx, _ERROR, error, f"errors[{index}]")
 
     @_read
     def list_errors(
@@ -6137,21 +6181,23 @@ class _StoreBase(_Facet):
         return time
 
     def __repr__(self) -> str:
-        return f"<flowstore.{type(self).__name__} {self.target!r}{' (closed)' if self._engine.closed else ''}>"
+        closed = " (closed)" if self._engine.closed else ""
+        return f"<flowstore.{type(self).__name__} {self.target!r}{closed}>"
 
     @_steps
     def close(self) -> _Steps[None]:
-        """Close the store: calls under way finish, waiters and later calls get StoreClosed; again has no effect.
+        """Close the store: calls under way finish, waiters and later calls get StoreClosed.
 
-        Raises StorageError inside one's own transaction."""
+        A second close has no effect. Raises StorageError inside one's own transaction."""
         self._engine.forbid_inside("close()")
         yield self._engine.close()
 
     @_steps
     def backup(self, path: str | os.PathLike[str]) -> _Steps[None]:
-        """Copy the store to a new file while it is in use: consistent, and complete or not there at all.
+        """Copy the store to a new file while it is in use.
 
-        Raises StorageError for a path that exists, and inside one's own transaction."""
+        The copy is consistent, and it is complete or not there at all. Raises StorageError for a
+        path that exists, and inside one's own transaction."""
         self._engine.forbid_inside("backup()")
         yield self._engine.in_thread(self._engine.backup, _path(path, "path"))
 
@@ -6161,16 +6207,15 @@ class _StoreBase(_Facet):
 
         Raises StorageError inside one's own transaction."""
         self._engine.forbid_inside("check()")
-        problems: list[str] = yield self._engine.in_thread(
-            self._engine.on_new_connection, _problems
-        )
-        return problems
+        checked = self._engine.in_thread(self._engine.on_new_connection, _problems)
+        return list((yield checked))
 
     @_steps
     def compact(self) -> _Steps[None]:
-        """Give unused space back to the file system and empty the write-ahead log; writers go on between its steps.
+        """Give unused space back to the file system and empty the write-ahead log.
 
-        Raises StoreBusy, and StorageError inside one's own transaction."""
+        Writers go on between its steps. Raises StoreBusy, and StorageError inside one's own
+        transaction."""
         self._engine.forbid_inside("compact()")
         yield self._engine.in_thread(self._engine.compact)
 
@@ -6178,16 +6223,17 @@ class _StoreBase(_Facet):
     def prune(
         self, older_than: timedelta | datetime, *, dry_run: bool = False
     ) -> _Steps[dict[str, int]]:
-        """Drop what ended before a time, or longer ago than a span, with all that is its own; how many, by kind.
+        """Drop what ended before a time, or longer ago than a span; how many, by kind.
 
-        That is terminal executions and flows, completed and terminated workflows, processed events, terminated
-        subscriptions, errors, revoked and expired tokens; artifacts stay. What rows of the user's own tables refer to by
-        a foreign key stays whole, and a line of the log names the table. `dry_run` only counts. It works in small
-        transactions, so that writers are never held up (inside a transaction it is part of that), and may be killed
-        between them: the next prune goes on. An execution too large for one has no record and no tenant from the first
-        on, so that nobody goes on with what is left of it. Raises InvalidData."""
-        counts: dict[str, int] = yield self._prune(older_than, dry_run)
-        return counts
+        This drops terminal executions and flows, completed and terminated workflows, all with
+        everything that is their own, and processed events, terminated subscriptions, errors,
+        revoked and expired tokens. Artifacts stay. A thing to which rows of the user's own tables
+        refer by a foreign key stays whole, and a line of the log names the table. `dry_run` only
+        counts. The work is done in small transactions, so that writers are never held up (inside a
+        transaction it is part of that one). A prune that was killed between them is continued by
+        the next one. An execution too large for one transaction loses its record and its tenant
+        first, so that its remains are not used. Raises InvalidData."""
+        return dict((yield self._prune(older_than, dry_run)))
 
     @_steps
     def _prune(
@@ -6199,19 +6245,18 @@ class _StoreBase(_Facet):
         """As `prune`; `progress` is called after each transaction with the count dropped so far."""
         if issubclass(type(older_than), timedelta):
             age = max(timedelta(0), timedelta.__pos__(older_than)) // _MICROSECOND  # type: ignore[arg-type]
-            before = max(_FIRST_TIME, _time(self.now(), "clock()") - age)
+            before = max(_FIRST_TIME, _microseconds(self.now(), "clock()") - age)
         else:
-            before = _time(older_than, "older_than")
+            before = _microseconds(older_than, "older_than")
         if _bool(dry_run, "dry_run"):
             return dict((yield self._prunable(before)))
         counts: dict[str, int] = {}
+
+        def tell(dropped: int) -> None:
+            if progress is not None:
+                progress(sum(counts.values()) + dropped)
+
         for kind in _PRUNED:
-            before_kind = sum(counts.values())
-            tell = (
-                None
-                if progress is None
-                else lambda gone, others=before_kind: progress(others + gone)
-            )
             counts[kind] = yield from self._prune_kind(kind, before, progress=tell)
         return counts
 
@@ -6223,39 +6268,35 @@ class _StoreBase(_Facet):
             for source in rule.sources:
                 held = "NULL" if source.in_pieces else _holder_sql(keys, rule, source.table)
                 by = tx.dialect.resolve(f"{{by {source.by}}}")
-                sql = f"SELECT COUNT(*) FROM {source.table} {by} WHERE {source.ended} AND {held} IS NULL"
+                where = f"WHERE {source.ended} AND {held} IS NULL"
+                sql = f"SELECT COUNT(*) FROM {source.table} {by} {where}"
                 counts[kind] += tx.rows(sql, *[before] * source.ended.count("?"))[0][0]
         return counts
 
     @_snapshot
     def stats(self, tx: _Tx) -> dict[str, Any]:
         """How much is in the store, as JSON values: rows, runs by status, queues, bytes."""
-        queues: dict[str, dict[str, int]] = {}
-        items = "SELECT queue_type, status, COUNT(*) FROM flowstore_work_items GROUP BY queue_type, status"
-        for queue, status, count in tx.rows(items):
-            queues.setdefault(queue, {})[status] = count
-
-        def by_status(table: str, index: str) -> dict[str, int]:
-            sql = f"SELECT status, COUNT(*) FROM {table} {{by {index}}} GROUP BY status"
-            return dict(tx.rows(tx.dialect.resolve(sql)))
-
-        return {
-            "tables": {
-                name: tx.rows(f"SELECT COUNT(*) FROM {name}")[0][0] for name in sorted(_TABLE_NAMES)
-            },
-            "flows": by_status("flows", "flows_by_status"),
-            "executions": by_status("flowstore_runs", "flowstore_runs_by_status"),
-            "workflows": by_status("workflows", "workflows_by_age"),
-            "queues": queues,
-            **self._engine.sizes(tx),
+        tables = {
+            name: tx.rows(f"SELECT COUNT(*) FROM {name}")[0][0] for name in sorted(_TABLE_NAMES)
         }
+        stats: dict[str, Any] = {"tables": tables}
+        for kind in ("flows", "executions", "workflows"):
+            source = _PRUNED[kind].sources[0]  # its index begins with the status
+            sql = f"SELECT status, COUNT(*) FROM {source.table} {{by {source.by}}} GROUP BY status"
+            stats[kind] = dict(tx.rows(tx.dialect.resolve(sql)))
+        queues: dict[str, dict[str, int]] = {}
+        sql = """SELECT queue_type, status, COUNT(*) FROM flowstore_work_items
+            GROUP BY queue_type, status"""
+        for queue, status, count in tx.rows(sql):
+            queues.setdefault(queue, {})[status] = count
+        return {**stats, "queues": queues, **self._engine.sizes(tx)}
 
 
 class Store(_StoreBase):
     """A durable memory for workflows in one database: four facets, and what concerns all of it.
 
-    Any number of threads may share one, any number of processes may open the same file, and both sides of a fork may
-    go on using it. Close it, or use it as a context manager."""
+    Any number of threads may share one, any number of processes may open the same file, and both
+    sides of a fork may go on using it. Close it, or use it as a context manager."""
 
     def __init__(self, engine: _Engine) -> None:
         super().__init__(engine)
@@ -6275,89 +6316,86 @@ class Store(_StoreBase):
         self.close()
 
     def transaction(self) -> contextlib.AbstractContextManager[Transaction]:
-        """`with store.transaction() as tx:` all that this thread or task does in the block, or nothing of it.
+        """`with store.transaction() as tx:` all that this thread or task does in it, or nothing.
 
-        Facet calls join it, each as a savepoint, as is a nested one; `tx.execute` runs the user's own SQL. What leaves
-        the block as an exception undoes it. Raises StoreBusy, and StorageError when the database ended it."""
+        Facet calls join it, each as a savepoint; so does a nested block. `tx.execute` runs the
+        user's own SQL. An exception that leaves the block undoes it. Raises StoreBusy, and
+        StorageError when the database ended the transaction."""
         return _Block(self._engine)
 
 
+# Statements that find one row for each problem, and the message about it.
+_CHECKS = {
+    "PRAGMA foreign_key_check": "{}: row {} refers to a row of {} that is not there",
+    f"""SELECT execution_id FROM flowstore_log {{by {_LOG_KEY}}}
+    WHERE execution_id <> '' GROUP BY execution_id
+    HAVING COUNT(*) <> MAX(sequence) OR MIN(sequence) <> 1
+    ORDER BY execution_id""": "the log of execution {!r} has a gap",
+    f"""SELECT DISTINCT execution_id FROM flowstore_log l {{by {_LOG_KEY}}}
+    WHERE execution_id <> '' AND NOT EXISTS
+    (SELECT 1 FROM flowstore_executions e WHERE e.execution_id = l.execution_id)
+    ORDER BY execution_id""": "the log has events of execution {!r}, which is not known",
+}
+
+
 def _problems(tx: _Tx) -> list[str]:
-    """What is wrong with a database: SQLite's own findings, then ours."""
-    log = tx.dialect.resolve(f"{{by {_LOG_KEY}}}")
+    """What is wrong with a database."""
     try:
-        found = [row[0] for row in tx.rows("PRAGMA integrity_check") if row[0] != "ok"]
-        found += [
-            f"{table}: row {row} refers to a row of {parent} that is not there"
-            for table, row, parent, _ in tx.rows("PRAGMA foreign_key_check")
-        ]
-        found += [
-            f"the log of execution {execution!r} has a gap"
-            for (execution,) in tx.rows(
-                f"SELECT execution_id FROM flowstore_log {log} WHERE execution_id <> '' GROUP BY execution_id "
-                "HAVING COUNT(*) <> MAX(sequence) OR MIN(sequence) <> 1 ORDER BY execution_id"
-            )
-        ]
-        found += [
-            f"the log has events of execution {execution!r}, which is not known"
-            for (execution,) in tx.rows(
-                f"SELECT DISTINCT execution_id FROM flowstore_log l {log} WHERE execution_id <> '' AND NOT EXISTS "
-                "(SELECT 1 FROM flowstore_executions e WHERE e.execution_id = l.execution_id) ORDER BY execution_id"
-            )
-        ]
-        return found
+        problems = [text for (text,) in tx.rows("PRAGMA integrity_check") if text != "ok"]
+        for sql, message in _CHECKS.items():
+            problems += [message.format(*row) for row in tx.rows(tx.dialect.resolve(sql))]
     except (StoreBusy, StoreClosed):
         raise
     except StorageError as error:
         return [str(error)]
+    return problems
 
 
 def _path(path: object, argument: str) -> str:
-    """An absolute path: what is opened again later must not depend on the working directory."""
+    """An absolute path: it stays right when the working directory changes."""
     return os.path.abspath(_path_text(path, argument))
 
 
 def _path_text(path: object, argument: str) -> str:
     if hasattr(type(path), "__fspath__"):
-        path = _foreign(os.fspath, path, argument)
-    text = _text(_is(str, path, argument, "a path"), argument)
+        path = _read_foreign(os.fspath, path, argument)
+    text = _text(_check_type(str, path, argument, "a path"), argument)
     if not text:
         raise InvalidData(f"{argument}: the path is empty")
     return text
 
 
-_SERVERS: dict[
-    str, Callable[[str, SimpleNamespace], _Engine]
-] = {}  # by the scheme of its URLs, the engine of a server
+# The engine of each kind of server, by the scheme of its URLs.
+_SERVERS: dict[str, Callable[[str, SimpleNamespace], _Engine]] = {}
 
 
 def _parse_target(target: object) -> tuple[str, str | None]:
-    """What to call a target, and the absolute path of its file (None: in memory; "": on a server)."""
+    """The name of a target, and its file's absolute path (None: in memory; "": on a server)."""
+    name = text = _path_text(target, "target")
     if not issubclass(type(target), str):
-        name = _path_text(target, "target")
-        return name, os.path.abspath(name)
-    target = name = _text(target, "target")
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", target)
-    if scheme and scheme[1].lower() == "sqlite":
+        return text, os.path.abspath(text)
+    url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", text)
+    scheme = url[1].lower() if url else ""
+    if scheme in _SERVERS:
+        return text, ""
+    if scheme == "sqlite":
         import urllib.parse
 
-        name = target[7:].removeprefix("//")
+        name = text[7:].removeprefix("//")
         if "?" in name:
             raise InvalidData(
                 "target: a ?query is not understood here: pass options to open() by name"
             )
         name = urllib.parse.unquote(name, errors="surrogateescape")
-    elif scheme and scheme[1].lower() in _SERVERS:
-        return target, ""
-    elif scheme and scheme[2]:
+    elif url and url[2]:
         raise StorageError(
-            f"target: the scheme {scheme[1]!r} is not known: give a path, sqlite:///path or :memory:"
+            f"target: the scheme {url[1]!r} is not known: give a path, sqlite:///path or :memory:"
         )
-    return target, None if name == ":memory:" else _path(name, "target")
+    return text, None if name == ":memory:" else _path(name, "target")
 
 
 def _refuse_path(path: str, read_only: bool) -> None:
-    """StorageError, with what to do, for a path where there is no file to open, and none can be made."""
+    """StorageError, with what to do, for a path with no file to open, where none can be made."""
     _refuse_long(path, "-wal")
     folder = os.path.dirname(path)
     try:
@@ -6393,27 +6431,29 @@ def open(
 ) -> Store:
     """Open a store, creating it with all its tables where there is none.
 
-    `target`: a path, `"sqlite:///absolute"`, `"sqlite://relative"` or `":memory:"`. `synchronous`: FULL (what is
-    acknowledged survives power loss), NORMAL (a crash of the process) or OFF. `busy_timeout`: seconds to wait for other
-    processes and transactions. `lease_seconds`: how long a claim lasts. `backoff`: seconds before attempt n of an item
-    (default `min(2**n, 64)`). `clock`: where every "now" comes from. `read_only`: nothing in the database is changed.
+    `target`: a path, `"sqlite:///absolute"`, `"sqlite://relative"` or `":memory:"`.
+    `synchronous`: FULL (acknowledged writes survive power loss), NORMAL (they survive a crash of
+    the process) or OFF. `busy_timeout`: seconds to wait for other processes and transactions.
+    `lease_seconds`: how long a claim lasts. `backoff`: seconds before attempt n of an item (default
+    `min(2**n, 64)`). `clock`: the source of every "now". `read_only`: nothing in the database is
+    changed.
 
-    Raises InvalidData for an option out of range, StorageError and SchemaError for what cannot be opened, which is left
-    as it was."""
+    Raises InvalidData for an option out of range, StorageError and SchemaError for a target that
+    cannot be opened, which is left as it was."""
     mode = _text(synchronous, "synchronous").upper()
     if mode not in ("FULL", "NORMAL", "OFF"):
         raise InvalidData(f"synchronous: FULL, NORMAL or OFF is needed, not {synchronous!r}")
-    _optional(_function, backoff, "backoff")
-    _optional(_function, clock, "clock")
+    _none_or(_check_callable, backoff, "backoff")
+    _none_or(_check_callable, clock, "clock")
     options = SimpleNamespace(
         synchronous=mode,
         busy_timeout=min(_seconds(busy_timeout, "busy_timeout"), threading.TIMEOUT_MAX / 2),
         lease_seconds=_seconds(lease_seconds, "lease_seconds"),
         backoff=backoff,
         clock=clock,
-        read_only=_is(bool, read_only, "read_only", "True or False"),
+        read_only=_check_type(bool, read_only, "read_only", "True or False"),
     )
-    _after(0, options.lease_seconds, "lease_seconds")
+    _time_after(0, options.lease_seconds, "lease_seconds")
     if sqlite3.sqlite_version_info < (3, 35):
         raise StorageError(
             f"SQLite 3.35 or newer is needed, this Python has {sqlite3.sqlite_version}"
@@ -6427,21 +6467,24 @@ def open(
     try:
         return Store(_Engine(name, path, options))
     except StorageError as error:
-        if path is not None and isinstance(error.__cause__, sqlite3.Error):
-            raise _explain(error.__cause__, path, read_only) from error.__cause__
-        raise
+        cause = error.__cause__
+        if path is None or not isinstance(cause, sqlite3.Error):
+            raise
+        raise _explain(cause, path, read_only) from cause
 
 
 # ==================================================================================================
-# Event loop: the same store for the tasks of one loop, awaited; whoever never awaits can skip this chapter
+# Event loop: the same store for the tasks of one loop, awaited; a program without await can skip it
 # ==================================================================================================
 
 
 class _AsyncEngine:
-    """An engine whose calls are awaited: the writes of all tasks go to one worker thread, all that there are at once.
+    """An engine whose calls are awaited.
 
-    While a batch is being committed the next one gathers. `turn` is held by the batch under way or by the task whose
-    transaction is open: a batch sent during a transaction would block the worker, which runs its statements."""
+    One thread, the worker, writes for all tasks. It gets their writes in batches: while one batch
+    is being committed, the next one gathers. The batch under way holds `turn`, or else the task
+    whose transaction is open: a batch sent during a transaction would block the worker, which runs
+    the statements of the transaction, too."""
 
     def __init__(self, engine: _Engine) -> None:
         import asyncio
@@ -6450,211 +6493,186 @@ class _AsyncEngine:
         self.engine = engine
         self.loop = asyncio.get_running_loop()
         self.turn = asyncio.Semaphore(engine.max_writers)
-        self._running_loop = asyncio.get_running_loop
-        self._waiting: list[_Call] = []
-        self._patient: set[asyncio.Timeout] = set()
-        self._batching = False
+        self._waiting: list[_Call] = []  # for the next batch
+        self._sender: asyncio.Task[None] | None = None
+        self._is_committing = False  # a batch
         self._listening: asyncio.Future[None] | None = None
         self._closing: asyncio.Future[None] | None = None
-        self._sender: asyncio.Task[None] | None = None
-        # On a server each block has a thread, and another for its end behind a statement that was given up.
-        self._worker = ThreadPoolExecutor(
-            1 if engine.max_writers == 1 else 2 * engine.max_writers, "flowstore-writer"
-        )
+        # On a server, writes run side by side. A block has a thread, and another one for its end,
+        # which may have to wait for a cancelled statement. Other writes have threads of their own.
+        threads = 1 if engine.max_writers == 1 else 2 * engine.max_writers
+        self.worker = ThreadPoolExecutor(threads, "flowstore-writer")
+        self._writers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-beside")
         self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
-        self._writers = ThreadPoolExecutor(
-            _IDLE_READERS, "flowstore-beside"
-        )  # on a server: writes of no block
-        self._others = ThreadPoolExecutor(32, "flowstore-aside")  # for what takes long
+        self._others = ThreadPoolExecutor(32, "flowstore-aside")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
     def refuse_foreign(self) -> None:
         """StorageError in another loop, StoreClosed after close()."""
-        if self._running_loop() is not self.loop:
+        import asyncio
+
+        if asyncio.get_running_loop() is not self.loop:
             raise StorageError(
                 "the store belongs to the event loop that opened it: open another one in this loop"
             )
         self.engine.refuse_closed()
 
-    def in_worker(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
-        """Run in the one thread that writes."""
+    def in_thread(
+        self, function: Callable[..., R], *args: Any, pool: Any = None
+    ) -> asyncio.Future[R]:
+        """Run something that blocks in a thread: of a pool, or of those for what takes long."""
         self.refuse_foreign()
-        return self.loop.run_in_executor(self._worker, function, *args)
+        return self.loop.run_in_executor(pool or self._others, function, *args)
 
-    def in_thread(self, function: Callable[..., R], *args: Any) -> asyncio.Future[R]:
-        """Run what takes long in a thread that nothing else waits for."""
-        self.refuse_foreign()
-        return self.loop.run_in_executor(self._others, function, *args)
-
+    # --- calls ---
     async def run(
         self, operation: _Method[Any, Any, Any], facet: Any, /, *args: Any, **kwargs: Any
     ) -> Any:
         """Run an operation: in the task's open transaction, or in one of its own."""
         call = _Call(operation=operation, facet=facet, args=args, kwargs=kwargs)
-        while _blocks.get() and (block := self.engine.block()) is not None:
+        engine = self.engine
+        while _blocks.get() and (block := engine.block()) is not None:
             with contextlib.suppress(_TransactionEnded):
                 return await self.in_block(block, block.run, call)
         self.refuse_foreign()
         if operation.writes:
-            self.engine.refuse_read_only()
-        if self.engine.in_memory or (operation.writes and self.engine.max_writers == 1):
+            engine.refuse_read_only()
+        if engine.in_memory or (operation.writes and engine.max_writers == 1):
             return await self.send(call)
         pool = self._writers if operation.writes else self._readers
-        return await self.loop.run_in_executor(pool, self.engine.read, call)
+        return await self.in_thread(engine.read, call, pool=pool)
 
     async def in_block(self, block: _Block, function: Callable[..., R], *args: Any) -> R:
         """Run a statement of a block, while no other task has a transaction nested in it."""
-        await self.wait_for_nesting(block)
+        await self.wait_for_nested(block)
         try:
-            return await self.in_worker(function, *args)
+            return await self.in_thread(function, *args, pool=self.worker)
         finally:
             block.turn.release()
-
-    async def wait_for_nesting(self, block: _Block) -> None:
-        """Wait until no task has a transaction nested in a block, or a statement on its way; StorageError when late."""
-
-        try:
-            async with self._timeout(self.engine.options.busy_timeout):
-                await block.turn.acquire()
-        except TimeoutError:
-            raise StorageError(
-                "another task has a transaction nested in this one: let it end first"
-            ) from None
-
-    def send(self, call: _Call) -> asyncio.Future[Any]:
-        """Have an operation run in a batch, behind those that were sent before."""
-        call.deadline = _monotonic() + self.engine.options.busy_timeout
-        future = call.future = self.loop.create_future()
-        self._waiting.append(call)
-        if self._sender is None:
-            self._send()
-        return future
-
-    def _send(self, ended: object = None) -> None:
-        """Have a task send what waits, and another after it: asyncio.run() cancels every task at its end, while those
-        that clean up still write."""
-        self._waiting = [call for call in self._waiting if not call.future.done()]  # not cancelled
-        self._sender = self.loop.create_task(self._send_all()) if self._waiting else None
-        if self._sender is not None:
-            self._sender.add_done_callback(self._send)
-
-    async def _send_all(self) -> None:
-        import asyncio
-
-        while self._waiting:
-            try:
-                await self.take_turn(self._waiting[0].deadline)
-            except StorageError as error:  # the time of some of them is up, or the store was closed
-                now = math.inf if self.engine.closed else _monotonic()
-                late, self._waiting = (
-                    self._waiting,
-                    [call for call in self._waiting if call.deadline > now],
-                )
-                self._answer([call for call in late if call.deadline <= now], error)
-                continue
-            try:
-                batch = [call for call in self._waiting[:_GROUP_MOST] if not call.future.done()]
-                del self._waiting[:_GROUP_MOST]
-                if batch:
-                    sent = self.in_worker(self.engine.writer.run_batch, batch)
-                    # By a callback: this task may be cancelled meanwhile, and they get their answer all the same.
-                    sent.add_done_callback(functools.partial(self._answer_all, batch))
-                    self._batching = True
-                    await asyncio.wait([sent])
-            except StorageError as error:  # the store was closed
-                self._answer(batch, error)
-            finally:
-                self._batching = False
-                self.turn.release()
-
-    def _answer_all(self, calls: list[_Call], sent: asyncio.Future[None]) -> None:
-        error = sent.exception()
-        self._answer(calls, error if isinstance(error, Exception) else None)
-
-    @staticmethod
-    def _answer(calls: list[_Call], failure: Exception | None = None) -> None:
-        for call in calls:
-            if not call.future.done():
-                if error := call.error or (failure and _copy_error(failure)):
-                    call.future.set_exception(error)
-                else:
-                    call.future.set_result(call.result)
-
-    @contextlib.asynccontextmanager
-    async def _timeout(self, seconds: float) -> AsyncIterator[asyncio.Timeout]:
-        """`asyncio.timeout`; where a test has frozen the time that the loop goes by, a thread waits for it."""
-        import asyncio
-
-        ended = threading.Event()
-        frozen = not inspect.isbuiltin(time.monotonic)
-        async with asyncio.timeout(None if frozen else seconds) as timeout:
-
-            def expire() -> None:
-                if not ended.is_set():
-                    timeout.reschedule(0.0)
-
-            def wait() -> None:
-                if not ended.wait(seconds):
-                    self.loop.call_soon_threadsafe(expire)
-
-            if frozen:
-                self.loop.run_in_executor(self._others, wait)
-            try:
-                yield timeout
-            finally:
-                ended.set()
-
-    async def take_turn(self, deadline: float) -> None:
-        """Wait until no batch and no other task's transaction is under way; StoreBusy at the deadline."""
-
-        while True:
-            try:
-                async with self._timeout(max(0.0, deadline - _monotonic())) as patience:
-                    self._patient.add(patience)
-                    try:
-                        await self.turn.acquire()
-                        return
-                    finally:
-                        self._patient.discard(patience)
-            except TimeoutError:
-                if self.engine.closed or not self._batching:
-                    self.engine.pause(0.0)  # raises StoreBusy
-                deadline = _monotonic() + 0.01  # a commit under way: nobody is holding the store
 
     async def run_steps(
         self, method: _Method[Any, Any, R], facet: Any, /, *args: Any, **kwargs: Any
     ) -> R:
         """Walk through the steps of a method, awaiting those that can be awaited."""
         steps = method.function(facet, *args, **kwargs)
-        outcome, take = None, steps.send
+        outcome = None
+        resume: Any = steps.send
         while True:
             try:
-                step = take(outcome)
+                step = resume(outcome)
             except StopIteration as end:
-                result: R = end.value
-                return result
+                return cast("R", end.value)
             try:
-                outcome, take = await step if inspect.isawaitable(step) else step, steps.send
+                outcome = await step if inspect.isawaitable(step) else step
+                resume = steps.send
             except BaseException as error:
-                outcome, take = error, steps.throw
+                outcome = error
+                resume = steps.throw
 
     async def wait(self, seen: int, seconds: float) -> None:
-        """Wait for a commit after the first `seen` ones, or for the time to look what other processes did."""
+        """Wait for a commit after the first `seen` ones, or for the time of the next look.
+
+        One thread waits for all tasks."""
         import asyncio
 
-        news = asyncio.Event()
-        if self.engine.listens and (self._listening is None or self._listening.done()):
-            self._listening = self.in_thread(self.engine.wait, seen, seconds)  # for all of them
-        with (
-            self.engine.listen(lambda: self.loop.call_soon_threadsafe(news.set)),
-            contextlib.suppress(TimeoutError),
-        ):
-            if self.engine.commits == seen:
-                interval = self.engine.listeners.poll_interval(seconds, self.engine.poll_seconds)
-                async with self._timeout(interval):
-                    await news.wait()
+        if self.engine.commits == seen:
+            if self._listening is None or self._listening.done():
+                self._listening = self.in_thread(self.engine.wait, seen, seconds)
+                self._listening.add_done_callback(asyncio.Future.exception)
+            await asyncio.wait([self._listening], timeout=seconds)
+
+    # --- batches ---
+    def send(self, call: _Call) -> asyncio.Future[Any]:
+        """Have an operation run in a batch, behind those that were sent before."""
+        call.deadline = _monotonic() + self.engine.options.busy_timeout
+        future = call.future = self.loop.create_future()
+        self._waiting.append(call)
+        if self._sender is None:
+            self._start_sender()
+        return future
+
+    def _start_sender(self, ended: object = None) -> None:
+        """Start a task that sends the next batch, and another one after it while calls wait.
+
+        At its end asyncio.run() cancels every task, this one too, but tasks that clean up may still
+        write. So another one follows a cancelled one."""
+        self._waiting = [call for call in self._waiting if not call.future.done()]
+        self._sender = None
+        if self._waiting:
+            self._sender = self.loop.create_task(self._send_batch())
+            self._sender.add_done_callback(self._start_sender)
+
+    async def _send_batch(self) -> None:
+        """Wait for the turn, then send the calls that wait. `_answer` gives the turn back."""
+        first = self._waiting[0]
+        try:
+            await self.take_turn(first.deadline)
+            batch = [call for call in self._waiting[:_GROUP_MOST] if not call.future.done()]
+            if not batch:  # all were cancelled
+                self.turn.release()
+                return
+            sent = self.in_thread(self.engine.writer.run_batch, batch, pool=self.worker)
+        except StorageError as error:  # the first call is late, or the store is closed
+            if not first.future.done():
+                first.future.set_exception(error)
+            return
+        del self._waiting[:_GROUP_MOST]
+        self._is_committing = True
+        sent.add_done_callback(functools.partial(self._answer, batch))
+
+    def _answer(self, batch: list[_Call], sent: asyncio.Future[None]) -> None:
+        self._is_committing = False
+        self.turn.release()
+        failure: Any = sent.exception()
+        for call in batch:
+            error = call.error or (failure and _copy_error(failure))
+            if call.future.done():  # cancelled
+                continue
+            if error:
+                call.future.set_exception(error)
+            else:
+                call.future.set_result(call.result)
+
+    # --- turns ---
+    async def take_turn(self, deadline: float) -> None:
+        """Wait for the end of other tasks' batch or transaction; StoreBusy at the deadline."""
+        while not await self._acquire(self.turn, deadline):
+            if self.turn.locked() and not self._is_committing:
+                raise self.engine.busy_error()
+            deadline = _monotonic() + 0.01  # a commit does not hold the store
+
+    async def wait_for_nested(self, block: _Block) -> None:
+        """Wait until no other task has a transaction nested in a block, or a statement on its way.
+
+        The caller releases the block's turn. StorageError after `busy_timeout`."""
+        if not await self._acquire(block.turn, _monotonic() + self.engine.options.busy_timeout):
+            raise StorageError(
+                "another task has a transaction nested in this one: let it end first"
+            )
+
+    async def _acquire(self, turn: Any, deadline: float) -> bool:
+        """Acquire a turn; False at the deadline. StoreClosed when the store is closed."""
+        import asyncio
+
+        # Where a test has frozen time, the loop's clock stands still, but threads sleep.
+        is_frozen = not inspect.isbuiltin(time.monotonic)
+        while True:
+            self.refuse_foreign()
+            left = max(0.0, deadline - _monotonic())
+            try:
+                async with asyncio.timeout(0.0 if is_frozen else left):
+                    await turn.acquire()
+            except TimeoutError:
+                if not (is_frozen and left):
+                    return False
+                await self.in_thread(time.sleep, 0.01)
+                continue
+            if self.engine.closed:  # close() released the turn: wake the next one, too
+                turn.release()
+            self.engine.refuse_closed()
+            return True
 
     async def close(self) -> None:
         """Close every connection; calls under way finish, those that wait get StoreClosed."""
@@ -6662,14 +6680,13 @@ class _AsyncEngine:
 
         if self._closing is None:
             self._closing = self.in_thread(self.engine.close)
-            self._closing.add_done_callback(self._closed)
+            self._closing.add_done_callback(self._end_waiting)
         await asyncio.shield(self._closing)
 
-    def _closed(self, closing: object) -> None:
-        for pool in (self._worker, self._readers, self._writers, self._others):
+    def _end_waiting(self, closing: object) -> None:
+        for pool in (self.worker, self._readers, self._writers, self._others):
             pool.shutdown(wait=False)
-        for patience in self._patient:  # who waits for the turn learns of it now
-            patience.reschedule(0.0)
+        self.turn.release()
 
 
 class AsyncTransaction:
@@ -6682,7 +6699,7 @@ class AsyncTransaction:
     async def execute(
         self, sql: str, parameters: Sequence[Any] | Mapping[str, Any] = ()
     ) -> list[tuple[Any, ...]]:
-        """Run one statement of the user's own and return its rows; errors as `Transaction.execute` has them."""
+        """Run one statement of the user's own and return its rows; errors as in `Transaction`."""
         block = self._transaction._innermost()
         return await self._engine.in_block(block, block.execute, sql, parameters)
 
@@ -6697,83 +6714,78 @@ class AsyncTransaction:
 
 
 class _AsyncBlock:
-    """`async with store.transaction()`: everything that the task and those started inside it do in it, or nothing."""
+    """`async with store.transaction()`: all that its task does in it is stored, or nothing."""
 
     def __init__(self, engine: _AsyncEngine) -> None:
         self._engine = engine
         self._block = _Block(engine.engine)
-        self._turn: Any = None  # what is held, for others to wait for
-        self._begun: asyncio.Future[None] | None = None
+        self._turn = contextlib.ExitStack()  # releases what the block holds: the engine's turn,
+        # or that of the block in which it is nested
 
     async def __aenter__(self) -> AsyncTransaction:
         import asyncio
 
-        engine, block = self._engine, self._block
-        engine.refuse_foreign()
+        engine = self._engine
+        block = self._block
         block.bind(0, asyncio.current_task())
         block.turn = asyncio.Lock()
         while True:
-            deadline = _monotonic() + engine.engine.options.busy_timeout
+            deadline = _monotonic() + engine.options.busy_timeout
             if block.parent is not None:
-                await engine.wait_for_nesting(block.parent)
-                self._turn = block.parent.turn
+                await engine.wait_for_nested(block.parent)
+                self._turn.callback(block.parent.turn.release)
             elif engine.blocks_lead() or engine.max_writers > 1:
                 await engine.take_turn(deadline)
-                self._turn = engine.turn
+                self._turn.callback(engine.turn.release)
+            begun = engine.in_thread(block.begin, deadline, pool=engine.worker)
+            begun.add_done_callback(asyncio.Future.exception)  # else asyncio may report it
             try:
-                self._begun = engine.in_worker(block.begin, deadline)
-                await asyncio.shield(self._begun)
+                await asyncio.shield(begun)
                 return AsyncTransaction(engine, block.activate())
-            except _TransactionEnded:  # what it was to be nested in: it is one of its own
-                self._end_turn()
-                block.parent = engine.engine.block()
+            except _TransactionEnded:  # the outer block has ended: this one begins by itself
+                self._turn.close()
+                block.parent = engine.block()
             except BaseException:
-                if self._engine.max_writers == 1 or self._begun is None:
-                    self._undo()
-                else:  # behind it, in whatever thread that goes on
-                    self._begun.add_done_callback(self._undo)
+                # The task may be cancelled while a thread still begins the block. The rollback
+                # comes behind that, and before any later call.
+                if engine.max_writers == 1:
+                    self._roll_back()
+                else:
+                    begun.add_done_callback(self._roll_back)
                 raise
 
-    def _undo(self, begun: asyncio.Future[None] | None = None) -> None:
-        """Perhaps cancelled, while the worker goes on: what it begins is given back, before any later call."""
-        if begun is not None and not begun.cancelled():
-            begun.exception()  # looked at, so that nobody complains of it
-        try:
-            self._engine.in_worker(self._block.finish, False).add_done_callback(self._end_turn)
-        except StorageError:  # closed
-            self._end_turn()
+    def _finish(self, commit: bool) -> asyncio.Future[None]:
+        """End the block in the worker, then its turn, even where the task is cancelled."""
+        ended = self._engine.in_thread(self._block.finish, commit, pool=self._engine.worker)
+        ended.add_done_callback(self._end_turn)
+        return ended
 
-    def _end_turn(self, ended: asyncio.Future[None] | None = None) -> None:
-        if ended is not None and not ended.cancelled():
-            ended.exception()  # looked at, so that nobody complains of it
-        if self._turn is not None:
-            self._turn.release()
-            self._turn = None
+    def _end_turn(self, ended: asyncio.Future[None]) -> None:
+        ended.exception()  # else asyncio may report it
+        self._turn.close()
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
-    ) -> None:
+    def _roll_back(self, begun: object = None) -> None:
+        with contextlib.suppress(StorageError):  # the store is closed
+            self._finish(False)
+
+    async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         import asyncio
 
-        taken, ended = False, None
+        block = self._block
+        may_end = False
         try:
-            with contextlib.suppress(StorageError):  # then its end says so
-                await self._engine.wait_for_nesting(self._block)  # behind what was given up in it
-                taken = True
-            ended = self._engine.in_worker(self._block.finish, kind is None)
-            ended.add_done_callback(self._end_turn)
-            await asyncio.shield(ended)
+            await self._engine.wait_for_nested(block)
+            may_end = True
+            await asyncio.shield(self._finish(kind is None))
         except StorageError:
             if kind is None:
-                raise  # else the block's own error says more
+                raise  # else what the block raised says more
         finally:
-            if ended is None:
-                self._undo()
-            if taken:
-                self._block.turn.release()
-            self._block.deactivate()
-            if self._engine.closed:
-                self._end_turn()
+            if may_end:
+                block.turn.release()
+            else:  # the task was cancelled, or another one goes on in the block
+                self._roll_back()
+            block.deactivate()
 
 
 # --- the same facets, awaited ---
@@ -6785,42 +6797,28 @@ class AsyncFlowStore(_AsyncFacet, FlowStore):
     """`FlowStore`, awaited."""
 
 
+def _as_async_generator(
+    method: Callable[Concatenate[F, P], Iterator[R]],
+) -> Callable[Concatenate[F, P], AsyncIterator[R]]:
+    """The same method as an async facet has it: its generator is for `async for`."""
+    return method  # type: ignore[return-value]
+
+
 class AsyncEventStore(_AsyncFacet, EventStore):
     """`EventStore`, awaited; its generators are for `async for`."""
 
-    def iter_events(  # type: ignore[override]
-        self,
-        execution_id: AnyId,
-        after_seq: int = 0,
-        *,
-        chunk: int = 1000,
-    ) -> AsyncIterator[StoredEvent]:
-        """`EventStore.iter_events` for `async for`."""
-        return super().iter_events(execution_id, after_seq, chunk=chunk)  # type: ignore[return-value]
+    iter_events = _as_async_generator(EventStore.iter_events)  # type: ignore[assignment]
+    tail = _as_async_generator(EventStore.tail)  # type: ignore[assignment]
 
-    def tail(  # type: ignore[override]
-        self,
-        after_position: int | None = None,
-        *,
-        timeout: float | None = None,
-        tenant_id: AnyId | None = None,
-        execution_id: AnyId | None = None,
-    ) -> AsyncIterator[StoredEvent]:
-        """`EventStore.tail` for `async for`."""
-        return super().tail(  # type: ignore[return-value]
-            after_position, timeout=timeout, tenant_id=tenant_id, execution_id=execution_id
-        )
+    def _tail_start(self, after: int | None, execution_id: str | None) -> Any:
+        # The place is that of the call, not of the first event that is awaited. In memory, it is
+        # behind the writes that were sent before.
+        operation = EventStore.__dict__["_tail_start"]
+        call = _Call(operation=operation, facet=self, args=(after, execution_id))
+        self._engine.refuse_foreign()
+        return (self._engine.send if self._engine.in_memory else self._engine.read)(call)
 
-    def _tail_place(self, after: int | None, execution_id: str | None) -> Any:
-        # It begins now, not when the loop comes to it: in memory, behind the writes that were sent before.
-        operation = EventStore.__dict__["_tail_place"]
-        if self._engine.in_memory:
-            return self._engine.send(
-                _Call(operation=operation, facet=self, args=(after, execution_id))
-            )
-        return self._engine.engine.run(operation, self, after, execution_id)
-
-    async def _generate(self, place: Any, behind: Callable[[_Place], Any]) -> Any:
+    async def _generate(self, place: Any, behind: Callable[[_LogCursor], Any]) -> Any:
         place = await place if inspect.isawaitable(place) else place
         while events := await behind(place):
             for event in events:
@@ -6839,7 +6837,9 @@ class AsyncStateBackend(_AsyncFacet, StateBackend):
 
 
 class AsyncHold(_LeaseKeeper):
-    """`async with state.hold(item)`: a lease that is renewed while the block runs; `lost` tells when it was lost."""
+    """`async with state.hold(item)`: a lease that is renewed while the block runs.
+
+    `lost` tells when it was lost."""
 
     async def __aenter__(self) -> AsyncHold:
         import asyncio
@@ -6856,20 +6856,19 @@ class AsyncHold(_LeaseKeeper):
         while True:
             await asyncio.sleep(self._interval)
             if not (
-                self._state._engine.has_block(self._owner) or await self._state._renew_held(self)
+                self._state._engine.has_block(self._owner)
+                or await self._state._renew_lease_of(self)
             ):
                 return
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
-    ) -> None:
+    async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         import asyncio
 
         if self._task is not None:
             goes_on = self._task.cancel()
             await asyncio.wait([self._task])
             if goes_on:
-                await self._state._renew_held(self)
+                await self._state._renew_lease_of(self)
         self._end(kind)
 
 
@@ -6889,18 +6888,19 @@ class AsyncStore(_AsyncFacet, _StoreBase):
         self.state = AsyncStateBackend(engine)
         """Executions, the work queue, tenants and what belongs to them: `StateBackend`, awaited."""
         self.workflows = AsyncPersistenceProvider(engine)
-        """Workflow instances, events, subscriptions, commands and errors: `PersistenceProvider`, awaited."""
+        """Workflow instances, events, subscriptions, commands: `PersistenceProvider`, awaited."""
 
     async def __aenter__(self) -> AsyncStore:
         return self
 
-    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
     def transaction(self) -> contextlib.AbstractAsyncContextManager[AsyncTransaction]:
-        """`async with store.transaction() as tx:` all that this task and those started in it do in it, or nothing.
+        """`async with store.transaction() as tx:` all that is done in it is stored, or nothing.
 
-        Other tasks' writes wait for its end, their reads go on; otherwise as `Store.transaction`."""
+        That is what this task does, and the tasks that it starts in it. Writes of other tasks wait
+        for its end, their reads go on. Otherwise it is as `Store.transaction`."""
         return _AsyncBlock(self._engine)
 
 
@@ -6920,7 +6920,7 @@ class AsyncOpening:
         self._store = AsyncStore(_AsyncEngine(store._engine))
         return self._store
 
-    async def __aexit__(self, kind: object, error: object, traceback: object) -> None:
+    async def __aexit__(self, *exception: object) -> None:
         await self._store.close()
 
 
@@ -6936,8 +6936,8 @@ def open_async(
 ) -> AsyncOpening:
     """Open a store for the tasks of the running event loop, in which every call is awaited.
 
-    `async with open_async(...) as store:` closes it at the end; `store = await open_async(...)` leaves that to
-    `await store.close()`. Arguments and errors are those of `open`."""
+    `async with open_async(...) as store:` closes it at the end; `store = await open_async(...)`
+    leaves that to `await store.close()`. Arguments and errors are those of `open`."""
     return AsyncOpening(
         functools.partial(
             open,
@@ -6976,26 +6976,16 @@ class View(dict[str, Any]):
     A detail has `steps`; each of the `parts` of a step is of a class (`what`) and lasts `from` one
     time `to` another."""
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return _render_text(self)
-
-    __repr__ = __str__
 
 
 # --- the model: what can be viewed ---
-class _DetailTable(NamedTuple):
-    """A table in a detail; `where` is SQL that takes the id of what the detail is about."""
-
-    mapper: _Mapper[Any]
-    by: str
-    where: str
-    order: str
-
-
 class _Kind(NamedTuple):
-    """A kind of record that overviews count and list; details of it have `tables`.
+    """A kind of record that overviews count and list.
 
-    `changed_at` is SQL of the time by which the index `by` sorts the records of one status."""
+    `changed_at` is SQL of the time by which the index `by` sorts the records of one status. The
+    `tables` of a detail have rows of one mapper, which SQL finds by the id, the newest first."""
 
     name: str
     facet: type[_Facet]
@@ -7003,11 +6993,16 @@ class _Kind(NamedTuple):
     statuses: type[StrEnum]
     changed_at: str
     by: str
-    tables: dict[str, _DetailTable]
+    tables: dict[str, tuple[_Mapper[Any], str]]
 
-    def index_of(self, status: str) -> str:
-        """The index of the records of a status."""
-        return _BY_STATUS.get(status, self.by) if self.mapper is _DEAD else self.by
+    def source(self, status: str) -> str:
+        """SQL of the records of a status, sorted by an index."""
+        index = self.by
+        column = "status"
+        if self.mapper is _DEAD:
+            index = _STATUS_INDEX.get(status, index)
+            column = "{status}"
+        return f"{self.mapper.table} {{by {index}}} WHERE {column} = '{status}' {{tenant}}"
 
 
 _EXECUTIONS = _Kind(
@@ -7018,9 +7013,15 @@ _EXECUTIONS = _Kind(
     "updated_at",
     "flowstore_runs_by_status|flowstore_runs_by_tenant_status",
     {
-        "events": _DetailTable(_STORED, _LOG_KEY, "execution_id = ?", "sequence DESC"),
-        "work items": _DetailTable(
-            _DEAD, "flowstore_items_by_execution", "execution_id = ?", "available_at DESC, id DESC"
+        "events": (
+            _STORED,
+            f"""flowstore_log {{by {_LOG_KEY}}} WHERE execution_id = ? {{tenant}}
+            ORDER BY sequence DESC""",
+        ),
+        "work items": (
+            _DEAD,
+            """flowstore_work_items {by flowstore_items_by_execution}
+            WHERE execution_id = ? {tenant} ORDER BY available_at DESC, id DESC""",
         ),
     },
 )
@@ -7032,9 +7033,14 @@ _FLOWS = _Kind(
     "updated_at",
     "flows_by_status",
     {
-        "events": _DetailTable(_FLOW_EVENT, "flow_events_by_flow", "flow_id = ?", "id DESC"),
-        "steps": _DetailTable(
-            _STEP, "flow_steps_by_flow", "flow_id = ?", "created_at DESC, id DESC"
+        "events": (
+            _FLOW_EVENT,
+            "flow_events {by flow_events_by_flow} WHERE flow_id = ? ORDER BY id DESC",
+        ),
+        "steps": (
+            _STEP,
+            """flow_steps {by flow_steps_by_flow} WHERE flow_id = ?
+            ORDER BY created_at DESC, id DESC""",
         ),
     },
 )
@@ -7046,17 +7052,20 @@ _WORKFLOWS = _Kind(
     "COALESCE(complete_time, create_time)",
     "workflows_by_age",
     {
-        "pointers": _DetailTable(
-            _POINTER, "execution_pointers_in_order", "workflow_id = ?", "place DESC, id DESC"
+        "pointers": (
+            _POINTER,
+            """execution_pointers {by execution_pointers_in_order} WHERE workflow_id = ?
+            ORDER BY place DESC, id DESC""",
         ),
-        "subscriptions": _DetailTable(
+        "subscriptions": (
             _SUBSCRIPTION,
-            "event_subscriptions_by_workflow",
-            "workflow_id = ? AND terminated_at IS NULL",
-            "workflow_id",
+            """event_subscriptions {by event_subscriptions_by_workflow}
+            WHERE workflow_id = ? AND terminated_at IS NULL ORDER BY workflow_id""",
         ),
-        "errors": _DetailTable(
-            _ERROR, "execution_errors_by_workflow", "workflow_id = ?", "id DESC"
+        "errors": (
+            _ERROR,
+            """execution_errors {by execution_errors_by_workflow} WHERE workflow_id = ?
+            ORDER BY id DESC""",
         ),
     },
 )
@@ -7070,34 +7079,36 @@ _WORK_ITEMS = _Kind(
     {},
 )
 _KINDS = (_EXECUTIONS, _FLOWS, _WORKFLOWS, _WORK_ITEMS)
-_STATUSES = dict.fromkeys(str(status) for kind in _KINDS for status in kind.statuses)
+_STATUSES = {status for kind in _KINDS for status in kind.statuses}
 
 
 # --- the model: what is read from the store ---
-_LONG_CODECS = (_text, _ref, _json, _texts, _object)  # of columns with texts of any length
+_LONG_CODECS = (_text, _ref, _json, _texts, _json_object)  # of columns with texts of any length
+_CUT = f"""CASE WHEN LENGTH(column) <= {_TEXT_BOUND} THEN column
+    ELSE SUBSTR(column, 1, {_TEXT_BOUND}) || '... (cut)' END"""
 _LAST_EVENTS = _Sql(f"""SELECT execution_id, timestamp, position FROM {_LOG_IN_ORDER}
     WHERE execution_id <> '' {{tenant}} ORDER BY position DESC LIMIT 1000""")
 
 
 def _first_value(row: _Row, *names: str) -> Any:
-    """The value of the first of these fields that has one."""
-    return next((row[name] for name in names if row.get(name)), None)
+    """The value of the first of these fields that has one, or ""."""
+    return next((row[name] for name in names if row.get(name) not in (None, "")), "")
 
 
 def _log_facts(log: list[tuple[Any, ...]]) -> _Row:
-    """The last position in the log and the rate of its last events."""
+    """The last position in the log, and how fast the last events came."""
     if not log:
         return {}
     _, end, position = log[0]
-    seconds = (end - log[-1][1]) / 1e6
-    rate = f"{(len(log) - 1) / seconds:,.1f} events/s" if seconds > 0 else "at one time"
-    throughput = f"{rate}, the last {_plural(len(log), 'events')}"
-    return {"last_position": position, "throughput": throughput}
+    seconds = _format_value((end - log[-1][1]) / 1e6, "_seconds")
+    return {"last_position": position, "throughput": f"{_plural(len(log), 'events')} in {seconds}"}
 
 
 @dataclass
 class _ViewReader:
-    """Reads what the views of one facet show; a tenant's facet has the tenant's rows alone."""
+    """Reads what the views of one facet show; a tenant's facet has the tenant's rows alone.
+
+    A `source` is SQL: a table, its index and a condition, with a {tenant} as `_Sql` needs it."""
 
     facet: Any
     tx: _Tx
@@ -7107,34 +7118,36 @@ class _ViewReader:
         row = self.facet._row(self.tx, sql, *params)
         return row[0] if row else None
 
-    def count(self, table: str, index: str, where: str, *params: Any) -> int | str:
+    def count(self, source: str, *params: Any) -> int | str:
         """The number of rows; a text when there are more than the bound."""
-        some = f"SELECT 1 FROM {table} {{by {index}}} WHERE {where} {{tenant}} LIMIT {_COUNT_BOUND + 1}"
-        count: int = self.value(_statement(f"SELECT COUNT(*) FROM ({some}) counted"), *params)
+        rows = f"SELECT 1 FROM {source} LIMIT {_COUNT_BOUND + 1}"
+        count: int = self.value(_statement(f"SELECT COUNT(*) FROM ({rows}) counted"), *params)
         return count if count <= _COUNT_BOUND else f"{_COUNT_BOUND:,}+"
 
-    def records(self, mapper: _Mapper[Any], rest: str, *params: Any) -> list[_Row]:
-        """Records as dicts, long texts and JSON cut; `rest` has a {tenant}, as `_Sql` needs it."""
+    def records(self, mapper: _Mapper[Any], source: str, *params: Any) -> list[_Row]:
+        """Records as dicts. Long texts and JSON are cut; JSON that is cut stays a text."""
         columns = [
-            f"SUBSTR({name}, 1, {_TEXT_BOUND + 1})" if encode in _LONG_CODECS else name
+            _CUT.replace("column", name) if encode in _LONG_CODECS else name
             for name, encode in mapper.codecs.items()
         ]
-        sql = _statement(f"SELECT {', '.join(columns)} FROM {mapper.table} {rest}")
-        decoders = dict(mapper._decoders)
-
-        def view_value(index: int, value: Any) -> Any:
-            if isinstance(value, str) and len(value) > _TEXT_BOUND:
-                return f"{value[:_TEXT_BOUND]}... (cut)"
-            return decoders[index](value) if index in decoders and value is not None else value
-
-        rows = self.facet._rows(self.tx, sql, *params)
-        values = (itertools.starmap(view_value, enumerate(row)) for row in rows)
-        return [dict(zip(mapper.fields, row, strict=True)) for row in values]
+        sql = _statement(f"SELECT {', '.join(columns)} FROM {source}")
+        records = []
+        for row in self.facet._rows(self.tx, sql, *params):
+            values = list(row)
+            for index, decode in mapper._decoders:
+                # None stays, and so does what cannot be read: a view shows what is stored.
+                with contextlib.suppress(StoreCorrupt, TypeError, ValueError):
+                    values[index] = decode(values[index])
+            records.append(dict(zip(mapper.fields, values, strict=True)))
+        return records
 
     def record(self, mapper: _Mapper[Any], id: str) -> _Row | None:
-        """The record of an id."""
-        rows = self.records(mapper, f"WHERE {mapper.key} = ? {{tenant}}", id)
-        return rows[0] if rows else None
+        """The record of an id; of an execution that has only a log, its id and its tenant."""
+        rows = self.records(mapper, f"{mapper.table} WHERE {mapper.key} = ? {{tenant}}", id)
+        if rows:
+            return rows[0]
+        owner = self.value(_EXECUTION_TENANT, id) if mapper is _RUN else None
+        return {"execution_id": id, "tenant_id": owner} if owner else None
 
     def overview(self, status: str | None) -> View:
         """What a store, a facet or a tenant has; with a status, only records of it are listed."""
@@ -7142,43 +7155,33 @@ class _ViewReader:
             raise InvalidData(f"status: {status[:50]!r} is no status of anything in a store")
         facet = self.facet
         is_store = isinstance(facet, _StoreBase)
+        kinds = [kind for kind in _KINDS if is_store or isinstance(facet, kind.facet)]
         now = self.tx.now()
         facts = {"store": facet.target, **facet._engine.sizes(self.tx)} if is_store else {}
-        facts |= {"tenant_id": facet._tenant, "read_at": _datetime(now)}
+        facts |= {"tenant_id": facet._tenant, "read_at": _datetime_of(now)}
         counts = {}
         tables = {}
-        if is_store or isinstance(facet, StateBackend):
+        if _WORK_ITEMS in kinds:
             queues = self.queues(now)
             tables["queues"] = {"rows": queues, "total": len(queues)}
-        for kind in _KINDS:
-            if is_store or isinstance(facet, kind.facet):
-                counts[kind.name] = self.count_by_status(kind)
-                rows = self.last_changed(kind, status)
-                if kind is _EXECUTIONS:
-                    log = facet._rows(self.tx, _LAST_EVENTS)
-                    facts |= _log_facts(log)
-                    logged_ids = [] if status else [execution for execution, _, _ in log]
-                    rows = self.last_appended(logged_ids, rows)
-                total = len(rows) if len(rows) < _OVERVIEW_ROWS else f"{_OVERVIEW_ROWS}+"
-                tables[f"{kind.mapper.kind}s"] = {"rows": rows, "total": total}
-        if is_store or isinstance(facet, PersistenceProvider):
+        for kind in kinds:
+            counts[kind.name], rows = self.by_status(kind, status)
+            if kind is _EXECUTIONS:
+                log = facet._rows(self.tx, _LAST_EVENTS)
+                facts |= _log_facts(log)
+                rows = self.last_appended([] if status else log, rows)
+            total = len(rows) if len(rows) < _OVERVIEW_ROWS else f"{_OVERVIEW_ROWS}+"
+            tables[f"{kind.mapper.kind}s"] = {"rows": rows, "total": total}
+        if _WORKFLOWS in kinds:
+            commands = "scheduled_commands {by scheduled_commands_by_time} WHERE execute_time"
+            subscriptions = "event_subscriptions {by event_subscriptions_open}"
             facts |= {
-                "open_subscriptions": self.count(
-                    "event_subscriptions", "event_subscriptions_open", "terminated_at IS NULL"
+                "open_subscriptions": self.count(f"{subscriptions} WHERE terminated_at IS NULL"),
+                "unprocessed_events": self.count(
+                    "events {by events_runnable} WHERE is_processed = 0"
                 ),
-                "unprocessed_events": self.count("events", "events_runnable", "is_processed = 0"),
-                "due_commands": self.count(
-                    "scheduled_commands",
-                    "scheduled_commands_by_time",
-                    "execute_time <= ?",
-                    now // 1000,
-                ),
-                "later_commands": self.count(
-                    "scheduled_commands",
-                    "scheduled_commands_by_time",
-                    "execute_time > ?",
-                    now // 1000,
-                ),
+                "due_commands": self.count(f"{commands} <= ?", now // 1000),
+                "later_commands": self.count(f"{commands} > ?", now // 1000),
             }
         return View(
             kind="overview",
@@ -7189,64 +7192,53 @@ class _ViewReader:
             tables=tables,
         )
 
-    def count_by_status(self, kind: _Kind) -> _Row:
-        """The number of records with each status that any record has."""
+    def by_status(self, kind: _Kind, wanted: str | None) -> tuple[_Row, list[_Row]]:
+        """How many records have each status, and the records that changed last.
+
+        Only records of the status `wanted` are listed, and of work items the dead letters."""
         statuses: Iterable[str] = kind.statuses
         if kind is _WORK_ITEMS and self.facet._tenant is not None:
-            # There is no index of a tenant's completed and failed items.
-            statuses = ("pending", "claimed", "dead_lettered")
-        table = kind.mapper.table
-        column = "{status}" if kind is _WORK_ITEMS else "status"
-        counts = {
-            str(status): self.count(table, kind.index_of(status), f"{column} = '{status}'")
-            for status in statuses
-        }
-        return {status: count for status, count in counts.items() if count}
-
-    def last_changed(self, kind: _Kind, status: str | None) -> list[_Row]:
-        """The records that changed last, perhaps of one status; of work items the dead letters."""
+            statuses = _STATUS_INDEX  # a tenant's other items have no index
         order = f"ORDER BY {kind.changed_at} DESC, {kind.mapper.key} DESC LIMIT {_OVERVIEW_ROWS}"
-        column = "{status}" if kind is _WORK_ITEMS else "status"
+        counts = {}
         rows: list[_Row] = []
-        for each in ("dead_lettered",) if kind is _WORK_ITEMS else kind.statuses:
-            if status in (None, each):
-                rows += self.records(
-                    kind.mapper,
-                    f"{{by {kind.index_of(each)}}} WHERE {column} = '{each}' {{tenant}} {order}",
-                )
+        for status in map(str, statuses):
+            source = kind.source(status)
+            count = self.count(source)
+            if count:
+                counts[status] = count
+            is_listed = kind is not _WORK_ITEMS or status == "dead_lettered"
+            if is_listed and wanted in (None, status):
+                rows += self.records(kind.mapper, f"{source} {order}")
         times = ("dead_lettered_at", "updated_at", "complete_time", "create_time")
         rows.sort(key=lambda row: _first_value(row, *times), reverse=True)
-        return rows[:_OVERVIEW_ROWS]
+        return counts, rows[:_OVERVIEW_ROWS]
 
-    def last_appended(self, logged_ids: list[str], changed: list[_Row]) -> list[_Row]:
-        """The executions that were appended to last, then those whose records changed last."""
-        records = {row["execution_id"]: row for row in changed}
-        ids = dict.fromkeys([*logged_ids, *records])
+    def last_appended(self, log: list[tuple[Any, ...]], changed: list[_Row]) -> list[_Row]:
+        """The executions of the newest events, then those whose records changed last."""
+        ids = [execution for execution, _, _ in log]
+        ids += [row["execution_id"] for row in changed]
         rows = []
-        for id in itertools.islice(ids, _OVERVIEW_ROWS):
-            # An execution may have a log and no record.
-            row = records.get(id) or self.record(_RUN, id) or {"execution_id": id}
+        for id in itertools.islice(dict.fromkeys(ids), _OVERVIEW_ROWS):
+            row = self.record(_RUN, id) or {"execution_id": id}
             rows.append(row | {"events": self.value(_LOG_LAST, id) or 0})
         return rows
 
     def queues(self, now: int) -> list[_Row]:
         """The queues that have items which wait, are leased or are dead, and how many."""
-        dead_letters = f"""SELECT queue_type FROM flowstore_work_items {{by {_BY_STATUS["dead_lettered"]}}}
-            WHERE {{status}} = 'dead_lettered' {{tenant}} LIMIT {_DEAD_BOUND}"""
-        dead = [queue for (queue,) in self.facet._rows(self.tx, _statement(dead_letters))]
+        dead_letters = f"{_WORK_ITEMS.source('dead_lettered')} LIMIT {_DEAD_BOUND}"
+        sql = _statement(f"SELECT queue_type FROM {dead_letters}")
+        dead = [queue for (queue,) in self.facet._rows(self.tx, sql)]
         queues = set(dead)
-        for status in ("pending", "claimed"):
+        for following in _NEXT_QUEUE.values():
             # One seek per queue: the index sorts the items of a status by queue.
-            following = _NEXT_QUEUE[status]
             queue = self.value(following, "")
             while queue and len(queues) < _QUEUE_LIMIT:
                 queues.add(queue)
                 queue = self.value(following, queue)
-        waiting, leased = _BY_STATUS["pending"], _BY_STATUS["claimed"]
-        head = _statement(f"""SELECT available_at FROM flowstore_work_items {{by {waiting}}}
-            WHERE {{status}} = 'pending' {{tenant}} AND {{queue_type}} = ?
-            ORDER BY available_at, id LIMIT 1""")
-        items = _ITEM.table
+        waiting = f"{_WORK_ITEMS.source('pending')} AND {{queue_type}} = ?"
+        leased = f"{_WORK_ITEMS.source('claimed')} AND {{queue_type}} = ?"
+        head = _statement(f"SELECT available_at FROM {waiting} ORDER BY available_at, id LIMIT 1")
         rows = []
         for queue in sorted(queues):
             dead_count = dead.count(queue)
@@ -7254,12 +7246,8 @@ class _ViewReader:
             rows.append(
                 {
                     "queue": queue,
-                    "waiting": self.count(
-                        items, waiting, "{status} = 'pending' AND {queue_type} = ?", queue
-                    ),
-                    "leased": self.count(
-                        items, leased, "{status} = 'claimed' AND {queue_type} = ?", queue
-                    ),
+                    "waiting": self.count(waiting, queue),
+                    "leased": self.count(leased, queue),
                     "dead": dead_count if len(dead) < _DEAD_BOUND else f"{dead_count}+",
                     "oldest_seconds": None if oldest is None else max(0, now - oldest) / 1e6,
                 }
@@ -7269,33 +7257,22 @@ class _ViewReader:
     def detail(self, kind: _Kind, id: str) -> View | None:
         """All about one execution, flow or workflow."""
         facts = self.record(kind.mapper, id)
-        if facts is None and kind is _EXECUTIONS:
-            owner = self.value(_EXECUTION_OWNER, id)
-            facts = {"tenant_id": owner} if owner else None
         if facts is None:
             return None
         status = facts.pop("status", None)
-        now = _datetime(self.tx.now())
+        now = _datetime_of(self.tx.now())
+        if _status_class(status) not in _ONGOING:
+            # It has ended, and its steps have ended with it.
+            now = _first_value(facts, "complete_time", "updated_at") or now
         tables = {}
         steps: list[_Row] = []
-        for name, (mapper, index, where, order) in kind.tables.items():
-            newest = (
-                f"{{by {index}}} WHERE {where} {{tenant}} ORDER BY {order} LIMIT {_DETAIL_ROWS}"
-            )
-            rows = self.records(mapper, newest, id)
+        for name, (mapper, source) in kind.tables.items():
+            rows = self.records(mapper, f"{source} LIMIT {_DETAIL_ROWS}", id)
             rows.reverse()
-            if mapper is _STORED and rows:
-                total = rows[-1]["sequence"]
-                steps += _steps_from_log(rows)
-                if _status_class(status) not in _ONGOING:
-                    now = rows[-1]["timestamp"]  # the execution has ended: so have its steps
-            else:
-                total = self.count(mapper.table, index, where, id)
-                steps += [_step_from_row(row) for row in rows if "status" in row]
-            tables[name] = {"total": total, "rows": rows}
-        for step in steps:
-            for part in step["parts"]:
-                part["to"] = part["to"] or max(part["from"], now)
+            tables[name] = {"total": self.count(source, id), "rows": rows}
+            if mapper is _STORED:
+                steps += _steps_from_log(rows, now)
+            steps += [_step_from_row(row, now) for row in rows if "status" in row]
         return View(
             kind=kind.mapper.kind,
             id=id,
@@ -7316,12 +7293,12 @@ def _views(facet: _Facet, tx: _Tx, id: str | None = None, status: str | None = N
         return [reader.overview(status)]
     # Flows and workflows belong to no tenant.
     kinds = [_EXECUTIONS, _FLOWS, _WORKFLOWS] if facet._tenant is None else [_EXECUTIONS]
-    views = [reader.detail(kind, _id(id, "id")) for kind in kinds]
-    if not any(views) and (item := reader.record(_ITEM, id)):
-        views = [reader.detail(_EXECUTIONS, item["execution_id"])]
-    if not any(views):
+    details = [reader.detail(kind, _id(id, "id")) for kind in kinds]
+    if not any(details) and (item := reader.record(_ITEM, id)):
+        details = [reader.detail(_EXECUTIONS, item["execution_id"])]
+    if not any(details):
         raise NotFound(" or ".join(kind.mapper.kind for kind in kinds), id)
-    return [view for view in views if view]
+    return [view for view in details if view]
 
 
 def _read_views(facet: Any, *which: str | None) -> Any:
@@ -7346,74 +7323,69 @@ _STEP_KEYS = re.findall(
 )
 
 
+class _Change(NamedTuple):
+    """A step has another status from a time on."""
+
+    status: str
+    at: datetime
+
+
 def _status_class(status: object) -> str:
-    match = _STATUS_CLASSES.fullmatch(str(status).lower())
+    """The class of a status; it may be followed by a comma and more."""
+    match = _STATUS_CLASSES.fullmatch(str(status).lower().partition(",")[0])
     return str(match.lastgroup) if match else "waiting"
 
 
-def _segment(what: str, start: datetime, end: datetime | None = None) -> _Row:
-    """A part of a step; it is open until it has an end."""
-    return {"what": what, "from": start, "to": end}
-
-
-def _step_from_row(row: _Row) -> _Row:
+def _step_from_row(row: _Row, now: datetime) -> _Row:
     """The step that a row stands for: a flow's step, a workflow's pointer, a work item."""
     names = ("task", "step_name", "node_id", "run_id", "queue_type", "step_id")
-    start = _first_value(row, "start_time", "created_at")
-    end = _first_value(row, "end_time", "updated_at", "dead_lettered_at", "available_at")
-    ready = row.get("available_at")
-    what = _status_class(row["status"])
-    parts = []
-    if ready and what != "waiting":
+    start = _first_value(row, "start_time", "created_at") or now
+    end = _first_value(row, "end_time", "updated_at", "dead_lettered_at") or start
+    status = row["status"]
+    what = _status_class(status)
+    if what != "waiting":
         # The time of a claim is not stored: an item is drawn as running since it was available.
-        parts.append(_segment("waiting", min(start, ready), ready))
-        start = ready
-    if start:
-        parts.append(_segment(what, start, None if what in _ONGOING else end or start))
-    retries = row.get("attempt") or row.get("retry_count") or 0
-    name = str(_first_value(row, *names) or "step")
-    return {"name": name, "status": row["status"], "parts": parts, "attempts": retries + 1}
+        start = row.get("available_at", start)
+    changes = [_Change(status, start)]
+    if what not in _ONGOING:
+        changes = [_Change("running", start), _Change(status, end)]
+    step = _step(str(_first_value(row, *names)), changes, now)
+    retries = _first_value(row, "attempt", "retry_count") or 0
+    return step | {"attempts": retries + 1}
 
 
-def _steps_from_log(events: list[_Row]) -> list[_Row]:
+def _steps_from_log(events: list[_Row], now: datetime) -> list[_Row]:
     """The steps that a log tells of, by events such as step_started and tool_call_failed."""
-    steps: dict[str, _Row] = {}
+    changes: dict[str, list[_Change]] = {}
     for row in events:
         event = row["event"]
         match = isinstance(event, dict) and _STEP_EVENT.fullmatch(event["type"])
         if match:
-            name = _step_name(match[1], event)
-            empty = {"name": name, "status": "", "parts": [], "attempts": 0}
-            step = steps.setdefault(name, empty)
-            step["status"] = match[2]
-            step["attempts"] += match[2] == "started"
-            _add_segment(step["parts"], _status_class(match[2]), row["timestamp"])
-    return list(steps.values())
+            key = _first_value(event, *_STEP_KEYS)
+            name = f"{match[1]} {key}".strip().removeprefix("step ")
+            changes.setdefault(name, []).append(_Change(match[2], row["timestamp"]))
+    return [_step(name, changes[name], now) for name in changes]
 
 
-def _step_name(kind: str, event: _Row) -> str:
-    for key in _STEP_KEYS:
-        if key in event:
-            return str(event[key]) if kind == "step" else f"{kind} {event[key]}"
-    return kind
-
-
-def _add_segment(parts: list[_Row], what: str, at: datetime) -> None:
-    """Continue the parts of a step with an event of the class `what`."""
-    last = parts[-1] if parts else None
-    ongoing = what in _ONGOING
-    if last and last["to"] is None:
-        last["to"] = at
-        if last["what"] == "running" and what != "waiting":
-            # The step started twice without an end: it lost its worker.
-            last["what"] = "lost" if ongoing else what
-    elif last and ongoing:
-        parts.append(_segment("waiting", last["to"], at))  # between two attempts
-    elif not ongoing:
+def _step(name: str, changes: list[_Change], now: datetime) -> _Row:
+    """A step, with a part between each two of its changes."""
+    statuses = [status for status, _ in changes]
+    classes = [(_status_class(status), at) for status, at in changes]
+    first, start = classes[0]
+    if first not in _ONGOING:
         # The start is not in the log, or lies before the events that are shown.
-        parts.append(_segment(what, at, at))
-    if ongoing:
-        parts.append(_segment(what, at))
+        classes.insert(0, ("running", start))
+    if _status_class(statuses[-1]) in _ONGOING:
+        classes.append(("waiting", now))
+    parts = []
+    for (what, start), (following, end) in itertools.pairwise(classes):
+        shown = "waiting"  # before the first attempt, or between two
+        if what == "running":
+            # A step that started twice without an end has lost its worker.
+            shown = {"waiting": "running", "running": "lost"}.get(following, following)
+        parts.append({"what": shown, "from": start, "to": max(start, end)})
+    attempts = statuses.count("started")
+    return {"name": name, "status": statuses[-1], "parts": parts, "attempts": attempts}
 
 
 # --- what text and HTML have in common ---
@@ -7422,14 +7394,43 @@ _COLUMNS = re.findall(
     r"\w+",
     """
     queue waiting oldest_seconds leased dead sequence timestamp at error_time execution_id id kind
-    step_id step_name run_id node_id queue_type task name goal current_step status last_error
-    message attempt retry_count workflow_id events worker_id event_name event_key event payload
-    result outcome lease_expires_at dead_lettered_at sleep_until tenant_id updated_at complete_time
+    step time step_id step_name run_id node_id queue_type task name goal current_step status
+    last_error message attempt retry_count workflow_id events worker_id event_name event_key event
+    payload result outcome lease_expires_at dead_lettered_at sleep_until tenant_id updated_at
+    complete_time
     """,
 )
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
-_NUMBERS = (int, float)
 _json_text = functools.partial(json.dumps, ensure_ascii=False, default=str)
+_AXIS_WIDTH = 34
+_LETTERS = {
+    "event": "|",
+    "waiting": ".",
+    "running": "=",
+    "done": "#",
+    "failed": "x",
+    "lost": "~",
+}
+
+
+class _Bar(NamedTuple):
+    """A part of a step, of the class `what`, on an axis from 0 to 1."""
+
+    what: str
+    start: float
+    end: float
+
+
+class _Bars(list[_Bar]):
+    """All parts of a step; as `str()` a line of letters."""
+
+    def __str__(self) -> str:
+        cells = [" "] * _AXIS_WIDTH
+        for what, start, end in self:
+            first = round(start * (_AXIS_WIDTH - 1))
+            last = round(end * (_AXIS_WIDTH - 1))
+            cells[first : last + 1] = _LETTERS[what] * (last + 1 - first)
+        return "".join(cells)
 
 
 def _label(name: str) -> str:
@@ -7443,11 +7444,7 @@ def _plural(count: int, things: str) -> str:
 
 def _escape_control(text: str) -> str:
     """Escape characters that control a terminal or change the direction of the text."""
-    if text.isprintable():
-        return text
-    return "".join(
-        char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text
-    )
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def _format_value(value: Any, name: str = "") -> str:
@@ -7456,33 +7453,37 @@ def _format_value(value: Any, name: str = "") -> str:
         return "-"
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
-    if type(value) in _NUMBERS:
+    if type(value) in (int, float):
         if name.endswith("_bytes"):
             return f"{value / 1e6:,.2f} MB"
         if name.endswith("_seconds"):
             return f"{value:.3g} s" if value < 60 else str(timedelta(seconds=round(value)))
         return f"{value:,}"
-    text = value if isinstance(value, str) else _json_text(value)
+    text = str(value) if isinstance(value, (str, _Bars)) else _json_text(value)
     if name == "event" and isinstance(value, dict):
         members = [f"{key}={_json_text(value[key])}" for key in value if key != "type"]
         text = " ".join([str(value["type"]), *members])
-    return _escape_control(text[: 2 * _TEXT_BOUND]).replace("\n", "\\n")
+    return _escape_control(text[: 2 * _TEXT_BOUND])
 
 
-def _visible_facts(view: View) -> _Row:
+def _fact_texts(view: View) -> dict[str, str]:
+    """The facts and the counts in words, by label."""
     hidden = (*_EMPTY, view["id"])
-    return {name: value for name, value in view["facts"].items() if value not in hidden}
-
-
-def _count_texts(counts: _Row) -> dict[str, str]:
-    """The counts in words, by status."""
-    return {status: f"{_format_value(count)} {status}" for status, count in counts.items()}
+    texts = {
+        _label(name): _format_value(value, name)
+        for name, value in view["facts"].items()
+        if value not in hidden
+    }
+    for kind, counts in view.get("counts", {}).items():
+        words = [f"{_format_value(count)} {status}" for status, count in counts.items()]
+        texts[kind] = ", ".join(words) or "none"
+    return texts
 
 
 def _visible_tables(view: View, limit: int) -> Iterator[tuple[str, list[str], list[_Row]]]:
     """The title, the columns and the last rows of each table that is not empty."""
     hidden = (*_EMPTY, view["id"], view["facts"].get("tenant_id"))
-    for name, table in view["tables"].items():
+    for name, table in (_chart(view) | view["tables"]).items():
         rows = table["rows"][-limit:]
         if rows:
             size = f"{len(rows)}"
@@ -7494,42 +7495,36 @@ def _visible_tables(view: View, limit: int) -> Iterator[tuple[str, list[str], li
             yield f"{name} ({size})", columns, rows
 
 
-class _TimeAxis:
-    """The steps of a detail on one axis of time; the first of them are the events, as marks."""
-
-    def __init__(self, view: View) -> None:
-        self.steps = [step for step in view.get("steps", []) if step["parts"]]
-        events = view["tables"].get("events", {"rows": []})
-        marks = []
-        for row in events["rows"]:
-            time = row.get("timestamp") or row["at"]
-            marks.append(_segment("event", time, time))
-        if marks:
-            self.steps.insert(0, {"name": "events", "status": "", "parts": marks, "attempts": 0})
-        times: list[datetime] = []
-        for step in self.steps:
-            for part in step["parts"]:
-                times += part["from"], part["to"]
-        self.start = min(times, default=_EPOCH)
-        self.end = max(times, default=_EPOCH)
-
-    def __str__(self) -> str:
-        length = _format_value((self.end - self.start).total_seconds(), "_seconds")
-        return f"{_format_value(self.start)} to {_format_value(self.end)} ({length})"
-
-    def share(self, time: datetime) -> float:
-        """The place of a time on the axis, from 0 to 1."""
-        return (time - self.start) / max(self.end - self.start, _MICROSECOND)
-
-
-def _step_label(step: _Row) -> str:
-    attempts = f", {step['attempts']} attempts" if step["attempts"] > 1 else ""
-    return f"{step['status']}{attempts}"
+def _chart(view: View) -> _Row:
+    """The table of the steps on one axis of time, the events first, as marks; {} without any."""
+    steps = view.get("steps", [])
+    marks = []
+    for row in view["tables"].get("events", {"rows": []})["rows"]:
+        at = _first_value(row, "timestamp", "at")
+        marks.append({"what": "event", "from": at, "to": at})
+    if marks:
+        steps = [{"name": "events", "status": "", "parts": marks, "attempts": 0}, *steps]
+    if not steps:
+        return {}
+    parts = [part for step in steps for part in step["parts"]]
+    start = min(part["from"] for part in parts)
+    end = max(part["to"] for part in parts)
+    length = max(end - start, _MICROSECOND)
+    rows = []
+    for step in steps:
+        bars = _Bars()
+        for part in step["parts"]:
+            left = (part["from"] - start) / length
+            bars.append(_Bar(part["what"], left, (part["to"] - start) / length))
+        attempts = f", {step['attempts']} attempts" if step["attempts"] > 1 else ""
+        status = f"{step['status']}{attempts}"
+        rows.append({"step": step["name"], "time": bars, "status": status})
+    title = f"steps from {_format_value(start)} to {_format_value(end)}"
+    return {title: {"rows": rows, "total": len(rows)}}
 
 
 # --- drawn as text ---
 _WIDTH = 80
-_AXIS_WIDTH = 36
 _COLOURS = {
     "waiting": 33,
     "running": 36,
@@ -7537,36 +7532,19 @@ _COLOURS = {
     "failed": 31,
     "lost": 35,
 }
-_LETTERS = {
-    "event": "|",
-    "waiting": ".",
-    "running": "=",
-    "done": "#",
-    "failed": "x",
-    "lost": "~",
-}
 
 
 def _render_text(view: View, colour: bool = False) -> str:
     """A view in lines of at most 80 columns."""
-    head = view["kind"]
-    if view["id"]:
-        head += f" {_format_value(view['id'])}"
-    head = f"{_pad(head, 60).rstrip()} {view['status'] or ''}"
+    title = _format_value(f"{view['kind']} {view['id'] or ''}")
+    head = f"{_pad(title, 60).rstrip()} {view['status'] or ''}"
     lines = [_paint(head, view["status"], colour)]
-    facts = _visible_facts(view)
-    for kind, counts in view.get("counts", {}).items():
-        if counts:
-            facts[kind] = ", ".join(_count_texts(counts).values())
-    for name, value in facts.items():
-        line = f"  {_label(name):20} {_format_value(value, name)}"
-        lines.append(_pad(line, _WIDTH))
-    axis = _TimeAxis(view)
-    if axis.steps:
-        lines += ["", str(axis), *(_step_text(step, axis, colour) for step in axis.steps)]
-        lines.append(f"  {', '.join(f'{letter} {what}' for what, letter in _LETTERS.items())}")
+    for label, text in _fact_texts(view).items():
+        lines.append(_pad(f"  {label:20} {text}", _WIDTH))
     for title, columns, rows in _visible_tables(view, _OVERVIEW_ROWS):
         lines += ["", title, *_table_text(columns, rows, colour)]
+        if "time" in columns:
+            lines.append(f"  {', '.join(f'{letter} {what}' for what, letter in _LETTERS.items())}")
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -7574,33 +7552,22 @@ def _paint(text: str, status: object, colour: bool) -> str:
     """Text in the colour of its status; as it is without a status or colours."""
     if not colour or not status:
         return text
-    return f"\33[{_COLOURS[_status_class(status)]}m{text}\33[0m"
+    painted = text.rstrip()
+    room = text[len(painted) :]
+    return f"\33[{_COLOURS[_status_class(status)]}m{painted}\33[0m{room}"
 
 
-def _pad(text: str, width: int, right: bool = False) -> str:
+def _pad(text: str, width: int) -> str:
     """Text cut or filled to a width in columns; a character takes two, one or none of them."""
     from bisect import bisect
     from unicodedata import combining, east_asian_width
 
-    ends = [0]  # by number of characters: the columns that they take
-    for char in text:
-        columns = 0 if combining(char) else 1 + (east_asian_width(char) in "FW")
-        ends.append(ends[-1] + columns)
-    if ends[-1] > width:
-        length = bisect(ends, width - 3) - 1
-        return _pad(text[:length] + "...", width, right)
-    room = " " * (width - ends[-1])
-    return room + text if right else text + room
-
-
-def _step_text(step: _Row, axis: _TimeAxis, colour: bool) -> str:
-    cells = [" "] * _AXIS_WIDTH
-    for part in step["parts"]:
-        first = min(int(axis.share(part["from"]) * _AXIS_WIDTH), _AXIS_WIDTH - 1)
-        end = max(round(axis.share(part["to"]) * _AXIS_WIDTH), first + 1)
-        cells[first:end] = _LETTERS[part["what"]] * (end - first)
-    label = _paint(_pad(_step_label(step), 22).rstrip(), step["status"], colour)
-    return f"  {_pad(_format_value(step['name']), 18)} {''.join(cells)} {label}"
+    columns = [0 if combining(char) else 1 + (east_asian_width(char) in "FW") for char in text]
+    room = width - sum(columns)
+    if room < 0:
+        length = bisect([*itertools.accumulate(columns)], width - 3)
+        return _pad(text[:length] + "...", width)
+    return text + " " * room
 
 
 def _table_text(columns: list[str], rows: list[_Row], colour: bool) -> list[str]:
@@ -7608,21 +7575,22 @@ def _table_text(columns: list[str], rows: list[_Row], colour: bool) -> list[str]
     lines = [""] * (1 + len(rows))
     room = _WIDTH
     for name in columns:
-        values = [row.get(name) for row in rows]
-        texts = [_label(name), *(_format_value(value, name) for value in values)]
+        texts = [_label(name), *(_format_value(row.get(name), name) for row in rows)]
         longest = max(map(len, texts))
         # The first column is an id, which must fit to be copied. The last one takes what is left.
         most = 36 if room == _WIDTH else 24
-        if name == columns[-1]:
+        if name == "step":
+            most = 18
+        elif name in ("time", columns[-1]):
             most = _WIDTH
         width = min(longest, most, room - 2)
         if width < min(longest, 19):
             continue
         room -= width + 2
-        for index, (value, text) in enumerate(zip([None, *values], texts, strict=True)):
-            cell = _pad(text, width, right=isinstance(value, _NUMBERS))
-            if name == "status":
-                cell = _paint(cell, value, colour)
+        for index, text in enumerate(texts):
+            cell = _pad(text, width)
+            if name == "status" and index > 0:
+                cell = _paint(cell, text, colour)
             lines[index] += f"  {cell}"
     return lines
 
@@ -7648,20 +7616,30 @@ def _render_html(view: View, link: str = "") -> _Html:
     """A view as a section of a page; an overview links ids to `link` and the id."""
     if "steps" in view:
         link = ""
-    status = _chip(view["status"], view["status"])
-    heading = _markup("<h2>{} {} {}</h2>", view["kind"], view["id"] or "", status)
-    parts = [heading, _facts_html(view)]
-    axis = _TimeAxis(view)
-    if axis.steps:
-        card = '<div class="card"><table><caption>Steps, {}</caption>{}</table></div>'
-        parts.append(_markup(card, axis, [_step_html(step, axis) for step in axis.steps]))
+    fact = "<dt>{}</dt><dd>{}</dd>"
     card = (
         '<div class="card" tabindex="0" role="region" aria-label="{0}">'
-        "<table><caption>{0}</caption>{1}</table></div>"
+        "<table><caption>{0}</caption><tr>{1}</tr>{2}</table></div>"
     )
+    cards = []
     for title, columns, rows in _visible_tables(view, _DETAIL_ROWS):
-        parts.append(_markup(card, title, _table_html(columns, rows, link)))
-    return _markup('<section id="{}">{}</section>', _quote(view["id"] or "overview"), parts)
+        linked = "execution_id" if "execution_id" in columns else "id"
+        heading = [_markup('<th scope="col">{}</th>', _label(name)) for name in columns]
+        lines = []
+        for row in rows:
+            cells = [
+                _cell_html(name, row.get(name), link if name == linked else "") for name in columns
+            ]
+            lines.append(_markup("<tr>{}</tr>", cells))
+        cards.append(_markup(card, title, heading, lines))
+    return _markup(
+        '<section id="{}"><h2>{} {}</h2><dl class="card">{}</dl>{}</section>',
+        _quote(view["id"] or "overview"),
+        f"{view['kind']} {view['id'] or ''}",
+        _chip(view["status"]),
+        [_markup(fact, *texts) for texts in _fact_texts(view).items()],
+        cards,
+    )
 
 
 def _quote(id: object) -> str:
@@ -7671,89 +7649,47 @@ def _quote(id: object) -> str:
     return quote(str(id), safe="", errors="replace")
 
 
-def _chip(text: object, status: object) -> object:
-    """Text with a border, both in the colour of its status; nothing without a status."""
+def _chip(status: object) -> object:
+    """A status in its colour, with a border; nothing without a status."""
     chip = '<span class="chip {}">{}</span>'
-    return _markup(chip, _status_class(status), text) if status else ""
-
-
-def _facts_html(view: View) -> _Html:
-    counts = view.get("counts", {})
-    facts = []
-    for name, value in (_visible_facts(view) | counts).items():
-        content: object = _format_value(value, name)
-        if name in counts:
-            chips = [_chip(text, status) for status, text in _count_texts(value).items()]
-            content = chips or "none"
-        elif isinstance(value, (dict, list)):
-            content = _markup("<pre>{}</pre>", _json_text(value, indent=2))
-        facts.append(_markup("<div><dt>{}</dt><dd>{}</dd></div>", _label(name), content))
-    return _markup('<dl class="card">{}</dl>', facts)
-
-
-def _step_html(step: _Row, axis: _TimeAxis) -> _Html:
-    """A step and its bar. The axis is 99 % wide, which leaves room for a mark at its end."""
-    rect = '<rect class="{}" x="{}%" width="{}%" rx="2" y="{}" height="{}"></rect>'
-    rects = []
-    for part in step["parts"]:
-        x = axis.share(part["from"]) * 99
-        width = max(axis.share(part["to"]) * 99 - x, 0.4)
-        y, height = (7, 6) if part["what"] == "waiting" else (3, 14)
-        rects.append(_markup(rect, part["what"], f"{x:.2f}", f"{width:.2f}", y, height))
-    return _markup(
-        '<tr><th scope="row">{}</th><td><svg role="img" aria-label="{}">{}</svg></td>'
-        "<td>{}</td></tr>",
-        _format_value(step["name"]),
-        f"{step['name']}: {', '.join(part['what'] for part in step['parts'][:20])}",
-        rects,
-        _chip(_step_label(step), step["status"]),
-    )
-
-
-def _table_html(columns: list[str], rows: list[_Row], link: str) -> list[_Html]:
-    """The heading and the rows of a table; with a link, ids lead to their details."""
-    heading = []
-    for name in columns:
-        align = "n" if isinstance(rows[0].get(name), _NUMBERS) else ""
-        heading.append(_markup('<th scope="col" class="{}">{}</th>', align, _label(name)))
-    linked = "execution_id" if "execution_id" in columns else "id"
-    lines = [_markup("<tr>{}</tr>", heading)]
-    for row in rows:
-        cells = [
-            _cell_html(name, row.get(name), link if name == linked else "") for name in columns
-        ]
-        lines.append(_markup("<tr>{}</tr>", cells))
-    return lines
+    return _markup(chip, _status_class(status), status) if status else ""
 
 
 def _cell_html(name: str, value: Any, link: str) -> _Html:
     content: object = _format_value(value, name)
-    if link:
+    if isinstance(value, _Bars):
+        content = _bars_html(value)
+    elif link:
         content = _markup('<a href="{}{}">{}</a>', link, _quote(value), content)
     elif name == "status" and value:
-        content = _chip(content, value)
-    style = name
-    if isinstance(value, _NUMBERS):
-        style = "n"
-    elif isinstance(value, datetime):
-        style = "at"
-    return _markup('<td class="{}">{}</td>', style, content)
+        content = _chip(value)
+    return _markup('<td class="{}">{}</td>', name, content)
 
 
-def _html_page(target: str, sections: list[_Html], form: _Html | None = None) -> bytes:
+def _bars_html(bars: _Bars) -> _Html:
+    """A picture of bars. Its axis is 99 % wide, which leaves room for a mark at the end."""
+    rect = '<rect class="{}" x="{}" width="{}" rx="2" y="3" height="14"></rect>'
+    rects = []
+    for what, start, end in bars:
+        width = max(end - start, 0.004)
+        rects.append(_markup(rect, what, f"{start * 0.99:.2%}", f"{width * 0.99:.2%}"))
+    names = ", ".join(bar.what for bar in bars[:20])
+    return _markup('<svg role="img" aria-label="{}">{}</svg>', names, rects)
+
+
+def _html_page(target: str, sections: list[_Html], form: object = "") -> bytes:
     """A page that needs nothing else; `form` is for a page that is served."""
     page = _markup(
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>flowstore {0}</title>'
         '<style>{1}</style><meta http-equiv="Content-Security-Policy" content="{2}">'
         '<link rel="icon" href="data:,">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"></head>'
-        '<body class="flowstore"><header><h1><a{3}>flowstore</a> {0}</h1>{4}</header>'
-        "<main>{5}</main></body></html>",
+        '<body class="flowstore"><header><h1>flowstore {0}</h1>{3}</header>'
+        "<main>{4}</main></body></html>",
         target,
         _Html(_CSS),
         _content_policy(),
-        _Html(' href="/"' if form else ""),
-        form or "",
+        form,
         sections,
     )
     return page.encode(errors="backslashreplace")
@@ -7770,66 +7706,62 @@ def _content_policy() -> str:
     )
 
 
+# The class of a status sets `--status`, the colour of chips and bars.
 _CSS = """\
 .flowstore{
-color-scheme:light dark;--soft:light-dark(#566073,#a3adbd);
---line:light-dark(#dde1e8,#323a48);--card:light-dark(#fff,#1a1f29);
---waiting:light-dark(#7a5200,#e5b567);--running:light-dark(#1a56b0,#8ab6ff);
---done:light-dark(#17663a,#73cf9a);--failed:light-dark(#b0261c,#ff968c);
---lost:light-dark(#6b3fa0,#c9a6f5);--event:var(--soft);margin:0;padding:1rem;
+color-scheme:light dark;--soft:light-dark(#566073,#a3adbd);--link:light-dark(#1a56b0,#8ab6ff);
+--line:light-dark(#dde1e8,#323a48);--card:light-dark(#fff,#1a1f29);margin:0;padding:1rem;
 background:light-dark(#f4f5f8,#12161d);color:light-dark(#1c2330,#e4e8ef);
 font:15px/1.5 system-ui,sans-serif;text-align:left;
 *{box-sizing:border-box}
 >*{max-width:76rem;margin:0 auto 1.5rem}
-a{color:var(--running)}
+a{color:var(--link)}
 h1,h2{font-size:1.1rem;line-height:1.3;margin:0 0 .8rem}
 h2{font-size:1.4rem}
-h1,h2,dd,pre,td,th[scope=row]{overflow-wrap:anywhere}
+h1,h2,dd,td{overflow-wrap:anywhere}
 section{margin-bottom:2.5rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem 1rem;
 margin:0 0 1rem;overflow-x:auto}
-dl{display:grid;gap:.7rem 1.5rem;grid-template-columns:repeat(auto-fill,minmax(min(11rem,40%),1fr))}
+dl{display:grid;gap:.2rem 1.5rem;grid-template-columns:fit-content(35%) 1fr}
 dd{margin:0}
-div:has(>dd>pre){grid-column:span 2}
 dt,th,label{color:var(--soft);font-size:.82rem;font-weight:600}
 table{border-collapse:collapse;width:100%}
 caption{text-align:left;font-weight:650;padding:0 0 .4rem;color:inherit}
 th,td{text-align:left;vertical-align:top;padding:.35rem 1rem .35rem 0;
 border-top:1px solid var(--line);background:none;font-variant-numeric:tabular-nums}
 td{min-width:5.5rem;max-width:34rem}
-th,.at{white-space:nowrap}
-.n{text-align:right;min-width:0}
-th[scope=row]{min-width:6rem;white-space:normal;max-width:12rem}
+th,.timestamp,.at,.updated_at,.error_time,.complete_time{white-space:nowrap}
+.step{min-width:6rem;max-width:12rem}
+.time{width:60%}
 .id,.execution_id{min-width:9rem}
 .event,.payload,.goal,.last_error,.message{min-width:14rem}
 .chip{display:inline-block;padding:0 .55rem;border:1px solid;border-radius:99px;font-size:.82rem;
 font-weight:600;white-space:nowrap;margin:.1rem .3rem .1rem 0}
 svg{display:block;width:100%;min-width:7rem;height:20px}
-pre{margin:.2rem 0 0;white-space:pre-wrap;font-size:.85rem}
 form{display:flex;flex-wrap:wrap;gap:.6rem;align-items:end}
 label{display:grid;gap:.15rem;flex:0 1 13rem}
-input,select,button{font:400 1rem system-ui;color:inherit;height:2.3rem;background:var(--card);
+input,button{font:400 1rem system-ui;color:inherit;height:2.3rem;background:var(--card);
 border:1px solid var(--soft);padding:.35rem .6rem;border-radius:7px;width:100%}
 button{width:auto}
-:focus-visible{outline:3px solid var(--running)}
-.chip.event,rect.event{color:var(--event);fill:var(--event)}
-.chip.waiting,rect.waiting{color:var(--waiting);fill:var(--waiting)}
-.chip.running,rect.running{color:var(--running);fill:var(--running)}
-.chip.done,rect.done{color:var(--done);fill:var(--done)}
-.chip.failed,rect.failed{color:var(--failed);fill:var(--failed)}
-.chip.lost,rect.lost{color:var(--lost);fill:var(--lost)}}"""
+:focus-visible{outline:3px solid var(--link)}
+.chip,rect{--status:var(--soft);color:var(--status);fill:var(--status)}
+.chip.waiting,rect.waiting{--status:light-dark(#7a5200,#e5b567)}
+.chip.running,rect.running{--status:var(--link)}
+.chip.done,rect.done{--status:light-dark(#17663a,#73cf9a)}
+.chip.failed,rect.failed{--status:light-dark(#b0261c,#ff968c)}
+.chip.lost,rect.lost{--status:light-dark(#6b3fa0,#c9a6f5)}
+rect.waiting{y:7px;height:6px}}"""
 
 
 # --- in notebooks ---
 def _repr_html_(shown: Any) -> str | None:
     """HTML for a notebook; None (it shows the `repr` then) when nothing can be read at once."""
     with contextlib.suppress(Exception):
-        if isinstance(shown, View):
-            view = shown
-        elif isinstance(shown, _Record):
+        view = shown
+        if isinstance(shown, _Record):
             kind = type(shown).__name__
             view = View(kind=kind, id=None, status=None, facts=vars(shown), tables={})
-        else:
+        elif isinstance(shown, _Facet):
             engine = shown._engine
             if engine.in_memory and engine.writer.leader is not None and engine.block() is None:
                 return None  # in memory, a read waits for the transaction of another thread
@@ -7860,15 +7792,12 @@ def _tail(args: Any) -> None:
     with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store:
         events = store.events.tail(args.after, tenant_id=args.tenant, execution_id=args.execution)
         for stored in events:
+            line = (
+                f"{stored.timestamp:%H:%M:%S} {_format_value(stored.execution_id)} "
+                f"{stored.sequence} {_format_value(stored.event, 'event')}"
+            )
             if args.json:
                 line = json.dumps(vars(stored), default=datetime.isoformat)
-            else:
-                line = (
-                    f"{stored.timestamp:%H:%M:%S} {_format_value(stored.execution_id)} "
-                    f"{stored.sequence} {_format_value(stored.event, 'event')}"
-                )
-                if sys.stdout.isatty():
-                    line = _pad(line, _WIDTH).rstrip()
             print(line, flush=True)
 
 
@@ -7908,13 +7837,13 @@ def _serve(args: Any) -> None:
         timeout = 20
 
         def log_message(self, format: str, *args: object) -> None:
-            """Say nothing of a page that was looked at."""
+            """Do not log requests."""
 
     class Server(ThreadingMixIn, WSGIServer):
         daemon_threads = True
 
         def handle_error(self, request: object, client_address: object) -> None:
-            """Say nothing of a browser that went away."""
+            """Do not log a browser that went away."""
 
     if not 0 <= args.port < 65536:
         raise SystemExit(_complain(f"--port: 0 to 65535 is needed, not {args.port}", 2))
@@ -7925,49 +7854,44 @@ def _serve(args: Any) -> None:
             problem = f"--port: {args.port} cannot be had ({error.strerror})"
             raise StorageError(f"{problem}: name another, or 0 for any") from error
         with server:
-            names = ("127.0.0.1", "localhost", "[::1]")
-            hosts = {f"{name}:{server.server_port}".removesuffix(":80") for name in names}
-            server.set_app(functools.partial(_answer, store, hosts))
+            server.set_app(functools.partial(_answer, store))
             address = f"http://127.0.0.1:{server.server_port}/"
             print(f"{address} shows {store.target}; Ctrl-C ends it", flush=True)
             server.serve_forever()
 
 
-def _answer(store: Store, hosts: set[str], request: Any, start: Any) -> list[bytes]:
+def _answer(store: Store, request: Any, start: Any) -> list[bytes]:
     """The WSGI application: answer one request."""
-    from urllib.parse import parse_qs
+    from urllib.parse import parse_qsl
 
-    query = {}
-    sections = []
-    status = "200 OK"
+    query: dict[str, str] = {}
     problem = ""
+    port = request["SERVER_PORT"]
+    hosts = [f"{name}:{port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")]
     try:
         if request.get("HTTP_HOST", "").lower() not in hosts:
-            # The page of another site asks, whose name was made to point to this machine.
-            status = "421 Misdirected Request"
-            problem = "this page is at 127.0.0.1 alone"
+            # A page of another site asks: its name was made to point to this machine.
+            problem = "421 Misdirected Request: this page is at 127.0.0.1 alone"
         elif request["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            status = "405 Method Not Allowed"
-            problem = "nothing can be changed here"
+            problem = "405 Method Not Allowed: nothing can be changed here"
         elif request["PATH_INFO"] != "/":
-            status = "404 Not Found"
-            problem = "there is no such page"
+            problem = "404 Not Found: there is no such page"
         else:
-            parsed = parse_qs(request["QUERY_STRING"], max_num_fields=9)
-            query = {name: values[0] for name, values in parsed.items()}
+            query = dict(parse_qsl(request["QUERY_STRING"], max_num_fields=9))
             facet = store.state.for_tenant(query["tenant"]) if "tenant" in query else store
             views = _read_views(facet, query.get("id"), query.get("status"))
             sections = [_render_html(view, "/?id=") for view in views]
-    except (FlowStoreError, ValueError) as error:
-        problem = str(error)
-        status = "400 Bad Request" if isinstance(error, ValueError) else "503 Service Unavailable"
-        if isinstance(error, NotFound):
-            status = "404 Not Found"
+    except NotFound as error:
+        problem = f"404 Not Found: {error}"
+    except ValueError as error:
+        problem = f"400 Bad Request: {error}"
+    except FlowStoreError as error:
+        problem = f"503 Service Unavailable: {error}"
     if problem:
         sections = [_markup("<h2>{}</h2>", problem)]
     page = _html_page(store.target, sections, _search_form(query))
     start(
-        status,
+        problem.partition(":")[0] or "200 OK",
         [
             ("Content-Type", "text/html; charset=utf-8"),
             ("Content-Length", str(len(page))),
@@ -7975,25 +7899,16 @@ def _answer(store: Store, hosts: set[str], request: Any, start: Any) -> list[byt
             ("Content-Security-Policy", f"{_content_policy()}; frame-ancestors 'none'"),
             ("Cache-Control", "no-store"),
             ("X-Content-Type-Options", "nosniff"),
-            ("Referrer-Policy", "no-referrer"),
         ],
     )
     return [] if request["REQUEST_METHOD"] == "HEAD" else [page]
 
 
 def _search_form(query: dict[str, str]) -> _Html:
-    options = []
-    for status in ("", *_STATUSES):
-        selected = _Html(' selected=""' if query.get("status") == status else "")
-        option = '<option value="{}"{}>{}</option>'
-        options.append(_markup(option, status, selected, status or "any"))
+    field = '<label>{0}<input name="{0}" value="{1}"></label>'
     return _markup(
-        '<form role="search"><label>id<input name="id" value="{}"></label>'
-        '<label>tenant<input name="tenant" value="{}"></label>'
-        '<label>status<select name="status">{}</select></label><button>Search</button></form>',
-        query.get("id", ""),
-        query.get("tenant", ""),
-        options,
+        '<form role="search"><a href="/">overview</a>{}<button>Search</button></form>',
+        [_markup(field, name, query.get(name, "")) for name in ("id", "tenant", "status")],
     )
 
 
@@ -8631,24 +8546,40 @@ _CHILDREN: dict[str, Callable[..., int]] = {
 # PostgreSQL: a server in place of the file; without this chapter all the others work as before
 # ==================================================================================================
 
-# Our statements are the same here, once their markers are resolved and their placeholders numbered. Writers
-# run side by side: SERIALIZABLE, and begun again when they lose, or READ COMMITTED where the lock on a row is enough.
-# The numbers that order the logs over the whole store begin with that of their transaction (and leave 2**20 for its
-# rows): reading up to the oldest transaction under way, nobody skips what commits later with a lower number. `base` is
-# added where the server counts from below what is stored, as it does after a dump was restored.
-_CONNECTIONS = 8  # of one process, at most: callers wait for one; more would only wait for each other in the server
-_NUMBER = """BIGINT PRIMARY KEY DEFAULT ((pg_current_xact_id()::text::bigint + 0 << 20) + set_config('flowstore.number',
-    (COALESCE(NULLIF(current_setting('flowstore.number', true), ''), '0')::bigint + 1)::text, true)::bigint)"""
-_NUMBERED = (("flow_events", "id"), ("execution_errors", "id"), ("flowstore_log", "position"))
+# Our statements are the same on a server, once their markers are resolved and their placeholders
+# are psycopg's. Writers run side by side. Where the lock on a row is enough, a transaction is
+# READ COMMITTED. Others are SERIALIZABLE, and run again when another transaction was first.
+_CONNECTIONS = 8  # of one process, at most: more would only wait for each other in the server
+# The numbers that order our logs over the whole store. A number begins with that of its
+# transaction, which leaves 2**20 for the rows of the transaction. A reader stops at the oldest
+# transaction under way, so it skips no row that commits later with a lower number. A base is added
+# where the server counts from below the numbers that are stored, as it does after a dump was
+# restored.
+_NEXT_NUMBER = """((pg_current_xact_id()::text::bigint + {} << 20)
+    + set_config('flowstore.number', (
+        COALESCE(NULLIF(current_setting('flowstore.number', true), ''), '0')::bigint + 1
+    )::text, true)::bigint)""".format
+_NUMBERED_COLUMNS = (
+    ("flow_events", "id"),
+    ("execution_errors", "id"),
+    ("flowstore_log", "position"),
+)
 _BASE = "COALESCE((SELECT value::bigint FROM flowstore_meta WHERE key = 'base'), 0)"
-_FIRST = f"({{}}::text::bigint + {_BASE} << 20)".format
-# The planner chooses by statistics that may be old. So it is left one index: the partial indexes are on expressions,
-# which only the statements that are meant for them use, and those for one tenant are on another one.
+_MISSING_BASE = f"""SELECT CASE WHEN top >= base + following THEN top - following + 1 ELSE 0 END
+    FROM (SELECT {_BASE} AS base,
+        pg_snapshot_xmax(pg_current_snapshot())::text::bigint AS following,
+        GREATEST((SELECT MAX(id) FROM flow_events), (SELECT MAX(id) FROM execution_errors),
+            (SELECT MAX(position) FROM flowstore_log), 0) >> 20 AS top) AS numbers"""
+_first_number = f"({{}}::text::bigint + {_BASE} << 20)".format
+# The planner trusts statistics that may be old, so each statement is left one index. The partial
+# indexes are on expressions, which only the statements that are meant for them use. Those for one
+# tenant are on another expression.
 _POSTGRES = _Dialect(
-    number=_NUMBER,
+    number=f"BIGINT PRIMARY KEY DEFAULT {_NEXT_NUMBER(0)}",
     autoincrement="",
     without_rowid="",
-    # A claim walks over the dead entries of those before it: let them be cleaned up every 1 % of the rows.
+    # A claim walks over the dead entries of the claims before it: they are cleaned up every 1 % of
+    # the rows.
     often_vacuumed="WITH (autovacuum_vacuum_scale_factor = 0.01)",
     status_first="",
     id_last="",  # an index entry of 2,700 bytes holds two ids
@@ -8658,266 +8589,280 @@ _POSTGRES = _Dialect(
     status="status || ''",
     tenant_status="'' || status",
     queue_type="(queue_type || '')",
-    in_order=f"""AND (position < {_FIRST("pg_snapshot_xmin(pg_current_snapshot())")}
-        OR position >= {_FIRST("pg_current_xact_id_if_assigned()")})""",
+    in_order=f"""AND (position < {_first_number("pg_snapshot_xmin(pg_current_snapshot())")}
+        OR position >= {_first_number("pg_current_xact_id_if_assigned()")})""",
     by="",
     by_key="",
     join="JOIN",
     for_update="FOR UPDATE",
     skip_locked="FOR UPDATE SKIP LOCKED",
 )
-_PLACEHOLDERS = re.compile(  # what holds no placeholder, a placeholder, a named one
-    r"""([eE]'(?:[^'\\]|\\.|'')*'|'[^']*'|"[^"]*"|--[^\n]*|/\*.*?\*/|\$(\w*)\$.*?\$\2\$|::)|\?|:([A-Za-z_]\w*)""",
-    re.DOTALL,
+_PLACEHOLDERS = re.compile(
+    r"""
+    [eE]'(?:[^'\\]|\\.|'')*' | '[^']*' | \$(\w*)\$.*?\$\1\$   # a literal
+    | "[^"]*" | --[^\n]* | /\*.*?\*/ | :: | %   # a name, a comment, a cast, a percent sign
+    | \? | :([A-Za-z_]\w*)   # a placeholder, a named one
+    """,
+    re.DOTALL | re.VERBOSE,
 )
 _IN_DOUBT = "the server was lost during COMMIT: look whether this was stored"
-_FATE = """SELECT pg_xact_status(?::xid8), GREATEST(pg_postmaster_start_time(), stats_reset) < ?::timestamptz
-    FROM pg_stat_bgwriter"""  # after a crash, which resets the statistics, a server may use a number again
+# What became of a transaction, and whether the server has run since the time given without a crash.
+# A crash resets the statistics, and the server may then use the number of a lost transaction again.
+_TRANSACTION_STATUS = """SELECT pg_xact_status(?::xid8),
+    GREATEST(pg_postmaster_start_time(), stats_reset) < ?::timestamptz FROM pg_stat_bgwriter"""
 _POSTGRES_FOREIGN_KEYS = f"""WITH named AS NOT MATERIALIZED (
     SELECT oid, relname, relnamespace = to_regnamespace(current_schema()) AS here,
         CASE relnamespace WHEN to_regnamespace(current_schema())
-        THEN '"' || replace(relname, '"', '""') || '"' ELSE oid::regclass::text END AS sql FROM pg_class)
-    SELECT child.oid::regclass::text, child.sql, k.oid::bigint, quote_ident(own.attname), parent.sql,
-        -- where the collations of both columns differ, the index on the user's column serves its own
-        quote_ident(theirs.attname) || COALESCE(' COLLATE ' || c.collnamespace::regnamespace::text || '.'
-            || quote_ident(c.collname), ''),
-        CASE k.confdeltype WHEN 'a' THEN 'NO ACTION' WHEN 'r' THEN 'RESTRICT' WHEN 'c' THEN 'CASCADE' ELSE '' END
-    FROM pg_constraint k JOIN named child ON child.oid = k.conrelid JOIN named parent ON parent.oid = k.confrelid
+        THEN '"' || replace(relname, '"', '""') || '"' ELSE oid::regclass::text END AS sql
+    FROM pg_class)
+    SELECT child.oid::regclass::text, child.sql, k.oid::bigint, quote_ident(own.attname),
+        parent.sql,
+        -- where the collations of both columns differ, the index on the user's column has its own
+        quote_ident(theirs.attname) || COALESCE(' COLLATE ' || c.collnamespace::regnamespace::text
+            || '.' || quote_ident(c.collname), ''),
+        CASE k.confdeltype WHEN 'a' THEN 'NO ACTION' WHEN 'r' THEN 'RESTRICT'
+            WHEN 'c' THEN 'CASCADE' ELSE '' END
+    FROM pg_constraint k
+    JOIN named child ON child.oid = k.conrelid
+    JOIN named parent ON parent.oid = k.confrelid
     CROSS JOIN LATERAL unnest(k.conkey, k.confkey) WITH ORDINALITY pair (own, theirs, place)
     JOIN pg_attribute own ON own.attrelid = k.conrelid AND own.attnum = pair.own
     JOIN pg_attribute theirs ON theirs.attrelid = k.confrelid AND theirs.attnum = pair.theirs
     LEFT JOIN pg_collation c ON c.oid = own.attcollation
-    WHERE k.contype = 'f' AND NOT (child.here AND child.relname IN ({_OUR_TABLES}))
+    WHERE k.contype = 'f' AND NOT (child.here AND child.relname IN ({_QUOTED_TABLE_NAMES}))
         AND has_table_privilege(k.conrelid, 'SELECT')
-        -- nearly always false, and asked once: a database may have thousands of foreign keys of others
-        AND (SELECT EXISTS (SELECT 1 FROM pg_constraint f JOIN pg_class p ON p.oid = f.confrelid
+        -- nearly always false, and asked once: others may have thousands of foreign keys
+        AND (SELECT EXISTS (SELECT 1 FROM pg_constraint f
+            JOIN pg_class p ON p.oid = f.confrelid
             JOIN pg_class c ON c.oid = f.conrelid
             WHERE f.contype = 'f' AND p.relnamespace = to_regnamespace(current_schema())
-                AND p.relname IN ({_OUR_TABLES})
-                AND NOT (c.relnamespace = p.relnamespace AND c.relname IN ({_OUR_TABLES}))))
+                AND p.relname IN ({_QUOTED_TABLE_NAMES})
+                AND NOT (c.relnamespace = p.relnamespace AND c.relname IN ({_QUOTED_TABLE_NAMES}))))
     ORDER BY k.oid, pair.place"""
+# The writes that callers may be waiting for.
 _NEWS = re.compile(
     "INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'"
 )
+# Our errors for some of the server's; the others are StorageError.
+_SERVER_ERRORS = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}
 
 
 @functools.lru_cache(2000)
-def _in_postgres(sql: str, named: bool = False) -> tuple[str, tuple[str, ...], bool]:
-    """A statement with $1, $2, ... for its placeholders; their names; whether it writes what others may wait for."""
-    names: list[str] = []
+def _for_psycopg(sql: str, named: bool) -> str:
+    """A statement with psycopg's placeholders: %s for ?, %(name)s for :name if values are named."""
+    if "\0" in sql:
+        raise StorageError("the statement holds NUL: leave that out")
 
-    def number(found: re.Match[str]) -> str:
-        if found[1] or (found[3] and not named):
-            return found[0]
-        names.append(found[3] or "")
-        return f"${len(names)}"
+    def replace(found: re.Match[str]) -> str:
+        if found[0] == "?":
+            return "%s"
+        if named and found[2]:
+            return f"%({found[2]})s"
+        return found[0].replace("%", "%%")
 
-    return _PLACEHOLDERS.sub(number, sql), tuple(names), _NEWS.search(sql) is not None
+    return _PLACEHOLDERS.sub(replace, sql)
 
 
 class _PostgresDb:
-    """A psycopg connection with what the rest of this module uses of sqlite3's; its errors are ours."""
+    """A psycopg connection that is used like one of sqlite3, and raises our errors."""
 
-    level = number = (
-        ""  # of the transaction, when it writes: its isolation, and its number in the server
-    )
-    news = False  # it wrote something that others may be waiting for
-    late = 0  # how many statements it still is to the one with which the transaction begins
+    isolation = ""  # of the transaction when it writes
+    transaction_id = ""
+    has_news = False  # the transaction wrote something that callers may be waiting for
+    begins_in = 0  # statements from now on to the one with which the transaction begins
 
     def __init__(self, engine: _PostgresEngine) -> None:
-        self.engine, psycopg = engine, engine.psycopg
+        self.engine = engine
+        psycopg = engine.psycopg
         try:
-            self.db = psycopg.connect(
-                engine.url,
-                autocommit=True,
-                cursor_factory=psycopg.RawCursor,
-                client_encoding="UTF8",
-            )
+            self.db = psycopg.connect(engine.url, autocommit=True, client_encoding="UTF8")
         except psycopg.Error as error:
             says = " ".join(str(error).split())
-            kind = (
-                StoreBusy
-                if re.search("starting up|shutting down|recovery|too many|slots", says)
-                else StorageError
-            )
+            passes = re.search("starting up|shutting down|recovery|too many|slots", says)
+            kind = StoreBusy if passes else StorageError
             raise kind(f"{engine.target}: the server cannot be used: {says}") from error
         self.cursor = self.db.cursor()
         self.close = self.db.close
-        # The settings belong to a session of the server's. A pooler tells each client a number of its own, which is not
-        # that of the server's process; whether it keeps sessions cannot be seen. Asked before any setting: a pooler
-        # without sessions would hand that on to other clients.
-        if not engine.pooler:
-            process = self._call(self._do, "SELECT pg_backend_pid()")
-            if process != str(self.db.info.backend_pid):
-                self.close()
-                raise StorageError(
-                    f"{engine.target}: a pooler stands before the server: connect to the server itself, "
-                    "or, where the pooler is in session mode, add ?pooler=session to the URL"
-                )
-        self.since = self._call(self._do, f"{engine.settings}; SELECT now()")
+        # The settings belong to a session of the server. A pooler tells each client a process
+        # number of its own, other than the server's; whether it keeps sessions cannot be seen. This
+        # is asked before any setting is made: a pooler without sessions would hand the settings on
+        # to other clients.
+        own_number = str(self.db.info.backend_pid)
+        if not engine.pooler and self._do("SELECT pg_backend_pid()") != own_number:
+            self.close()
+            raise StorageError(
+                f"{engine.target}: a pooler stands before the server: connect to the server "
+                "itself, or, where the pooler is in session mode, add ?pooler=session to the URL"
+            )
+        self.connected_at = self._do(f"{engine.settings}; SELECT now()")
 
     @property
     def in_transaction(self) -> bool:
         """True while a transaction is open on it."""
-        return self.db.info.transaction_status.name in ("ACTIVE", "INTRANS", "INERROR")
+        return self.db.info.transaction_status.name not in ("IDLE", "UNKNOWN")
 
-    def begin(self, level: str, late: int = 0) -> None:
-        """Begin a transaction, perhaps late: one that writes, at a level of isolation, or one that reads a snapshot."""
-        if level and self.engine.has_block(threading.get_ident()):
+    def begin(self, isolation: str, begins_in: int = 0) -> None:
+        """Begin a transaction that writes at a level of isolation; with "", one that only reads.
+
+        With 2 for `begins_in` it begins before the second statement: the first one is a transaction
+        of its own."""
+        if isolation and self.engine.has_block(threading.get_ident()):
             raise StorageError(
                 "this thread has another task's transaction open and could only wait for itself"
             )
-        self.level, self.news, self.late = level, False, late
-        if not late:
-            rest = f"{level}; SELECT pg_current_xact_id()" if level else "REPEATABLE READ READ ONLY"
-            self.number = self._call(self._do, f"BEGIN ISOLATION LEVEL {rest}")
+        self.isolation = isolation
+        self.has_news = False
+        self.begins_in = begins_in
+        if not begins_in:
+            writing = f"{isolation}; SELECT pg_current_xact_id()"
+            rest = writing if isolation else "REPEATABLE READ READ ONLY"
+            self.transaction_id = self._do(f"BEGIN ISOLATION LEVEL {rest}")
 
-    def execute(self, sql: str, parameters: Any = ()) -> Any:
-        """Run a statement, ours or the user's."""
+    def execute(self, sql: str, parameters: Any = (), many: bool = False) -> Any:
+        """Run a statement, ours or the user's: once, or for each of many rows of parameters."""
         if sql.startswith("PRAGMA"):  # check() asks what SQLite thinks of its file
             sql = "SELECT 1 WHERE false"
-        if self.late:
-            self.late -= 1
-            if not self.late:
-                self.begin(self.level)
-        cursor, (text, values) = self.cursor, self._prepared(sql, parameters)
-        # Prepared, a text of several statements is refused.
-        self._call(cursor.execute, text, values, prepare=True if ";" in sql else None)
-        rows = cursor.fetchall() if cursor.rownumber is not None else []
-        return SimpleNamespace(rowcount=cursor.rowcount, fetchall=lambda: rows)
+        if self.begins_in:
+            self.begins_in -= 1
+            if not self.begins_in:
+                self.begin(self.isolation)
+        if _NEWS.search(sql):
+            self.has_news = True
+        cursor = self.cursor
+        if many:
+            rows = list(parameters)
+            named = bool(rows) and isinstance(rows[0], dict)
+            self._call(cursor.executemany, _for_psycopg(sql, named), rows)
+        else:
+            text = _for_psycopg(sql, isinstance(parameters, dict))
+            # Prepared, a text of several statements is refused.
+            self._call(cursor.execute, text, parameters, prepare=True if ";" in sql else None)
+        found = cursor.fetchall() if cursor.rownumber is not None else []
+        return SimpleNamespace(rowcount=cursor.rowcount, fetchall=lambda: found)
 
-    def executemany(self, sql: str, rows: Iterable[Any]) -> Any:
-        """Run a statement for each of the rows."""
-        cursor = self.db.cursor()
-        if texts := [self._prepared(sql, row) for row in rows]:
-            self._call(cursor.executemany, texts[0][0], [values for _, values in texts])
-        return SimpleNamespace(rowcount=cursor.rowcount, fetchall=list)
-
-    def _prepared(self, sql: str, parameters: Any) -> tuple[str, Sequence[Any]]:
-        """The text of a statement, and its values in the order of their numbers."""
-        text, names, news = _in_postgres(sql, named := isinstance(parameters, dict))
-        values = [parameters[name] for name in names] if named else parameters
-        if "\0" in sql or len(values) != len(names):
-            raise StorageError(
-                f"the statement has {len(names)} placeholders for {len(values)} values, or holds NUL"
-            )
-        self.news = self.news or news
-        return text, values
+    executemany = functools.partialmethod(execute, many=True)
 
     def _do(self, sql: str) -> str:
-        """Run what begins or ends a transaction, without the cost of a cursor; what it selects, if anything."""
-        result = self.db.pgconn.exec_(sql.encode())
+        """Run a text without values, and without the cost of a cursor; the first value selected."""
+        result = self._call(self.db.pgconn.exec_, sql.encode())
         if result.error_message:
-            raise self.engine.psycopg.errors.error_from_result(result)
-        return (result.get_value(0, 0) or b"").decode() if result.ntuples else ""
+            error = self.engine.psycopg.errors.error_from_result(result)
+            raise self._our_error(error) from error
+        return str(result.get_value(0, 0), "utf-8") if result.ntuples else ""
 
     def commit(self) -> None:
-        """Commit; those who wait hear of it, by a transaction of its own: NOTIFY would make commits queue up."""
-        if not self.late:  # else its one statement was a transaction of its own
-            if (
-                self.db.info.transaction_status.name != "INTRANS"
-            ):  # COMMIT would roll back, and not tell
-                raise StorageError(
-                    "the database ended this transaction, nothing of it was stored: run it again"
-                )
-            self._call(
-                self._do, f'COMMIT; NOTIFY "{self.engine.schema}"' if self.news else "COMMIT"
+        """Commit, and tell the listeners of news.
+
+        NOTIFY is a transaction of its own behind it: as a part of it, NOTIFY would make commits
+        wait for each other."""
+        if self.begins_in:  # the one statement was a transaction of its own
+            return
+        if self.db.info.transaction_status.name != "INTRANS":  # COMMIT would roll back, silently
+            raise StorageError(
+                "the database ended this transaction, nothing of it was stored: run it again"
             )
+        self._do(f'COMMIT; NOTIFY "{self.engine.schema}"' if self.has_news else "COMMIT")
 
     def rollback(self) -> None:
-        """Roll back what is open, if anything."""
-        self.level, self.late = "", 0
+        """Roll back what is open, if anything; StoreBusy where the connection is lost."""
+        self.begins_in = 0
         if self.in_transaction or self.db.closed:
             self._call(self.db.rollback)
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call psycopg. A lost race or connection is StoreBusy: it has ended the transaction, nothing was written."""
-        before = sys.exception()
+        """Call psycopg, whose errors become ours. An interrupt closes the connection.
+
+        After an interrupt the connection may be out of step with the server."""
+        handled_outside = sys.exception()
         try:
             return method(*arguments, **options)
         except BaseException as error:
-            struck: BaseException | None = error
-            while isinstance(struck, Exception) and struck is not before:
-                struck = struck.__context__
+            # psycopg may have raised an error of its own while it handled an interrupt.
+            interrupt: BaseException | None = error
+            while isinstance(interrupt, Exception) and interrupt is not handled_outside:
+                interrupt = interrupt.__context__
             try:
-                if (
-                    struck is not None and struck is not before
-                ):  # an interrupt, perhaps under what psycopg made of it
-                    self.db.close()  # it may be out of step with the server
-                    raise struck
+                if interrupt is not None and interrupt is not handled_outside:
+                    self.db.close()
+                    raise interrupt
             finally:
-                del struck, before  # their tracebacks lead back to this frame
+                del interrupt, handled_outside  # their tracebacks lead back to this frame
             if not isinstance(error, self.engine.psycopg.Error):
                 raise
-            code, told = error.sqlstate or "", error.diag
-            says = " ".join(str(told.message_primary or error).split())
-            # A row of ours that is there against what was seen, or no longer: another transaction was first.
-            ours = told.schema_name == self.engine.schema and told.table_name in _TABLE_NAMES
-            if (
-                self.db.closed
-                or code in ("40001", "40P01", "55P03")
-                or (ours and code in ("23503", "23505"))
-            ):
-                with contextlib.suppress(self.engine.psycopg.Error):
-                    self.db.rollback()
-                raise StoreBusy(
-                    f"another transaction was first, nothing was written: run it again ({says})"
-                ) from error
-            kind = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}.get(
-                code, StorageError
+            raise self._our_error(error) from error
+
+    def _our_error(self, error: Any) -> FlowStoreError:
+        """Our error for one of psycopg's.
+
+        StoreBusy is a lost race or connection, which has ended the transaction: nothing was
+        written."""
+        state = error.sqlstate or ""
+        facts = error.diag
+        says = " ".join(str(facts.message_primary or error).split())
+        ours = facts.schema_name == self.engine.schema and facts.table_name in _TABLE_NAMES
+        # In a table of ours, another transaction has added or dropped a row since this one looked.
+        lost_race = ours and state in ("23503", "23505")
+        if self.db.closed or lost_race or state in ("40001", "40P01", "55P03"):
+            with contextlib.suppress(self.engine.psycopg.Error):
+                self.db.rollback()
+            return StoreBusy(
+                f"another transaction was first, nothing was written: run it again ({says})"
             )
-            raise kind(f"the database failed: {says}") from error
+        return _SERVER_ERRORS.get(state, StorageError)(f"the database failed: {says}")
 
 
 class _LimitedPool(_Pool):
-    """A server's connections: a limited number for writes and one for reads, first come, first served.
+    """A server's connections: a limited number for writes and one for reads, first come, first
+    served.
 
-    Reads wait apart from writes, which may wait for each other."""
+    Reads have a line of their own: writes may wait for each other."""
 
     def __init__(self, engine: _PostgresEngine) -> None:
         super().__init__(engine)
         self.engine = engine
-        # The one that asks for each connection in use is kept with it: who asks and is interrupted leaves no trace.
-        self.in_use: tuple[weakref.WeakSet[_Connection], ...] = (
-            weakref.WeakSet(),
-            weakref.WeakSet(),
-        )
-        self.waiting: tuple[deque[weakref.ref[threading.Lock]], ...] = (deque(), deque())
+        self.forget_callers()
 
     def forget_callers(self) -> None:
-        """After a fork, in the child: all that waited or held something is in the parent."""
+        """Begin with no connection and no caller. After a fork, the child leaves all of them to the
+        parent."""
         self.idle = []
-        self.in_use = (weakref.WeakSet(), weakref.WeakSet())
-        self.waiting = (deque(), deque())
+        # All are weak, so a caller that was interrupted anywhere leaves no trace.
+        self.in_use = weakref.WeakKeyDictionary[_Connection, bool]()  # True: for writes
+        # The gates of the callers that wait, in the order in which they came: for reads, for
+        # writes.
+        self.gates = (
+            weakref.WeakValueDictionary[int, threading.Lock](),
+            weakref.WeakValueDictionary[int, threading.Lock](),
+        )
 
     def check_out(self, writes: bool = False) -> _Connection:
-        """A connection for one call or block; StoreBusy while all that there may be are in use."""
+        """A connection for one call or block; StoreBusy when all connections stay in use too
+        long."""
         gate = threading.Lock()
-        queue = self.waiting[writes]
-        place = weakref.ref(
-            gate
-        )  # weak, so that a waiter killed by Ctrl-C does not block the others
+        gates = self.gates[writes]
         deadline = _monotonic() + self.engine.options.busy_timeout
         try:
-            queue.append(place)
+            with self.mutex:
+                gates[id(gate)] = gate
             while True:
                 self.engine.refuse_closed()
                 gate.acquire(blocking=False)
                 with self.mutex:
-                    if self._first(queue) is gate and len(self.in_use[writes]) < _CONNECTIONS:
+                    count = list(self.in_use.values()).count(writes)
+                    if next(gates.values()) is gate and count < _CONNECTIONS:
                         connection = super().check_out(writes)
-                        self.in_use[writes].add(connection)
+                        self.in_use[connection] = writes
                         return connection
                 left = deadline - _monotonic()
                 if left <= 0:
                     raise StoreBusy(
                         f"all {_CONNECTIONS} connections of this store were in use too long"
                     )
-                gate.acquire(timeout=min(0.1, left))  # a block that was dropped tells nobody
+                gate.acquire(timeout=min(0.1, left))  # a block that was dropped opens no gate
         finally:
-            with self.mutex, contextlib.suppress(ValueError):
-                queue.remove(place)
-            self._call_next()
+            with self.mutex:
+                gates.pop(id(gate), None)
+            self._open_gates()
 
     def check_in(self, connection: _Connection) -> None:
         """Take a connection back, and let the next caller have it."""
@@ -8925,31 +8870,25 @@ class _LimitedPool(_Pool):
             if connection.tx is not None:
                 try:
                     connection.tx.rollback()
-                except StorageError:  # it is broken
+                except StorageError:  # the connection is lost
                     connection.close()
         with self.mutex:
-            for in_use in self.in_use:
-                in_use.discard(connection)
+            self.in_use.pop(connection, None)
         super().check_in(connection)
-        self._call_next()
+        self._open_gates()
 
-    @staticmethod
-    def _first(queue: deque[weakref.ref[threading.Lock]]) -> threading.Lock | None:
-        """The caller that waits longest; the caller holds the mutex."""
-        while queue and queue[0]() is None:
-            queue.popleft()
-        return queue[0]() if queue else None
-
-    def _call_next(self) -> None:
+    def _open_gates(self) -> None:
+        """Let the first caller of each line look for a connection."""
         with self.mutex:
-            for queue in self.waiting:
-                gate = self._first(queue)
-                if gate is not None and gate.locked():
-                    gate.release()
+            for gates in self.gates:
+                first = next(gates.values(), None)
+                if first is not None and first.locked():
+                    first.release()
 
 
 class _PostgresEngine(_Engine):
-    """A database on a PostgreSQL server: each call has a connection and a transaction of its own."""
+    """A database on a PostgreSQL server: each call has a connection and a transaction of its
+    own."""
 
     max_writers = _CONNECTIONS
     dialect = _POSTGRES
@@ -8959,9 +8898,9 @@ class _PostgresEngine(_Engine):
         "BLOB": "BYTEA",
     }
     foreign_keys = _POSTGRES_FOREIGN_KEYS
-    poll_seconds = 0.1  # a server tells of commits: a look is for what it did not tell
+    poll_seconds = 0.1  # the server tells of commits: this is for what it did not tell
     failed_reads_end_transactions = True
-    listens = True
+    pool: _LimitedPool
 
     def __init__(self, target: str, options: SimpleNamespace) -> None:
         import importlib
@@ -8972,18 +8911,18 @@ class _PostgresEngine(_Engine):
             raise StorageError(
                 "a server's URL needs psycopg: pip install 'flowstore[postgres]'"
             ) from error
-        given = dict(re.findall("[?&](schema|pooler)=([^&]*)", target))
+        own_options = dict(re.findall("[?&](schema|pooler)=([^&]*)", target))
         self.url = re.sub("(?<=[?&])(schema|pooler)=[^&]*&?", "", target)  # libpq knows neither
-        self.schema = given.get("schema", "flowstore")
-        self.pooler = given.get("pooler")  # "session": one that keeps sessions stands before it
+        self.schema = own_options.get("schema", "flowstore")
+        self.pooler = own_options.get("pooler")  # "session": a pooler that keeps sessions
         if self.pooler not in (None, "session"):
             raise InvalidData(f"target: pooler= is followed by session, not {self.pooler!r}")
         if not re.fullmatch("[a-z_][a-z0-9_]{0,62}", self.schema):
             raise InvalidData(
                 f"target: a schema's name is made of a-z, 0-9 and _, not {self.schema!r}"
             )
-        self.settings = f"""SET search_path = "{self.schema}", pg_temp, public; SET jit = off; SET enable_seqscan = off;
-            SET plan_cache_mode = force_generic_plan;
+        self.settings = f"""SET search_path = "{self.schema}", pg_temp, public;
+            SET jit = off; SET enable_seqscan = off; SET plan_cache_mode = force_generic_plan;
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
             SET synchronous_commit = {"on" if options.synchronous == "FULL" else "off"};
             SET default_transaction_read_only = {"on" if options.read_only else "off"}"""
@@ -9009,28 +8948,27 @@ class _PostgresEngine(_Engine):
 
     # --- opening ---
     def prepare(self, connection: _Connection) -> None:
-        """Create or upgrade the tables in their schema, whoever else opens it at the same time."""
+        """Create or upgrade the tables in their schema, however many processes open it at once."""
         self.retry_while_busy(lambda: self.with_connection(self._prepare_schema))
 
     def _prepare_schema(self, tx: _Tx) -> None:
-        if self._version(tx) == _SCHEMA_VERSION and not self._numbers_behind(tx):
+        if self._version(tx) == _SCHEMA_VERSION and not self._missing_base(tx):
             return
         if self.options.read_only:
             raise SchemaError(
-                "the tables are of an older version, or restored: open the store once without read_only"
+                "the tables are of an older version, or restored: "
+                "open the store once without read_only"
             )
         tx.run("BEGIN ISOLATION LEVEL READ COMMITTED")
         tx.rows("SELECT pg_advisory_xact_lock(hashtext(?))", self.schema)
-        version = self._version(tx)
-        if tx.rows("SELECT to_regnamespace(?) IS NULL", self.schema)[0][0]:
+        if not tx.rows("SELECT 1 FROM pg_namespace WHERE nspname = ?", self.schema):
             tx.run(f'CREATE SCHEMA "{self.schema}"')
-        self._build(tx, version)
-        if behind := self._numbers_behind(tx):
-            tx.run(f"""INSERT INTO flowstore_meta (key, value) VALUES ('base', '{behind}')
+        self._build(tx, self._version(tx))
+        if base := self._missing_base(tx):
+            tx.run(f"""INSERT INTO flowstore_meta (key, value) VALUES ('base', '{base}')
                 ON CONFLICT (key) DO UPDATE SET value = excluded.value""")
-            for table, column in _NUMBERED:
-                number = _NUMBER.replace("+ 0 <<", f"+ {behind} <<").split(" DEFAULT ")[1]
-                tx.run(f"ALTER TABLE {table} ALTER {column} SET DEFAULT {number}")
+            for table, column in _NUMBERED_COLUMNS:
+                tx.run(f"ALTER TABLE {table} ALTER {column} SET DEFAULT {_NEXT_NUMBER(base)}")
         tx.run("COMMIT")
 
     def _names(self, tx: _Tx) -> set[str]:
@@ -9038,60 +8976,57 @@ class _PostgresEngine(_Engine):
         return {name for (name,) in tx.rows(sql, self.schema)}
 
     def _temporary_names(self, tx: _Tx) -> set[str]:
-        sql = "SELECT relname::text FROM pg_class WHERE relnamespace = pg_my_temp_schema() AND relkind <> 'i'"
+        sql = """SELECT relname::text FROM pg_class
+            WHERE relnamespace = pg_my_temp_schema() AND relkind <> 'i'"""
         return {name for (name,) in tx.rows(sql)}
 
-    def _numbers_behind(self, tx: _Tx) -> int:
+    def _missing_base(self, tx: _Tx) -> int:
         """The base with which new numbers lie above all that are stored; 0 while they do."""
-        top = max(
-            tx.rows(f"SELECT COALESCE(MAX({column}), 0) >> 20 FROM {table}")[0][0]
-            for table, column in _NUMBERED
-        )
-        base, following = tx.rows(
-            f"SELECT {_BASE}, pg_snapshot_xmax(pg_current_snapshot())::text::bigint"
-        )[0]
-        return int(top - following + 1) if top >= base + following else 0
+        return int(tx.rows(_MISSING_BASE)[0][0])
 
     # --- running operations ---
     def _write_beside_others(self, call: _Call) -> None:
         call.result = self.read(call)
 
     def run_on_reader(self, call: _Call, tx: _Tx) -> Any:
-        operation = call.operation
+        """Run an operation at the isolation that it needs; a write is committed.
 
-        def once() -> Any:
-            if operation.writes or operation.snapshot:
-                level = (
-                    "READ COMMITTED"
-                    if operation.row
-                    else "SERIALIZABLE"
-                    if operation.writes
-                    else ""
-                )
-                tx.db.begin(level, late)
+        What a `one` writes with its first statement is a transaction of its own: it saves BEGIN and
+        COMMIT."""
+        operation = call.operation
+        begins_in = 2 if operation.one and call.facet._tenant is None else 0
+
+        def run_once() -> Any:
+            if operation.row:
+                tx.db.begin("READ COMMITTED", begins_in)
+            elif operation.writes:
+                tx.db.begin("SERIALIZABLE")
+            elif operation.snapshot:
+                tx.db.begin("")
             result = call.run(tx)
             if operation.writes:
                 self.commit_on_reader(tx)
             return result
 
-        late = 2 if operation.one and call.facet._tenant is None else 0
         try:
-            return once()
+            return run_once()
         except StoreBusy:
-            if not late or not tx.db.db.closed:
+            if not begins_in or not tx.db.db.closed:
                 raise
-        try:  # the connection was lost with the one statement on its way: done again, it does no harm or raises
+        try:  # the connection was lost during the one statement, which can be run twice
             tx.db = _PostgresDb(self)
-            return once()
+            return run_once()
         except FlowStoreError as error:
             raise StorageError(_IN_DOUBT) from error
 
     def begin_on_reader(self, tx: _Tx) -> None:
-        """Begin the transaction of a block. One that loses against another is StoreBusy, and run again."""
+        """Begin the transaction of a block. One that loses against another is StoreBusy, and run
+        again."""
         tx.db.begin("" if self.options.read_only else "SERIALIZABLE")
 
     def commit_on_reader(self, tx: _Tx) -> None:
-        """Commit; when the connection is lost in the middle, the server is asked what became of it."""
+        """Commit. When the connection is lost in the middle, the server is asked whether it has
+        committed."""
         try:
             tx.db.commit()
         except StoreBusy:
@@ -9102,10 +9037,10 @@ class _PostgresEngine(_Engine):
         deadline = _monotonic() + self.options.busy_timeout
         while _monotonic() < deadline and not self.closed:
             with contextlib.suppress(StorageError):  # the server is starting again
-                status, sure = self.on_new_connection(
-                    lambda tx: tx.rows(_FATE, lost.number, lost.since)[0]
-                )
-                if status == "committed" and not sure:
+                status, is_sure = self.on_new_connection(
+                    lambda tx: tx.rows(_TRANSACTION_STATUS, lost.transaction_id, lost.connected_at)
+                )[0]
+                if status == "committed" and not is_sure:
                     break
                 if status != "in progress":
                     return bool(status == "committed")
@@ -9113,38 +9048,41 @@ class _PostgresEngine(_Engine):
         raise StorageError(_IN_DOUBT)
 
     def wait(self, seen: int, seconds: float) -> Any:
-        """Wait until the server tells of a commit; one thread listens for all of them."""
+        """Wait until the server tells of a commit. One caller listens, and wakes the others."""
         self.refuse_closed()
-        deadline = _monotonic() + min(seconds, self.poll_seconds)
-        if not self.writer.connection.lock.acquire(blocking=False):
+        connection = self.writer.connection  # which no operation uses
+        if not connection.lock.acquire(blocking=False):
             return super().wait(seen, seconds)
+        interval = min(seconds, self.poll_seconds)
         try:
-            listening, db = self.writer.connection.tx is not None, self.writer.connection.use().db
-            if not listening:  # what was committed until now may not have been seen
-                db.execute(f'LISTEN "{self.schema}"')
-            elif not self.closed and self.commits == seen:
-                for _ in db.db.notifies(timeout=max(0.0, deadline - _monotonic()), stop_after=1):
+            if connection.tx is None:  # what was committed until it listens may not have been seen
+                connection.use().db.execute(f'LISTEN "{self.schema}"')
+            elif self.commits == seen:
+                for _ in connection.tx.db.db.notifies(timeout=interval, stop_after=1):
                     self.commits += 1
         except (StorageError, self.psycopg.Error):
-            self.writer.connection.close()
-            time.sleep(max(0.0, deadline - _monotonic()))
+            connection.close()
+            time.sleep(interval)
         finally:
-            self.writer.connection.lock.release()
-            self.listeners.notify()  # another one listens now
+            connection.lock.release()
+            self.listeners.notify()  # another caller listens now
 
     # --- the whole store ---
     def sizes(self, tx: _Tx) -> dict[str, int]:
         """Bytes of the tables; the log beside them is the server's."""
-        sql = "SELECT COALESCE(SUM(pg_total_relation_size(to_regclass(name)))::bigint, 0) FROM unnest(?::text[]) name"
+        sql = """SELECT COALESCE(SUM(pg_total_relation_size(to_regclass(name)))::bigint, 0)
+            FROM unnest(?::text[]) name"""
         return {"file_bytes": tx.rows(sql, list(_TABLE_NAMES))[0][0], "wal_bytes": 0}
 
     def copy_to(self, tx: _Tx, path: str) -> None:
         """A backup is an SQLite file."""
+
+        def read(sql: str, parameters: tuple[Any, ...]) -> _RowList:
+            return tx.rows(self.dialect.resolve(sql), *parameters)
+
         tx.db.begin("")
         with open(path) as store:
-            _copy_tables(
-                lambda sql, parameters: tx.rows(self.dialect.resolve(sql), *parameters), store
-            )
+            _copy_tables(read, store)
 
     def compact(self) -> None:
         """Have the server find the space that is free again."""
@@ -9157,14 +9095,15 @@ class _PostgresEngine(_Engine):
     after_fork_in_parent = before_fork
 
     def after_fork_in_child(self) -> None:
-        """Begin anew: the connections are the parent's, and even closing one here would end it there."""
+        """Begin with new connections: those there are belong to the parent, and to close one would
+        end it there."""
         self.process = os.getpid()
-        for lock in (self.mutex, *(one.lock for one in self.pool.connections)):
-            lock._at_fork_reinit()  # type: ignore[attr-defined]
+        self.mutex._at_fork_reinit()  # type: ignore[attr-defined]
         for connection in list(self.pool.connections):
+            connection.lock._at_fork_reinit()  # type: ignore[attr-defined]
             connection.leak()
         self.listeners = _CommitListeners()
-        cast("_LimitedPool", self.pool).forget_callers()
+        self.pool.forget_callers()
 
 
 _SERVERS |= {"postgresql": _PostgresEngine, "postgres": _PostgresEngine}

@@ -12347,7 +12347,7 @@ def test_a_lease_that_is_lost_while_it_cannot_be_renewed_is_told(
         if taken == "claimed":
             clock.advance(86_400)
             assert store_state.state.claim_work_item("other", [item.queue_type])
-        assert view._renew_held(hold) is (taken is None)
+        assert view._renew_lease_of(hold) is (taken is None)
         assert hold.lost is (taken is not None)
 
 
@@ -12357,7 +12357,7 @@ def test_a_hold_outlasts_a_suspension(store_state: Store) -> None:
     item = claimed_item(view)
     with view.hold(item) as hold:
         store_state.state.update_tenant(dataclasses.replace(acme, status=TenantStatus.SUSPENDED))
-        assert view._renew_held(hold) is True  # what the background thread calls: it goes on
+        assert view._renew_lease_of(hold) is True  # what the background thread calls: it goes on
         store_state.state.update_tenant(acme)
     assert not hold.lost and view.complete_work_item(item).status == "completed"
 
@@ -12634,9 +12634,9 @@ def test_statistics_do_not_change_how_a_store_is_copied_or_pruned_or_a_limit_cou
 ) -> None:
     resolve = flowstore._SQLITE.resolve
     issued = {
-        flowstore._RUNS_OPEN.one,
-        flowstore._DEFINITIONS_KEPT.one,
-        resolve(flowstore._GIVE_BACK_ALL),
+        flowstore._OPEN_RUN_COUNT.one,
+        flowstore._DEFINITION_COUNT.one,
+        flowstore._RELEASE_ALL.all,
     }
     for rule in flowstore._PRUNED.values():
         for part in rule.parts:
@@ -14305,10 +14305,10 @@ def test_a_host_with_many_instances_in_hand_reads_no_pointers_that_it_wrote_itse
         touched = [sql for sql in watched_flow.statements if "execution_pointers" in sql]
         assert {sql.split()[0] for sql in touched} == {"INSERT"}
         assert len(touched) == len(made)
-        monkeypatch.setattr(flowstore, "_KNOWN_POINTERS", 200)
+        monkeypatch.setattr(flowstore, "_POINTER_CACHE_SIZE", 200)
         for one in made * 2:
             host.persist_workflow(one)
-        assert len(host._known) <= 20
+        assert len(host._pointer_cache) <= 20
         assert host.get_workflow_instances([one.id for one in made]) == [
             dataclasses.replace(one, create_time=host.get_workflow_instance(one.id).create_time)
             for one in made
@@ -20984,7 +20984,7 @@ def test_reads_go_on_while_writers_wait_for_a_row_that_a_block_changed(server: S
     held = Background(hold)
     assert begun.wait(60)
     writers = [Background(write) for _ in range(flowstore._CONNECTIONS)]
-    until(lambda: len(server._engine.pool.in_use[True]) == flowstore._CONNECTIONS)
+    until(lambda: [*server._engine.pool.in_use.values()].count(True) == flowstore._CONNECTIONS)
     assert server.flows.get(flow.id) == flow
     ended.set()
     for each in (held, *writers):
@@ -21104,10 +21104,12 @@ def test_a_role_that_may_do_little_opens_a_schema_that_is_there(postgres: Postgr
         assert store.events.append("e1", "default", EVENT | {"text": "\u6f22"}) == 1
         # What tells it that a server was started again since: else a lost COMMIT is never sure.
         number = store._engine.with_connection(
-            lambda tx: (tx.db.begin("SERIALIZABLE"), tx.db.number, tx.db.since)
+            lambda tx: (tx.db.begin("SERIALIZABLE"), tx.db.transaction_id, tx.db.connected_at)
         )
         assert (
-            store._engine.on_new_connection(lambda tx: tx.rows(flowstore._FATE, *number[1:]))[0][1]
+            store._engine.on_new_connection(
+                lambda tx: tx.rows(flowstore._TRANSACTION_STATUS, *number[1:])
+            )[0][1]
             is True
         )
 
