@@ -429,11 +429,11 @@ class _Record(metaclass=_RecordType):
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-def _enum_member(kind: type[E], value: object, path: str) -> E:
+def _enum_member(kind: type[E], value: Any, path: str) -> E:
     """The member of `kind` that a value is or spells."""
     value_type = type(value)
     if value_type is kind:
-        return value  # type: ignore[return-value]
+        return value  # type: ignore[no-any-return]
     # No member is longer than 50. A value that is not text may be too long to show: its type is.
     word: Any = str.__str__(value)[:50] if issubclass(value_type, str) else value_type
     # The enum of another copy of this module has the same name; a member of any other is a mistake.
@@ -4361,7 +4361,7 @@ class FlowStore(_Facet):
     @_write
     def update_step(self, tx: _Tx, step: FlowStep) -> FlowStep:
         """Write the step; the last writer wins. Raises NotFound, AlreadyExists (run id)."""
-        values = _STEP.encode(step) | {"updated_at": tx.now()}
+        values: dict[str, Any] = _STEP.encode(step) | {"updated_at": tx.now()}
         row = tx.row(_STEP_UPDATE, *_STEP.changes(values), values["run_id"])
         if row is None:
             self._need(tx, _STEP, id=values["id"])
@@ -5536,7 +5536,7 @@ class _Tenants(_StateFacet):
     @_write
     def update_tenant(self, tx: _Tx, tenant: Tenant) -> Tenant:
         """Write a tenant's record. Raises NotFound, in a view TenantMismatch."""
-        values = _TENANT.encode(tenant) | {"updated_at": tx.now()}
+        values: dict[str, Any] = _TENANT.encode(tenant) | {"updated_at": tx.now()}
         self._refuse_in_view(values["id"])
         row = tx.row(_TENANT_UPDATE, *_TENANT.changes(values))
         return _TENANT.decode(_or_not_found(row, "tenant", values["id"]))
@@ -5596,7 +5596,8 @@ class Hold(_LeaseKeeper):
         if self._state._engine.block() is None:  # a transaction would keep the renewals waiting
             self._ended.acquire()
             # Not by threading.Thread: an interrupt during its start would leave a thread for ever.
-            arguments = (weakref.ref(self), self._gate, self._ended, self._interval)
+            hold: weakref.ref[Hold] = weakref.ref(self)
+            arguments = (hold, self._gate, self._ended, self._interval)
             _thread.start_new_thread(_keep_lease, arguments)
         return self
 
@@ -5868,7 +5869,9 @@ class PersistenceProvider(_CommandFacet):
         if issubclass(type(id), str) and not str.__len__(id):
             replace = functools.partial(dataclasses.replace, id=new_id())
             instance = _read_foreign(replace, instance, "instance", WorkflowInstance)
-        values = _INSTANCE.encode(instance, now=tx.now()) | {"stamp": _random_bits()}
+        values: dict[str, Any] = _INSTANCE.encode(instance, now=tx.now()) | {
+            "stamp": _random_bits()
+        }
         definition = values["workflow_definition_id"]
         while not values["name"]:
             name = f"{definition}-{tx.rows(_COUNTER_NEXT, definition)[0][0]}"
@@ -5898,7 +5901,7 @@ class PersistenceProvider(_CommandFacet):
             _insert_record(tx, _SUBSCRIPTION, subscription, f"subscriptions[{index}]")
 
     def _persist(self, tx: _Tx, instance: WorkflowInstance) -> None:
-        values = _INSTANCE.encode(instance) | {"stamp": _random_bits()}
+        values: dict[str, Any] = _INSTANCE.encode(instance) | {"stamp": _random_bits()}
         stored = tx.row(_INSTANCE_BY_ID, values["id"])
         name, write_id = _or_not_found(stored, "workflow", values["id"])
         values["name"] = values["name"] or name
@@ -6797,20 +6800,31 @@ class AsyncFlowStore(_AsyncFacet, FlowStore):
     """`FlowStore`, awaited."""
 
 
-def _as_async_generator(
-    method: Callable[Concatenate[F, P], Iterator[R]],
-) -> Callable[Concatenate[F, P], AsyncIterator[R]]:
-    """The same method as an async facet has it: its generator is for `async for`."""
-    return method  # type: ignore[return-value]
-
-
 class AsyncEventStore(_AsyncFacet, EventStore):
     """`EventStore`, awaited; its generators are for `async for`."""
 
-    iter_events = _as_async_generator(EventStore.iter_events)  # type: ignore[assignment]
-    tail = _as_async_generator(EventStore.tail)  # type: ignore[assignment]
+    def iter_events(  # type: ignore[override]
+        self, execution_id: AnyId, after_seq: int = 0, *, chunk: int = 1000
+    ) -> AsyncIterator[StoredEvent]:
+        """`EventStore.iter_events` for `async for`."""
+        return super().iter_events(execution_id, after_seq, chunk=chunk)  # type: ignore[return-value]
 
-    def _tail_start(self, after: int | None, execution_id: str | None) -> Any:
+    def tail(  # type: ignore[override]
+        self,
+        after_position: int | None = None,
+        *,
+        timeout: float | None = None,
+        tenant_id: AnyId | None = None,
+        execution_id: AnyId | None = None,
+    ) -> AsyncIterator[StoredEvent]:
+        """`EventStore.tail` for `async for`."""
+        return super().tail(  # type: ignore[return-value]
+            after_position, timeout=timeout, tenant_id=tenant_id, execution_id=execution_id
+        )
+
+    def _tail_start(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, after: int | None, execution_id: str | None
+    ) -> Any:
         # The place is that of the call, not of the first event that is awaited. In memory, it is
         # behind the writes that were sent before.
         operation = EventStore.__dict__["_tail_start"]
@@ -7866,6 +7880,7 @@ def _answer(store: Store, request: Any, start: Any) -> list[bytes]:
 
     query: dict[str, str] = {}
     problem = ""
+    sections: list[_Html] = []
     port = request["SERVER_PORT"]
     hosts = [f"{name}:{port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")]
     try:
@@ -8144,6 +8159,7 @@ def _try_lease(trial: _Trial) -> None:
 
 def _try_crash(trial: _Trial) -> str:
     """crash: what a process was told is stored survives its kill"""
+    told = 0
     with _start_child("selftest-writer", trial.target, trial.run) as child:
         for _ in range(20):
             told = int(child.stdout.readline())
