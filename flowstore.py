@@ -1065,7 +1065,13 @@ _NO_BRACKETS = bytes({*range(256)} - {*b'[]{}"'})
 _BRACKET_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")  # 1 down and, as a signed byte, 1 up
 
 _json_encoder = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-_encode_json: Callable[[Any], str] = _json_encoder.encode
+_json_decoder: Any = json.JSONDecoder()
+
+
+def _json_chunks(value: Any, _: int) -> Iterable[str]:
+    return _json_encoder.iterencode(value)
+
+
 if make_encoder := getattr(json.encoder, "c_make_encoder", None):
     # encode() makes this function for each value, which is half its time. A circle ends as a
     # RecursionError.
@@ -1080,8 +1086,6 @@ if make_encoder := getattr(json.encoder, "c_make_encoder", None):
         False,
         False,
     )
-    _encode_json = lambda value: "".join(_json_chunks(value, 0))  # noqa: E731
-_json_decoder: Any = json.JSONDecoder()
 
 
 def _decode_json(text: str) -> Any:
@@ -1262,7 +1266,7 @@ def _milliseconds(value: object, path: str) -> int:
 def _json(value: object, path: str) -> str:
     """The text of a JSON value; InvalidData names the place in a value that JSON cannot hold."""
     try:
-        text = _encode_json(value)
+        text = "".join(_json_chunks(value, 0))
         text.encode()  # refuses lone surrogates
         # Text with fewer brackets cannot be nested too deeply.
         if text.count("[") + text.count("{") > _JSON_DEPTH and _json_depth(text) > _JSON_DEPTH:
@@ -1302,7 +1306,7 @@ def _refuse_json(value: object, path: str, depth: int = 0) -> None:
     for key, member in _read_foreign(_members, value, path, dict, list, tuple).items():
         if issubclass(kind, dict):
             _refuse_scalar(key, f"{path}, a key of it")
-            step = "." + _read_foreign(_encode_json, key, path).strip('"')[:100]
+            step = "." + _read_foreign(_json_encoder.encode, key, path).strip('"')[:100]
         else:
             step = f"[{key}]"
         _refuse_json(member, path + step, depth + 1)
@@ -1341,7 +1345,7 @@ def _check_list(value: object, path: str, needed: str = "a list") -> Sequence[An
 def _texts(value: object, path: str) -> str:
     """A list of text, as JSON."""
     members = enumerate(_check_list(value, path, "a list of text"))
-    return _encode_json([_text(member, f"{path}[{index}]") for index, member in members])
+    return _json_encoder.encode([_text(member, f"{path}[{index}]") for index, member in members])
 
 
 def _check_callable(value: object, path: str) -> None:
@@ -1388,7 +1392,10 @@ for _enum_type in (
     PointerStatus,
     CommandName,
 ):
-    _CODECS[_enum_type.__name__] = functools.partial(_enum_member, _enum_type), _enum_type
+    _CODECS[_enum_type.__name__] = (
+        functools.partial(_enum_member, _enum_type),
+        {str(member): member for member in _enum_type}.__getitem__,
+    )
 
 _UNCHANGING_COLUMNS = ("id", "flow_id", "created_at", "create_time")
 # Columns of times that the store's clock fills where the record has None.
@@ -1460,9 +1467,9 @@ class _Mapper(Generic[T]):
 
         InvalidData names the field."""
         argument = path or self.kind.split()[-1]
-        fields = _read_foreign(
-            self._read, _check_type(self.record, record, argument), argument, self.record
-        )
+        if type(record) is not self.record:
+            _check_type(self.record, record, argument)
+        fields = _read_foreign(self._read, record, argument, self.record)
         prefix = path and f"{path}."
         values: dict[str, Any] = {}
         for (column, encode), value in zip(self.codecs.items(), fields, strict=True):
@@ -1479,9 +1486,9 @@ class _Mapper(Generic[T]):
             for index, decode in self._decoders:
                 if (value := values[index]) is not None:
                     values[index] = decode(value)
-        except (ValueError, TypeError, OverflowError) as error:
+        except (ValueError, TypeError, OverflowError, KeyError) as error:
             raise StoreCorrupt(
-                f"a stored {self.record.__name__} cannot be read: {error}"
+                f"a stored {self.record.__name__} cannot be read: {error!r}"
             ) from error
         record = object.__new__(self.record)
         # Not by __init__, which takes half the time of loading a log.
@@ -3871,10 +3878,9 @@ class _Facet:
             raise NotFound(mapper.kind, key)
 
     def _lease(self, lease_seconds: float | None) -> float:
-        seconds = self._engine.options.lease_seconds if lease_seconds is None else lease_seconds
-        if _number(seconds, "lease_seconds", "a number of seconds") < 0:
-            raise InvalidData("lease_seconds: a lease lasts 0 seconds or more")
-        return _seconds(seconds, "lease_seconds")
+        if lease_seconds is None:
+            return self._engine.options.lease_seconds  # type: ignore[no-any-return]
+        return _number(lease_seconds, "lease_seconds", "a finite number of seconds, 0 or more", 0)
 
     def _prune_kind(
         self,
@@ -4982,7 +4988,8 @@ def _queue_sql(queues: int) -> _QueueSql:
 
 def _id_and_fence(item: object, fence: object = None) -> tuple[str, int | None]:
     """The id of an item given as such or by its id, and the fence to check: by default its own."""
-    if issubclass(type(item), (WorkItem, DeadLetter)):
+    kind = type(item)
+    if kind is WorkItem or issubclass(kind, (WorkItem, DeadLetter)):
         read = operator.attrgetter("id", "lease_fence")
         item, own_fence = _read_foreign(read, item, "item_id", WorkItem)
         if fence is None:
@@ -5065,25 +5072,29 @@ class _WorkQueue(_StateFacet):
         First, some of the expired leases of these queues are taken back. Waits up to `wait` seconds
         for an item, inside a transaction not at all. Raises InvalidData."""
         worker = _id(worker_id, "worker_id")
-        given = _check_type(
-            (list, tuple, set, frozenset), queue_types, "queue_types", "a list of queues"
-        )
-        names = enumerate(_read_foreign(list, given, "queue_types", list))
-        queues = [*dict.fromkeys(_id(queue, f"queue_types[{index}]") for index, queue in names)]
+        names = queue_types
+        if type(names) is not list:
+            _check_type((list, tuple, set, frozenset), names, "queue_types", "a list of queues")
+            names = _read_foreign(list, names, "queue_types")
+        queues: list[str] = []
+        for index, name in enumerate(names):
+            queue = _id(name, f"queue_types[{index}]")
+            if queue not in queues:
+                queues.append(queue)
         lease = self._lease(lease_seconds)
         deadline = _monotonic() + _seconds(wait, "wait")
-        if not queues:
-            return None
         item: WorkItem | None = yield self._claim(worker, queues, lease)
         # An idle waiter looks with reads: it leaves the writer to others.
         look = functools.partial(self._claimable, queues)
-        while item is None and deadline > _monotonic() and self._engine.block() is None:
+        while item is None and deadline > _monotonic() and queues and self._engine.block() is None:
             if (yield self._poll(look, deadline - _monotonic())):
                 item = yield self._claim(worker, queues, lease)
         return item
 
     @_write_one
     def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
+        if not queues:
+            return None
         now = tx.now()
         sql = _queue_sql(len(queues))
         values = worker_id, _time_after(now, lease, "lease_seconds"), *queues, now, *queues
@@ -5227,7 +5238,7 @@ class _WorkQueue(_StateFacet):
     ) -> WorkItem:
         id, fence = _id_and_fence(item_id, lease_fence)
         needed = None if fence is None else "claimed"
-        values = error, status.value, id, fence, needed
+        values = error, status, id, fence, needed
         return _ITEM.decode(self._change_item(tx, _SETTLE, id, *values))
 
     @_write_row
@@ -6832,7 +6843,7 @@ class AsyncEventStore(_AsyncFacet, EventStore):
         self._engine.refuse_foreign()
         return (self._engine.send if self._engine.in_memory else self._engine.read)(call)
 
-    async def _generate(self, place: Any, behind: Callable[[_LogCursor], Any]) -> Any:
+    async def _generate(self, place: Any, behind: Callable[[_LogCursor], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         place = await place if inspect.isawaitable(place) else place
         while events := await behind(place):
             for event in events:
