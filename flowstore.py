@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# flowstore: a durable memory for workflows in one file. Copy it into your own tree; it needs nothing else.
+# flowstore: a durable memory for workflows in one file. Copy it into your own tree.
 """A durable memory for workflows, in one file, on nothing but the standard library.
 
     >>> import tempfile, os
@@ -14,8 +14,8 @@ An execution is an append-only log of events. Each append is on disk when it ret
     >>> [stored.event["type"] for stored in store.events.load_events("order-1")]
     ['execution_started', 'step_completed']
 
-A work item goes to one worker at a time, under a lease. `complete_work_item(item)` checks that the lease is
-still this worker's, and whatever stands in the same `transaction()` happens with it or not at all:
+A work item goes to one worker at a time, under a lease. `complete_work_item(item)` checks that
+this worker still has the lease. All that stands in one `transaction()` happens, or none of it:
 
     >>> _ = store.state.enqueue_work_item(WorkItem(execution_id="order-1", queue_type="mail"))
     >>> item = store.state.claim_work_item("worker-1", ["mail"])
@@ -27,21 +27,23 @@ still this worker's, and whatever stands in the same `transaction()` happens wit
     >>> store.close(); folder.cleanup()
 
 The way of one call, `store.state.claim_work_item(...)`, from top to bottom:
-    StateBackend.claim_work_item  checks what it was given; its steps are walked through by the engine
-    _Method.__get__               made the operation `_claim` a method that hands itself to the engine
-    _Engine.run                   joins the open transaction block, if there is one; else:
-    _Writer.lead                  leads, or waits until another leader has done the call or hands on the lead
-    _Writer.commit_calls          BEGIN IMMEDIATE, the operation (and those that queued meanwhile), COMMIT
-    StateBackend._claim           the operation: statements on the open transaction, records out of rows
-    _Facet._row, _Tx.rows         one statement, of the view's tenant alone
-A read takes a connection from the pool instead (_Engine._read). In an event loop _AsyncEngine.run sends the operation
-to the thread that writes, or to one that reads. On a server _PostgresEngine.run gives each call its own connection.
+    _Method.__get__             made the method, which hands itself and its arguments to the engine
+    _Engine.run_steps           walks through the steps of a method that has several
+    _WorkQueue.claim_work_item  the steps: checks the arguments, calls the operation `_claim`
+    _Engine.run                 joins the open transaction block, if there is one; else:
+    _Writer.lead                leads, or waits until another leader has run the call
+    _Writer.commit_calls        BEGIN IMMEDIATE, the queued operations, COMMIT
+    _WorkQueue._claim           the operation: statements on the open transaction, records from rows
+    _Facet._row, _Tx.rows       one statement, of the view's tenant alone
+A read takes a connection from the pool instead (`_Engine.read`). In an event loop the operation
+goes to the thread that writes, or to one that reads (`_AsyncEngine.run`). On a server each call has
+a connection of its own (`_PostgresEngine.run_on_reader`).
 
 Words that have one meaning here:
-    operation     a function over an open transaction: what `@_write` and `@_read` stand above
+    operation     a function over an open transaction, under `@_write`, `@_read` or their like
     facet         one of the four parts of a store that have methods
     block         `with store.transaction()`
-    leader        the call that has the writer, and commits its group: the calls that queued before it began
+    leader        the call that has the writer, and commits its group: the calls queued before it
     claim, lease  an item handed to one worker, until a time; the fence is the number of the claim
     reclaim       to take back a lease that has expired
     revision      the number of a flow's version; a stale one is refused
@@ -2125,13 +2127,16 @@ class _Database:
 
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
         self.target = target
-        # The real path, not a symbolic link: SQLite has the log beside the real file. None: in memory, or a server.
+        # The real path, not a symbolic link: SQLite has the log beside the real file. None: in
+        # memory, or a server.
         self.path = None if path is None else os.path.realpath(path)
         self.options = options  # the arguments of open()
-        # A read-only store whose folder has no room for the files of SQLite's locks is read without locks.
+        # A read-only store whose folder has no room for the files of SQLite's locks is read without
+        # locks.
         self.cannot_lock = bool(self.path and options.read_only and not _can_lock(self.path))
         self.log = None if self.path is None or self.cannot_lock else _Log(self.path)
-        # Without a lock that holds for sure, each use looks whether the log is still the file's own.
+        # Without a lock that holds for sure, each use looks whether the log is still the file's
+        # own.
         self.log_may_vanish = False
         self.process = os.getpid()
         self.closed = False
@@ -2159,7 +2164,7 @@ class _Database:
                 "fullfsync = ON",  # macOS: an fsync that reaches the disk; elsewhere without effect
                 "checkpoint_fullfsync = ON",
                 "wal_autocheckpoint = 0",  # the writer does it, under the write lock
-                "journal_size_limit = 12582912",  # a log begun anew shrinks to that, below its bound
+                "journal_size_limit = 12582912",  # bytes of a log that begins anew, below its bound
                 "cache_size = -16384",
                 f"query_only = {self.options.read_only:d}",
             ):
@@ -2193,7 +2198,8 @@ class _Database:
 
     # --- refusals ---
     def refuse_closed(self) -> None:
-        """StoreClosed after close(); StorageError in a child whose parent forked in a transaction on the file."""
+        """StoreClosed after close(); StorageError in a child whose parent forked in a transaction
+        on the file."""
         if self.closed:
             raise StoreClosed("the store is closed: open it again")
         parents = _process.files_of_parent
@@ -2217,7 +2223,8 @@ class _Database:
             raise StorageError("the store was opened read-only: nothing can be changed through it")
 
     def refuse_hidden(self, tx: _Tx) -> None:
-        """StorageError when something temporary hides a table of ours: our statements would go to it."""
+        """StorageError when something temporary hides a table of ours: our statements would go to
+        it."""
         hidden = self._temporary_names(tx).intersection(_TABLE_NAMES)
         if hidden:
             raise StorageError(
@@ -2260,7 +2267,8 @@ class _Database:
 
     # --- opening ---
     def prepare(self, connection: _Connection) -> None:
-        """Create or upgrade the tables, in one transaction, however many processes open the file at once."""
+        """Create or upgrade the tables, in one transaction, however many processes open the file at
+        once."""
         if self.path is None:
             with connection.lock:
                 self._build(connection.use(), None)
@@ -2302,7 +2310,8 @@ class _Database:
         return mode == ("wal",) or tx.row("PRAGMA journal_mode = WAL") == ("wal",)
 
     def _version(self, tx: _Tx) -> int | None:
-        """The version of the file's tables, None when there are none; SchemaError for foreign tables."""
+        """The version of the file's tables, None when there are none; SchemaError for foreign
+        tables."""
         names = self._names(tx)
         if "flowstore_meta" not in names:
             if clash := sorted(names.intersection(_TABLE_AND_INDEX_NAMES)):
@@ -2366,7 +2375,8 @@ class _Database:
         return {"file_bytes": pages * page_bytes, "wal_bytes": wal_bytes}
 
     def copy_to(self, tx: _Tx, path: str) -> None:
-        """Copy one state of the database into a new file. In steps: a write does not make it begin again."""
+        """Copy one state of the database into a new file. In steps: a write does not make it begin
+        again."""
         try:
             with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
                 try:
@@ -2398,7 +2408,8 @@ _WAITING, _TAKEN, _LEADING, _DONE, _ABANDONED = _CallState
 
 
 class _Call(SimpleNamespace):
-    """One call on its way: an operation with its arguments, a batch of such calls, or a block that wants the writer.
+    """One call on its way: an operation with its arguments, a batch of such calls, or a block that
+    wants the writer.
 
     A namespace, since that is made in C."""
 
@@ -2429,7 +2440,8 @@ class _Call(SimpleNamespace):
 
 
 class _CommitListeners:
-    """The waiters that each commit of this process wakes. Commits of other processes are polled for."""
+    """The waiters that each commit of this process wakes. Commits of other processes are polled
+    for."""
 
     def __init__(self) -> None:
         self.wakers: set[Callable[[], object]] = set()
@@ -2447,11 +2459,13 @@ class _CommitListeners:
 
 
 class _Checkpointer:
-    """The connection that copies the write-ahead log into the file while the writer keeps all others out.
+    """The connection that copies the write-ahead log into the file while the writer keeps all
+    others out.
 
-    SQLite 3.7.0 to 3.51.2 can lose commits when a process begins the log anew while another one's checkpoint begins
-    (the "WAL-reset bug"). No process can while the write lock is held, so the checkpoint runs then, on a second
-    connection. Only the writer's lock guards it: a fork that held one lock and waited for the other would hang."""
+    SQLite 3.7.0 to 3.51.2 can lose commits when a process begins the log anew while another one's
+    checkpoint begins (the "WAL-reset bug"). No process can while the write lock is held, so the
+    checkpoint runs then, on a second connection. Only the writer's lock guards it: a fork that held
+    one lock and waited for the other would hang."""
 
     def __init__(self, engine: _Engine, log: _Log) -> None:
         self.log = log
@@ -2462,8 +2476,9 @@ class _Checkpointer:
     def checkpoint(self, writer: sqlite3.Connection) -> None:
         """Copy the log into the file, in the transaction that the writer has just begun.
 
-        Past 16 MB it waits, for a second at most, until the present readers have ended: new ones read past the log
-        meanwhile. If a foreign reader holds the log longer, the next try comes 16 MB later."""
+        Past 16 MB it waits, for a second at most, until the present readers have ended: new ones
+        read past the log meanwhile. If a foreign reader holds the log longer, the next try comes 16
+        MB later."""
         try:
             size = self.log.size()
             waits = size >= self.wait_at_bytes
@@ -2494,8 +2509,8 @@ class _Checkpointer:
     def truncate(self, writer: _Tx) -> None:
         """Copy and truncate the log; StoreBusy while a reader needs it.
 
-        If TRUNCATE does not get the write lock in time, it goes on without the lock. The snapshot here, which reads
-        past the log, then keeps it from copying anything."""
+        If TRUNCATE does not get the write lock in time, it goes on without the lock. The snapshot
+        here, which reads past the log, then keeps it from copying anything."""
         helper = self.connection.use()
         try:
             complete = self._copy_log()
@@ -2514,7 +2529,8 @@ class _Checkpointer:
 
 
 class _CallQueue:
-    """The call that leads the writer, and those that wait for it. They change only under `mutex`."""
+    """The call that leads the writer, and those that wait for it. They change only under
+    `mutex`."""
 
     def __init__(self, engine: _Engine) -> None:
         self.engine = engine
@@ -2560,12 +2576,14 @@ class _CallQueue:
             leader is None
             or leader is call
             or leader.state is _ABANDONED
-            # The lead went to a call that this one interrupts: that call cannot take it before this one has ended.
+            # The lead went to a call that this one interrupts: that call cannot take it before this
+            # one has ended.
             or (leader.state is _WAITING and leader.thread == call.thread)
         )
 
     def _is_late(self, call: _Call) -> bool:
-        """Whether a waiting call gives up. It waits for a commit under way, however long that takes."""
+        """Whether a waiting call gives up. It waits for a commit under way, however long that
+        takes."""
         now = _monotonic()
         if now < call.deadline:
             return False
@@ -2579,10 +2597,10 @@ class _CallQueue:
 class _Writer(_CallQueue):
     """The one connection that writes, shared by group commit.
 
-    A durable commit costs one fsync, whatever it carries. A call that finds the writer free leads: it begins a
-    transaction, takes every call that has queued, runs them all, commits, wakes their threads and hands the lead to
-    the call that queued first since then. A thread that holds a connection's lock may take the mutex, never the
-    other way round."""
+    A durable commit costs one fsync, whatever it carries. A call that finds the writer free leads:
+    it begins a transaction, takes every call that has queued, runs them all, commits, wakes their
+    threads and hands the lead to the call that queued first since then. A thread that holds a
+    connection's lock may take the mutex, never the other way round."""
 
     def __init__(self, engine: _Engine, log: _Log | None) -> None:
         super().__init__(engine)
@@ -2598,20 +2616,23 @@ class _Writer(_CallQueue):
 
     # --- one call ---
     def run_batch(self, calls: list[_Call]) -> None:
-        """Run operations in one transaction, each on its own: every call gets its result or error."""
+        """Run operations in one transaction, each on its own: every call gets its result or
+        error."""
         call = _Call(batch=calls, deadline=max(one.deadline for one in calls))
         self.lead(call, self.commit_calls)
         if call.error is not None:
             raise call.error
 
     def lead(self, call: _Call, action: Callable[[_Call], bool], *, keep: bool = False) -> None:
-        """Lead and run `action` until it returns True, then hand the lead on. Or wait until another leader did the call.
+        """Lead and run `action` until it returns True, then hand the lead on. Or wait until another
+        leader did the call.
 
-        Any exception, at any point, leaves the writer usable. Before the commit, the leader's transaction is rolled
-        back and the other calls of its group queue again. After the commit, all of them are done. All this stands in
-        one frame on purpose: handing the lead on takes no more stack than taking it, so a RecursionError does not
-        prevent it, and no Python function begins between the two, so Ctrl-C does not either. With `keep` the call
-        leads on after a success, until it is led again."""
+        Any exception, at any point, leaves the writer usable. Before the commit, the leader's
+        transaction is rolled back and the other calls of its group queue again. After the commit,
+        all of them are done. All this stands in one frame on purpose: handing the lead on takes no
+        more stack than taking it, so a RecursionError does not prevent it, and no Python function
+        begins between the two, so Ctrl-C does not either. With `keep` the call leads on after a
+        success, until it is led again."""
         if os.getpid() != self.engine.process:
             self.engine.refuse_unprepared_fork()
         kept = False
@@ -2687,7 +2708,8 @@ class _Writer(_CallQueue):
         self.engine.pause(call.deadline)
 
     def _yield_to_other_processes(self) -> None:
-        """Leave the file alone for a moment: other processes poll for it, and a lead that never rests starves them."""
+        """Leave the file alone for a moment: other processes poll for it, and a lead that never
+        rests starves them."""
         time.sleep(0.0005)
         self.next_yield = _monotonic() + 0.025
 
@@ -2725,7 +2747,8 @@ class _Writer(_CallQueue):
         return tx
 
     def commit_calls(self, leader: _Call) -> bool:
-        """Begin, run the leader's call and what has queued, commit; False while another process has the file."""
+        """Begin, run the leader's call and what has queued, commit; False while another process has
+        the file."""
         with self.connection.lock:
             tx = self._begin(leader)
             if tx is None:
@@ -2783,7 +2806,8 @@ class _Writer(_CallQueue):
                 call = self.queue[0]
                 if call.runs_alone or not (call.operation or call.batch):
                     return
-                # In this order: an interrupt between two of the steps leaves the call in one of the two.
+                # In this order: an interrupt between two of the steps leaves the call in one of the
+                # two.
                 call.state = _TAKEN
                 self.group.append(call)
                 self.queue.popleft()
@@ -2791,8 +2815,9 @@ class _Writer(_CallQueue):
     def _run_group(self, tx: _Tx, leader: _Call, savepoints: bool) -> bool:
         """Run the calls of the group; False when they have to begin again, with savepoints.
 
-        A failure of the database itself fails all calls: after a full disk or an I/O error SQLite may have rolled back
-        the transaction, and a savepoint outside a transaction opens one that its release commits."""
+        A failure of the database itself fails all calls: after a full disk or an I/O error SQLite
+        may have rolled back the transaction, and a savepoint outside a transaction opens one that
+        its release commits."""
         db = tx.db
         for member in list(self.group):
             for call in member.batch or (member,):
@@ -2825,9 +2850,11 @@ class _Writer(_CallQueue):
         return True
 
     def _send_back(self, member: _Call, error: Exception) -> bool:
-        """Send another thread's call, which raised a foreign error, back to that thread, to be run alone.
+        """Send another thread's call, which raised a foreign error, back to that thread, to be run
+        alone.
 
-        True when the error is this thread's own: a signal handler raised it, or the stack was full."""
+        True when the error is this thread's own: a signal handler raised it, or the stack was
+        full."""
         member.runs_alone = True
         if _came_from_outside(error):
             return True
@@ -2846,7 +2873,8 @@ class _Writer(_CallQueue):
             )
         while tx.db.in_transaction:
             try:
-                # extend() drains map() in C: Ctrl-C cannot strike between the end of COMMIT and the note of it.
+                # extend() drains map() in C: Ctrl-C cannot strike between the end of COMMIT and the
+                # note of it.
                 self.committed.extend(map(type, map(tx.db.execute, ("COMMIT",))))
             except sqlite3.Error as error:
                 failure = _failure(error)
@@ -2902,8 +2930,8 @@ class _Writer(_CallQueue):
 def _came_from_outside(error: Exception) -> bool:
     """Whether an exception has nothing to do with the operation in which it struck.
 
-    Such are a full stack or memory, and the exceptions of signal handlers and trace functions. A foreign exception
-    that strikes in this module's own code was put there by another thread."""
+    Such are a full stack or memory, and the exceptions of signal handlers and trace functions. A
+    foreign exception that strikes in this module's own code was put there by another thread."""
     if isinstance(error, (RecursionError, MemoryError)):
         return True
     handlers: list[object] = [sys.gettrace()]
@@ -2935,15 +2963,16 @@ def _copy_error(error: Exception) -> Exception:
 # Transactions: the block, savepoints, the user's own SQL
 # ==================================================================================================
 
-# The first word of a statement, behind white space and comments. The loop is possessive (*+), so that a text of many
-# comments is not searched for other ways to read them.
+# The first word of a statement, behind white space and comments. The loop is possessive (*+), so
+# that a text of many comments is not searched for other ways to read them.
 _REFUSED_SQL = re.compile(
     r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*+"
     r"(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|VACUUM|PRAGMA"
     r"|SET(?!\s+(?:LOCAL|CONSTRAINTS)\b)|RESET|DISCARD)\b",
     re.IGNORECASE | re.DOTALL,
 )
-# A statement without one of these words neither makes nor renames a temporary table, view or trigger.
+# A statement without one of these words neither makes nor renames a temporary table, view or
+# trigger.
 _TEMPORARY_SQL = re.compile("temp|alter|trigger", re.IGNORECASE)
 _PLAIN_TYPES = {type(None), bool, int, float, str, bytes}
 
@@ -2972,7 +3001,8 @@ def _parameter_rows(rows: Any) -> list[Any]:
 
 
 def _reserve_stack(frames: int) -> None:
-    """RecursionError now, while nothing is held, if the end of a block would not have that many frames."""
+    """RecursionError now, while nothing is held, if the end of a block would not have that many
+    frames."""
     if frames:
         _reserve_stack(frames - 1)
 
@@ -2996,9 +3026,10 @@ class Transaction:
     ) -> list[tuple[Any, ...]]:
         """Run one statement of the user's own and return its rows.
 
-        Raises StorageError for the driver's error; for a statement that would end the transaction or reach outside
-        it (BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, ATTACH, VACUUM, PRAGMA); for a temporary table, view or
-        trigger that hides or watches a table of flowstore's; and after the block."""
+        Raises StorageError for the driver's error; for a statement that would end the transaction
+        or reach outside it (BEGIN, COMMIT, ROLLBACK, SAVEPOINT, RELEASE, ATTACH, VACUUM, PRAGMA);
+        for a temporary table, view or trigger that hides or watches a table of flowstore's; and
+        after the block."""
         return self._innermost().execute(sql, parameters)
 
     def executemany(self, sql: str, rows: Iterable[Sequence[Any] | Mapping[str, Any]]) -> None:
@@ -3006,7 +3037,8 @@ class Transaction:
         self._innermost().execute(sql, _parameter_rows(rows), many=True)
 
     def _innermost(self) -> _Block:
-        """The innermost open block: SQL given to an outer `tx` belongs to the block nested in it."""
+        """The innermost open block: SQL given to an outer `tx` belongs to the block nested in
+        it."""
         block = self._block()
         if block is None or not block.is_open:
             raise _TransactionEnded
@@ -3026,8 +3058,9 @@ class _Nested(NamedTuple):
 class _Block:
     """`with store.transaction()`: everything that the thread or task does in it, or nothing.
 
-    Only the `with` statement holds a strong reference. If an interrupt strikes so that the end never runs, the block
-    is collected, and its finalizer marks the call that leads as abandoned: the next caller rolls back and leads."""
+    Only the `with` statement holds a strong reference. If an interrupt strikes so that the end
+    never runs, the block is collected, and its finalizer marks the call that leads as abandoned:
+    the next caller rolls back and leads."""
 
     def __init__(self, engine: _Engine) -> None:
         self.engine = engine
@@ -3120,7 +3153,8 @@ class _Block:
         _blocks.set(tuple(ref for ref in _blocks.get() if ref is not self._ref))
 
     def tx(self) -> _Tx:
-        """The open transaction; the caller holds the connection's lock. Raises StorageError after its end."""
+        """The open transaction; the caller holds the connection's lock. Raises StorageError after
+        its end."""
         self.engine.refuse_closed()
         if not self.is_open:
             raise _TransactionEnded
@@ -3184,7 +3218,8 @@ class _Block:
                 raise InvalidData(f"parameters: {says}") from error
 
     def _refuse_inside_call(self) -> None:
-        """StorageError in a call that interrupts another one of its thread: the savepoint of that one may undo it."""
+        """StorageError in a call that interrupts another one of its thread: the savepoint of that
+        one may undo it."""
         if self.connection.lock._is_owned():  # type: ignore[attr-defined]
             raise StorageError(_INTERRUPTS)
 
@@ -3237,7 +3272,8 @@ class _Block:
             self.root.nested[:] = [one for one in self.root.nested if one.block is not self._ref]
 
     def _return_connection(self) -> None:
-        """After an outermost block: hand the lead on, or check the reader in. Either rolls back what is open."""
+        """After an outermost block: hand the lead on, or check the reader in. Either rolls back
+        what is open."""
         if self._call is not None:
             if self.engine.writer.leader is self._call:
                 self.engine.writer.lead(self._call, lambda _: True)
@@ -3247,7 +3283,8 @@ class _Block:
             self.engine.pool.check_in(connection)
 
     def __del__(self) -> None:
-        # This runs at any point of any thread, so it takes no lock: it wakes the next callers, who look again.
+        # This runs at any point of any thread, so it takes no lock: it wakes the next callers, who
+        # look again.
         if self._call is None:
             return
         writer = self.engine.writer
@@ -3340,14 +3377,15 @@ class _Method(Generic[F, P, R]):
     """A method of a facet: written as an operation, called as a method that the store runs.
 
     An operation is a function over an open transaction. The kinds:
-        write     it may run more than once (a group that begins again), so it has no effect outside `tx`
-        row       a write whose every race is decided by one conditional statement or one row lock: on a server it
-                  runs at READ COMMITTED
-        one       a row write whose first statement is the whole effect, or none: after a lost connection it runs again
+        write     may run more than once (a group begins again), so it has no effect outside `tx`
+        row       a write whose every race is decided by one conditional statement or one row lock;
+                  on a server it runs at READ COMMITTED
+        one       a row write whose first statement is the whole effect, or none; after a lost
+                  connection it runs again
         read      one reading statement
         snapshot  several reading statements, on one state of the database
-        steps     no operation but a generator of several: each `yield` hands an operation's outcome to the driver,
-                  which awaits it on an async store, and sends it back"""
+        steps     no operation but a generator of several: each `yield` hands an operation's outcome
+                  to the driver, which awaits it on an async store, and sends it back"""
 
     def __init__(self, function: Callable[..., Any], kind: str) -> None:
         self.function = function
@@ -3386,7 +3424,8 @@ class _Method(Generic[F, P, R]):
     def __get__(self, facet: Any, owner: Any = None) -> Callable[..., Any]:
         """The method of one facet: made once, then found in the facet's own attributes.
 
-        Both layers are in C, so that calling the method calls no other Python function than the engine's."""
+        Both layers are in C, so that calling the method calls no other Python function than the
+        engine's."""
         if facet is None:
             return self.unbound
         run = facet._engine.run_steps if self.steps else facet._engine.run
@@ -3394,6 +3433,9 @@ class _Method(Generic[F, P, R]):
         bound = types.MethodType(function, facet)
         facet.__dict__[self.name] = bound
         return bound
+
+
+_AnyMethod: TypeAlias = "_Method[Any, Any, Any]"
 
 
 def _operation(kind: str) -> Callable[[Callable[Concatenate[F, _Tx, P], R]], _Method[F, P, R]]:
@@ -3415,7 +3457,8 @@ def _steps(function: Callable[Concatenate[F, P], Generator[Any, Any, R]]) -> _Me
 class _Engine(_Database):
     """A database, the writer and the readers on it, and what runs an operation on them.
 
-    `_PostgresEngine` is the other engine: it overrides the methods that a server does in another way."""
+    `_PostgresEngine` is the other engine: it overrides the methods that a server does in another
+    way."""
 
     max_writers = 1  # connections that write side by side
     poll_seconds = 0.02  # between two looks of a waiting thread at the commits of other processes
@@ -3423,7 +3466,8 @@ class _Engine(_Database):
 
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
         super().__init__(target, path, options)
-        self.in_memory = self.keeps_in_memory()
+        # One connection serves all calls then, and no disk keeps the data.
+        self.in_memory = path is None and self.max_writers == 1
         self.commits = 0
         self.listeners = _CommitListeners()
         self.open_blocks: dict[object, weakref.ref[_Block]] = {}  # by their thread or task
@@ -3443,13 +3487,9 @@ class _Engine(_Database):
             raise
         weakref.finalize(self, _close_all, self.pool.connections)
 
-    def keeps_in_memory(self) -> bool:
-        """Whether one connection serves all calls, and no disk keeps the data."""
-        return self.path is None
-
     def blocks_lead(self) -> bool:
-        """Whether a transaction block leads the writer. Else it is a snapshot on a reader."""
-        return self.in_memory or not self.options.read_only
+        """Whether a transaction block leads the writer. Else it has a connection of its own."""
+        return self.max_writers == 1 and (self.in_memory or not self.options.read_only)
 
     def make_pool(self) -> _Pool:
         """The pool of readers."""
@@ -3459,9 +3499,7 @@ class _Engine(_Database):
         return pool
 
     # --- running operations ---
-    def run(
-        self, operation: _Method[Any, Any, Any], facet: Any, /, *args: Any, **kwargs: Any
-    ) -> Any:
+    def run(self, operation: _AnyMethod, facet: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run an operation: in the caller's open transaction, or in one of its own."""
         call = _Call(operation=operation, facet=facet, args=args, kwargs=kwargs)
         if _blocks.get():
@@ -3489,7 +3527,8 @@ class _Engine(_Database):
         return self.retry_while_busy(read)
 
     def _read_again_if_changed(self, read: Callable[[], Any]) -> Any:
-        """Read without a lock that holds: once more, if the file was written or its log deleted meanwhile."""
+        """Read without a lock that holds: once more, if the file was written or its log deleted
+        meanwhile."""
         while True:
             stamps = self._file_stamps()
             result: Any = None
@@ -3510,7 +3549,8 @@ class _Engine(_Database):
         return [_size_and_mtime(f"{self.path}{suffix}") for suffix in ("", "-wal")]
 
     def run_on_reader(self, call: _Call, tx: _Tx) -> Any:
-        """Run an operation on a reader. What it leaves open is rolled back when the reader goes back."""
+        """Run an operation on a reader. What it leaves open is rolled back when the reader goes
+        back."""
         if call.operation.snapshot:
             tx.run("BEGIN")
         return call.run(tx)
@@ -3560,16 +3600,19 @@ class _Engine(_Database):
 
     # --- a log that may vanish ---
     def has_log(self) -> bool:
-        """Take the shared lock that the process may have lost; whether the log is still the file's."""
+        """Take the shared lock that the process may have lost; whether the log is still the
+        file's."""
         if self.path is None or self.log is None:
             return True
         return _lock_file_again(self.path) and not self.log.was_deleted()
 
     def reopen_after_lost_log(self) -> None:
-        """After the log was deleted: close every connection of this process to the file, and go on with the file.
+        """After the log was deleted: close every connection of this process to the file, and go on
+        with the file.
 
-        The connections share what SQLite keeps of the old log, and the file has all that is in it. SQLite deletes the
-        log when the last connection closes, whichever log that is. So a log that a crash left since is not touched."""
+        The connections share what SQLite keeps of the old log, and the file has all that is in it.
+        SQLite deletes the log when the last connection closes, whichever log that is. So a log that
+        a crash left since is not touched."""
         if self.path is None or self.log is None or not self.log.was_deleted():
             return
         if _size_and_mtime(self.log.path)[0] and not _is_locked_by_others(self.path):
@@ -3586,7 +3629,8 @@ class _Engine(_Database):
 
     # --- waiting for commits ---
     def wait(self, seen: int, seconds: float) -> Any:
-        """Wait for a commit after the first `seen` ones, or until it is time to poll for other processes' commits."""
+        """Wait for a commit after the first `seen` ones, or until it is time to poll for other
+        processes' commits."""
         gate = threading.Lock()
         gate.acquire()
         with self.listen(gate.release):
@@ -3639,7 +3683,8 @@ class _Engine(_Database):
         )
 
     def backup(self, path: str) -> None:
-        """Copy one state of the database to `path`; the copy gets its name when it is complete and on disk."""
+        """Copy one state of the database to `path`; the copy gets its name when it is complete and
+        on disk."""
         for suffix in ("", "-wal", "-journal"):  # a log that a crash left would become the copy's
             if os.path.lexists(path + suffix):
                 raise StorageError(
@@ -3681,7 +3726,8 @@ class _Engine(_Database):
         return self.retry_while_busy(lambda: self.writer.alone(action))
 
     def close(self) -> None:
-        """Close every connection; waiting calls are woken with StoreClosed, an open transaction is rolled back."""
+        """Close every connection; waiting calls are woken with StoreClosed, an open transaction is
+        rolled back."""
         self.refuse_unprepared_fork()
         with self.mutex:
             self.closed = True
@@ -3698,14 +3744,16 @@ class _Engine(_Database):
 
     @staticmethod
     def close_connection(connection: _Connection) -> None:
-        """Close a connection, unless this call interrupts one that uses it: that one closes it at its end."""
+        """Close a connection, unless this call interrupts one that uses it: that one closes it at
+        its end."""
         if not connection.lock._is_owned():  # type: ignore[attr-defined]
             with connection.lock, contextlib.suppress(sqlite3.Error):
                 connection.close()
 
     # --- fork ---
     def before_fork(self) -> None:
-        """Wait for running statements, then close every connection. All locks are this thread's afterwards."""
+        """Wait for running statements, then close every connection. All locks are this thread's
+        afterwards."""
         while True:
             with self.mutex:
                 known = set(self.pool.connections)
@@ -3726,7 +3774,8 @@ class _Engine(_Database):
             _release_fully(connection.lock)
 
     def after_fork_in_child(self) -> None:
-        """Begin anew: the other threads, their locks and their waiting calls exist in the parent alone."""
+        """Begin anew: the other threads, their locks and their waiting calls exist in the parent
+        alone."""
         for connection in self.pool.connections:
             if connection.tx is not None and connection.in_transaction:
                 if self.path is None:
@@ -3766,9 +3815,10 @@ _TENANT_TABLES = re.compile(
 class _Sql:
     """A statement on a table that has tenants, in two texts: for all of them, and for one.
 
-    `{tenant}` marks the place of the condition. A statement without the mark is refused when the module is imported,
-    unless it inserts, so no statement can forget the tenant. (Not `? IS NULL OR tenant_id = ?`: no index serves it.)
-    `{by this|that}` names the index of each text. Other markers differ by engine: `_SQLITE` has the list."""
+    `{tenant}` marks the place of the condition. A statement without the mark is refused when the
+    module is imported, unless it inserts, so no statement can forget the tenant. (Not `? IS NULL OR
+    tenant_id = ?`: no index serves it.) `{by this|that}` names the index of each text. Other
+    markers differ by engine: `_SQLITE` has the list."""
 
     def __init__(self, text: str) -> None:
         text = " ".join(text.split())
@@ -3792,7 +3842,8 @@ class _Sql:
 
 
 class _Texts(dict[_Dialect, tuple[str, str]]):
-    """By dialect, the text of a statement for all tenants and the text for one; each is made once."""
+    """By dialect, the text of a statement for all tenants and the text for one; each is made
+    once."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -3813,7 +3864,8 @@ _statement = functools.cache(_Sql)
 
 
 class _Facet:
-    """The common part of all facets: the engine that runs the operations and, in a tenant's view, the tenant."""
+    """The common part of all facets: the engine that runs the operations and, in a tenant's view,
+    the tenant."""
 
     def __init__(self, engine: Any, tenant: str | None = None) -> None:
         self._engine = engine
@@ -3841,7 +3893,8 @@ class _Facet:
     def _find(
         self, tx: _Tx, mapper: _Mapper[T], rest: str, *params: Any, index: str = "", **where: Any
     ) -> list[T]:
-        """The records with these values in their columns. The values are checked as those of fields are."""
+        """The records with these values in their columns. The values are checked as those of fields
+        are."""
         values = [mapper.codecs[name](value, name) for name, value in where.items()]
         sql = _select(mapper, rest, *where, index=index)
         return mapper.decode_all(self._rows(tx, sql, *values, *params))
@@ -3889,7 +3942,8 @@ class _Facet:
         *sources: _PruneSource,
         progress: Callable[[int], object] | None = None,
     ) -> _Steps[int]:
-        """Drop, in short transactions, the things of a kind that ended before a time; how many went.
+        """Drop, in short transactions, the things of a kind that ended before a time; how many
+        went.
 
         With `sources`, drop what those pick instead."""
         gone = 0
@@ -3956,7 +4010,8 @@ def _select(mapper: _Mapper[Any], rest: str, *conditions: str, index: str = "") 
 def _update(
     mapper: _Mapper[Any], changes: str, condition: str = "", returning: str | None = ""
 ) -> _Sql:
-    """UPDATE by id and a further condition. It returns the id of the row, or the columns in `returning`.
+    """UPDATE by id and a further condition. It returns the id of the row, or the columns in
+    `returning`.
 
     With None it returns nothing: RETURNING makes SQLite copy the whole row, a large state twice."""
     sql = f"UPDATE {mapper.table} SET {changes} WHERE {mapper.key} = ? {condition} {{tenant}}"
@@ -3971,7 +4026,8 @@ def _insert_values(tx: _Tx, mapper: _Mapper[T], values: dict[str, Any]) -> T:
 
 
 def _insert_record(tx: _Tx, mapper: _Mapper[T], record: T, path: str = "", **more: Any) -> T:
-    """Store a new record, with `more` set in its row, and return it as stored; AlreadyExists for a taken id."""
+    """Store a new record, with `more` set in its row, and return it as stored; AlreadyExists for a
+    taken id."""
     return _insert_values(tx, mapper, mapper.encode(record, path, tx.now()) | more)
 
 
@@ -3984,13 +4040,15 @@ def _or_not_found(thing: T | None, kind: str, id: str) -> T:
 
 # --- pruning ---
 _PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
-# SQLite's names for the indexes of UNIQUE (execution_id, sequence) and PRIMARY KEY (execution_id, at_sequence).
+# SQLite's names for the indexes of UNIQUE (execution_id, sequence) and PRIMARY KEY (execution_id,
+# at_sequence).
 _LOG_KEY = "sqlite_autoindex_flowstore_log_1"
 _SNAPSHOT_KEY = "sqlite_autoindex_flowstore_snapshots_2"
 
 # The number of a source; then the time and the key of the last thing there.
 _PruneCursor: TypeAlias = "tuple[Any, ...]"
-# By table: name, quoted name, pairs of columns (own, theirs) and ON DELETE of the foreign keys that refer to it.
+# By table: name, quoted name, pairs of columns (own, theirs) and ON DELETE of the foreign keys that
+# refer to it.
 _ForeignKeys: TypeAlias = "dict[str, list[tuple[str, str, list[tuple[str, str]], str]]]"
 
 
@@ -4005,7 +4063,8 @@ class _PruneSource(NamedTuple):
 
 
 class _PrunePart(NamedTuple):
-    """Rows that go with a thing: their table, their column with the thing's key, and their DELETE."""
+    """Rows that go with a thing: their table, their column with the thing's key, and their
+    DELETE."""
 
     table: str
     owner: str
@@ -4070,7 +4129,8 @@ def _foreign_keys(tx: _Tx, sql: str) -> _ForeignKeys:
 def _holders(
     keys: _ForeignKeys, table: str, row: str, joins: str = "", path: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, str]]:
-    """The tables that refer to a row, or to one that a cascade would delete with it, and the joins to them."""
+    """The tables that refer to a row, or to one that a cascade would delete with it, and the joins
+    to them."""
     for name, child, columns, on_delete in keys.get(table, ()):
         alias = f"{row}_"
         match = " AND ".join(f"{alias}.{own} = {row}.{theirs}" for own, theirs in columns)
@@ -4082,7 +4142,8 @@ def _holders(
 
 
 def _holder_sql(keys: _ForeignKeys, rule: _PruneRule, table: str) -> str:
-    """SQL for a row of `table` that has the rule's key: the name of a table that refers to the thing, or NULL."""
+    """SQL for a row of `table` that has the rule's key: the name of a table that refers to the
+    thing, or NULL."""
     owners = {rule.table: rule.key} | {part.table: part.owner for part in rule.parts}
     cases = ""
     for part, owner in owners.items():
@@ -4102,7 +4163,8 @@ def _candidates(
     cursor: _PruneCursor,
     most: int,
 ) -> Iterator[tuple[_PruneCursor, Any, str | None]]:
-    """The cursor, the id and the holder of each thing that has ended, from the cursor on; `most` of each source.
+    """The cursor, the id and the holder of each thing that has ended, from the cursor on; `most` of
+    each source.
 
     The cursor passes what is kept, so no step reads that again."""
     first, *after = cursor
@@ -4120,7 +4182,8 @@ def _candidates(
 
 
 def _drop(tx: _Tx, rule: _PruneRule, id: object, room: int) -> tuple[int, bool]:
-    """Drop a thing with its parts, as far as there is room; how many rows went, and whether it went whole."""
+    """Drop a thing with its parts, as far as there is room; how many rows went, and whether it went
+    whole."""
     rows = 0
     for part in rule.parts:
         delete = tx.dialect.resolve(part.delete)
@@ -4137,7 +4200,8 @@ def _drop(tx: _Tx, rule: _PruneRule, id: object, room: int) -> tuple[int, bool]:
 def _drop_or_keep(
     tx: _Tx, rule: _PruneRule, id: object, room: int, keys: _ForeignKeys
 ) -> tuple[int, bool, str | None]:
-    """As `_drop`; when a constraint of the user's tables refuses it, nothing goes, and the reason is returned."""
+    """As `_drop`; when a constraint of the user's tables refuses it, nothing goes, and the reason
+    is returned."""
     if not keys:
         return *_drop(tx, rule, id, room), None
     try:
@@ -4156,10 +4220,11 @@ def _drop_whole(tx: _Tx, rule: _PruneRule, id: str, keys: _ForeignKeys) -> str |
     return holder or _drop_or_keep(tx, rule, id, _INT_MAX, keys)[2]
 
 
-# The rules, in this order: things that may belong to others come first, and are counted under their own kind. The mark
-# makes a writer fail its revision check, which knows the thing as it was before some of its rows went. A log is dropped
-# from its end, so that the rest never has a gap. SQLite must not give the highest position of all again: a row of the
-# execution '' takes the position above it, and goes when there is a higher one.
+# The rules, in this order: things that may belong to others come first, and are counted under their
+# own kind. The mark makes a writer fail its revision check, which knows the thing as it was before
+# some of its rows went. A log is dropped from its end, so that the rest never has a gap. SQLite
+# must not give the highest position of all again: a row of the execution '' takes the position
+# above it, and goes when there is a higher one.
 _WORKFLOW_TIME = "COALESCE(complete_time, create_time)"
 _PRUNED: dict[str, _PruneRule] = {
     "errors": _rule_without_parts(
@@ -6541,9 +6606,7 @@ class _AsyncEngine:
         return self.loop.run_in_executor(pool or self._others, function, *args)
 
     # --- calls ---
-    async def run(
-        self, operation: _Method[Any, Any, Any], facet: Any, /, *args: Any, **kwargs: Any
-    ) -> Any:
+    async def run(self, operation: _AnyMethod, facet: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run an operation: in the task's open transaction, or in one of its own."""
         call = _Call(operation=operation, facet=facet, args=args, kwargs=kwargs)
         engine = self.engine
@@ -8955,14 +9018,6 @@ class _PostgresEngine(_Engine):
             SET default_transaction_read_only = {"on" if options.read_only else "off"}"""
         super().__init__(re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target), None, options)
         self.run_write = self._write_beside_others
-
-    def keeps_in_memory(self) -> bool:
-        """No: the server keeps it."""
-        return False
-
-    def blocks_lead(self) -> bool:
-        """No: blocks run side by side, each on a connection of its own."""
-        return False
 
     def make_pool(self) -> _Pool:
         """Connections for reads and for writes, a limited number of each."""

@@ -10715,6 +10715,31 @@ def test_the_wal_stays_bounded_under_overlapping_readers_and_steady_writes(path:
     )
 
 
+@pytest.mark.sqlite
+def test_an_append_an_enqueue_a_claim_and_an_end_take_few_python_calls(path: Path) -> None:
+    """After each wait for the disk all of them run cold: their number is what a call costs."""
+    seen: list[str] = []
+
+    def count(call: Callable[..., Any], *arguments: Any) -> tuple[int, Any]:
+        seen.clear()
+        sys.setprofile(lambda frame, event, _: seen.append(event))
+        result = call(*arguments)
+        sys.setprofile(None)
+        return seen.count("call"), result
+
+    with flowstore.open(path, synchronous="OFF") as store:
+        for _ in range(2):  # the first round prepares statements and methods
+            appended, _sequence = count(store.events.append, "run", "default", EVENT)
+            item = WorkItem(execution_id="run", queue_type="q")
+            enqueued, _id = count(store.state.enqueue_work_item, item)
+            claimed, item = count(store.state.claim_work_item, "w", ["q"])
+            ended, item = count(store.state.complete_work_item, item)
+    assert item.status == "completed"
+    assert (appended <= 15, enqueued <= 32, claimed <= 26, ended <= 20) == (True,) * 4, (
+        f"{appended} for an append, {enqueued} for an enqueue, {claimed} for a claim, {ended} for an end"
+    )
+
+
 def test_nobody_checkpoints_without_the_write_lock(path: Path) -> None:
     """SQLite 3.7.0 to 3.51.2 can lose what another process commits while a checkpoint without it begins."""
     locked: list[tuple[str, bool]] = []

@@ -1,8 +1,8 @@
 """The build backend of setuptools, with one addition: the types of the installed module.
 
 Type checkers read no types from an installed module without a file py.typed, and a module that is a
-single file cannot carry one (PEP 561). So the wheel has flowstore.py twice: as the module, and as the
-stub package flowstore-stubs.
+single file cannot carry one (PEP 561). So the wheel has flowstore.py twice: as the module, and as
+the stub package flowstore-stubs.
 """
 
 import shutil
