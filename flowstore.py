@@ -34,6 +34,7 @@ The way of one call, `store.state.claim_work_item(...)`, from top to bottom:
     _Writer.lead                leads, or waits until another leader has run the call
     _Writer.commit_calls        BEGIN IMMEDIATE, the queued operations, COMMIT
     _WorkQueue._claim           the operation: statements on the open transaction, records from rows
+    _LogFacet._poll             between two claims: looks at each commit, until the time is over
     _Facet._row, _Tx.rows       one statement, of the view's tenant alone
 A read takes a connection from the pool instead (`_Engine.read`). In an event loop the operation
 goes to the thread that writes, or to one that reads (`_AsyncEngine.run`). On a server each call has
@@ -43,7 +44,7 @@ Words that have one meaning here:
     operation     a function over an open transaction, under `@_write`, `@_read` or their like
     facet         one of the four parts of a store that have methods
     block         `with store.transaction()`
-    leader        the call that has the writer, and commits its group: the calls queued before it
+    leader        the call that has the writer, and commits its group: the calls that have queued
     claim, lease  an item handed to one worker, until a time; the fence is the number of the claim
     reclaim       to take back a lease that has expired
     revision      the number of a flow's version; a stale one is refused
@@ -655,7 +656,7 @@ class WorkItem(_Record):
 
 
 class DeadLetter(_Record, frozen=True):
-    """A work item that will not be tried again by itself, with its last error."""
+    """A work item that is not tried again by itself: the fields of `WorkItem`, and the time."""
 
     execution_id: Id
     node_id: str
@@ -881,7 +882,7 @@ _SQLITE = _Dialect(
     join="CROSS JOIN",  # in this order
     in_order="",  # leaves out events that one not yet committed may still come before
     for_update="",  # locks the row that is read, until the transaction ends
-    skip_locked="",  # the same, and leaves out rows that another transaction has locked
+    skip_locked="",  # locks the rows that are read, but skips those already locked
 )
 
 _TABLES = """
@@ -1037,7 +1038,8 @@ _FOREIGN_KEYS = f"""SELECT m.name, lower(printf('"%w"', m.name)), k.id, printf('
     WHERE m.type = 'table' AND m.name NOT IN ({_QUOTED_TABLE_NAMES}) AND m.sql LIKE '%REFERENCES%'
     ORDER BY m.name, k.id, k.seq"""
 
-# Each script upgrades from version N to N + 1. The transaction that finds the file old runs them.
+# By N, the script that upgrades from version N to N + 1. The transaction that finds the file old
+# runs them. A new column stands here, in _TABLES and in its records; _COLUMNS shows it.
 _UPGRADES: dict[int, str] = {}
 
 
@@ -1553,6 +1555,7 @@ _monotonic = (
 _process: Any = sys.modules.setdefault(
     "_flowstore_process",
     SimpleNamespace(  # type: ignore[arg-type]
+        __name__="_flowstore_process",  # as tools that walk through all modules expect
         lock=threading.RLock(),  # guards `engines`; a fork holds it
         engines=weakref.WeakSet(),
         forking=[],  # the engines that the fork under way has stopped
@@ -2428,7 +2431,6 @@ class _Call(SimpleNamespace):
     error: BaseException | None = None
     gate: threading.Lock | None = None  # what its thread waits at
     deadline = 0.0
-    begun = False  # as leader: its transaction has begun
     file_is_busy = False  # as leader: another process has the file
     runs_alone = False  # it failed in another's group by a foreign error: its own thread runs it
 
@@ -2464,8 +2466,8 @@ class _Checkpointer:
 
     SQLite 3.7.0 to 3.51.2 can lose commits when a process begins the log anew while another one's
     checkpoint begins (the "WAL-reset bug"). No process can while the write lock is held, so the
-    checkpoint runs then, on a second connection. Only the writer's lock guards it: a fork that held
-    one lock and waited for the other would hang."""
+    checkpoint runs then, on a second connection. The lock of the writer's connection covers that
+    one too: with two locks, a fork could wait for one while it holds the other."""
 
     def __init__(self, engine: _Engine, log: _Log) -> None:
         self.log = log
@@ -2509,8 +2511,8 @@ class _Checkpointer:
     def truncate(self, writer: _Tx) -> None:
         """Copy and truncate the log; StoreBusy while a reader needs it.
 
-        If TRUNCATE does not get the write lock in time, it goes on without the lock. The snapshot
-        here, which reads past the log, then keeps it from copying anything."""
+        If TRUNCATE does not get the write lock in time, it would checkpoint unprotected. The open
+        snapshot here, which reads past the log, makes it copy nothing then."""
         helper = self.connection.use()
         try:
             complete = self._copy_log()
@@ -2576,8 +2578,8 @@ class _CallQueue:
             leader is None
             or leader is call
             or leader.state is _ABANDONED
-            # The lead went to a call that this one interrupts: that call cannot take it before this
-            # one has ended.
+            # The leader is a call further down this thread's stack, which runs a signal handler
+            # now. It cannot go on before this call has ended.
             or (leader.state is _WAITING and leader.thread == call.thread)
         )
 
@@ -2624,15 +2626,14 @@ class _Writer(_CallQueue):
             raise call.error
 
     def lead(self, call: _Call, action: Callable[[_Call], bool], *, keep: bool = False) -> None:
-        """Lead and run `action` until it returns True, then hand the lead on. Or wait until another
-        leader did the call.
+        """Lead and run `action` until it returns True, then hand the lead on.
 
-        Any exception, at any point, leaves the writer usable. Before the commit, the leader's
-        transaction is rolled back and the other calls of its group queue again. After the commit,
-        all of them are done. All this stands in one frame on purpose: handing the lead on takes no
-        more stack than taking it, so a RecursionError does not prevent it, and no Python function
-        begins between the two, so Ctrl-C does not either. With `keep` the call leads on after a
-        success, until it is led again."""
+        Or wait until another leader has run the call. Any exception, at any point, leaves the
+        writer usable. Before the commit, the leader's transaction is rolled back and the other
+        calls of its group queue again. After the commit, all of them are done. The caller that was
+        interrupted is not told which of the two it was. The clean-up is written out here, not in a
+        helper: a call could fail for lack of stack, and Ctrl-C could strike as it begins. With
+        `keep` the call leads on after a success, until it is led again."""
         if os.getpid() != self.engine.process:
             self.engine.refuse_unprepared_fork()
         kept = False
@@ -2656,7 +2657,7 @@ class _Writer(_CallQueue):
                     if self.leader is call:
                         with self.connection.lock:
                             tx = self.connection.tx
-                            if call.begun and tx is not None and tx.db.in_transaction:
+                            if tx is not None and tx.db.in_transaction:
                                 try:
                                     tx.db.rollback()
                                 except sqlite3.Error:
@@ -2720,7 +2721,7 @@ class _Writer(_CallQueue):
         log = self.log
         try:
             tx = self.connection.tx or self.connection.use()
-            if tx.db.in_transaction:  # left by a block whose end never ran
+            if tx.db.in_transaction:  # left by an interrupt, or by a block whose end never ran
                 tx.db.rollback()
             if engine.log_may_vanish and not engine.has_log():
                 leader.file_is_busy = True
@@ -2742,7 +2743,6 @@ class _Writer(_CallQueue):
             leader.file_is_busy = True
             return None
         self.committed.clear()
-        leader.begun = True
         leader.file_is_busy = False
         return tx
 
@@ -2806,8 +2806,8 @@ class _Writer(_CallQueue):
                 call = self.queue[0]
                 if call.runs_alone or not (call.operation or call.batch):
                     return
-                # In this order: an interrupt between two of the steps leaves the call in one of the
-                # two.
+                # In this order, an interrupt leaves the call in the queue, in the group, or in
+                # both.
                 call.state = _TAKEN
                 self.group.append(call)
                 self.queue.popleft()
@@ -2874,7 +2874,7 @@ class _Writer(_CallQueue):
         while tx.db.in_transaction:
             try:
                 # extend() drains map() in C: Ctrl-C cannot strike between the end of COMMIT and the
-                # note of it.
+                # note of it. (`type` keeps no cursor.)
                 self.committed.extend(map(type, map(tx.db.execute, ("COMMIT",))))
             except sqlite3.Error as error:
                 failure = _failure(error)
@@ -2930,8 +2930,8 @@ class _Writer(_CallQueue):
 def _came_from_outside(error: Exception) -> bool:
     """Whether an exception has nothing to do with the operation in which it struck.
 
-    Such are a full stack or memory, and the exceptions of signal handlers and trace functions. A
-    foreign exception that strikes in this module's own code was put there by another thread."""
+    Such are a full stack or memory, and the exceptions of signal handlers and trace functions. If
+    a foreign exception was raised directly in this file, another thread injected it."""
     if isinstance(error, (RecursionError, MemoryError)):
         return True
     handlers: list[object] = [sys.gettrace()]
@@ -3380,12 +3380,13 @@ class _Method(Generic[F, P, R]):
         write     may run more than once (a group begins again), so it has no effect outside `tx`
         row       a write whose every race is decided by one conditional statement or one row lock;
                   on a server it runs at READ COMMITTED
-        one       a row write whose first statement is the whole effect, or none; after a lost
-                  connection it runs again
+        one       a row write whose first statement does everything or changes nothing. What follows
+                  it is a second transaction. To run it twice does no harm: after a lost connection
+                  it runs again
         read      one reading statement
         snapshot  several reading statements, on one state of the database
-        steps     no operation but a generator of several: each `yield` hands an operation's outcome
-                  to the driver, which awaits it on an async store, and sends it back"""
+        steps     no operation but a generator of several calls: each `yield` hands the result of
+                  one (async: its awaitable) to `run_steps`, which sends the outcome back"""
 
     def __init__(self, function: Callable[..., Any], kind: str) -> None:
         self.function = function
@@ -3827,7 +3828,8 @@ class _Sql:
         elif "{tenant}" not in text and not (text.startswith("INSERT") and "tenant_id" in text):
             raise AssertionError(f"a statement on a tenant's table without {{tenant}}: {text}")
         self.text = text
-        # The tenant's places among the parameters: behind those of the text before each mark.
+        # The tenant's places among the parameters, to be inserted from left to right: each is
+        # behind the parameters before the mark.
         marks = re.finditer("{tenant}", text)
         self.places = [text[: mark.start()].replace("{tenant}", "?").count("?") for mark in marks]
         self.texts = _Texts(text)
@@ -4221,10 +4223,10 @@ def _drop_whole(tx: _Tx, rule: _PruneRule, id: str, keys: _ForeignKeys) -> str |
 
 
 # The rules, in this order: things that may belong to others come first, and are counted under their
-# own kind. The mark makes a writer fail its revision check, which knows the thing as it was before
-# some of its rows went. A log is dropped from its end, so that the rest never has a gap. SQLite
-# must not give the highest position of all again: a row of the execution '' takes the position
-# above it, and goes when there is a higher one.
+# own kind. `mark` changes the revision of a thing that is dropped in pieces, so that a writer who
+# read it whole is refused. A log is dropped from its end, so that the rest never has a gap. SQLite
+# uses the highest position again once its row is deleted: before that row goes, a placeholder (of
+# the execution '') is added one position higher. It goes when there is a later row.
 _WORKFLOW_TIME = "COALESCE(complete_time, create_time)"
 _PRUNED: dict[str, _PruneRule] = {
     "errors": _rule_without_parts(
@@ -5135,7 +5137,8 @@ class _WorkQueue(_StateFacet):
 
         No other worker gets the item. It carries a new `lease_fence`, greater than any before.
         First, some of the expired leases of these queues are taken back. Waits up to `wait` seconds
-        for an item, inside a transaction not at all. Raises InvalidData."""
+        for an item, inside a transaction not at all. (The wait for the store itself is bounded by
+        `busy_timeout`.) Raises InvalidData."""
         worker = _id(worker_id, "worker_id")
         names = queue_types
         if type(names) is not list:
@@ -5149,7 +5152,8 @@ class _WorkQueue(_StateFacet):
         lease = self._lease(lease_seconds)
         deadline = _monotonic() + _seconds(wait, "wait")
         item: WorkItem | None = yield self._claim(worker, queues, lease)
-        # An idle waiter looks with reads: it leaves the writer to others.
+        # An idle waiter looks with reads: it leaves the writer to others. In a block it does not
+        # wait: the block would not see what others commit.
         look = functools.partial(self._claimable, queues)
         while item is None and deadline > _monotonic() and queues and self._engine.block() is None:
             if (yield self._poll(look, deadline - _monotonic())):
@@ -5170,7 +5174,8 @@ class _WorkQueue(_StateFacet):
         # A reclaimed item may be available at once. An item that another transaction is claiming
         # was skipped: wait for that claim, which may be undone, and look for the next item.
         while row is None and self._peek(tx, queues, now)[0] is not None:
-            row = self._row(tx, sql.claim_waiting, *values, -_INT_MAX)  # no lease expired so early
+            # With this time no lease counts as expired: those left over must not stop the claim.
+            row = self._row(tx, sql.claim_waiting, *values, -_INT_MAX)
         return _ITEM.decode(row) if row else None
 
     def _peek(self, tx: _Tx, queues: list[str], now: int) -> tuple[Any, ...]:
@@ -5803,7 +5808,7 @@ def _fingerprints(pointers: Sequence[Any]) -> dict[str, Any]:
             if type(pointer) is not ExecutionPointer:
                 return {}
             status, *times = compared = _compared_values(pointer)
-            if type(status) not in (PointerStatus, str):
+            if type(status) not in (PointerStatus, str) or type(pointer.id) is not str:
                 return {}
             for time in times:
                 # When summer ends, a clock shows an hour twice: == does not tell these times apart.
@@ -7477,7 +7482,7 @@ def _step(name: str, changes: list[_Change], now: datetime) -> _Row:
 
 
 # --- what text and HTML have in common ---
-# The columns of tables, in this order. A column is shown when any row has a value in it.
+# The columns that tables show, in this order, where any row has a value in it.
 _COLUMNS = re.findall(
     r"\w+",
     """
@@ -8731,7 +8736,7 @@ _POSTGRES_FOREIGN_KEYS = f"""WITH named AS NOT MATERIALIZED (
     ORDER BY k.oid, pair.place"""
 # The writes that callers may be waiting for.
 _NEWS = re.compile(
-    "INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET status = 'pending'"
+    "INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET available_at"
 )
 # Our errors for some of the server's; the others are StorageError.
 _SERVER_ERRORS = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}
@@ -9095,7 +9100,9 @@ class _PostgresEngine(_Engine):
         except StoreBusy:
             if not begins_in or not tx.db.db.closed:
                 raise
-        try:  # the connection was lost during the one statement, which can be run twice
+        # Lost in the first statement, which may have committed, or later, before COMMIT. Twice does
+        # no harm: an item claimed in vain is reclaimed when its lease expires.
+        try:
             tx.db = _PostgresDb(self)
             return run_once()
         except FlowStoreError as error:
