@@ -30,11 +30,11 @@ The way of one call, `store.state.claim_work_item(...)`, from top to bottom:
     _Method.__get__             made the method, which hands itself and its arguments to the engine
     _Engine.run_steps           walks through the steps of a method that has several
     _WorkQueue.claim_work_item  the steps: checks the arguments, calls the operation `_claim`
+    _LogFacet._poll             a step between two claims: looks until there may be an item
     _Engine.run                 joins the open transaction block, if there is one; else:
     _Writer.lead                leads, or waits until another leader has run the call
     _Writer.commit_calls        BEGIN IMMEDIATE, the queued operations, COMMIT
     _WorkQueue._claim           the operation: statements on the open transaction, records from rows
-    _LogFacet._poll             between two claims: looks at each commit, until the time is over
     _Facet._row, _Tx.rows       one statement, of the view's tenant alone
 A read takes a connection from the pool instead (`_Engine.read`). In an event loop the operation
 goes to the thread that writes, or to one that reads (`_AsyncEngine.run`). On a server each call has
@@ -880,7 +880,7 @@ _SQLITE = _Dialect(
     by="INDEXED BY {}",  # the index that serves the statement
     by_key="NOT INDEXED",
     join="CROSS JOIN",  # in this order
-    in_order="",  # leaves out events that one not yet committed may still come before
+    in_order="",  # leaves out events while an uncommitted one may get a lower position
     for_update="",  # locks the row that is read, until the transaction ends
     skip_locked="",  # locks the rows that are read, but skips those already locked
 )
@@ -1039,7 +1039,8 @@ _FOREIGN_KEYS = f"""SELECT m.name, lower(printf('"%w"', m.name)), k.id, printf('
     ORDER BY m.name, k.id, k.seq"""
 
 # By N, the script that upgrades from version N to N + 1. The transaction that finds the file old
-# runs them. A new column stands here, in _TABLES and in its records; _COLUMNS shows it.
+# runs them. To add a column: raise _SCHEMA_VERSION; ALTER TABLE here, with a DEFAULT; _TABLES; each
+# record of the table (work items have two: WorkItem and DeadLetter); _COLUMNS, if views show it.
 _UPGRADES: dict[int, str] = {}
 
 
@@ -2401,7 +2402,7 @@ _GROUP_MOST = 1000
 
 class _CallState(enum.Enum):
     WAITING = enum.auto()  # in the queue, or on the way there: it may still time out
-    TAKEN = enum.auto()  # in a leader's group: its outcome comes, however late
+    TAKEN = enum.auto()  # in a leader's group, which runs it, or lets it queue again
     LEADING = enum.auto()  # it has the writer
     DONE = enum.auto()  # its result or its error is set
     ABANDONED = enum.auto()  # its thread no longer waits, or its block was dropped
@@ -2608,7 +2609,9 @@ class _Writer(_CallQueue):
         super().__init__(engine)
         self.connection = engine.pool.new_connection()
         self.group: list[_Call] = []  # what the leader commits together
-        self.committed: list[object] = []  # not empty: the leader's COMMIT has succeeded
+        # A flag that the leader's COMMIT has succeeded. A list, since extend() can set it in the
+        # same call in C as COMMIT.
+        self.committed: list[object] = []
         self.next_yield = 0.0
         self.log = log
         self.checkpointer: _Checkpointer | None = None
@@ -2630,9 +2633,9 @@ class _Writer(_CallQueue):
 
         Or wait until another leader has run the call. Any exception, at any point, leaves the
         writer usable. Before the commit, the leader's transaction is rolled back and the other
-        calls of its group queue again. After the commit, all of them are done. The caller that was
-        interrupted is not told which of the two it was. The clean-up is written out here, not in a
-        helper: a call could fail for lack of stack, and Ctrl-C could strike as it begins. With
+        calls of its group queue again. After the commit, they return their results. The caller that
+        was interrupted is not told which of the two it was. The clean-up is written out here, not
+        in a helper: a call could fail for lack of stack, and Ctrl-C could strike as it begins. With
         `keep` the call leads on after a success, until it is led again."""
         if os.getpid() != self.engine.process:
             self.engine.refuse_unprepared_fork()
@@ -2757,6 +2760,7 @@ class _Writer(_CallQueue):
             if operation is None or (self.queue and not leader.runs_alone):
                 wrote = self._commit_group(tx, leader)
             else:
+                leader.error = None  # it may have one of a group that was interrupted
                 if leader.facet._tenant is None:  # as _Call.run, without the call
                     leader.result = operation.function(
                         leader.facet, tx, *leader.args, **leader.kwargs
@@ -2815,9 +2819,9 @@ class _Writer(_CallQueue):
     def _run_group(self, tx: _Tx, leader: _Call, savepoints: bool) -> bool:
         """Run the calls of the group; False when they have to begin again, with savepoints.
 
-        A failure of the database itself fails all calls: after a full disk or an I/O error SQLite
-        may have rolled back the transaction, and a savepoint outside a transaction opens one that
-        its release commits."""
+        A failure of the database itself fails all calls. After a full disk or an I/O error SQLite
+        may have ended the transaction. A SAVEPOINT would then begin a new one, which its RELEASE
+        commits."""
         db = tx.db
         for member in list(self.group):
             for call in member.batch or (member,):
@@ -2860,8 +2864,8 @@ class _Writer(_CallQueue):
             return True
         with self.mutex:
             self.queue.appendleft(member)
+            member.state = _WAITING  # before an interrupt can follow remove()
             self.group.remove(member)
-            member.state = _WAITING
         return False
 
     def _commit(self, tx: _Tx, leader: _Call) -> None:
@@ -2873,8 +2877,8 @@ class _Writer(_CallQueue):
             )
         while tx.db.in_transaction:
             try:
-                # extend() drains map() in C: Ctrl-C cannot strike between the end of COMMIT and the
-                # note of it. (`type` keeps no cursor.)
+                # COMMIT and the flag are one call in C, so Ctrl-C cannot come between them. `type`
+                # is kept in place of the cursor, which would stay open.
                 self.committed.extend(map(type, map(tx.db.execute, ("COMMIT",))))
             except sqlite3.Error as error:
                 failure = _failure(error)
@@ -2930,8 +2934,9 @@ class _Writer(_CallQueue):
 def _came_from_outside(error: Exception) -> bool:
     """Whether an exception has nothing to do with the operation in which it struck.
 
-    Such are a full stack or memory, and the exceptions of signal handlers and trace functions. If
-    a foreign exception was raised directly in this file, another thread injected it."""
+    Such are a full stack or memory, and the exceptions of signal handlers and trace functions. A
+    foreign error whose innermost frame is in this file was injected by another thread: the code
+    here raises none."""
     if isinstance(error, (RecursionError, MemoryError)):
         return True
     handlers: list[object] = [sys.gettrace()]
@@ -4061,7 +4066,7 @@ class _PruneSource(NamedTuple):
     by: str  # the index
     time: str
     ended: str  # the condition; each ? in it is the time before which
-    in_pieces: bool = False  # an earlier step, which looked for foreign keys, began to drop these
+    in_pieces: bool = False  # these are half dropped; foreign keys were checked before
 
 
 class _PrunePart(NamedTuple):
@@ -4576,7 +4581,10 @@ class _LogFacet(_Facet):
 
     @_steps
     def _poll(self, look: Callable[[], Any], seconds: float) -> _Steps[Any]:
-        """Call `look` again at each commit, until it finds something or the seconds are over."""
+        """Call `look` until it finds something or the seconds are over.
+
+        At each commit of this process, and now and then besides: for other processes' commits, and
+        for what becomes due without a commit."""
         deadline = _monotonic() + min(seconds, threading.TIMEOUT_MAX)
         while True:
             commits = self._engine.commits
@@ -5026,7 +5034,7 @@ class _QueueSql(NamedTuple):
     """The statements on the head of some queues."""
 
     claim: _Sql  # of the item available longest, unless a lease has expired; skips locked rows
-    claim_waiting: _Sql  # the same, but waits for the end of another claim
+    claim_waiting: _Sql  # its UPDATE waits for another claim of the row, then checks the status
     peek: _Sql  # the id of that item, and whether a lease has expired
 
 
@@ -9100,8 +9108,8 @@ class _PostgresEngine(_Engine):
         except StoreBusy:
             if not begins_in or not tx.db.db.closed:
                 raise
-        # Lost in the first statement, which may have committed, or later, before COMMIT. Twice does
-        # no harm: an item claimed in vain is reclaimed when its lease expires.
+        # Lost in the first statement, which may have committed, or later, before COMMIT. It runs
+        # once more: an item claimed in vain counts an attempt when its lease expires.
         try:
             tx.db = _PostgresDb(self)
             return run_once()
