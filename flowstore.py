@@ -9049,8 +9049,8 @@ _POSTGRES = _Dialect(
     definitions_key="",
     definitions_index="""CREATE UNIQUE INDEX flowstore_definitions_key
         ON flowstore_definitions (tenant_id, workflow_id, md5(version))""",
-    status="status || ''",
-    tenant_status="'' || status",
+    status="(status || '')",
+    tenant_status="('' || status)",
     queue_type="(queue_type || '')",
     unique_key="md5(unique_key)",  # an index entry of 2,700 bytes holds two ids
     given_key="md5(?)",
