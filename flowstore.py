@@ -2263,8 +2263,10 @@ class _Database:
         else:
             tx.db.close()
 
-    def begin_on_reader(self, tx: _Tx) -> None:
+    def begin_on_reader(self, tx: _Tx, read_only: bool = True) -> None:
         """Begin the transaction of a block that leaves the writer to others: one snapshot."""
+        if self.path is not None:
+            tx.run("PRAGMA query_only = ON")  # a reader never writes
         tx.run("BEGIN")
         tx.rows("SELECT value FROM flowstore_meta LIMIT 1")  # a snapshot begins with its first read
 
@@ -2798,6 +2800,7 @@ class _Writer(_CallQueue):
             tx = self.connection.tx or self.connection.use()
             if tx.db.in_transaction:  # left by an interrupt, or by a block whose end never ran
                 tx.db.rollback()
+                tx.db.execute("PRAGMA query_only = OFF")
             if engine.log_may_vanish and not engine.has_log():
                 leader.file_is_busy = True
                 return None
@@ -3143,8 +3146,11 @@ class _Block:
     never runs, the block is collected, and its finalizer marks the call that leads as abandoned:
     the next caller rolls back and leads."""
 
-    def __init__(self, engine: _Engine) -> None:
+    def __init__(self, engine: _Engine, read_only: bool = False) -> None:
         self.engine = engine
+        self.read_only = read_only
+        # Or it has a connection of its own, as one that only reads a file has.
+        self.leads = engine.blocks_lead() and (engine.in_memory or not read_only)
         self.thread: int | None = None  # the owner's; 0: a task, whose statements run in a worker
         self.owner: object = None
         self.begun = False  # True until the block ends
@@ -3170,6 +3176,11 @@ class _Block:
                 "a transaction object opens one block: call store.transaction() again"
             )
         self.parent = self.engine.block()
+        if self.parent is not None and (self.read_only or self.parent.read_only):
+            raise StorageError(
+                "a read-only transaction nests in nothing, and nothing nests in it: leave the "
+                "other block first"
+            )
         self.thread = thread
         self.owner = owner
 
@@ -3191,21 +3202,28 @@ class _Block:
 
     def _begin_transaction(self, deadline: float) -> None:
         engine = self.engine
-        if engine.blocks_lead():
+        if self.leads:
             self._connection = engine.writer.connection
             self._call = _Call(deadline=deadline)
             engine.writer.lead(self._call, engine.writer.begin_block, keep=True)
+            self._set_query_only(self.read_only)
         else:
             engine.retry_while_busy(self._begin_on_reader)
 
     def _begin_on_reader(self) -> None:
-        self._connection = self.engine.pool.check_out(writes=True)
+        self._connection = self.engine.pool.check_out(writes=not self.read_only)
         try:
             with self._connection.lock:
-                self.engine.begin_on_reader(self._connection.use())
+                self.engine.begin_on_reader(self._connection.use(), self.read_only)
         except BaseException:
             self._return_connection()
             raise
+
+    def _set_query_only(self, on: bool) -> None:
+        """In memory there is one connection, which has to refuse writes for the time of a block."""
+        if self.read_only:
+            with self.connection.lock:
+                self.connection.use().run(f"PRAGMA query_only = {on:d}")
 
     @property
     def is_open(self) -> bool:
@@ -3263,6 +3281,8 @@ class _Block:
             tx = self.tx()
             if call.operation.writes:
                 self.engine.refuse_read_only()
+                if self.read_only:
+                    raise StorageError("the transaction is read-only: nothing can be changed in it")
             elif not self.engine.failed_reads_end_transactions:
                 return call.run(tx)
             return self._in_savepoint(tx, lambda: call.run(tx))
@@ -3333,6 +3353,8 @@ class _Block:
         try:
             with self.connection.lock:
                 tx = self.tx()
+                if self.leads:
+                    self._set_query_only(False)
                 if self.parent is not None:
                     if not commit:
                         tx.run(f"ROLLBACK TO {self.savepoint}")
@@ -4671,6 +4693,16 @@ class _LogFacet(_Facet):
             yield self._engine.wait(commits, min(left, threading.TIMEOUT_MAX))
 
 
+_LOG_FIND = _select(
+    _STORED,
+    "",
+    "execution_id",
+    "event_id",
+    "event_id IS NOT NULL",
+    index="flowstore_log_by_event_id",
+)
+
+
 class EventStore(_LogFacet):
     """The append-only log of executions.
 
@@ -4752,6 +4784,21 @@ class EventStore(_LogFacet):
     def load_events_after(self, tx: _Tx, execution_id: AnyId, after_seq: int) -> list[StoredEvent]:
         """The events with a sequence above `after_seq`."""
         return self._events_after(tx, execution_id, after_seq)
+
+    @_read
+    def load_last_events(self, tx: _Tx, execution_id: AnyId, limit: int = 100) -> list[StoredEvent]:
+        """The last `limit` events, by sequence."""
+        rest = "ORDER BY sequence DESC LIMIT ?"
+        key = _id(execution_id, "execution_id")
+        events = self._find(tx, _STORED, rest, _limit(limit), index=_LOG_KEY, execution_id=key)
+        return events[::-1]
+
+    @_read
+    def find_event(self, tx: _Tx, execution_id: AnyId, event_id: AnyId) -> StoredEvent | None:
+        """The event of that `event_id`, or None."""
+        keys = _id(execution_id, "execution_id"), _id(event_id, "event_id")
+        row = self._row(tx, _LOG_FIND, *keys)
+        return _STORED.maybe(row)
 
     @_read
     def get_latest_sequence(self, tx: _Tx, execution_id: AnyId) -> int | None:
@@ -6220,26 +6267,30 @@ class _CommandFacet(_Facet):
         token = new_id()
         cursor: Any = (-_INT_MAX - 1, "", "")
         handled_keys = set[tuple[str, str]]()  # scheduled again, they wait for a later call
-        count = 0
+        count: int = 0
         errors = []
+        ended: tuple[Any, ...] | None = None  # the command before: whether it returned, its key
         try:
-            while (
-                cursor := (yield self._lease_command(due, cursor, handled_keys, token, lease))
-            ) is not None:
+            while True:
+                step = self._next_command(token, ended, due, cursor, handled_keys, lease)
+                finished, cursor = yield step
+                count += finished
+                if cursor is None:
+                    break
                 execute_time, *key = cursor
                 handled_keys.add(cursor[1:])
                 try:
                     yield handler(_COMMAND.decode((*key, execute_time)))
                 except Exception as error:
                     errors.append(error)
-                    yield self._release_command(token, due, *key)
+                    ended = False, *key
                 else:
-                    count += yield self._finish_command(token, *key)
+                    ended = True, *key
         except Exception:
             raise
         except BaseException as error:
             with contextlib.suppress(StorageError):  # the error that ends the call says more
-                release = self._release_command(token, due)
+                release = self._release_commands(token, due)
                 if not isinstance(error, GeneratorExit):
                     yield release
             raise
@@ -6248,37 +6299,43 @@ class _CommandFacet(_Facet):
         return count
 
     @_write
-    def _lease_command(
+    def _next_command(
         self,
         tx: _Tx,
+        token: str,
+        ended: tuple[Any, ...] | None,
         due: int,
         cursor: tuple[Any, ...],
         handled_keys: set[tuple[str, str]],
-        token: str,
         lease: float,
-    ) -> tuple[Any, ...] | None:
-        """Lease the next free command that is due; its time, name and data, the next cursor."""
+    ) -> tuple[int, tuple[Any, ...] | None]:
+        """End the command before, and lease the next free one that is due, in one commit.
+
+        Returns whether the one before was removed, 0 when its lease was lost; and the next one's
+        time, name and data, the cursor."""
         now = tx.now()
+        finished = 0
+        if ended is not None:
+            returned, *key = ended
+            if returned:
+                # Deleted, or kept for the time for which it was scheduled again.
+                held = token, now, *key
+                finished = tx.run(_COMMAND_AGAIN, *held) or tx.run(_COMMAND_DELETE, *held)
+            else:
+                self._run(tx, _RELEASE_ONE, token, now, due, *key)
         while (row := self._row(tx, _COMMAND_DUE, due, now, *cursor)) is not None:
             cursor = row
-            key = row[1:]
-            if key not in handled_keys:
-                tx.run(_COMMAND_LEASE, token, _time_after(now, lease, "lease_seconds"), *key)
-                return cursor
-        return None
+            following = row[1:]
+            if following not in handled_keys:
+                expires = _time_after(now, lease, "lease_seconds")
+                tx.run(_COMMAND_LEASE, token, expires, *following)
+                return finished, cursor
+        return finished, None
 
     @_write
-    def _finish_command(self, tx: _Tx, token: str, *key: str) -> int:
-        """Delete a command, or keep it for the time that it was scheduled again for.
-
-        Returns 0 when the lease was lost."""
-        held = token, tx.now(), *key
-        return tx.run(_COMMAND_AGAIN, *held) or tx.run(_COMMAND_DELETE, *held)
-
-    @_write
-    def _release_command(self, tx: _Tx, token: str, due: int, *key: str) -> None:
-        """Free a command for the next caller; without a key, any command that the token holds."""
-        self._run(tx, _RELEASE_ONE if key else _RELEASE_ALL, token, tx.now(), due, *key)
+    def _release_commands(self, tx: _Tx, token: str, due: int) -> None:
+        """Free what the token holds for the next caller."""
+        self._run(tx, _RELEASE_ALL, token, tx.now(), due)
 
 
 class PersistenceProvider(_CommandFacet):
@@ -6756,13 +6813,16 @@ class Store(_StoreBase):
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         self.close()
 
-    def transaction(self) -> contextlib.AbstractContextManager[Transaction]:
+    def transaction(
+        self, *, read_only: bool = False
+    ) -> contextlib.AbstractContextManager[Transaction]:
         """`with store.transaction() as tx:` all that this thread or task does in it, or nothing.
 
         Facet calls join it, each as a savepoint; so does a nested block. `tx.execute` runs the
-        user's own SQL. An exception that leaves the block undoes it. Raises StoreBusy, and
-        StorageError when the database ended the transaction."""
-        return _Block(self._engine)
+        user's own SQL. An exception that leaves the block undoes it. With `read_only` the block is
+        one snapshot: it waits for no writer, and no writer waits for it. Raises StoreBusy, and
+        StorageError when the database ended the transaction, or for a write in a read-only one."""
+        return _Block(self._engine, _bool(read_only, "read_only") == 1)
 
 
 # Statements that find one row for each problem, and the message about it.
@@ -6987,9 +7047,13 @@ class _AsyncEngine:
         """Run a statement of a block, while no other task has a transaction nested in it."""
         await self.wait_for_nested(block)
         try:
-            return await self.in_thread(function, *args, pool=self.worker)
+            return await self.in_thread(function, *args, pool=self.pool_of(block))
         finally:
             block.turn.release()
+
+    def pool_of(self, block: _Block) -> Any:
+        """The threads that run the statements of a block."""
+        return self.worker if block.leads or not block.read_only else self._readers
 
     async def run_steps(
         self, method: _Method[Any, Any, R], facet: Any, /, *args: Any, **kwargs: Any
@@ -7155,9 +7219,9 @@ class AsyncTransaction:
 class _AsyncBlock:
     """`async with store.transaction()`: all that its task does in it is stored, or nothing."""
 
-    def __init__(self, engine: _AsyncEngine) -> None:
+    def __init__(self, engine: _AsyncEngine, read_only: bool) -> None:
         self._engine = engine
-        self._block = _Block(engine.engine)
+        self._block = _Block(engine.engine, read_only)
         self._turn = contextlib.ExitStack()  # releases what the block holds: the engine's turn,
         # or that of the block in which it is nested
 
@@ -7173,10 +7237,10 @@ class _AsyncBlock:
             if block.parent is not None:
                 await engine.wait_for_nested(block.parent)
                 self._turn.callback(block.parent.turn.release)
-            elif engine.blocks_lead() or engine.max_writers > 1:
+            elif block.leads or not block.read_only:
                 await engine.take_turn(deadline)
                 self._turn.callback(engine.turn.release)
-            begun = engine.in_thread(block.begin, deadline, pool=engine.worker)
+            begun = engine.in_thread(block.begin, deadline, pool=engine.pool_of(block))
             begun.add_done_callback(asyncio.Future.exception)  # else asyncio may report it
             try:
                 await asyncio.shield(begun)
@@ -7195,7 +7259,8 @@ class _AsyncBlock:
 
     def _finish(self, commit: bool) -> asyncio.Future[None]:
         """End the block in the worker, then its turn, even where the task is cancelled."""
-        ended = self._engine.in_thread(self._block.finish, commit, pool=self._engine.worker)
+        pool = self._engine.pool_of(self._block)
+        ended = self._engine.in_thread(self._block.finish, commit, pool=pool)
         ended.add_done_callback(self._end_turn)
         return ended
 
@@ -7346,12 +7411,14 @@ class AsyncStore(_AsyncFacet, _StoreBase):
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    def transaction(self) -> contextlib.AbstractAsyncContextManager[AsyncTransaction]:
+    def transaction(
+        self, *, read_only: bool = False
+    ) -> contextlib.AbstractAsyncContextManager[AsyncTransaction]:
         """`async with store.transaction() as tx:` all that is done in it is stored, or nothing.
 
         That is what this task does, and the tasks that it starts in it. Writes of other tasks wait
         for its end, their reads go on. Otherwise it is as `Store.transaction`."""
-        return _AsyncBlock(self._engine)
+        return _AsyncBlock(self._engine, _bool(read_only, "read_only") == 1)
 
 
 class AsyncOpening:
@@ -9478,10 +9545,10 @@ class _PostgresEngine(_Engine):
         except FlowStoreError as error:
             raise StorageError(_IN_DOUBT) from error
 
-    def begin_on_reader(self, tx: _Tx) -> None:
+    def begin_on_reader(self, tx: _Tx, read_only: bool = True) -> None:
         """Begin the transaction of a block. One that loses against another is StoreBusy, and run
         again."""
-        tx.db.begin("" if self.options.read_only else "SERIALIZABLE")
+        tx.db.begin("" if read_only or self.options.read_only else "SERIALIZABLE")
 
     def commit_on_reader(self, tx: _Tx) -> None:
         """Commit. When the connection is lost in the middle, the server is asked whether it has
