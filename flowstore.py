@@ -5178,14 +5178,14 @@ _LEASE_EXPIRED = "the lease expired"
 
 # The statements on the head of a queue. Expired leases are those of all tenants, since a policy
 # counts the leases of all.
-_IN_QUEUE = f"""FROM flowstore_work_items {{by {_STATUS_INDEX["pending"]}}}
-    WHERE {{status}} = 'pending' AND {{queue_type}} = ?"""
-_LEVEL = f"SELECT priority {_IN_QUEUE} AND priority < ? {{tenant}} ORDER BY priority DESC LIMIT 1"
-_NEXT_LEVEL = _Sql(_LEVEL)
+_PENDING = f"""FROM flowstore_work_items {{by {_STATUS_INDEX["pending"]}}}
+    WHERE {{status}} = 'pending' AND {{queue_type}} ="""
+_IN_QUEUE = f"{_PENDING} ?"
+_TOP_LEVEL = "{tenant} ORDER BY priority DESC LIMIT 1"
+_NEXT_LEVEL = _Sql(f"SELECT priority {_IN_QUEUE} AND priority < ? {_TOP_LEVEL}")
 _ABOVE_ALL = 101  # a priority above all that there are
-_HEAD = f"""{_IN_QUEUE} AND priority = %s AND available_at <= ? {{tenant}}
-    ORDER BY available_at, id LIMIT %s"""
-_AVAILABLE = _Sql(f"SELECT -priority, available_at, id {_HEAD % ('?', '?')}")
+_AVAILABLE = _Sql(f"""SELECT -priority, available_at, id {_IN_QUEUE}
+    AND priority = ? AND available_at <= ? {{tenant}} ORDER BY available_at, id LIMIT ?""")
 _AVAILABLE_LOCKED = _Sql(_AVAILABLE.text + " {skip_locked}")
 _EXPIRED = """FROM flowstore_work_items {by flowstore_leased}
     WHERE {status} = 'claimed' AND {queue_type} = ? AND lease_expires_at <= ?"""
@@ -5195,14 +5195,32 @@ _LEASE_COUNT = """SELECT COUNT(*) FROM (SELECT 1 FROM flowstore_work_items {by f
     WHERE {status} = 'claimed' AND {queue_type} = ? LIMIT ?) leased"""
 _LEASE = """UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, claimed_at = ?,
     lease_expires_at = ?, lease_fence = lease_fence + 1 WHERE {status} = 'pending' {tenant}"""
-# Claims the head of the highest priority that a queue has, if nothing has to be done before: no
-# lease has expired, and the queue has no policy.
-_CLAIM = _Sql(f"""{_LEASE} AND id = (SELECT id {_HEAD % (f"({_LEVEL})", "1")} {{skip_locked}})
-    AND NOT EXISTS (SELECT 1 FROM flowstore_queues WHERE queue_type = ?)
-    AND NOT EXISTS (SELECT 1 {_EXPIRED}) RETURNING {_ITEM.columns}""")
 _POLICY_WRITE = _POLICY.upsert("queue_type")
 _POLICY_SPEND = "UPDATE flowstore_queues SET full_at = ? WHERE queue_type = ?"
 _BATCH = 500  # ids in one statement
+
+
+@functools.cache
+def _claim_sql(queues: int) -> _Sql:
+    """Claim the head of so many queues, if the top levels tell it and nothing has to be done first.
+
+    That is: no lease has expired, no queue has a policy, and the items of the highest priority of
+    a queue are not all delayed."""
+    one = queues == 1
+    queue = "?" if one else "q.column1"
+    wanted = f"FROM (VALUES {', '.join(['(?)'] * queues)}) q"
+    top = f"(SELECT priority {_PENDING} {queue} {_TOP_LEVEL})"
+    at_top = f"{_PENDING} {queue} AND priority = {top} AND available_at <= ? {{tenant}}"
+    head = f"SELECT id {at_top} ORDER BY available_at, id LIMIT 1 {{skip_locked}}"
+    obstacle = f"""EXISTS (SELECT 1 FROM flowstore_queues WHERE queue_type = {queue})
+        OR EXISTS (SELECT 1 {_EXPIRED.replace("?", queue, 1)})"""
+    if not one:
+        head = f"""SELECT i.id {wanted} {{join}} flowstore_work_items i
+            {{by sqlite_autoindex_flowstore_work_items_1}} ON i.id = ({head})
+            ORDER BY i.priority DESC, i.available_at, i.id LIMIT 1"""
+        delayed = f"{top} IS NOT NULL AND NOT EXISTS (SELECT 1 {at_top})"
+        obstacle = f"EXISTS (SELECT 1 {wanted} WHERE {obstacle} OR ({delayed}))"
+    return _Sql(f"{_LEASE} AND id = ({head}) AND NOT ({obstacle}) RETURNING {_ITEM.columns}")
 
 
 def _of_ids(count: int, sql: str, returning: str = "") -> _Sql:
@@ -5357,10 +5375,12 @@ class _Claims(_Items):
     ) -> list[WorkItem]:
         now = tx.now()
         values = worker_id, now, _time_after(now, lease, "lease_seconds")
-        if limit == 1 and len(queues) == 1:
-            queue = queues[0]
-            head = queue, queue, _ABOVE_ALL, now
-            row = self._row(tx, _CLAIM, *values, *head, queue, queue, now)
+        if limit == 1 and queues:
+            if len(queues) == 1:
+                places = *queues, *queues, now, *queues, *queues, now
+            else:
+                places = *queues, now, *queues, now, now
+            row = self._row(tx, _claim_sql(len(queues)), *values, *places)
             if row is not None:
                 return [_ITEM.decode(row)]
         policies = self._policies(tx, queues)
