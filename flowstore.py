@@ -7636,6 +7636,20 @@ def _first_value(row: _Row, *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) not in (None, "")), "")
 
 
+def _policy_text(policy: QueuePolicy | None) -> str:
+    """What claims of a queue have to keep to."""
+    if policy is None:
+        return ""
+    limits = []
+    if policy.paused:
+        limits.append("paused")
+    if policy.max_running is not None:
+        limits.append(f"{policy.max_running:,} at once")
+    if policy.rate is not None:
+        limits.append(f"{policy.rate:g} per {policy.per_seconds:g} s")
+    return ", ".join(limits)
+
+
 def _log_facts(log: list[tuple[Any, ...]]) -> _Row:
     """The last position in the log, and how fast the last events came."""
     if not log:
@@ -7766,11 +7780,17 @@ class _ViewReader:
         return rows
 
     def queues(self, now: int) -> list[_Row]:
-        """The queues that have items which wait, are leased or are dead, and how many."""
+        """The queues with a policy, or with items that wait, are leased or are dead."""
         dead_letters = f"{_WORK_ITEMS.source('dead_lettered')} LIMIT {_DEAD_BOUND}"
         sql = _statement(f"SELECT queue_type FROM {dead_letters}")
         dead = [queue for (queue,) in self.facet._rows(self.tx, sql)]
-        queues = set(dead)
+        policies = {
+            policy.queue_type: policy
+            for policy in self.facet._find(
+                self.tx, _POLICY, "ORDER BY queue_type LIMIT ?", _QUEUE_LIMIT
+            )
+        }
+        queues = {*dead, *policies}
         for following in _NEXT_QUEUE.values():
             # One seek per queue: the index sorts the items of a status by queue.
             queue = self.value(following, "")
@@ -7790,6 +7810,7 @@ class _ViewReader:
                     "leased": self.count(leased, queue),
                     "dead": dead_count if len(dead) < _DEAD_BOUND else f"{dead_count}+",
                     "oldest_seconds": None if oldest is None else max(0, now - oldest) / 1e6,
+                    "limits": _policy_text(policies.get(queue)),
                 }
             )
         return rows
@@ -7942,10 +7963,11 @@ def _step(name: str, changes: list[_Change], now: datetime) -> _Row:
 _COLUMNS = re.findall(
     r"\w+",
     """
-    queue waiting oldest_seconds leased dead sequence timestamp at error_time execution_id id kind
+    queue waiting oldest_seconds leased dead limits sequence timestamp at error_time execution_id id kind
     step time step_id step_name run_id node_id queue_type task name goal current_step status
     last_error message attempt retry_count workflow_id events worker_id event_name event_key event
-    payload result outcome priority unique_key lease_expires_at dead_lettered_at sleep_until
+    payload result outcome priority unique_key available_at lease_expires_at dead_lettered_at
+    sleep_until
     tenant_id updated_at complete_time
     """,
 )
