@@ -7840,6 +7840,9 @@ class _ViewReader:
         for name, (mapper, source) in kind.tables.items():
             rows = self.records(mapper, f"{source} LIMIT {_DETAIL_ROWS}", id)
             rows.reverse()
+            for row in rows:
+                if mapper is _DEAD and row["status"] == "pending" and row["available_at"] > now:
+                    row["comes_back"] = row["available_at"]
             tables[name] = {"total": self.count(source, id), "rows": rows}
             if mapper is _STORED:
                 steps += _steps_from_log(rows, now)
@@ -7963,11 +7966,10 @@ def _step(name: str, changes: list[_Change], now: datetime) -> _Row:
 _COLUMNS = re.findall(
     r"\w+",
     """
-    queue waiting oldest_seconds leased dead limits sequence timestamp at error_time execution_id id kind
-    step time step_id step_name run_id node_id queue_type task name goal current_step status
-    last_error message attempt retry_count workflow_id events worker_id event_name event_key event
-    payload result outcome priority unique_key available_at lease_expires_at dead_lettered_at
-    sleep_until
+    queue waiting oldest_seconds leased dead limits sequence timestamp at error_time execution_id id
+    kind step time step_id step_name run_id node_id queue_type task name goal current_step status
+    comes_back last_error message attempt retry_count workflow_id events worker_id event_name event_key event
+    payload result outcome priority unique_key lease_expires_at dead_lettered_at sleep_until
     tenant_id updated_at complete_time
     """,
 )
