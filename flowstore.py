@@ -7968,7 +7968,8 @@ _COLUMNS = re.findall(
     """
     queue waiting oldest_seconds leased dead limits sequence timestamp at error_time execution_id id
     kind step time step_id step_name run_id node_id queue_type task name goal current_step status
-    comes_back last_error message attempt retry_count workflow_id events worker_id event_name event_key event
+    comes_back last_error message attempt retry_count workflow_id events worker_id event_name
+    event_key event
     payload result outcome priority unique_key lease_expires_at dead_lettered_at sleep_until
     tenant_id updated_at complete_time
     """,
