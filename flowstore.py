@@ -5195,6 +5195,8 @@ _LEASE_COUNT = """SELECT COUNT(*) FROM (SELECT 1 FROM flowstore_work_items {by f
     WHERE {status} = 'claimed' AND {queue_type} = ? LIMIT ?) leased"""
 _LEASE = """UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, claimed_at = ?,
     lease_expires_at = ?, lease_fence = lease_fence + 1 WHERE {status} = 'pending' {tenant}"""
+_COMPLETE = """UPDATE flowstore_work_items SET status = 'completed', settled_at = ?,
+    lease_expires_at = NULL WHERE {status} = 'claimed' {tenant}"""
 _POLICY_WRITE = _POLICY.upsert("queue_type")
 _POLICY_SPEND = "UPDATE flowstore_queues SET full_at = ? WHERE queue_type = ?"
 _BATCH = 500  # ids in one statement
@@ -5509,26 +5511,35 @@ class _WorkQueue(_Items):
         returns that item's id; "replace" gives it the new payload, priority and `available_at` if
         it is pending, and returns its id. Raises NotFound for an unknown execution, AlreadyExists
         for an id that any item has or had, and for a key."""
-        return self._enqueue(tx, item, on_conflict, "")
+        return self._enqueue(tx, item, on_conflict, "", {})
 
     @_write
     def enqueue_work_items(
         self, tx: _Tx, items: Sequence[WorkItem], *, on_conflict: str = "raise"
     ) -> list[str]:
         """`enqueue_work_item` for each of the items, all of them or none; their ids."""
-        listed = enumerate(_check_list(items, "items", "a list of work items"))
-        return [self._enqueue(tx, item, on_conflict, f"items[{index}]") for index, item in listed]
+        tenants: dict[str, str] = {}
+        return [
+            self._enqueue(tx, item, on_conflict, f"items[{index}]", tenants)
+            for index, item in enumerate(_check_list(items, "items", "a list of work items"))
+        ]
 
-    def _enqueue(self, tx: _Tx, item: WorkItem, on_conflict: str, path: str) -> str:
+    def _enqueue(
+        self, tx: _Tx, item: WorkItem, on_conflict: str, path: str, tenants: dict[str, str]
+    ) -> str:
+        """Put one item in. `tenants` has those of the executions that are known already."""
         if on_conflict not in ("raise", "keep", "replace"):
             raise InvalidData('on_conflict: "raise", "keep" or "replace" is needed')
         values = _ITEM.encode(item, path, tx.now())
         if item.available_at is None:
             values["available_at"] = values["created_at"]
+        execution = values["execution_id"]
+        if execution not in tenants:
+            tenants[execution] = self._tenant_of(tx, execution)
         values |= {
             "lease_fence": 0,
             "status": "pending",
-            "tenant_id": self._tenant_of(tx, values["execution_id"]),
+            "tenant_id": tenants[execution],
             "lease_expires_at": None,
             "worker_id": None,
             "last_error": None,
@@ -5734,22 +5745,15 @@ class _WorkQueue(_Items):
         ended: dict[str, WorkItem] = {}
         for start in range(0, len(ids), _BATCH):
             some = ids[start : start + _BATCH]
-            look = "SELECT id, status, lease_fence FROM flowstore_work_items WHERE true {tenant}"
-            held = {
-                id: (status, fence)
-                for id, status, fence in self._rows(
-                    tx, _of_ids(len(some), look, "{for_update}"), *some
-                )
-            }
-            for id in some:
-                if held.get(id) != ("claimed", fences[id]):
-                    raise LeaseLost(id) if id in held else NotFound("work item", id)
-            settle = """UPDATE flowstore_work_items SET status = 'completed', settled_at = ?,
-                lease_expires_at = NULL WHERE true {tenant}"""
-            sql = _of_ids(len(some), settle, f"RETURNING {_ITEM.columns}")
+            sql = _of_ids(len(some), _COMPLETE, f"RETURNING {_ITEM.columns}")
             for row in self._rows(tx, sql, tx.now(), *some):
-                settled = _ITEM.decode(row)
-                ended[settled.id] = settled
+                item = _ITEM.decode(row)
+                ended[item.id] = item
+        for id, fence in fences.items():
+            if id not in ended:
+                self._need(tx, _ITEM, id=id)
+            if id not in ended or ended[id].lease_fence != fence:
+                raise LeaseLost(id)  # with which nothing of this is stored
         return [ended[id] for id in ids]
 
     @_write

@@ -457,6 +457,29 @@ def bench_queue(bench: Bench, synchronous: str, least: float) -> Measured:
     )
 
 
+def bench_batches(bench: Bench) -> Measured:
+    state: Any = bench.store("NORMAL").state
+
+    def items(count: int) -> list[flowstore.WorkItem]:
+        return [
+            flowstore.WorkItem(execution_id="run", queue_type="queue", payload=bench.event)
+            for _ in range(count)
+        ]
+
+    def in_batches() -> None:
+        state.enqueue_work_items(items(128))
+        state.complete_work_items(state.claim_work_items("worker", ["queue"], 128))
+
+    def one_by_one() -> None:
+        state.enqueue_work_item(items(1)[0])
+        state.complete_work_item(state.claim_work_item("worker", ["queue"]))
+
+    return bench.compare(
+        lambda: 128 * bench.rate(in_batches),
+        Rival("one by one", 10.0, lambda: bench.rate(one_by_one)),
+    )
+
+
 def bench_claims(
     bench: Bench, queues: str, changed: dict[str, str], tenant: str | None = None
 ) -> Measured:
@@ -746,6 +769,7 @@ BENCH_ROWS: dict[str, Callable[[Bench], Measured]] = {
     "load 10,000 events": bench_load,
     "enqueue + claim + complete, FULL": partial(bench_queue, synchronous="FULL", least=0.75),
     "enqueue + claim + complete, NORMAL": partial(bench_queue, synchronous="NORMAL", least=0.45),
+    "the same in batches of 128, NORMAL, items": bench_batches,
     "a state of 1,000 chat messages written, NORMAL": bench_state,
     "claim + complete, {} pending": partial(bench_claims, queues="a", changed={}),
     "claim + complete, {} pending, asking for three queues": partial(
@@ -753,6 +777,9 @@ BENCH_ROWS: dict[str, Callable[[Bench], Measured]] = {
     ),
     "claim + complete, {} delayed": partial(
         bench_claims, queues="a", changed={"available_at": "available_at + 86400000000 + n"}
+    ),
+    "claim + complete, {} pending of five priorities": partial(
+        bench_claims, queues="a", changed={"priority": "n % 5"}
     ),
     "claim + complete, {} of another tenant": partial(
         bench_claims, queues="a", changed={"tenant_id": "'other'"}, tenant="default"
