@@ -899,6 +899,7 @@ _SQLITE = _Dialect(
     # Columns of work items. On a server they are expressions, which only partial indexes serve.
     status="status",
     tenant_status="status",  # what {status} is in a statement for one tenant
+    any_status="status",  # what it is for all tenants, in either
     queue_type="queue_type",
     unique_key="unique_key",
     given_key="?",
@@ -919,7 +920,7 @@ CREATE INDEX flowstore_pending_by_tenant
     ON flowstore_work_items (tenant_id, {queue_type}, priority DESC, available_at{id_last})
     WHERE {tenant_status} = 'pending';
 CREATE INDEX flowstore_leased ON flowstore_work_items ({queue_type}, lease_expires_at, id)
-    WHERE {status} = 'claimed';
+    WHERE {any_status} = 'claimed';
 CREATE INDEX flowstore_settled ON flowstore_work_items ({status}, settled_at, id)
     WHERE settled_at IS NOT NULL;
 CREATE INDEX flowstore_dead_by_tenant ON flowstore_work_items (tenant_id, settled_at, id)
@@ -5169,9 +5170,9 @@ _DEAD_LETTERS = """AND {status} = 'dead_lettered' AND settled_at IS NOT NULL
     ORDER BY settled_at DESC, id DESC LIMIT ? OFFSET ?"""
 _NEXT_QUEUE = {
     status: _Sql(f"""SELECT queue_type FROM flowstore_work_items {{by {_STATUS_INDEX[status]}}}
-        WHERE {{status}} = '{status}' AND {{queue_type}} > ? {{tenant}}
+        WHERE {{{column}}} = '{status}' AND {{queue_type}} > ? {{tenant}}
         ORDER BY {{queue_type}} LIMIT 1""")
-    for status in ("pending", "claimed")
+    for status, column in {"pending": "status", "claimed": "any_status"}.items()
 }
 _RECLAIMED_PER_CLAIM = 16
 _LEASE_EXPIRED = "the lease expired"
@@ -5188,11 +5189,11 @@ _AVAILABLE = _Sql(f"""SELECT -priority, available_at, id {_IN_QUEUE}
     AND priority = ? AND available_at <= ? {{tenant}} ORDER BY available_at, id LIMIT ?""")
 _AVAILABLE_LOCKED = _Sql(_AVAILABLE.text + " {skip_locked}")
 _EXPIRED = """FROM flowstore_work_items {by flowstore_leased}
-    WHERE {status} = 'claimed' AND {queue_type} = ? AND lease_expires_at <= ?"""
+    WHERE {any_status} = 'claimed' AND {queue_type} = ? AND lease_expires_at <= ?"""
 _EXPIRED_LEASES = f"""SELECT {_ITEM.columns} {_EXPIRED}
     ORDER BY lease_expires_at, id LIMIT ? {{skip_locked}}"""
 _LEASE_COUNT = """SELECT COUNT(*) FROM (SELECT 1 FROM flowstore_work_items {by flowstore_leased}
-    WHERE {status} = 'claimed' AND {queue_type} = ? LIMIT ?) leased"""
+    WHERE {any_status} = 'claimed' AND {queue_type} = ? LIMIT ?) leased"""
 _LEASE = """UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, claimed_at = ?,
     lease_expires_at = ?, lease_fence = lease_fence + 1 WHERE {status} = 'pending' {tenant}"""
 _COMPLETE = """UPDATE flowstore_work_items SET status = 'completed', settled_at = ?,
@@ -7542,7 +7543,7 @@ class _Kind(NamedTuple):
         column = "status"
         if self.mapper is _DEAD:
             index = _STATUS_INDEX.get(status, index)
-            column = "{status}"
+            column = "{any_status}" if status == "claimed" else "{status}"
             if status not in ("pending", "claimed"):
                 column = "settled_at IS NOT NULL AND {status}"
         return f"{self.mapper.table} {{by {index}}} WHERE {column} = '{status}' {{tenant}}"
@@ -9167,6 +9168,7 @@ _POSTGRES = _Dialect(
         ON flowstore_definitions (tenant_id, workflow_id, md5(version))""",
     status="(status || '')",
     tenant_status="('' || status)",
+    any_status="(status || '')",
     queue_type="(queue_type || '')",
     unique_key="md5(unique_key)",  # an index entry of 2,700 bytes holds two ids
     given_key="md5(?)",
