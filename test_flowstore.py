@@ -855,10 +855,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
     invariant,
-    multiple,
     precondition,
     rule,
 )
@@ -1737,13 +1735,6 @@ class Stop(BaseException):
     """What is no Exception."""
 
 
-def stateful(model: type[RuleBasedStateMachine]) -> Any:
-    """The test case of a model."""
-    case: Any = model.TestCase
-    case.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
-    return case
-
-
 def execution(store: Store, execution_id: str = "e1") -> WorkflowExecution:
     found = store.state.get_execution(execution_id)
     assert found is not None
@@ -1757,239 +1748,6 @@ def latest(store: Store) -> tuple[int, Any] | None:
 
 def total(state: Any, stored: StoredEvent) -> Any:
     return [*(state or []), stored.event["n"]]
-
-
-# --- the queue against a model ---
-
-
-@dataclass
-class Modelled:
-    """What the model knows of a work item; `last_error` None means that any will do."""
-
-    queue: str
-    available_at: datetime
-    max_attempts: int
-    attempt: int = 0
-    status: str = "pending"
-    fence: int = 0
-    worker: str | None = None
-    expires: datetime | None = None
-    last_error: str | None = None
-    dead_at: datetime | None = None
-
-
-class QueueModel(RuleBasedStateMachine):
-    """The work queue against a dict of items; the backoff of an attempt is that many seconds."""
-
-    folder: tempfile.TemporaryDirectory[str] | None = None
-    claims: Bundle[WorkItem] = Bundle("claims")
-    ids: Bundle[str] = Bundle("ids")
-    leases = st.integers(1, 12)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.clock = Clock()
-        self.store = self.open()
-        self.items: dict[str, Modelled] = {}
-        create(self.store)
-
-    def open(self) -> Store:
-        return flowstore.open(":memory:", clock=self.clock, backoff=float)
-
-    def count_attempt(self, item: Modelled, delay: float | None, error: str | None = None) -> bool:
-        """The reclaim rule; True when the item may be tried again."""
-        item.attempt += 1
-        item.last_error = error
-        if item.attempt >= item.max_attempts:
-            item.status, item.dead_at = "dead_lettered", self.clock.now
-            return False
-        item.status, item.worker, item.expires = "pending", None, None
-        item.available_at = self.clock.now + seconds(item.attempt if delay is None else delay)
-        return True
-
-    def take_back(self, queues: list[str]) -> tuple[set[str], set[str]]:
-        """Every expired lease of the queues, by the rule: what may be retried, what is exhausted."""
-        outcome: tuple[set[str], set[str]] = (set(), set())
-        for item_id, item in self.items.items():
-            if (
-                item.status == "claimed"
-                and item.queue in queues
-                and item.expires
-                and item.expires <= self.clock.now
-            ):
-                outcome[0 if self.count_attempt(item, None) else 1].add(item_id)
-        return outcome
-
-    def holds(self, claim: WorkItem) -> bool:
-        item = self.items[claim.id]
-        return item.status == "claimed" and item.fence == claim.lease_fence
-
-    @precondition(lambda self: len(self.items) < 12)
-    @rule(
-        target=ids, queue=st.sampled_from("ab"), delay=st.integers(-5, 15), most=st.integers(0, 3)
-    )
-    def enqueue(self, queue: str, delay: int, most: int) -> str:
-        item_id = f"i{random.Random(len(self.items)).randrange(1000):03}-{len(self.items)}"
-        available_at = self.clock.now + seconds(delay)
-        enqueue(
-            self.store, id=item_id, queue_type=queue, available_at=available_at, max_attempts=most
-        )
-        self.items[item_id] = Modelled(queue, available_at, most)
-        return item_id
-
-    @rule(step=st.integers(0, 12))
-    def time_goes_by(self, step: int) -> None:
-        self.clock.advance(step)
-
-    @rule(
-        target=claims,
-        worker=st.sampled_from(["w1", "w2"]),
-        queues=st.sampled_from([["a"], ["b"], ["a", "b"], ["b", "a", "c"], ["c"], []]),
-        lease=leases,
-    )
-    def claim(self, worker: str, queues: list[str], lease: int) -> Any:
-        self.take_back(queues)
-        due = [
-            (item.available_at, item_id)
-            for item_id, item in self.items.items()
-            if item.status == "pending"
-            and item.queue in queues
-            and item.available_at <= self.clock.now
-        ]
-        got = self.store.state.claim_work_item(worker, queues, lease_seconds=lease)
-        if not due:
-            assert got is None
-            return multiple()
-        assert got is not None
-        assert got.id == min(due)[1]
-        item = self.items[got.id]
-        assert got.lease_fence > item.fence
-        item.status, item.worker, item.fence = "claimed", worker, got.lease_fence
-        item.expires = self.clock.now + seconds(lease)
-        return got
-
-    @rule(claim=claims, lease=leases)
-    def renew(self, claim: WorkItem, lease: int) -> None:
-        if self.holds(claim):
-            self.items[claim.id].expires = self.clock.now + seconds(lease)
-            assert (
-                self.store.state.renew_lease(claim, lease_seconds=lease)
-                == self.items[claim.id].expires
-            )
-        else:
-            with pytest.raises(LeaseLost):
-                self.store.state.renew_lease(claim, lease_seconds=lease)
-
-    @rule(claim=claims, error=st.none() | st.sampled_from(["boom", "bang"]))
-    def settle(self, claim: WorkItem, error: str | None) -> None:
-        def call() -> WorkItem:
-            if error is None:
-                return self.store.state.complete_work_item(claim)
-            return self.store.state.fail_work_item(claim, error)
-
-        if self.holds(claim):
-            item = self.items[claim.id]
-            item.status, item.last_error = (
-                ("completed", None) if error is None else ("failed", error)
-            )
-            assert call().status == item.status
-        else:
-            with pytest.raises(LeaseLost):
-                call()
-
-    @rule(item_id=ids)
-    def complete_by_id(self, item_id: str) -> None:
-        item = self.items[item_id]
-        if item.status == "dead_lettered":
-            with pytest.raises(LeaseLost):
-                self.store.state.complete_work_item(item_id)
-        else:
-            item.status, item.last_error = "completed", None
-            assert self.store.state.complete_work_item(item_id).status == "completed"
-
-    @rule(
-        claim=claims, error=st.sampled_from(["boom", "bang"]), delay=st.none() | st.integers(0, 5)
-    )
-    def retry(self, claim: WorkItem, error: str, delay: int | None) -> None:
-        if self.holds(claim):
-            again = self.count_attempt(self.items[claim.id], delay, error)
-            outcome = self.store.state.retry_work_item(claim, error, delay=delay)
-            assert isinstance(outcome, WorkItem if again else DeadLetter)
-        elif self.items[claim.id].status != "failed":
-            with pytest.raises(LeaseLost):
-                self.store.state.retry_work_item(claim, error, delay=delay)
-
-    @rule(item_id=ids, error=st.sampled_from(["boom", "bang"]), delay=st.none() | st.integers(0, 5))
-    def retry_by_id(self, item_id: str, error: str, delay: int | None) -> None:
-        item = self.items[item_id]
-        if item.status in ("claimed", "failed"):
-            again = self.count_attempt(item, delay, error)
-            outcome = self.store.state.retry_work_item(item_id, error, delay=delay)
-            assert isinstance(outcome, WorkItem if again else DeadLetter)
-        else:
-            with pytest.raises(LeaseLost):
-                self.store.state.retry_work_item(item_id, error, delay=delay)
-
-    @rule(undone=st.booleans())
-    def reclaim(self, undone: bool) -> None:
-        if undone:
-            with pytest.raises(Stop), self.store.transaction():
-                self.store.state.reclaim_expired_leases()
-                raise Stop
-        result = self.store.state.reclaim_expired_leases()
-        expected = self.take_back(["a", "b"])
-        assert (
-            {item.id for item in result.retryable},
-            {letter.id for letter in result.exhausted},
-        ) == expected
-
-    @rule(item_id=ids)
-    def give_up(self, item_id: str) -> None:
-        item = self.items[item_id]
-        if item.status in ("pending", "claimed", "failed"):
-            item.status, item.dead_at, item.last_error = "dead_lettered", self.clock.now, "given up"
-            assert (
-                self.store.state.move_to_dead_letter(item_id, "given up").dead_lettered_at
-                == item.dead_at
-            )
-
-    @invariant()
-    def the_items_are_the_models(self) -> None:
-        stored = {item.id: item for item in self.store.state.list_work_items(limit=1000)}
-        assert stored.keys() == self.items.keys()
-        for item_id, item in self.items.items():
-            found = stored[item_id]
-            assert found == self.store.state.get_work_item(item_id)
-            assert (found.status, found.attempt, found.lease_fence) == (
-                item.status,
-                item.attempt,
-                item.fence,
-            )
-            if item.last_error is not None:
-                assert found.last_error == item.last_error
-            if item.status in ("pending", "claimed"):
-                assert (found.worker_id, found.lease_expires_at) == (item.worker, item.expires)
-                assert found.available_at == item.available_at
-
-    @invariant()
-    def the_lists_are_the_models(self) -> None:
-        letters = self.store.state.list_dead_letters(limit=1000)
-        dead = [(item.dead_at, item_id) for item_id, item in self.items.items() if item.dead_at]
-        assert [(letter.dead_lettered_at, letter.id) for letter in letters] == sorted(
-            dead, reverse=True
-        )
-        pending = [
-            (item.available_at, item_id)
-            for item_id, item in self.items.items()
-            if item.status == "pending"
-        ]
-        listed = self.store.state.list_work_items(status="pending", limit=1000)
-        assert [(item.available_at, item.id) for item in listed] == sorted(pending)
-
-    def teardown(self) -> None:
-        self.store.close()
-        if self.folder is not None:
-            self.folder.cleanup()
 
 
 STEPS = int(os.environ.get("FLOWSTORE_STEPS", "80"))
@@ -4048,6 +3806,12 @@ class Machine(RuleBasedStateMachine):
             call()
         assert type(caught.value) is error
 
+    def undo(self, call: Callable[[], Any]) -> None:
+        """Makes a call in a transaction that is rolled back."""
+        with pytest.raises(Stop), self.store.transaction():
+            call()
+            raise Stop
+
     def active(self, tenant: str) -> bool:
         return self.model.tenants[tenant].status is TenantStatus.ACTIVE
 
@@ -4292,19 +4056,30 @@ class LogRules(Machine):
     @rule(
         run=three,
         tenant=tenants_named,
-        values=st.lists(small_json, min_size=1, max_size=3),
+        values=st.lists(json_leaves, min_size=1, max_size=3),
         torn=st.booleans(),
+        undone=st.booleans(),
     )
-    def append_batch(self, run: str, tenant: str, values: list[Any], torn: bool) -> None:
+    def append_batch(
+        self, run: str, tenant: str, values: list[Any], torn: bool, undone: bool
+    ) -> None:
         events: list[Any] = [{"type": "t", "value": value} for value in values]
         call = partial(
             self.store.events.append_batch, run, tenant, [*events, {}] if torn else events
         )
         if (refused := self.opened(run, tenant) or (InvalidData if torn else None)) is not None:
             return self.refuses(refused, call)
+        if undone:
+            self.undo(call)
         [first, *_] = [self.append_to_log(run, tenant, event) for event in events]
         assert call() == first
         return None
+
+    @rule(run=three, after=st.integers(0, 8))
+    def read(self, run: str, after: int) -> None:
+        loaded = self.store.events.load_events_after(run, after)
+        assert loaded == self.store.events.load_events(run)[after:]
+        assert [*self.store.events.iter_events(run, after, chunk=2)] == loaded
 
     @invariant()
     def logs_agree(self) -> None:
@@ -4321,6 +4096,8 @@ class LogRules(Machine):
             mine = [stored for stored in log if stored.execution_id == run]
             assert [stored.sequence for stored in mine] == [*range(1, len(mine) + 1)]
             assert self.store.events.load_events(run) == mine
+            assert self.store.events.count_events(run) == len(mine)
+            assert self.store.events.get_latest_sequence(run) == (len(mine) or None)
             assert self.store.events.execution_exists(run) is (run in self.model.known)
         for tenant in ("default", "t", "u"):
             known = [(at, run) for run, (owner, at) in self.model.known.items() if owner == tenant]
@@ -4558,8 +4335,8 @@ def plain_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-class ItemRules(StateRules):
-    """Work items and turns; QueueModel goes deeper into the queue alone."""
+class ItemRules(LogRules):
+    """Work items and turns; the backoff of an attempt is that many seconds."""
 
     @precondition(lambda self: self.model.known)
     @rule(id=three, run=three, queue=st.sampled_from("pq"), most=st.integers(0, 3), at=ages)
@@ -4606,8 +4383,12 @@ class ItemRules(StateRules):
                 self.attempted(id, "the lease expired", None)
 
     @precondition(lambda self: self.model.items)
-    @rule(queues=st.sampled_from(["p", "q", "pq", ""]), lease=st.sampled_from([0, 0, 3, 12]))
-    def claim(self, queues: str, lease: int) -> None:
+    @rule(
+        worker=st.sampled_from(["w1", "w2"]),
+        queues=st.sampled_from(["p", "q", "pq", "qpz", "z", ""]),
+        lease=st.sampled_from([0, 0, 3, 12]),
+    )
+    def claim(self, worker: str, queues: str, lease: int) -> None:
         self.take_back(queues)
         due = [
             (item.available_at, id)
@@ -4617,7 +4398,7 @@ class ItemRules(StateRules):
             and item.available_at is not None
             and item.available_at <= self.clock()
         ]
-        got = self.store.state.claim_work_item("w", [*queues], lease_seconds=lease)
+        got = self.store.state.claim_work_item(worker, [*queues], lease_seconds=lease)
         if not due:
             assert got is None
             return
@@ -4625,7 +4406,7 @@ class ItemRules(StateRules):
         self.model.items[id] = dataclasses.replace(
             self.model.items[id],
             status=WorkItemStatus.CLAIMED,
-            worker_id="w",
+            worker_id=worker,
             lease_fence=self.model.items[id].lease_fence + 1,
             lease_expires_at=self.clock() + seconds(lease),
         )
@@ -4634,49 +4415,63 @@ class ItemRules(StateRules):
     @precondition(lambda self: self.model.items)
     @rule(
         id=three,
-        stale=st.booleans(),
-        how=st.sampled_from(["complete", "fail", "retry", "turn"]),
+        behind=st.sampled_from([None, 0, 0, 0, 1]),
+        as_record=st.booleans(),
+        how=st.sampled_from(["complete", "fail", "retry", "renew", "give up", "turn"]),
         value=small_json,
+        delay=st.none() | st.integers(0, 5),
     )
-    def settle(self, id: str, stale: bool, how: str, value: Any) -> None:
-        state = self.store.state
+    def settle(
+        self, id: str, behind: int | None, as_record: bool, how: str, value: Any, delay: int | None
+    ) -> None:
+        """Under a fence, which may be an old one, or without; of an item that is given as such, its own."""
+        state, event = self.store.state, {"type": "turn", "value": value}
         item = self.model.items.get(id, WorkItem(id=id, execution_id="a", queue_type="q"))
-        fence = item.lease_fence - stale
-        event = {"type": "turn", "value": value}
+        own = item.lease_fence - (behind or 0)
+        given = dataclasses.replace(item, lease_fence=own) if as_record else id
+        apart = None if as_record or behind is None else own
+        fence = own if as_record else apart
+        turn = {"snapshot_state": value, "effect_key": f"turn {id}", "effect": value}
         calls: dict[str, Callable[[], Any]] = {
-            "complete": partial(state.complete_work_item, id, lease_fence=fence),
-            "fail": partial(state.fail_work_item, id, "failed", lease_fence=fence),
-            "retry": partial(state.retry_work_item, id, "again", delay=1, lease_fence=fence),
-            "turn": partial(
-                state.commit_turn,
-                id,
-                fence,
-                event,
-                snapshot_state=value,
-                effect_key=f"turn {id}",
-                effect=value,
-            ),
+            "complete": partial(state.complete_work_item, given, lease_fence=apart),
+            "fail": partial(state.fail_work_item, given, "failed", lease_fence=apart),
+            "retry": partial(state.retry_work_item, given, "again", delay=delay, lease_fence=apart),
+            "renew": partial(state.renew_lease, given, lease_fence=apart, lease_seconds=7),
+            "give up": partial(state.move_to_dead_letter, given, "given up"),
+            "turn": partial(state.commit_turn, given, apart, event, **turn),
         }
         call = calls[how]
+        if how == "turn" and fence is None:
+            return self.refuses(InvalidData, call)
         if id not in self.model.items:
             return self.refuses(NotFound, call)
-        held = item.status is WorkItemStatus.CLAIMED or (
-            how == "retry" and item.status is WorkItemStatus.FAILED
-        )
-        if stale or not held:
+        if how == "give up" and not as_record:
+            fence = None  # it takes none
+        allowed = {
+            "retry": {"claimed", "failed"},
+            "renew": {"claimed"},
+            "give up": {"pending", "claimed", "failed"},
+        }.get(how, {"claimed"} if fence is not None else {*WorkItemStatus} - {"dead_lettered"})
+        if fence not in (None, item.lease_fence) or item.status not in allowed:
             return self.refuses(LeaseLost, call)
         if how == "retry":
-            self.attempted(id, "again", 1)
+            self.attempted(id, "again", delay)
             assert call().attempt == self.model.items[id].attempt
             return None
         changed = dataclasses.replace(item, lease_expires_at=None, status=WorkItemStatus.COMPLETED)
         if how == "fail":
-            changed = dataclasses.replace(
-                changed, status=WorkItemStatus.FAILED, last_error="failed"
-            )
+            changed.status, changed.last_error = WorkItemStatus.FAILED, "failed"
+        elif how == "renew":
+            changed = dataclasses.replace(item, lease_expires_at=self.clock() + seconds(7))
+        elif how == "give up":
+            changed.status, changed.last_error = WorkItemStatus.DEAD_LETTERED, "given up"
+            changed.worker_id = None
+            self.model.dead[id] = self.clock()
         self.model.items[id] = changed
         if how != "turn":
-            assert call() == changed
+            told = {"renew": changed.lease_expires_at, "give up": self.model.dead.get(id)}
+            result = call()
+            assert getattr(result, "dead_lettered_at", result) == told.get(how, changed)
             return None
         sequence = self.append_to_log(item.execution_id, item.tenant_id, event)
         self.model.effects.setdefault((item.tenant_id, f"turn {id}"), value)
@@ -4695,6 +4490,18 @@ class ItemRules(StateRules):
             id=made,
         )
         return None
+
+    @rule(undone=st.booleans())
+    def reclaim(self, undone: bool) -> None:
+        if undone:
+            self.undo(self.store.state.reclaim_expired_leases)
+        before, dead = copy.copy(self.model.items), {*self.model.dead}
+        self.take_back("pq")
+        result = self.store.state.reclaim_expired_leases()
+        exhausted = self.model.dead.keys() - dead
+        assert {letter.id for letter in result.exhausted} == exhausted
+        taken = {id for id, item in self.model.items.items() if item != before[id]}
+        assert {item.id for item in result.retryable} == taken - exhausted
 
     @precondition(lambda self: self.model.dead)
     @rule(id=three)
@@ -11991,124 +11798,6 @@ def test_read_all_skips_nothing_while_threads_append(make_store: MakeStore) -> N
     )
 
 
-class LogModel(RuleBasedStateMachine):
-    """The log against a dict of lists: appends, batches, expectations, known ids, tenants."""
-
-    folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.clock = Clock()
-        self.store = self.open()
-        self.logs: dict[str, list[tuple[Any, str | None]]] = {}
-        self.owner: dict[str, str] = {}
-        self.whole: list[tuple[str, Any]] = []
-
-    def open(self) -> Store:
-        return flowstore.open(":memory:", clock=self.clock)
-
-    executions = st.sampled_from(["e1", "e2", "e3"])
-    tenants = st.sampled_from(["default", "default", "acme"])
-    events = st.builds(lambda value: {"type": "t", "value": value}, json_leaves)
-
-    def write(
-        self, execution_id: str, tenant_id: str, events: list[Any], event_id: str | None = None
-    ) -> int:
-        self.owner.setdefault(execution_id, tenant_id)
-        log = self.logs.setdefault(execution_id, [])
-        log += [(event, event_id) for event in events]
-        self.whole += [(execution_id, event) for event in events]
-        return len(log) - len(events) + 1
-
-    @rule(
-        execution_id=executions,
-        tenant_id=tenants,
-        event=events,
-        event_id=st.none() | st.sampled_from(["a", "b", "c"]),
-        expected=st.none() | st.integers(0, 6),
-    )
-    def append(
-        self,
-        execution_id: str,
-        tenant_id: str,
-        event: Any,
-        event_id: str | None,
-        expected: int | None,
-    ) -> None:
-        def call() -> int:
-            return self.store.events.append(
-                execution_id, tenant_id, event, expected_sequence=expected, event_id=event_id
-            )
-
-        log = self.logs.get(execution_id, [])
-        known = [
-            number for number, (_, id) in enumerate(log, 1) if id is not None and id == event_id
-        ]
-        if self.owner.get(execution_id, tenant_id) != tenant_id:
-            with pytest.raises(TenantMismatch):
-                call()
-        elif known:
-            assert call() == known[0]
-        elif expected is not None and expected != len(log):
-            with pytest.raises(SequenceConflict):
-                call()
-        else:
-            assert call() == self.write(execution_id, tenant_id, [event], event_id)
-
-    @rule(
-        execution_id=executions,
-        events=st.lists(events, min_size=1, max_size=4),
-        undone=st.booleans(),
-    )
-    def append_batch(self, execution_id: str, events: list[Any], undone: bool) -> None:
-        tenant_id = self.owner.get(execution_id, "default")
-        if undone:
-            with pytest.raises(Stop), self.store.transaction():
-                self.store.events.append_batch(execution_id, tenant_id, events)
-                raise Stop
-        else:
-            first = self.store.events.append_batch(execution_id, tenant_id, events)
-            assert first == self.write(execution_id, tenant_id, events)
-
-    @rule(execution_id=executions, after=st.integers(0, 8))
-    def read(self, execution_id: str, after: int) -> None:
-        log = [(event, event_id) for event, event_id in self.logs.get(execution_id, [])]
-        loaded = self.store.events.load_events_after(execution_id, after)
-        assert [(stored.event, stored.id) for stored in loaded] == log[after:]
-        assert [stored.sequence for stored in loaded] == list(range(after + 1, len(log) + 1))
-        assert list(self.store.events.iter_events(execution_id, after, chunk=2)) == loaded
-
-    @invariant()
-    def the_whole_log_is_the_models(self) -> None:
-        assert [
-            (stored.execution_id, stored.event) for stored in self.store.events.read_all()
-        ] == self.whole
-        for execution_id in ("e1", "e2", "e3"):
-            count = len(self.logs.get(execution_id, []))
-            assert self.store.events.count_events(execution_id) == count
-            assert self.store.events.get_latest_sequence(execution_id) == (count or None)
-            assert self.store.events.execution_exists(execution_id) is (execution_id in self.logs)
-
-    def teardown(self) -> None:
-        self.store.close()
-        if self.folder is not None:
-            self.folder.cleanup()
-
-
-class FileLogModel(LogModel):
-    def open(self) -> Store:
-        self.folder = tempfile.TemporaryDirectory()
-        return flowstore.open(
-            Path(self.folder.name) / "app.db", clock=self.clock, synchronous="OFF"
-        )
-
-
-TestTheLogInMemory = stateful(LogModel)
-
-
-TestTheLogInAFile = stateful(FileLogModel)
-
-
 # ==================================================================================================
 # StateBackend: executions, the queue, keepsakes, tenants
 # ==================================================================================================
@@ -13216,20 +12905,6 @@ os.kill(os.getpid(), signal.SIGKILL)
         with pytest.raises(LeaseLost):
             store.state.complete_work_item("i1", lease_fence=stale)
         assert store.state.complete_work_item(item).status == "completed"
-
-
-class FileQueueModel(QueueModel):
-    def open(self) -> Store:
-        self.folder = tempfile.TemporaryDirectory()
-        return flowstore.open(
-            Path(self.folder.name) / "app.db", clock=self.clock, backoff=float, synchronous="OFF"
-        )
-
-
-TestTheQueueInMemory = stateful(QueueModel)
-
-
-TestTheQueueInAFile = stateful(FileQueueModel)
 
 
 def test_a_definition_is_kept_by_tenant_id_and_version_and_replaced(
@@ -15196,76 +14871,6 @@ def test_hosts_handle_every_command_while_another_process_schedules_them_again(
         assert lost == []
         assert sum(counts) == done and 500 <= done <= 1000
         assert sum(count > 0 for count in counts) >= 2, "one host had it all to itself"
-
-
-class Commands(RuleBasedStateMachine):
-    """Commands against a model: when each is due, and when it is to come again."""
-
-    names = st.sampled_from("abc")
-    times = st.integers(0, 20)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.clock = Clock(datetime(1970, 1, 1, tzinfo=UTC))
-        self.store = flowstore.open(":memory:", clock=self.clock, lease_seconds=10)
-        self.due: dict[str, int] = {}
-
-    def schedule(self, data: str, at: int) -> None:
-        self.store.workflows.schedule_command(command(data, at))
-
-    @rule(data=names, at=times)
-    def is_scheduled(self, data: str, at: int) -> None:
-        self.schedule(data, at)
-        self.due[data] = min(self.due.get(data, at), at)
-
-    @rule(as_of=times, plan=st.dictionaries(names, st.tuples(st.booleans(), st.none() | times)))
-    def are_processed(self, as_of: int, plan: dict[str, tuple[bool, int | None]]) -> None:
-        """By its plan, each handler may schedule its own command again, and may fail."""
-        seen: list[tuple[int, str]] = []
-        failed: list[str] = []
-
-        def handler(found: ScheduledCommand) -> None:
-            seen.append((int(str(found.execute_time)), found.data))
-            fails, again = plan.get(found.data, (False, None))
-            if again is not None:
-                self.schedule(found.data, again)
-            if fails:
-                failed.append(found.data)
-                raise KeyError(found.data)
-
-        expected = sorted((at, data) for data, at in self.due.items() if at <= as_of)
-        try:
-            count = self.store.workflows.process_commands(
-                self.clock() + timedelta(milliseconds=as_of), handler
-            )
-            assert not failed and count == len(expected)
-        except ExceptionGroup as group:
-            assert [error.args[0] for error in group.exceptions] == failed != []
-        assert seen == expected
-        for at, data in expected:
-            fails, again = plan.get(data, (False, None))
-            times = [time for time in (at if fails else None, again) if time is not None]
-            if times:
-                self.due[data] = min(times)
-            else:
-                del self.due[data]
-
-    @invariant()
-    def nothing_else_is_stored(self) -> None:
-        with self.store.transaction() as tx:
-            stored = dict(tx.execute("SELECT data, execute_time FROM scheduled_commands"))
-        assert stored == self.due
-
-    def teardown(self) -> None:
-        self.store.close()
-
-
-TestCommandsAgainstAModel = Commands.TestCase
-
-
-TestCommandsAgainstAModel.settings = settings(
-    max_examples=40, stateful_step_count=20, deadline=None
-)
 
 
 def test_errors_are_kept_all_or_none_and_listed_newest_first(
@@ -19964,33 +19569,39 @@ class WorkflowRules(Machine):
             ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=data, execute_time=when)
         )
 
-    @rule(fail=st.sets(three))
-    def process(self, fail: set[str]) -> None:
+    @rule(
+        ahead=st.none() | st.integers(-5, 20),
+        plan=st.dictionaries(three, st.tuples(st.booleans(), st.none() | st.integers(0, 20))),
+    )
+    def process(self, ahead: int | None, plan: dict[str, tuple[bool, int | None]]) -> None:
+        """By its plan, each handler may schedule its own command again, and may fail."""
+
         def handler(found: ScheduledCommand) -> None:
-            seen.append(found.data)
-            if found.data in fail:
+            seen.append((found.execute_time, found.data))
+            fails, again = plan.get(found.data, (False, None))
+            del self.model.commands[found.data]
+            if again is not None:
+                self.schedule(found.data, again)
+            if fails:
+                failing.append(found.data)
+                left = self.model.commands.get(found.data, MAX_INT)
+                self.model.commands[found.data] = min(left, seen[-1][0])
                 raise KeyError(found.data)
 
+        as_of = None if ahead is None else self.clock() + seconds(ahead)
+        call = partial(self.store.workflows.process_commands, as_of, handler)
         if self.blocks:
-            return self.refuses(
-                StorageError, lambda: self.store.workflows.process_commands(None, print)
-            )
-        seen: list[str] = []
-        now = self.clock().timestamp() * 1000
-        due = [
-            data
-            for at, data in sorted((at, data) for data, at in self.model.commands.items())
-            if at <= now
-        ]
-        failing = [data for data in due if data in fail]
+            return self.refuses(StorageError, call)
+        seen: list[tuple[Any, str]] = []
+        failing: list[str] = []
+        until = (as_of or self.clock()).timestamp() * 1000
+        commands = sorted((at, data) for data, at in self.model.commands.items())
+        due = [(at, data) for at, data in commands if at <= until]
         try:
-            assert self.store.workflows.process_commands(None, handler) == len(due) and not failing
+            assert call() == len(due) and not failing
         except ExceptionGroup as group:
             assert [error.args[0] for error in group.exceptions] == failing != []
         assert seen == due
-        for data in due:
-            if data not in fail:
-                del self.model.commands[data]
         return None
 
     @invariant()
@@ -20042,15 +19653,17 @@ class WorkflowRules(Machine):
         assert workflows.get_runnable_events() == [
             id for _, id in happened if not model.events[id].is_processed
         ]
+        with self.store.transaction() as tx:
+            stored = dict(tx.execute("SELECT data, execute_time FROM scheduled_commands"))
+        assert stored == model.commands
         counts = self.store.stats()["tables"]
-        assert counts["scheduled_commands"] == len(model.commands)
         assert counts["workflows"] == len(model.instances)
         assert counts["execution_pointers"] == sum(
             len(one.execution_pointers) for one in model.instances.values()
         )
 
 
-class EverythingRules(FlowRules, ItemRules, WorkflowRules):
+class EverythingRules(FlowRules, StateRules, ItemRules, WorkflowRules):
     """All facets in one store, in transactions that nest, end well or are undone, with a table of the user's own."""
 
     def __init__(self) -> None:
