@@ -3815,6 +3815,29 @@ class Machine(RuleBasedStateMachine):
     def active(self, tenant: str) -> bool:
         return self.model.tenants[tenant].status is TenantStatus.ACTIVE
 
+    def logged(self, run: str) -> list[StoredEvent]:
+        return [stored for stored in self.model.log if stored.execution_id == run]
+
+    def append_to_log(self, run: str, tenant: str, event: Any, event_id: str | None = None) -> int:
+        """What an append that is not refused leaves in the model."""
+        now = self.clock()
+        self.model.tenants.setdefault(tenant, Tenant(id=tenant, created_at=now, updated_at=now))
+        self.model.known.setdefault(run, (tenant, now))
+        sequence = len(self.logged(run)) + 1
+        last = max((stored.position for stored in self.model.log), default=0)
+        self.model.log.append(
+            StoredEvent(
+                execution_id=run,
+                sequence=sequence,
+                tenant_id=tenant,
+                event=event,
+                timestamp=now,
+                id=event_id,
+                position=last + 1,
+            )
+        )
+        return sequence
+
     @rule(step=st.integers(-4, 12))
     def time_goes_by(self, step: int) -> None:
         self.clock.advance(step)
@@ -3996,29 +4019,6 @@ class LogRules(Machine):
         if self.model.known.get(run, (tenant,))[0] != tenant:
             return TenantMismatch
         return TenantInactive if tenant in self.model.tenants and not self.active(tenant) else None
-
-    def logged(self, run: str) -> list[StoredEvent]:
-        return [stored for stored in self.model.log if stored.execution_id == run]
-
-    def append_to_log(self, run: str, tenant: str, event: Any, event_id: str | None = None) -> int:
-        """What an append that is not refused leaves in the model."""
-        now = self.clock()
-        self.model.tenants.setdefault(tenant, Tenant(id=tenant, created_at=now, updated_at=now))
-        self.model.known.setdefault(run, (tenant, now))
-        sequence = len(self.logged(run)) + 1
-        last = max((stored.position for stored in self.model.log), default=0)
-        self.model.log.append(
-            StoredEvent(
-                execution_id=run,
-                sequence=sequence,
-                tenant_id=tenant,
-                event=event,
-                timestamp=now,
-                id=event_id,
-                position=last + 1,
-            )
-        )
-        return sequence
 
     @rule(
         run=three,
@@ -4335,11 +4335,23 @@ def plain_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
-class ItemRules(LogRules):
+def items_of(machine: Any) -> st.SearchStrategy[str]:
+    """Ids of items, above all of claimed ones, and one of none."""
+    items: dict[str, WorkItem] = machine.model.items
+    claimed = [id for id, item in items.items() if item.status is WorkItemStatus.CLAIMED]
+    return st.sampled_from([*claimed * 4, *items, "missing"])
+
+
+class ItemRules(Machine):
     """Work items and turns; the backoff of an attempt is that many seconds."""
 
-    @precondition(lambda self: self.model.known)
-    @rule(id=three, run=three, queue=st.sampled_from("pq"), most=st.integers(0, 3), at=ages)
+    @rule(
+        id=st.sampled_from("hgfedcba"),
+        run=three,
+        queue=st.sampled_from("pq"),
+        most=st.integers(0, 3),
+        at=ages,
+    )
     def enqueue(self, id: str, run: str, queue: str, most: int, at: datetime | None) -> None:
         item, now = (
             WorkItem(id=id, execution_id=run, queue_type=queue, max_attempts=most, available_at=at),
@@ -4347,6 +4359,8 @@ class ItemRules(LogRules):
         )
         if run not in self.model.known:
             self.refuses(NotFound, lambda: self.store.state.enqueue_work_item(item))
+            self.append_to_log(run, "default", EVENT)
+            self.store.events.append(run, "default", EVENT)
         elif id in self.model.items:
             self.refuses(AlreadyExists, lambda: self.store.state.enqueue_work_item(item))
         else:
@@ -4385,7 +4399,7 @@ class ItemRules(LogRules):
     @precondition(lambda self: self.model.items)
     @rule(
         worker=st.sampled_from(["w1", "w2"]),
-        queues=st.sampled_from(["p", "q", "pq", "qpz", "z", ""]),
+        queues=st.sampled_from(["p", "qp", "pq", "qpz", "z", ""]),
         lease=st.sampled_from([0, 0, 3, 12]),
     )
     def claim(self, worker: str, queues: str, lease: int) -> None:
@@ -4412,10 +4426,12 @@ class ItemRules(LogRules):
         )
         assert got == self.model.items[id]
 
+    claim_too = claim  # chosen twice as often
+
     @precondition(lambda self: self.model.items)
     @rule(
-        id=three,
-        behind=st.sampled_from([None, 0, 0, 0, 1]),
+        id=st.runner().flatmap(items_of),
+        behind=st.sampled_from([None, 0, 0, 1]),
         as_record=st.booleans(),
         how=st.sampled_from(["complete", "fail", "retry", "renew", "give up", "turn"]),
         value=small_json,
@@ -4491,6 +4507,8 @@ class ItemRules(LogRules):
         )
         return None
 
+    settle_too = settle_again = settle
+
     @rule(undone=st.booleans())
     def reclaim(self, undone: bool) -> None:
         if undone:
@@ -4504,7 +4522,7 @@ class ItemRules(LogRules):
         assert {item.id for item in result.retryable} == taken - exhausted
 
     @precondition(lambda self: self.model.dead)
-    @rule(id=three)
+    @rule(id=st.runner().flatmap(items_of))
     def requeue(self, id: str) -> None:
         item = self.model.items.get(id)
         if item is None or item.status is not WorkItemStatus.DEAD_LETTERED:
@@ -4554,8 +4572,8 @@ TestFlowsByAModelInMemory, TestFlowsByAModelInAFile = (
 
 
 TestLogsByAModelInMemory, TestLogsByAModelInAFile = (
-    modelled(LogRules, False),
-    modelled(LogRules, True),
+    modelled(LogRules, False, 40),
+    modelled(LogRules, True, 40),
 )
 
 
@@ -4566,8 +4584,8 @@ TestStateByAModelInMemory, TestStateByAModelInAFile = (
 
 
 TestItemsByAModelInMemory, TestItemsByAModelInAFile = (
-    modelled(ItemRules, False),
-    modelled(ItemRules, True),
+    modelled(ItemRules, False, 80, 50),
+    modelled(ItemRules, True, 80, 50),
 )
 
 
