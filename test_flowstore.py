@@ -948,6 +948,9 @@ class Clock:
         return self.now
 
 
+StateClock = Clock
+
+
 def seconds(count: float) -> timedelta:
     return timedelta(seconds=count)
 
@@ -968,7 +971,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if name != "postgres" or not metafunc.definition.get_closest_marker("sqlite")
     ]
     given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    for fixture in ("make_store", "target", "make_store_state", "store_flow", "in_loop"):
+    for fixture in ("make_store", "target", "in_loop"):
         if fixture in metafunc.fixturenames and fixture not in re.findall(r"\w+", str(given)):
             metafunc.parametrize(fixture, engines, indirect=True)
 
@@ -1078,8 +1081,16 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeS
 
 
 @pytest.fixture
-def store(make_store: MakeStore, clock: Clock) -> Store:
-    return make_store(clock=clock, backoff=float, lease_seconds=10)
+def make_store_state(make_store: MakeStore, clock: Clock) -> MakeStore:
+    return partial(make_store, clock=clock, backoff=float, lease_seconds=10)
+
+
+@pytest.fixture
+def store(make_store_state: MakeStore) -> Store:
+    return make_store_state()
+
+
+store_state = store_flow = store
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -1095,55 +1106,15 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "app.db"
 
 
+path_flow = path
+
+
 @pytest.fixture
 def file_store(path: Path, clock: Clock) -> Iterator[Store]:
     with flowstore.open(
         path, clock=clock, backoff=float, lease_seconds=10, busy_timeout=60
     ) as opened:
         yield opened
-
-
-class Background:
-    """A call in a thread of its own; `result()` waits for it and returns what it returned, or raises."""
-
-    def __init__(self, call: Callable[[], Any]) -> None:
-        self._call = call
-        self._outcome: list[Any] = []
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._outcome = [self._call(), None]
-        except BaseException as error:
-            self._outcome = [None, error]
-
-    def result(self) -> Any:
-        self._thread.join(60)
-        assert not self._thread.is_alive(), "the call does not return"
-        value, error = self._outcome
-        if error is not None:
-            raise error
-        return value
-
-
-def in_thread(call: Callable[[], Any]) -> Any:
-    return Background(call).result()
-
-
-def together(calls: list[Callable[[], Any]]) -> list[Any]:
-    """All calls at once, each in a thread; what they returned, or the FlowStoreError they raised."""
-    barrier = threading.Barrier(len(calls))
-
-    def started(call: Callable[[], Any]) -> Any:
-        barrier.wait(60)
-        try:
-            return call()
-        except FlowStoreError as error:
-            return error
-
-    threads = [Background(partial(started, call)) for call in calls]
-    return [thread.result() for thread in threads]
 
 
 def again(block: Callable[[], Any]) -> Any:
@@ -1158,54 +1129,55 @@ def again(block: Callable[[], Any]) -> Any:
 forking = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
+needs_fork = forking
+
+
 def in_fork(call: Callable[[], Any]) -> Any:
     """The call in a forked child; what it returned, or raises what it raised."""
     receiver, sender = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some versions warn of a fork while threads run
-        child = os.fork()
-    if child == 0:
-        outcome: tuple[Any, BaseException | None]
-        try:
-            outcome = (call(), None)
-        except BaseException as failure:
-            outcome = (None, failure)
+
+    def child() -> None:
+        caller = Caller(call, started=False)
+        caller.run()
         with os.fdopen(sender, "wb") as stream:
-            stream.write(pickle.dumps(outcome))
-        os._exit(0)
+            pickle.dump((caller.met, caller.raised), stream)
+
+    pid = forked(child)
     os.close(sender)
     with os.fdopen(receiver, "rb") as stream:
-        value, error = pickle.loads(stream.read())
-    os.waitpid(child, 0)
+        value, error = pickle.load(stream)
+    reap(pid)
     if error is not None:
         raise error
     return value
 
 
+SCRIPT_BEGINS = "from __future__ import annotations\nimport os, signal, sys, flowstore\n"
+
+
 def script(source: str, *arguments: object, pass_fds: Sequence[int] = ()) -> subprocess.Popen[str]:
     """A Python process that runs `source` with `flowstore` at hand."""
-    folder = str(Path(flowstore.__file__ or "").parent)
-    environment = os.environ | {"PYTHONPATH": folder}
-    command = [
-        sys.executable,
-        "-c",
-        "import os, signal, sys, flowstore\n" + source,
-        *map(str, arguments),
-    ]
+    home = str(Path(flowstore.__file__).parent)
+    path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        pass_fds=pass_fds,
-    )
+        [sys.executable, "-c", f"{SCRIPT_BEGINS}{source}", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path}, text=True,
+        stdin=pipe, stdout=pipe, stderr=pipe, pass_fds=pass_fds,
+    )  # fmt: skip
 
 
 def finished(process: subprocess.Popen[str], status: int = 0) -> str:
     out, err = process.communicate(timeout=120)
     assert process.returncode == status, err
     return out
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None and process.stderr is not None
+    line = process.stdout.readline()
+    assert line, process.stderr.read()
+    return line.rstrip("\n")
 
 
 def create(store: Store, execution_id: str = "e1", **fields: Any) -> WorkflowExecution:
@@ -1786,24 +1758,33 @@ def waits(thread: int | None) -> bool:
 class Caller(threading.Thread):
     """A thread that makes one call; `outcome()` is what it returned or raised."""
 
-    def __init__(self, call: Callable[[], Any]) -> None:
+    def __init__(self, call: Callable[[], Any], started: bool = True) -> None:
         super().__init__(daemon=True)
         self.call = call
-        self.result: Any = None
-        self.start()
+        self.met: Any = None
+        self.raised: BaseException | None = None
+        if started:
+            self.start()
 
     def run(self) -> None:
         try:
-            self.result = self.call()
+            self.met = self.call()
         except BaseException as error:
-            self.result = error
+            self.met = self.raised = error
 
     def outcome(self, seconds: float = WATCHDOG) -> Any:
         self.join(seconds)
         if self.is_alive():
             stack = "".join(traceback.format_stack(sys._current_frames()[self.ident or 0]))
             raise AssertionError(f"a call hangs\n{stack}")
-        return self.result
+        return self.met
+
+    def result(self) -> Any:
+        """What the call returned; raises what it raised."""
+        self.outcome()
+        if self.raised is not None:
+            raise self.raised
+        return self.met
 
     def waits(self) -> bool:
         return waits(self.ident)
@@ -1812,6 +1793,30 @@ class Caller(threading.Thread):
 def outcomes(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     """What each call returned or raised, all made at once in threads of their own."""
     return [caller.outcome() for caller in [Caller(call) for call in calls]]
+
+
+def in_thread(call: Callable[[], Any]) -> Any:
+    return Caller(call).result()
+
+
+def together(calls: list[Callable[[], Any]]) -> list[Any]:
+    """All calls at once, each in a thread; what they returned, or the FlowStoreError they raised."""
+    barrier = threading.Barrier(len(calls))
+
+    def started(call: Callable[[], Any]) -> Any:
+        barrier.wait(WATCHDOG)
+        try:
+            return call()
+        except FlowStoreError as error:
+            return error
+
+    return [caller.result() for caller in [Caller(partial(started, call)) for call in calls]]
+
+
+Background = Caller
+
+
+together_state = together_flow = together
 
 
 def until(condition: Callable[[], Any], what: str = "", seconds: float = WATCHDOG) -> None:
@@ -1904,7 +1909,10 @@ def leave(body: Callable[[], None]) -> NoReturn:
 
 def forked(body: Callable[[], None]) -> int:
     """Forks a child that runs the body."""
-    return os.fork() or leave(body)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some versions warn of a fork while threads run
+        pid = os.fork()
+    return pid or leave(body)
 
 
 def reap(pid: int) -> None:
@@ -2131,7 +2139,7 @@ class Load:
         aims = [len(mine) + 2 for mine in self.acknowledged]
 
         def all_have() -> bool:
-            ended = [caller.result for caller in self.callers if not caller.is_alive()]
+            ended = [caller.met for caller in self.callers if not caller.is_alive()]
             assert not ended, f"another thread met {ended!r} after a strike at\n{where}"
             return all(len(mine) >= aim for mine, aim in zip(self.acknowledged, aims, strict=True))
 
@@ -2683,7 +2691,7 @@ def signal_a_waiter(target: str, situation: str, kind: str) -> None:
     except flowstore.StoreBusy:
         assert time.monotonic() - began > patience * 0.9
     ended.append(True)
-    assert ender.outcome(10) is None, ender.result
+    assert ender.outcome(10) is None, ender.met
     assert holder is None or holder.outcome(10) is None
     assert visit.made
     visit.check(patience, f"a wait for {situation} ({kind}, {target})")
@@ -2700,88 +2708,52 @@ def signal_a_waiter(target: str, situation: str, kind: str) -> None:
 # ------------------------------------------------------------------------------- helpers, for this process
 
 
-CHILD = f"""
-from __future__ import annotations
-import contextlib, datetime as dt, dis, faulthandler, gc, importlib.util, io, itertools, os, random, shutil
-import signal, sqlite3, subprocess, sys, threading, time, traceback, types, weakref
-from functools import partial
-from typing import Any, cast
-import flowstore
-WATCHDOG, STEPS, HOLDER = {WATCHDOG}, {STEPS}, {HOLDER!r}
+CHILD = """
 if hasattr(signal, "alarm"):
     faulthandler.register(signal.SIGALRM, chain=True)
     signal.alarm(WATCHDOG)
+{}(*sys.argv[1:])
 """
 
 
 @functools.cache
-def source_of(tool: Any) -> str:
-    """The source of a function or class of this file; for a class, inspect would parse all of the file."""
-    if not isinstance(tool, type):
-        return inspect.getsource(tool)
-    lines = Path(__file__).read_text(encoding="utf-8").splitlines(keepends=True)
-    begins = re.compile(rf"class {tool.__name__}\b")
-    start = next(number for number, line in enumerate(lines) if begins.match(line))
-    return "".join(inspect.getblock(lines[start:]))
+def definitions() -> dict[str, tuple[ast.stmt, set[str]]]:
+    """Of each name at this file's top level: what defines it, and the names in that."""
+    found: dict[str, tuple[ast.stmt, set[str]]] = {}
+    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+        parts = [*ast.walk(node)]
+        used = {part.id for part in parts if isinstance(part, ast.Name)}
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names = [node.name]
+        else:
+            names = [
+                p.id for p in parts if isinstance(p, ast.Name) and isinstance(p.ctx, ast.Store)
+            ]
+        if not used & {"pytest", "st"}:  # a process of its own is no test
+            found.update(dict.fromkeys(names, (node, used)))
+    return found
 
 
-TOOLS: list[Any] = [
-    waits,
-    Caller,
-    outcomes,
-    until,
-    event,
-    write,
-    write_pair,
-    write_pair_in_block,
-    keys,
-    pairs,
-    meet,
-]
-
-
-TOOLS += [leave, forked, reap, refused, fill, JobTimeout, stems_from, Striker]
-
-
-TOOLS += [
-    Deep,
-    dig,
-    room,
-    Visitor,
-    some_places,
-    strikers,
-    Load,
-    prepared,
-    do,
-    settle_what_is_left,
-    check_pairs,
-]
-
-
-TOOLS += [nested_engine, half_caught, strike_under_load, queued, strike_in_a_group]
-
-
-TOOLS += [HookStriker, reap_within, write_in_child, strike_forks]
-
-
-TOOLS += [HookVisitor, Visit, visit_each_step, visit_the_end, Dying, collect_at_each_step]
-
-
-TOOLS += [signal_a_waiter, read_and_write_at_the_end_of_the_stack]
+@functools.cache
+def source_of(function: str) -> str:
+    """A program that calls a function of this file: of the file, it has what the function needs."""
+    known, needed = definitions(), set[str]()
+    left = {function, *re.findall(r"\w+", CHILD)} & known.keys()
+    while left:
+        name = left.pop()
+        needed.add(name)
+        left |= known[name][1] & known.keys() - needed
+    parts = sorted({known[name][0] for name in needed}, key=lambda node: node.lineno)
+    return "\n".join([*map(ast.unparse, parts), CHILD.format(function)])
 
 
 class Process:
     """A Python process that runs one of this file's functions; killed at the block's end if it still runs."""
 
     def __init__(self, function: Callable[..., None], *args: object) -> None:
-        source = CHILD + "".join(map(source_of, [*TOOLS, function]))
-        home = str(Path(flowstore.__file__).parent)
-        path = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-        self.popen = subprocess.Popen(
-            [sys.executable, "-c", f"{source}\n{function.__name__}(*sys.argv[1:])", *map(str, args)],
-            env={**os.environ, "PYTHONPATH": path}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+        self.popen = script(source_of(function.__name__), *args)
 
     def __enter__(self) -> Process:
         return self
@@ -2795,9 +2767,7 @@ class Process:
         return stream
 
     def read(self) -> str:
-        line = self.pipe("stdout").readline()
-        assert line, f"the child ended early: {self.pipe('stderr').read()}"
-        return line.rstrip("\n")
+        return line_of(self.popen)
 
     def tell(self, line: str = "go") -> None:
         print(line, file=self.pipe("stdin"), flush=True)
@@ -2984,9 +2954,6 @@ def stores_of_two_copies(how: str, *paths: str) -> list[list[flowstore.Store]]:
     ]
 
 
-TOOLS += [module_copy, stores_of_two_copies]
-
-
 # ------------------------------------------------------------------------------------------------ frozen time
 
 
@@ -3001,9 +2968,6 @@ def freeze_time() -> None:
             for attribute, value in list(vars(module).items()):
                 if value is real:
                     setattr(module, attribute, frozen)
-
-
-TOOLS.append(freeze_time)
 
 
 # ----------------------------------------------------- locks that other code in the process drops by closing the file
@@ -3038,9 +3002,6 @@ def told() -> str:
     return sys.stdin.readline().strip()
 
 
-TOOLS += [touch, switch_linux_locks_off, told]
-
-
 UNKNOWN = "no-such-id"
 
 
@@ -3050,70 +3011,11 @@ no_health_check: Any = list(HealthCheck)
 a_few_state = settings(max_examples=30, deadline=None, suppress_health_check=no_health_check)
 
 
-class StateClock:
-    """A clock that stands still until it is told to advance."""
-
-    def __init__(self) -> None:
-        self.now = START
-
-    def __call__(self) -> datetime:
-        return self.now
-
-    def advance(self, seconds: float) -> datetime:
-        self.now += timedelta(seconds=seconds)
-        return self.now
-
-
-@pytest.fixture
-def make_store_state(
-    request: pytest.FixtureRequest, tmp_path: Path, clock: StateClock
-) -> Iterator[Callable[[], Store]]:
-    """A function that opens a new, empty store of the engine."""
-    opened: list[Store] = []
-
-    def make() -> Store:
-        target = target_of(request, tmp_path / f"store-{len(opened)}.db")
-        opened.append(
-            flowstore.open(target, clock=clock, synchronous="OFF", lease_seconds=10, backoff=float)
-        )
-        return opened[-1]
-
-    yield make
-    for store_state in opened:
-        store_state.close()
-
-
-@pytest.fixture
-def store_state(make_store_state: Callable[[], Store]) -> Store:
-    return make_store_state()
-
-
 def dump(store_state: Store) -> dict[str, list[tuple[Any, ...]]]:
     """Every row of every table."""
     tables = store_state.stats()["tables"]
     with store_state.transaction() as tx:
         return {table: sorted(tx.execute(f"SELECT * FROM {table}"), key=repr) for table in tables}
-
-
-def together_state(calls: list[Callable[[], Any]]) -> list[Any]:
-    """All calls at once, each in a thread; what they returned, or the FlowStoreError they raised."""
-    barrier = threading.Barrier(len(calls))
-    outcomes: list[Any] = [None] * len(calls)
-
-    def run(index: int) -> None:
-        barrier.wait(60)
-        try:
-            outcomes[index] = calls[index]()
-        except FlowStoreError as error:
-            outcomes[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-        assert not thread.is_alive(), "a call does not return"
-    return outcomes
 
 
 @contextlib.contextmanager
@@ -3161,39 +3063,56 @@ def dump_ids(store_state: Store, table: str, column: str = "id") -> list[tuple[A
 class Watched(sqlite3.Connection):
     """A connection that notes the statements executed through it, and counts its steps and what it commits."""
 
-    statements: ClassVar[set[str]] = set()
+    statements: ClassVar[list[str]] = []
     commits: ClassVar[list[int]] = []
-    steps: ClassVar[int] = 0
-    counting: ClassVar[bool] = False
+    ticks: ClassVar[int] = 0
+    steps_of_a_tick: ClassVar[int] = 100
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if Watched.counting:
-            self.set_progress_handler(Watched.step, 1)
+        self.set_progress_handler(Watched.tick, Watched.steps_of_a_tick)
 
     @staticmethod
-    def step() -> int:
-        Watched.steps += 1
+    def tick() -> int:
+        Watched.ticks += 1
         return 0
 
     def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
-        Watched.statements.add(sql)
+        Watched.statements.append(sql)
         if sql == "COMMIT":
             Watched.commits.append(self.total_changes)
         return super().execute(sql, *parameters)
 
-    def executemany(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
-        Watched.statements.add(sql)
-        return super().executemany(sql, *parameters)
+    def executemany(self, sql: str, rows: Any) -> sqlite3.Cursor:
+        parameters = [*rows]
+        Watched.statements.extend([sql] * len(parameters))
+        return super().executemany(sql, parameters)
+
+    @staticmethod
+    def steps(call: Callable[[], Any]) -> int:
+        """How many ticks of SQLite's machine the call takes."""
+        before = Watched.ticks
+        call()
+        return Watched.ticks - before
+
+    @staticmethod
+    def said(call: Callable[[], Any], word: str) -> int:
+        """How many statements of the call begin with the word."""
+        before = len(Watched.statements)
+        call()
+        return sum(sql.lstrip().startswith(word) for sql in Watched.statements[before:])
 
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
     """Stores opened in this test use watched connections."""
     monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Watched))
-    for name, value in (("statements", set()), ("commits", []), ("steps", 0), ("counting", False)):
+    for name, value in (("statements", []), ("commits", []), ("steps_of_a_tick", 100)):
         monkeypatch.setattr(Watched, name, value)
     return Watched
+
+
+watched_flow = watched
 
 
 def definition(
@@ -3494,14 +3413,6 @@ async def texts(store: AsyncStore, run: str) -> list[str]:
 
 TABLES = ("workflows", "execution_pointers", "events", "event_subscriptions", "scheduled_commands", "execution_errors",
           "flowstore_counters")  # fmt: skip
-
-
-@pytest.fixture
-def store_flow(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Store]:
-    with flowstore.open(
-        target_of(request, tmp_path / "store.db"), clock=clock, lease_seconds=10, synchronous="OFF"
-    ) as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -4616,9 +4527,6 @@ def write_everywhere(store_engine: flowstore.Store, key: str) -> None:
         tx.execute("INSERT INTO mine (key) VALUES (?)", (key,))
 
 
-TOOLS.append(write_everywhere)
-
-
 def prepared_for_crashes(path: Path) -> None:
     with flowstore.open(path) as store:
         with store.transaction() as tx:
@@ -4659,9 +4567,6 @@ def learn_version_2(script: str) -> None:
     flowstore._SCHEMA_VERSION = 2
     flowstore._UPGRADES = {1: script}
     flowstore._TABLE_NAMES = (*flowstore._TABLE_NAMES, "flowstore_second")
-
-
-TOOLS.append(learn_version_2)
 
 
 # --- hostile input ---
@@ -7951,7 +7856,7 @@ def test_thousands_of_interrupts_over_eight_threads_leave_none_hung_lost_or_extr
                 caught[me] += 1
 
     def ready(me: int) -> bool:
-        ended = [caller.result for caller in callers if not caller.is_alive()]
+        ended = [caller.met for caller in callers if not caller.is_alive()]
         assert not ended, ended
         return armed[me]
 
@@ -9848,107 +9753,6 @@ def test_close_in_ones_own_transaction_is_refused_and_afterwards_idempotent(
 # ==================================================================================================
 
 
-# --- fork ---
-
-
-@forking
-def test_both_sides_of_a_fork_use_a_file_and_lose_nothing(path: Path) -> None:
-    with flowstore.open(path) as store:
-        store.events.append("e1", "default", EVENT)
-
-        def child() -> list[int]:
-            return [store.events.append("e1", "default", {"type": "child"}) for _ in range(5)]
-
-        for _ in range(5):
-            assert len(in_fork(child)) == 5
-            store.events.append("e1", "default", {"type": "parent"})
-        store.close()
-    with flowstore.open(path) as store:
-        assert (
-            types_in(store.events.load_events("e1"))
-            == [*["custom"], *["child"] * 5, "parent"] + [*["child"] * 5, "parent"] * 4
-        )
-        assert store.check() == []
-
-
-@forking
-def test_a_memory_store_forks_into_two() -> None:
-    with flowstore.open(":memory:") as store:
-        store.events.append("e1", "default", EVENT)
-        assert in_fork(lambda: store.events.append("e1", "default", EVENT)) == 2
-        assert store.events.append("e1", "default", EVENT) == 2
-        assert store.events.count_events("e1") == 2
-
-
-@forking
-def test_a_transaction_open_at_the_fork_stays_the_parents(path: Path, file_store: Store) -> None:
-    def child() -> list[str]:
-        outcomes = []
-        for call in (
-            lambda: file_store.events.append("e1", "default", EVENT),
-            file_store.events.read_all,
-        ):
-            try:
-                call()
-                outcomes.append("done")
-            except StorageError:
-                outcomes.append("refused")
-        try:
-            flowstore.open(path)
-            outcomes.append("opened")
-        except StorageError:
-            outcomes.append("refused")
-        return outcomes
-
-    with file_store.transaction():
-        file_store.events.append("e1", "default", EVENT)
-        assert in_fork(child) == ["refused"] * 3
-        file_store.events.append("e1", "default", EVENT)
-    assert file_store.events.count_events("e1") == 2
-    assert file_store.check() == []
-
-
-@forking
-def test_a_fork_does_not_wait_for_a_waiting_claim(file_store: Store) -> None:
-    create(file_store)
-    waiting = Background(lambda: file_store.state.claim_work_item("w1", ["q"], wait=3600))
-    assert in_fork(lambda: file_store.events.append("e1", "default", EVENT)) == 1
-    item_id = enqueue(file_store)
-    assert waiting.result().id == item_id
-
-
-@forking
-def test_a_fork_between_two_items_of_a_generator_disturbs_neither_side(file_store: Store) -> None:
-    file_store.events.append_batch("e1", "default", [EVENT] * 5)
-    events = file_store.events.iter_events("e1", chunk=2)
-    assert next(events).sequence == 1
-    assert in_fork(lambda: [stored.sequence for stored in events]) == [2, 3, 4, 5]
-    assert [stored.sequence for stored in events] == [2, 3, 4, 5]
-
-
-@forking
-def test_a_fork_while_threads_write_loses_no_acknowledged_write(file_store: Store) -> None:
-    stop = threading.Event()
-
-    def write(name: str) -> int:
-        for count in itertools.count(1):
-            file_store.events.append(name, "default", EVENT)
-            if stop.is_set():
-                return count
-        raise AssertionError
-
-    writers = {name: Background(partial(write, name)) for name in ("a", "b", "c")}
-    for number in range(10):
-        assert in_fork(lambda: file_store.events.append("child", "default", EVENT)) == number + 1
-    stop.set()
-    counts = {name: writer.result() for name, writer in writers.items()}
-    assert {name: file_store.events.count_events(name) for name in counts} == counts
-    assert file_store.check() == []
-
-
-needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no os.fork")
-
-
 def struck_in_hooks(path: str, kind: str) -> None:
     leave(partial(strike_forks, path, kind))
 
@@ -10045,7 +9849,7 @@ def forks_among_writers(path: str) -> None:
     callers = [Caller(partial(work, me)) for me in range(3)]
     pids = []
     for number in range(12):
-        assert [caller.result for caller in callers] == [None] * 3
+        assert [caller.met for caller in callers] == [None] * 3
         go_on(3)
         pids.append(forked(partial(child, number)))
         if number % 3 == 2:
@@ -10098,7 +9902,7 @@ def forks_among_openers(path: str) -> None:
     pids = []
     for number in range(16):
         time.sleep(random.random() * 0.02)
-        assert [caller.result for caller in callers] == [None] * 2
+        assert [caller.met for caller in callers] == [None] * 2
         pids.append(forked(partial(child, number)))
         acknowledged += [f"child{number}.{n}" for n in range(10)]
     for pid in pids:
@@ -10784,7 +10588,7 @@ SHORT_CALLS: dict[str, Callable[[Store], Any]] = {
 def test_what_analyze_found_in_a_small_store_makes_no_call_look_at_more_rows_in_a_large_one(
     watched: type[Watched], tmp_path: Path, clock: StateClock, size: int, kind: str
 ) -> None:
-    watched.counting = True
+    watched.steps_of_a_tick = 1
     steps: dict[bool, dict[str, int]] = {}
     for analyzed in (False, True):
         target = tmp_path / f"{analyzed}.db" if kind == "file" else ":memory:"
@@ -10802,9 +10606,7 @@ def test_what_analyze_found_in_a_small_store_makes_no_call_look_at_more_rows_in_
             steps[analyzed] = {}
             for name, call in SHORT_CALLS.items():
                 call(store)  # so that every statement is prepared
-                watched.steps = 0
-                call(store)
-                steps[analyzed][name] = watched.steps
+                steps[analyzed][name] = watched.steps(partial(call, store))
             if analyzed:
                 with store.transaction() as tx:  # they are the user's
                     assert tx.execute("SELECT stat FROM sqlite_stat1 WHERE tbl = 'flows'")
@@ -10894,7 +10696,7 @@ def test_a_claim_takes_as_many_steps_however_much_other_tenants_have(
     clock: StateClock,
     queues: list[str],
 ) -> None:
-    watched.counting = True
+    watched.steps_of_a_tick = 1
     steps, later = {}, clock.now + timedelta(1)
     for size in (5, 500):
         store_state = make_store_state()
@@ -10917,10 +10719,10 @@ def test_a_claim_takes_as_many_steps_however_much_other_tenants_have(
             for name in ("mine-0", "mine-1"):
                 mine.enqueue_work_item(WorkItem(id=name, execution_id="mine", queue_type="q"))
         mine.claim_work_item("w", queues)  # a first one, so that every statement is prepared
-        watched.steps = 0
+        before = watched.ticks
         item = mine.claim_work_item("w", queues)
         assert item is not None and item.id == "mine-1"
-        steps[size] = watched.steps
+        steps[size] = watched.ticks - before
     assert steps[500] <= steps[5] * 1.1 and steps[5] > 0
 
 
@@ -11315,7 +11117,6 @@ def test_16_threads_append_to_an_array_and_none_is_lost(store_state: Store) -> N
 
 
 KILLED_AT_THE_NTH_CALL = """
-import os, signal, sys
 from datetime import UTC, datetime
 import flowstore
 path, calls = sys.argv[1], int(sys.argv[2])
@@ -11354,12 +11155,9 @@ def each_kill(
         path = folder / f"{n}.db"
         with flowstore.open(path) as store_state:
             prepare(store_state)
-        environment = os.environ | {"PYTHONPATH": str(Path(flowstore.__file__ or "").parent)}
-        command = [sys.executable, "-c", KILLED_AT_THE_NTH_CALL + source, str(path), str(n)]
-        child = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=120, check=False
-        )
-        assert child.returncode in (0, -signal.SIGKILL), child.stderr
+        child = script(KILLED_AT_THE_NTH_CALL + source, path, n)
+        _, errors = child.communicate(timeout=120)
+        assert child.returncode in (0, -signal.SIGKILL), errors
         with flowstore.open(path) as store_state:
             assert store_state.check() == []
             yield child.returncode != 0, store_state
@@ -11806,7 +11604,7 @@ def test_read_all_skips_nothing_while_threads_append(make_store: MakeStore) -> N
         page = store.events.read_all(position, 7)
         seen += [(stored.execution_id, stored.sequence) for stored in page]
         position = page[-1].position if page else position
-        if not page and all(not writer._thread.is_alive() for writer in writers):
+        if not page and all(not writer.is_alive() for writer in writers):
             break
     for writer in writers:
         writer.result()
@@ -13626,48 +13424,6 @@ START_MS = int(START.timestamp()) * 1000
 a_few_flow = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.fixture
-def path_flow(tmp_path: Path) -> Path:
-    return tmp_path / "app.db"
-
-
-class FlowWatched:
-    """The statements, and the steps of SQLite's machine, of every connection opened while it watches."""
-
-    def __init__(self) -> None:
-        self.statements: list[str] = []
-        self.hundreds = 0
-
-    def watch(self, connection: sqlite3.Connection) -> sqlite3.Connection:
-        connection.set_trace_callback(self.statements.append)
-        connection.set_progress_handler(self._step, 100)
-        return connection
-
-    def _step(self) -> int:
-        self.hundreds += 1
-        return 0
-
-    def steps(self, call: Callable[[], Any]) -> int:
-        before = self.hundreds
-        call()
-        return self.hundreds - before
-
-    def said(self, call: Callable[[], Any], word: str) -> int:
-        """How many statements of the call begin with the word."""
-        before = len(self.statements)
-        call()
-        return sum(statement.lstrip().startswith(word) for statement in self.statements[before:])
-
-
-@pytest.fixture
-def watched_flow(monkeypatch: pytest.MonkeyPatch) -> FlowWatched:
-    watching, connect = FlowWatched(), sqlite3.connect
-    monkeypatch.setattr(
-        sqlite3, "connect", lambda *given, **named: watching.watch(connect(*given, **named))
-    )
-    return watching
-
-
 def event_flow(**fields: Any) -> Event:
     return Event(**{"event_name": "paid", "event_key": "7", **fields})
 
@@ -13693,41 +13449,13 @@ def refused_flow(
     assert rows(store_flow) == before
 
 
-def together_flow(calls: list[Callable[[], Any]]) -> list[Any]:
-    """All calls at once, each in a thread; what they returned."""
-    barrier = threading.Barrier(len(calls))
-
-    def started(call: Callable[[], Any]) -> Any:
-        barrier.wait(60)
-        return call()
-
-    threads = [Background(lambda call=call: started(call)) for call in calls]  # type: ignore[misc]
-    return [thread.result() for thread in threads]
-
-
 SCRIPT = """
-import os, random, signal, sys, threading
+import random, threading
 from datetime import UTC, datetime, timedelta
-import flowstore
 from flowstore import *
 store = flowstore.open(sys.argv[1], synchronous="OFF")
 workflows = store.workflows
 """
-
-
-def script_flow(source: str, *arguments: object) -> subprocess.Popen[str]:
-    """A Python process that runs `source` with the store at its first argument open."""
-    environment = os.environ | {"PYTHONPATH": str(Path(flowstore.__file__).parent)}
-    line = [sys.executable, "-c", SCRIPT + source, *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(line, env=environment, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
-
-
-def line_of(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None and process.stderr is not None
-    line = process.stdout.readline()
-    assert line, process.stderr.read()
-    return line.strip()
 
 
 FULL_POINTER = ExecutionPointer(
@@ -13930,7 +13658,7 @@ def test_persist_writes_the_pointers_that_changed_and_no_other(
 
 
 def test_a_host_with_many_instances_in_hand_reads_no_pointers_that_it_wrote_itself(
-    watched_flow: FlowWatched, monkeypatch: pytest.MonkeyPatch
+    watched_flow: type[Watched], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with flowstore.open(":memory:") as store:
         host = store.workflows
@@ -14033,7 +13761,7 @@ def test_wrong_values_are_found_in_a_pointer_that_was_right_before(store_flow: S
 
 
 def test_persist_of_one_changed_pointer_costs_a_fraction_of_rewriting_all(
-    watched_flow: FlowWatched, clock: Clock
+    watched_flow: type[Watched], clock: Clock
 ) -> None:
     with flowstore.open(":memory:", clock=clock) as store_flow:
         own = created(store_flow.workflows, execution_pointers=pointers(*map(str, range(1000))))
@@ -14158,7 +13886,9 @@ def test_instances_come_in_the_order_asked(workflows: PersistenceProvider) -> No
     assert workflows.get_workflow_instances([]) == [] == workflows.get_workflow_instances(["gone"])
 
 
-def test_many_instances_are_read_in_two_queries_per_ten_thousand(watched_flow: FlowWatched) -> None:
+def test_many_instances_are_read_in_two_queries_per_ten_thousand(
+    watched_flow: type[Watched],
+) -> None:
     with flowstore.open(":memory:") as store_flow:
         with store_flow.transaction():
             ids = [store_flow.workflows.create_new_workflow(instance()) for _ in range(50)]
@@ -14245,7 +13975,7 @@ def test_a_purge_never_leaves_an_instance_that_others_may_work_on_in_pieces(
 
 @pytest.mark.parametrize(("count", "size"), [(250, 0), (6, 700)])
 def test_purge_works_in_small_transactions_and_inside_one_is_part_of_it(
-    watched_flow: FlowWatched, path_flow: Path, count: int, size: int
+    watched_flow: type[Watched], path_flow: Path, count: int, size: int
 ) -> None:
     with flowstore.open(path_flow, synchronous="OFF") as store_flow:
         with store_flow.transaction():
@@ -14398,8 +14128,7 @@ def test_a_worker_that_is_killed_does_not_hold_its_subscription_for_ever(
 ) -> None:
     with flowstore.open(path_flow, clock=clock, synchronous="OFF") as store_flow:
         store_flow.workflows.create_event_subscription(subscription(id="s"))
-        child = script_flow(
-            "clock = datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=10)\n"
+        child = script(SCRIPT + "clock = datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=10)\n"
             "print(workflows.set_subscription_token('s', 'dead', 'h', clock))\n"
             "sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)", path_flow,
         )  # fmt: skip
@@ -14685,11 +14414,7 @@ def test_a_command_scheduled_again_outlives_the_crash_of_its_handler(
     assert handled(workflows, START + seconds(60)) == ["x"]
 
 
-class FlowStop(BaseException):
-    """What no handler should raise."""
-
-
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit, FlowStop])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit, Stop])
 def test_what_is_no_exception_gives_the_lease_back_and_ends_the_call(
     workflows: PersistenceProvider, stop: type[BaseException]
 ) -> None:
@@ -14711,55 +14436,6 @@ def test_what_is_no_exception_gives_the_lease_back_and_ends_the_call(
     assert handled(workflows, START + seconds(99)) == []
 
 
-class FlowStriker:
-    """Raises KeyboardInterrupt at the n-th place of a call where the interpreter could."""
-
-    def __init__(self, strike_at: int) -> None:
-        self.strike_at = strike_at
-        self.places = 0
-        self.previous: tuple[FrameType, str] | None = None
-        self.names: dict[CodeType, dict[int, str]] = {}
-
-    def __call__(self, frame: FrameType, what: str, _: object) -> FlowStriker:
-        here = what == "call"
-        if here:
-            frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if what == "opcode":
-            if frame.f_code not in self.names:
-                self.names[frame.f_code] = {
-                    step.offset: step.opname for step in dis.get_instructions(frame.f_code)
-                }
-            last, self.previous = (
-                self.previous,
-                (frame, self.names[frame.f_code].get(frame.f_lasti, "")),
-            )
-            here = (
-                last is not None
-                and last[0] is frame
-                and last[1].startswith(("CALL", "JUMP_BACKWARD"))
-            )
-        else:
-            self.previous = None
-        if here:
-            self.places += 1
-            if self.places == self.strike_at:
-                raise KeyboardInterrupt
-        return self
-
-    def run(self, call: Callable[[], Any]) -> bool:
-        """Makes the call; returns whether it came to its end."""
-        usual = sys.gettrace()
-        sys.settrace(self)
-        try:
-            call()
-        except KeyboardInterrupt:
-            return False
-        finally:
-            sys.settrace(usual)
-            self.previous = None
-        return True
-
-
 @swallows
 def test_ctrl_c_anywhere_in_a_call_leaves_no_lease_and_loses_no_command(clock: Clock) -> None:
     with flowstore.open(":memory:", clock=clock) as store_flow:
@@ -14768,7 +14444,7 @@ def test_ctrl_c_anywhere_in_a_call_leaves_no_lease_and_loses_no_command(clock: C
         ):  # some of the places, others each time
             seen: list[ScheduledCommand] = []
             store_flow.workflows.schedule_command(command("a"))
-            striker = FlowStriker(strike_at)
+            striker = Striker(strike_at)
             ended = striker.run(partial(store_flow.workflows.process_commands, None, seen.append))
             left = handled(store_flow.workflows)
             assert [*left, *(found.data for found in seen)][:1] == ["a"], strike_at
@@ -14787,8 +14463,7 @@ def test_a_host_killed_in_a_handler_leaves_the_command_to_another(
     with flowstore.open(path_flow, clock=clock, synchronous="OFF") as store_flow:
         for data in "ab":
             store_flow.workflows.schedule_command(command(data))
-        child = script_flow(
-            "store.close(); now = datetime(2030, 1, 1, tzinfo=UTC)\n"
+        child = script(SCRIPT + "store.close(); now = datetime(2030, 1, 1, tzinfo=UTC)\n"
             "store = flowstore.open(sys.argv[1], clock=lambda: now, lease_seconds=10)\n"
             "def handler(found):\n    print(found.data, flush=True); sys.stdin.read()\n"
             "store.workflows.process_commands(None, handler)", path_flow,
@@ -14871,7 +14546,7 @@ def test_hosts_handle_every_command_while_another_process_schedules_them_again(
             for number in range(500):
                 tx.execute("INSERT INTO asked VALUES (?, 1)", (str(number),))
                 store_flow.workflows.schedule_command(command(str(number), number))
-        processes = [script_flow(source, path_flow) for source in (HOST, HOST, HOST, SCHEDULER)]
+        processes = [script(SCRIPT + source, path_flow) for source in (HOST, HOST, HOST, SCHEDULER)]
         assert [line_of(process) for process in processes] == ["ready"] * 4
         for process in processes:
             assert process.stdin is not None
@@ -15038,7 +14713,7 @@ def test_a_read_only_store_shows_all_and_changes_nothing(path_flow: Path) -> Non
                 change()
 
 
-def test_what_is_not_due_does_not_slow_what_is(watched_flow: FlowWatched, clock: Clock) -> None:
+def test_what_is_not_due_does_not_slow_what_is(watched_flow: type[Watched], clock: Clock) -> None:
     with flowstore.open(":memory:", clock=clock) as store_flow:
         workflows = store_flow.workflows
 
@@ -15182,13 +14857,13 @@ def test_a_host_killed_at_random_points_completes_every_workflow_with_each_effec
         killed = 0
         for _ in range(8):
             hosts = [
-                script_flow(SMALL_HOST, path_flow, dice.uniform(0.001, 0.03)) for _ in range(2)
+                script(SCRIPT + SMALL_HOST, path_flow, dice.uniform(0.001, 0.03)) for _ in range(2)
             ]
             for host in hosts:
                 host.communicate(timeout=60)
                 assert host.returncode in (0, -signal.SIGKILL)
                 killed += host.returncode != 0
-        for host in [script_flow(SMALL_HOST, path_flow, 0) for _ in range(2)]:
+        for host in [script(SCRIPT + SMALL_HOST, path_flow, 0) for _ in range(2)]:
             finished(host)
         assert killed > 4, "the hosts were done before they could be killed"
         assert store_flow.stats()["workflows"] == {"Complete": 60}
