@@ -7144,38 +7144,6 @@ def test_a_with_block_closes_the_store(make_store: MakeStore) -> None:
         store.events.count_events("e1")
 
 
-def test_closing_wakes_a_waiting_claim(store: Store) -> None:
-    waiting = Background(lambda: store.state.claim_work_item("w1", ["q"], wait=3600))
-    store.close()
-    with pytest.raises(StoreClosed):
-        waiting.result()
-
-
-def test_closing_rolls_another_threads_transaction_back(file_store: Store, path: Path) -> None:
-    opened, closed = threading.Event(), threading.Event()
-    later: list[BaseException] = []
-
-    def other() -> None:
-        with file_store.transaction():
-            file_store.events.append("e1", "default", EVENT)
-            opened.set()
-            closed.wait(60)
-            try:
-                file_store.events.append("e1", "default", EVENT)
-            except StoreClosed as error:
-                later.append(error)
-
-    thread = Background(other)
-    assert opened.wait(60)
-    file_store.close()
-    closed.set()
-    with pytest.raises(StoreClosed):
-        thread.result()
-    assert later
-    with flowstore.open(path) as store:
-        assert not store.events.execution_exists("e1")
-
-
 @pytest.mark.parametrize(
     "call", [Store.close, Store.compact, Store.check, lambda s: s.backup("copy.db")]
 )
