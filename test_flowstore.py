@@ -4715,7 +4715,7 @@ HOSTILE: list[Any] = [
     nested(257, "{"), nested(100_000), object(), object, len, print, iter([EVENT]), (item for item in [EVENT]), range(3),
     datetime(2030, 1, 1), datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC),
     datetime.min.replace(tzinfo=timezone(timedelta(hours=23))), date(2030, 1, 1), timedelta(1), uuid.UUID(int=0),
-    Text("own"), Whole(5), FlowStatus.CREATED, ExecutionStatus.RUNNING, PointerStatus.PENDING, Flow(), Flow,
+    Text("own"), Whole(5), FlowStatus.CREATED, ExecutionStatus.PENDING, WorkItemStatus.PENDING, PointerStatus.PENDING, "Pending", Flow(), Flow,
     Exception("x"), threading.Lock(), Path("."), ..., NotImplemented, *RUDE,
 ]  # fmt: skip
 
@@ -4768,8 +4768,9 @@ def row(
 
 
 new_id = flowstore.new_id
-AN_ITEM_ID, AN_EXECUTION, LATE = "item_id", "execution_id", START + timedelta(days=1)
-NEGATIVE, NO_LEASE = [-1, 2**31], [-1, 1e300]
+LATE = START + timedelta(days=1)
+NO_ATTEMPT = [-1, 2**31]
+ENDLESS = [1e300, float("inf")]
 
 
 SURFACE: dict[str, Row] = {
@@ -4792,7 +4793,7 @@ SURFACE: dict[str, Row] = {
         lambda a: ("la", "tenant-a", EVENT, None, None), lambda a: ("la", "tenant-a", EVENT, None, "id"), lambda a: ("la", "z", EVENT),
     ),
     "events.append_batch": row(
-        "execution_id, tenant_id, events, *, expected_sequence=None", lambda a: ("la", "tenant-a", [EVENT], None), events=[[], ()],
+        "execution_id, tenant_id, events, *, expected_sequence=None", lambda a: ("la", "tenant-a", [EVENT], None), events=[[], (), EVENT],
     ),
     "events.load_events": row("execution_id", lambda a: ("la",)),
     "events.load_events_after": row("execution_id, after_seq", lambda a: ("la", 0)),
@@ -4811,7 +4812,7 @@ SURFACE: dict[str, Row] = {
         lambda a: (a.execution, EVENT, None, None), lambda a: (a.execution, EVENT, None, "known"),
     ),
     "state.claim_work_item": row(
-        "worker_id, queue_types, *, lease_seconds=None, wait=0.0", lambda a: ("w", ["q"], 9, 0.0), lease_seconds=NO_LEASE[1:],
+        "worker_id, queue_types, *, lease_seconds=None, wait=0.0", lambda a: ("w", ["q"], 9, 0.0), lease_seconds=ENDLESS,
     ),
     "state.commit_turn": row(
         "item_id, lease_fence, event, *, failed=False, snapshot_state=Ellipsis, effect_key=None, effect=None, "
@@ -4828,7 +4829,7 @@ SURFACE: dict[str, Row] = {
     "state.enqueue_work_item": row(
         "item", lambda a: (WorkItem(execution_id=a.execution, queue_type="q"),),
         lambda a: (WorkItem(id="new", execution_id=a.execution, queue_type="q", tenant_id="tenant-a"),),
-        attempt=NEGATIVE, max_attempts=NEGATIVE,
+        attempt=NO_ATTEMPT, max_attempts=NO_ATTEMPT,
     ),
     "state.fail_work_item": row("item_id, error, *, lease_fence=None", lambda a: (a.pending, "e", None), lambda a: (a.claimed, "e")),
     "state.for_tenant": row("tenant_id", lambda a: ("tenant-a",)),
@@ -4840,7 +4841,7 @@ SURFACE: dict[str, Row] = {
     "state.get_tenant": row("id", lambda a: ("tenant-a",)),
     "state.get_work_item": row("item_id", lambda a: (a.pending,)),
     "state.get_workflow": row("workflow_id, version", lambda a: ("wa", "1")),
-    "state.hold": row("item, *, lease_seconds=None", lambda a: (a.claimed, 500), lease_seconds=NO_LEASE[1:]),
+    "state.hold": row("item, *, lease_seconds=None", lambda a: (a.claimed, 500), lease_seconds=ENDLESS),
     "state.latest_sequence": row("execution_id", lambda a: (a.execution,)),
     "state.latest_snapshot": row("execution_id", lambda a: (a.execution,)),
     "state.list_dead_letters": row("limit=100, offset=0", lambda a: (9, 0)),
@@ -4862,13 +4863,13 @@ SURFACE: dict[str, Row] = {
     ),
     "state.renew_lease": row(
         "item_id, worker_id=None, *, lease_fence=None, lease_seconds=None",
-        lambda a: (a.claimed, None, None, 9), lambda a: (a.claimed.id, "worker-a", None, 9), lease_seconds=NO_LEASE[1:],
+        lambda a: (a.claimed, None, None, 9), lambda a: (a.claimed.id, "worker-a", None, 9), lease_seconds=ENDLESS,
     ),
     "state.replay": row(
         "execution_id, reducer, initial=None", lambda a: (a.execution, lambda state, event: [state, event.sequence], "none"),
     ),
     "state.requeue_dead_letter": row("item_id", lambda a: (a.dead,)),
-    "state.retry_work_item": row("item_id, error=None, *, delay=None, lease_fence=None", lambda a: (a.claimed, "e", None, None), delay=[1e300]),
+    "state.retry_work_item": row("item_id, error=None, *, delay=None, lease_fence=None", lambda a: (a.claimed, "e", None, None), delay=ENDLESS),
     "state.revoke_token": row("token_id", lambda a: (a.token_id,)),
     "state.store_workflow": row("definition", lambda a: (definition("wa", ir="new", tenant_id="tenant-a"),)),
     "state.timeline": row("execution_id", lambda a: (a.execution,)),
@@ -4909,7 +4910,7 @@ SURFACE: dict[str, Row] = {
     "workflows.mark_event_unprocessed": row("id", lambda a: ("done",)),
     "workflows.supports_scheduled_commands": row(),
     "workflows.schedule_command": row("command", lambda a: (record("ScheduledCommand", data="new"),)),
-    "workflows.process_commands": row("as_of, handler, *, lease_seconds=None", lambda a: (LATE, repr, 9), lease_seconds=NO_LEASE),
+    "workflows.process_commands": row("as_of, handler, *, lease_seconds=None", lambda a: (LATE, repr, 9), lease_seconds=[-1, *ENDLESS]),
     "workflows.persist_errors": row("errors", lambda a: ([record("ExecutionError")],)),
     "workflows.list_errors": row("workflow_id, limit=100, offset=0", lambda a: ("w", 9, 0)),
     "workflows.ensure_store_exists": row(),
@@ -11010,6 +11011,12 @@ def test_flow_lists_page_in_a_total_order(times: list[int], limit: int | None, o
             == by_status[start:][:most]
         )
         assert store_state.flows.list_by_owner("o") == by_owner
+
+
+def test_a_turn_needs_a_fence_and_an_effect_a_key(store: Store) -> None:
+    for refused in ({"lease_fence": None}, {"lease_fence": 1, "effect": 0}):
+        with pytest.raises(InvalidData):
+            store.state.commit_turn("i", event=EVENT, **refused)  # type: ignore[arg-type]
 
 
 # --- flows, raced and killed ---
