@@ -10410,6 +10410,7 @@ def test_unpaged_lists_have_one_order_when_all_times_are_equal(store_state: Stor
 
 # What else is asked, so that each statement is issued.
 MORE_CALLS: list[Callable[[Store], Any]] = [
+    lambda s: pytest.raises(ExceptionGroup, s.workflows.process_commands, None, fails),
     lambda s: (s.prune(START, dry_run=True), s.prune(START + timedelta(days=1))),
     lambda s: s.state.for_tenant("tenant-a").claim_work_item("w", ["none", "other"], wait=0.001),
     lambda s: s.state.claim_work_item("w", ["none", "other"], wait=0.001),
@@ -11016,7 +11017,7 @@ def test_flow_lists_page_in_a_total_order(times: list[int], limit: int | None, o
 def test_a_turn_needs_a_fence_and_an_effect_a_key(store: Store) -> None:
     for refused in ({"lease_fence": None}, {"lease_fence": 1, "effect": 0}):
         with pytest.raises(InvalidData):
-            store.state.commit_turn("i", event=EVENT, **refused)  # type: ignore[arg-type]
+            store.state.commit_turn("i", event=EVENT, **refused)
 
 
 # --- flows, raced and killed ---
