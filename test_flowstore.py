@@ -10410,7 +10410,7 @@ def test_unpaged_lists_have_one_order_when_all_times_are_equal(store_state: Stor
 
 # What else is asked, so that each statement is issued.
 MORE_CALLS: list[Callable[[Store], Any]] = [
-    lambda s: s.workflows.process_commands(None, sys.exit),
+    lambda s: s.workflows.process_commands(None, cast("Any", sys.exit)),
     lambda s: s.workflows.process_commands(None, fails),
     lambda s: (s.prune(START, dry_run=True), s.prune(START + timedelta(days=1))),
     lambda s: s.state.for_tenant("tenant-a").claim_work_item("w", ["none", "other"], wait=0.001),
