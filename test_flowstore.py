@@ -4966,7 +4966,7 @@ def outcome(store: Any, name: str, things: Things, call: int = 0) -> tuple[str, 
     try:
         return "", plain(invoke(store, name, SURFACE[name].arguments(things, call)))
     except FlowStoreError as error:
-        return type(error).__name__, plain(error.args)
+        return type(error).__name__, tuple(plain(error.args))
 
 
 def is_text(value: Any, most: int = 2**31, least: int = 0) -> bool:
@@ -16228,7 +16228,7 @@ def test_an_async_store_has_the_methods_of_the_sync_one_awaited_with_the_same_ou
             try:
                 found = "", asyncio.run(main(name, call))
             except FlowStoreError as error:
-                found = type(error).__name__, plain(error.args)
+                found = type(error).__name__, tuple(plain(error.args))
             assert found == expected, name
 
 
