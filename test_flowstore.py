@@ -5007,7 +5007,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "status": "pending",
     },
     "Tenant": UNSET | {"status": "active"},
-    "TenantLimits": dict.fromkeys(RECORDS["TenantLimits"][0]),
+    "TenantLimits": dict.fromkeys(sorted(RECORDS["TenantLimits"][0])),
     "WorkflowInstance": dict.fromkeys(["create_time", "complete_time"])
     | {
         "status": "Runnable",
@@ -5347,11 +5347,13 @@ def lines_run(call: Callable[[], Any]) -> int:
         return trace
 
     usual = sys.gettrace()
+    gc.disable()  # else another test's store may be finalized meanwhile
     sys.settrace(trace)
     try:
         call()
     finally:
         sys.settrace(usual)
+        gc.enable()
     return count
 
 
@@ -5403,7 +5405,6 @@ def test_large_json_takes_no_more_python_than_small_json(
                 lines[size].append(lines_run(call))
 
         lines: dict[int, list[int]] = {300: [], 3000: []}
-        gc.collect()  # so that no other test's store is finalized meanwhile
         write(300)  # the first time, statements are prepared
         lines[300].clear()
         write(300)
@@ -8256,7 +8257,10 @@ def test_an_interrupt_at_any_step_of_open_and_close_leaks_no_connection(path: Pa
         with flowstore.open(path) as store_engine:
             write_pair(store_engine, "run", f"{place}")
         gc.collect()
-        assert descriptors() <= before, striker.where
+        # Struck where os.open has returned, nobody has the descriptor yet, so nobody can close it.
+        after = descriptors()
+        assert after <= before + ("os.open(" in striker.where), striker.where
+        before = max(before, after)
     with flowstore.open(path) as store_engine:
         assert pairs(store_engine, "run")
         assert store_engine.check() == []
