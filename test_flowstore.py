@@ -639,10 +639,11 @@ def bench_persist(bench: Bench) -> Measured:
 
 def bench_commands(bench: Bench) -> Measured:
     store = bench.store()
+    count = min(500, bench.depth)
 
     def ours() -> float:
         with store.transaction():
-            for n in range(500):
+            for n in range(count):
                 store.workflows.schedule_command(
                     flowstore.ScheduledCommand(
                         command_name=flowstore.CommandName.PROCESS_EVENT,
@@ -650,7 +651,7 @@ def bench_commands(bench: Bench) -> Measured:
                         execute_time=0,
                     )
                 )
-        return 500 / elapsed(lambda: store.workflows.process_commands(None, lambda command: None))
+        return count / elapsed(lambda: store.workflows.process_commands(None, lambda command: None))
 
     return bench.compare(ours, Rival("plain FULL", 0.7, bench.plain_inserts("FULL")))
 
@@ -2687,7 +2688,7 @@ class Visit:
     def check(self, busy_timeout: float, where: str) -> None:
         fine = not self.made or self.done or isinstance(self.result, flowstore.StorageError)
         assert fine, f"{self.result!r} for a call made at\n{where}"
-        assert self.seconds < busy_timeout + 2, f"{self.seconds:.1f} s for a call made at\n{where}"
+        assert self.seconds < busy_timeout + 5, f"{self.seconds:.1f} s for a call made at\n{where}"
 
 
 def visit_each_step(target: str, name: str) -> None:
@@ -8159,7 +8160,7 @@ def test_an_interrupt_at_any_step_of_a_write_leaves_all_or_nothing_and_a_usable_
 ) -> None:
     returned: list[str] = []
     struck: list[str] = []
-    with flowstore.open(target, synchronous="OFF", busy_timeout=1.0) as store_engine:
+    with flowstore.open(target, synchronous="OFF", busy_timeout=WATCHDOG / 2) as store_engine:
         call(store_engine, "run", "first")  # statements are prepared, the writer is open
         for place in steps(partial(call, store_engine, "run", "dry")):
             striker = Striker(place)
@@ -8182,7 +8183,7 @@ def test_an_interrupt_at_any_step_of_a_write_leaves_all_or_nothing_and_a_usable_
 def test_an_interrupt_at_any_step_of_a_write_leaves_those_who_wait_for_news_waiting_and_waking(
     target: str, call: Callable[[flowstore.Store, str, str], Any]
 ) -> None:
-    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=1.0)
+    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=WATCHDOG / 2)
     waiter = Caller(partial(store_engine.state.claim_work_item, "w", ["q"], wait=10 * WATCHDOG))
     until(waiter.waits)
     dry = Striker(0)
@@ -8191,7 +8192,7 @@ def test_an_interrupt_at_any_step_of_a_write_leaves_those_who_wait_for_news_wait
         striker = Striker(place)
         striker.run(partial(call, store_engine, "run", f"{place}"))
         again = Caller(partial(call, store_engine, "run", f"{place}, again"))
-        again.join(5.0)
+        again.join(WATCHDOG / 2)
         assert not again.is_alive(), f"a write hangs after a strike at\n{striker.where}"
         assert not isinstance(again.result, Exception), (
             f"{again.result!r} after a strike at\n{striker.where}"
@@ -8232,7 +8233,7 @@ def test_an_interrupt_at_any_step_of_a_read_leaks_no_connection(path: Path) -> N
                 waiting = Caller(
                     partial(store_engine.state.claim_work_item, "w", ["q"], wait=0.001)
                 )
-                waiting.join(5.0)
+                waiting.join(WATCHDOG / 2)
                 assert not waiting.is_alive(), f"a wait hangs after a strike at\n{striker.where}"
                 gc.collect()  # a lost connection is part of a cycle
         gc.unfreeze()
@@ -8280,7 +8281,7 @@ def test_an_interrupted_close_can_be_repeated_by_any_thread_wherever_it_was_stru
         striker = Striker(place)
         striker.run(store_engine.close)
         again = Caller(store_engine.close)
-        again.join(5.0)
+        again.join(WATCHDOG / 2)
         assert not again.is_alive(), f"close() hangs after a strike at\n{striker.where}"
         assert again.result is None
         assert isinstance(
@@ -8298,7 +8299,7 @@ def test_an_interrupted_close_can_be_repeated_by_any_thread_wherever_it_was_stru
 def test_an_interrupt_at_any_step_of_a_queued_call_spares_the_calls_queued_with_it(
     target: str, struck: Callable[[flowstore.Store, str, str], Any], again: int
 ) -> None:
-    with flowstore.open(target, synchronous="OFF", busy_timeout=2.0) as store_engine:
+    with flowstore.open(target, synchronous="OFF", busy_timeout=WATCHDOG / 2) as store_engine:
         spared: list[str] = []
 
         def together(place: int, striker: Striker) -> bool:
@@ -18736,7 +18737,7 @@ def test_every_row_of_the_bench_measures_something_and_one_that_misses_is_said(
 
     def tiny(self: Bench, *args: Any) -> None:
         begin(self, *args)
-        self.rounds, self.seconds, self.depth = 1, 0.01, 500
+        self.rounds, self.seconds, self.depth = 1, 0.01, 50
 
     monkeypatch.setattr(Bench, "__init__", tiny)
     monkeypatch.setitem(BENCH_ROWS, "never", lambda bench: under(1, "ms", [2, 1, 3]))
