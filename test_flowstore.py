@@ -662,10 +662,11 @@ def bench_persist(bench: Bench) -> Measured:
 
 def bench_commands(bench: Bench) -> Measured:
     store = bench.store()
+    count = min(500, bench.depth)
 
     def ours() -> float:
         with store.transaction():
-            for n in range(500):
+            for n in range(count):
                 store.workflows.schedule_command(
                     flowstore.ScheduledCommand(
                         command_name=flowstore.CommandName.PROCESS_EVENT,
@@ -673,7 +674,7 @@ def bench_commands(bench: Bench) -> Measured:
                         execute_time=0,
                     )
                 )
-        return 500 / elapsed(lambda: store.workflows.process_commands(None, lambda command: None))
+        return count / elapsed(lambda: store.workflows.process_commands(None, lambda command: None))
 
     return bench.compare(ours, Rival("plain FULL", 0.7, bench.plain_inserts("FULL")))
 
@@ -1060,7 +1061,14 @@ class PostgresServer:
 
     def target(self) -> str:
         """The URL of a schema where nothing is yet."""
-        return f"postgresql://postgres:secret@127.0.0.1:{self.port}/postgres?schema=test_{next(self.schemas)}"
+        number = next(self.schemas)
+        database = f"tests_{number // 20}"  # what all tests have made would make each one slower
+        server = f"postgresql://postgres:secret@127.0.0.1:{self.port}"
+        if number % 20 == 0:
+            psycopg = pytest.importorskip("psycopg")
+            with psycopg.connect(f"{server}/postgres", autocommit=True) as db:
+                db.execute(f"CREATE DATABASE {database}")
+        return f"{server}/{database}?schema=test_{number}"
 
 
 @pytest.fixture(scope="session")
@@ -2422,7 +2430,7 @@ class Visit:
     def check(self, busy_timeout: float, where: str) -> None:
         fine = not self.made or self.done or isinstance(self.result, flowstore.StorageError)
         assert fine, f"{self.result!r} for a call made at\n{where}"
-        assert self.seconds < busy_timeout + 2, f"{self.seconds:.1f} s for a call made at\n{where}"
+        assert self.seconds < busy_timeout + 5, f"{self.seconds:.1f} s for a call made at\n{where}"
 
 
 def visit_each_step(target: str, name: str) -> None:
@@ -2774,6 +2782,8 @@ def watchdog() -> Iterator[None]:
     if not hasattr(signal, "SIGALRM"):
         yield
         return
+    # A shell lets what it starts in the background ignore Ctrl-C, and so would each process that tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGALRM, bark)
     signal.alarm(WATCHDOG + 20)
     try:
@@ -4978,7 +4988,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "status": "pending",
     },
     "Tenant": UNSET | {"status": "active"},
-    "TenantLimits": dict.fromkeys(RECORDS["TenantLimits"][0]),
+    "TenantLimits": dict.fromkeys(sorted(RECORDS["TenantLimits"][0])),
     "WorkflowInstance": dict.fromkeys(["create_time", "complete_time"])
     | {
         "status": "Runnable",
@@ -5318,11 +5328,13 @@ def lines_run(call: Callable[[], Any]) -> int:
         return trace
 
     usual = sys.gettrace()
+    gc.disable()  # else another test's store may be finalized meanwhile
     sys.settrace(trace)
     try:
         call()
     finally:
         sys.settrace(usual)
+        gc.enable()
     return count
 
 
@@ -5374,7 +5386,6 @@ def test_large_json_takes_no_more_python_than_small_json(
                 lines[size].append(lines_run(call))
 
         lines: dict[int, list[int]] = {300: [], 3000: []}
-        gc.collect()  # so that no other test's store is finalized meanwhile
         write(300)  # the first time, statements are prepared
         lines[300].clear()
         write(300)
@@ -6944,6 +6955,7 @@ def strike_holds_as_they_begin() -> None:
         held = store_engine.state.hold(item, lease_seconds=0.03)
         if striker.run(held.__enter__):
             held.__exit__(None, None, None)
+        del held  # as the statement would
         ended = f"for the thread of a hold that was struck at\n{striker.where}"
         until(lambda: len(sys._current_frames()) == 1, ended, 3)
 
@@ -7553,7 +7565,7 @@ def test_an_interrupt_at_any_step_of_a_write_leaves_all_or_nothing_and_a_usable_
 ) -> None:
     returned: list[str] = []
     struck: list[str] = []
-    with flowstore.open(target, synchronous="OFF", busy_timeout=1.0) as store_engine:
+    with flowstore.open(target, synchronous="OFF", busy_timeout=WATCHDOG / 2) as store_engine:
         call(store_engine, "run", "first")  # statements are prepared, the writer is open
         for place in steps(partial(call, store_engine, "run", "dry")):
             striker = Striker(place)
@@ -7576,16 +7588,16 @@ def test_an_interrupt_at_any_step_of_a_write_leaves_all_or_nothing_and_a_usable_
 def test_an_interrupt_at_any_step_of_a_write_leaves_those_who_wait_for_news_waiting_and_waking(
     target: str, call: Callable[[flowstore.Store, str, str], Any]
 ) -> None:
-    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=1.0)
+    store_engine = flowstore.open(target, synchronous="OFF", busy_timeout=WATCHDOG / 2)
     waiter = Caller(partial(store_engine.state.claim_work_item, "w", ["q"], wait=10 * WATCHDOG))
     until(waiter.waits)
     dry = Striker(0)
     dry.run(partial(call, store_engine, "run", "dry"))
-    for place in range(1, dry.places + 1):
+    for place in steps(partial(call, store_engine, "run", "dry")):
         striker = Striker(place)
         striker.run(partial(call, store_engine, "run", f"{place}"))
         again = Caller(partial(call, store_engine, "run", f"{place}, again"))
-        again.join(5.0)
+        again.join(WATCHDOG / 2)
         assert not again.is_alive(), f"a write hangs after a strike at\n{striker.where}"
         assert not isinstance(again.result, Exception), (
             f"{again.result!r} after a strike at\n{striker.where}"
@@ -7626,7 +7638,7 @@ def test_an_interrupt_at_any_step_of_a_read_leaks_no_connection(path: Path) -> N
                 waiting = Caller(
                     partial(store_engine.state.claim_work_item, "w", ["q"], wait=0.001)
                 )
-                waiting.join(5.0)
+                waiting.join(WATCHDOG / 2)
                 assert not waiting.is_alive(), f"a wait hangs after a strike at\n{striker.where}"
                 gc.collect()  # a lost connection is part of a cycle
         gc.unfreeze()
@@ -7644,6 +7656,7 @@ def test_an_interrupt_at_any_step_of_open_and_close_leaks_no_connection(path: Pa
         opened[-1].close()
 
     before = descriptors()
+    gc.freeze()  # what all other tests have made would be looked at in each round
     for place in steps(open_and_close):
         striker = Striker(place)
         striker.run(open_and_close)
@@ -7653,7 +7666,11 @@ def test_an_interrupt_at_any_step_of_open_and_close_leaks_no_connection(path: Pa
         with flowstore.open(path) as store_engine:
             write_pair(store_engine, "run", f"{place}")
         gc.collect()
-        assert descriptors() <= before, striker.where
+        # Struck where os.open has returned, nobody has the descriptor yet, so nobody can close it.
+        after = descriptors()
+        assert after <= before + ("os.open(" in striker.where), striker.where
+        before = max(before, after)
+    gc.unfreeze()
     with flowstore.open(path) as store_engine:
         assert pairs(store_engine, "run")
         assert store_engine.check() == []
@@ -7669,7 +7686,7 @@ def test_an_interrupted_close_can_be_repeated_by_any_thread_wherever_it_was_stru
         striker = Striker(place)
         striker.run(store_engine.close)
         again = Caller(store_engine.close)
-        again.join(5.0)
+        again.join(WATCHDOG / 2)
         assert not again.is_alive(), f"close() hangs after a strike at\n{striker.where}"
         assert again.result is None
         assert isinstance(
@@ -7687,7 +7704,7 @@ def test_an_interrupted_close_can_be_repeated_by_any_thread_wherever_it_was_stru
 def test_an_interrupt_at_any_step_of_a_queued_call_spares_the_calls_queued_with_it(
     target: str, struck: Callable[[flowstore.Store, str, str], Any], again: int
 ) -> None:
-    with flowstore.open(target, synchronous="OFF", busy_timeout=2.0) as store_engine:
+    with flowstore.open(target, synchronous="OFF", busy_timeout=WATCHDOG / 2) as store_engine:
         spared: list[str] = []
 
         def together(place: int, striker: Striker) -> bool:
@@ -8476,9 +8493,11 @@ def test_no_kind_of_call_leaves_objects_behind(target: str) -> None:
         partial(store_engine.events.load_events_after, "run", 10**6),
         partial(store_engine.state.claim_work_item, "w", ["q"]),
     ]
+    gc.freeze()
     for call in calls:
         before = alive(call, 300)  # caches have filled
         assert alive(call, 200) < before + 50, call
+    gc.unfreeze()
     store_engine.close()
 
 
@@ -14932,8 +14951,9 @@ def rows_to_prune(store: Store) -> PruneRows:
     """Every row of every table, but for those that stand for the end of the log."""
     sql = "SELECT name FROM pragma_table_info(?)"
     if store.target.startswith("postgres"):
-        sql = """SELECT column_name::text FROM information_schema.columns
-            WHERE table_schema = current_schema() AND table_name = ? ORDER BY ordinal_position"""
+        # The information schema would read what all other tests have made.
+        sql = """SELECT attname::text FROM pg_attribute
+            WHERE attrelid = to_regclass(?) AND attnum > 0 ORDER BY attnum"""
     with store.transaction() as tx:
         columns = {
             name: [column for (column,) in tx.execute(sql, (name,))]
@@ -17805,7 +17825,7 @@ def test_every_row_of_the_bench_measures_something_and_one_that_misses_is_said(
 
     def tiny(self: Bench, *args: Any) -> None:
         begin(self, *args)
-        self.rounds, self.seconds, self.depth = 1, 0.01, 500
+        self.rounds, self.seconds, self.depth = 1, 0.01, 50
 
     monkeypatch.setattr(Bench, "__init__", tiny)
     monkeypatch.setitem(BENCH_ROWS, "never", lambda bench: under(1, "ms", [2, 1, 3]))
@@ -17990,7 +18010,7 @@ def test_eight_processes_claim_each_item_once(postgres: PostgresServer, queues: 
                 wanted += [
                     enqueue(store, queue_type=queue)
                     for queue in queues.split(",")
-                    for _ in range(100)
+                    for _ in range(40)
                 ]
         claimers = [script(CLAIMER, target, queues) for _ in range(8)]
         assert sorted(" ".join(map(finished, claimers)).split()) == sorted(wanted)
@@ -18427,7 +18447,7 @@ def bouncer(postgres: PostgresServer, mode: str) -> Iterator[Callable[[], str]]:
     config = postgres.folder / f"{mode}.ini"
     config.write_text(f"""
         [databases]
-        postgres = host=127.0.0.1 port={postgres.port} user=postgres
+        * = host=127.0.0.1 port={postgres.port} user=postgres
         [pgbouncer]
         listen_addr = 127.0.0.1
         listen_port = {port}
