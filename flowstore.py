@@ -64,6 +64,7 @@ The chapters, each resting only on those above it:
     Fork          what happens before and after one
     Operations    the engine that runs them, how a method becomes a call, tenants' SQL, pruning
     FlowStore, EventStore, StateBackend, PersistenceProvider    the facets, a chapter each
+    Runs          durable functions, over the facets above and nothing else
     Store         what open() returns
     Event loop    what open_async() returns: whoever never awaits can skip it
     Views         what is stored, as text, as HTML and as JSON
@@ -142,6 +143,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_TENANT",
     "AlreadyExists",
+    "AlreadyRunning",
     "AlreadyTerminal",
     "ApiToken",
     "ArtifactRef",
@@ -150,6 +152,8 @@ __all__ = [
     "AsyncHold",
     "AsyncOpening",
     "AsyncPersistenceProvider",
+    "AsyncRun",
+    "AsyncRuns",
     "AsyncStateBackend",
     "AsyncStore",
     "AsyncTransaction",
@@ -180,6 +184,10 @@ __all__ = [
     "PointerStatus",
     "ReclaimResult",
     "RevisionMismatch",
+    "Run",
+    "RunCancelled",
+    "RunFailed",
+    "Runs",
     "ScheduledCommand",
     "SchemaError",
     "SequenceConflict",
@@ -315,6 +323,30 @@ class CancelPending(
 
     id: str
     status: str
+
+
+class RunFailed(_ErrorWithFacts, message="run {execution_id!r} failed: {error}"):
+    """A run has failed for good; `error` says why."""
+
+    execution_id: str
+    error: str
+
+
+class RunCancelled(_ErrorWithFacts, message="run {execution_id!r} was cancelled"):
+    """A run was cancelled: nothing more of it is recorded."""
+
+    execution_id: str
+
+
+class AlreadyRunning(
+    _ErrorWithFacts,
+    message="run {execution_id!r} is under way in {worker_id!r}: "
+    "wait for its end, or until its lease has run out",
+):
+    """Another thread or process is doing the run now."""
+
+    execution_id: str
+    worker_id: str
 
 
 class TenantMismatch(_ErrorWithFacts, message="{execution_id!r} is not for tenant {tenant_id!r}"):
@@ -5336,6 +5368,25 @@ class _WorkQueue(_StateFacet):
             raise LeaseLost(id)
         return self._count_attempt(tx, item, now, text, seconds)
 
+    @_write_row
+    def park_work_item(
+        self,
+        tx: _Tx,
+        item_id: AnyItem,
+        *,
+        delay: float | None = None,
+        until: datetime | None = None,
+        lease_fence: int | None = None,
+    ) -> WorkItem:
+        """STAND-IN."""
+        id, fence = _id_and_fence(item_id, lease_fence)
+        due = tx.now() if until is None else _microseconds(until, "until")
+        due += round((delay or 0) * 1e6)
+        item = self._need(tx, _ITEM, "{for_update}", id=id)
+        if item.status != "claimed" or fence not in (None, item.lease_fence):
+            raise LeaseLost(id)
+        return _ITEM.decode(self._change_item(tx, _RETRY, id, due, None, None, id, "claimed"))
+
     @_write
     def reclaim_expired_leases(self, tx: _Tx) -> ReclaimResult:
         """Take back every expired lease, in one transaction: each counts an attempt.
@@ -6242,6 +6293,929 @@ class PersistenceProvider(_CommandFacet):
 
 
 # ==================================================================================================
+# Runs: durable functions, over the facets above and nothing else
+# ==================================================================================================
+
+_BLOCK_QUEUE = "store.run"  # of the runs of blocks: no function has such a name
+_RUN_LOOK = _Sql("""SELECT tenant_id FROM flowstore_work_items
+    {by sqlite_autoindex_flowstore_work_items_1}
+    WHERE id = ? AND status = 'claimed' AND lease_fence = ? {tenant}""")
+_RUN_LOCK = _Sql(f"{_RUN_LOOK.text} {{for_update}}")
+# An attempt counts that failed, or whose process was lost.
+_RUN_TAKE = _update(
+    _ITEM,
+    """status = 'claimed', worker_id = ?, lease_expires_at = ?, lease_fence = lease_fence + 1,
+    attempt = attempt + CASE WHEN status IN ('claimed', 'failed') THEN 1 ELSE 0 END""",
+    "AND (status <> 'claimed' OR lease_expires_at <= ?)",
+    _ITEM.columns,
+)
+_RUN_STATUS = _update(_RUN, "status = ?, updated_at = ?, completed_at = ?", returning=None)
+_RUN_WAKE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
+    SET available_at = ? WHERE id IN (
+    SELECT workflow_id FROM event_subscriptions {by event_subscriptions_open}
+    WHERE event_name = ? AND event_key = ? AND terminated_at IS NULL)
+    AND status = 'pending' AND available_at > ? {tenant}""")
+_LAST_EMITTED = _Sql("""SELECT MAX(event_time) FROM events {by events_processed}
+    WHERE is_processed = 1""")
+_END_WAITS = _Sql("""UPDATE event_subscriptions {by event_subscriptions_by_workflow}
+    SET terminated_at = ? WHERE workflow_id = ? AND terminated_at IS NULL""")
+
+
+class _Suspended(BaseException):
+    """Unwinds the function of a run that waits, or whose worker stops. Only `work` catches it."""
+
+
+class _InTransaction:
+    """An engine that runs operations in an open transaction, so that one can call others."""
+
+    def __init__(self, engine: Any, tx: _Tx) -> None:
+        self._engine = getattr(engine, "engine", engine)  # an event loop's engine has another
+        self._tx = tx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run(self, operation: _AnyMethod, facet: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return operation.function(facet, self._tx, *args, **kwargs)
+
+
+def _function_name(function: object) -> str:
+    """The name of a function, or the text given in its place."""
+    name = function
+    if not issubclass(type(function), str):
+        _check_callable(function, "function")
+        name = _read_foreign(lambda one: getattr(one, "__name__", None), function, "function")
+        if type(name) is not str or not name.isidentifier():
+            raise InvalidData("function: it has no plain name: make it by def, or pass a name")
+    return _id(name, "function")
+
+
+def _error_text(error: BaseException) -> str:
+    """An error as text that can be stored."""
+    try:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    except Exception:  # its own code failed
+        text = type(error).__name__
+    return text.replace("\0", "").encode(errors="backslashreplace").decode()
+
+
+def _span(value: object, path: str) -> float:
+    """A span in seconds; InvalidData below 0."""
+    return float(_number(value, path, "a finite number of seconds, 0 or more", 0))
+
+
+class _RunFacet(_LogFacet):
+    """What the store's runs and a single one have."""
+
+    def _state(self, tx: _Tx) -> StateBackend:
+        return StateBackend(_InTransaction(self._engine, tx))
+
+    def _set_status(self, tx: _Tx, id: str, status: ExecutionStatus) -> None:
+        now = tx.now()
+        self._run(tx, _RUN_STATUS, status, now, now if status.is_terminal else None, id)
+
+    def _append(self, tx: _Tx, id: str, tenant: str, event: str, step: str = "") -> None:
+        last = self._last_sequence(tx, id) or 0
+        self._append_to(tx, id, tenant, last, event, None, f"step:{step}" if step else None)
+
+
+class Run(_RunFacet):
+    """One run of a function, while it is done: `id`, `input`, `attempt` (from 0) and `result`.
+
+    Each step, sleep and wait is recorded once, under its name. The same name again is another one
+    (`NAME#2`). A run that begins again finds what is recorded, by these names alone. All methods
+    raise LeaseLost in a run that another worker has taken over, RunCancelled in a cancelled one,
+    and InvalidData for a name that is not 1 to 200 characters without `#`."""
+
+    def __init__(
+        self,
+        engine: Any,
+        record: WorkflowExecution,
+        item: WorkItem,
+        log: Iterable[StoredEvent],
+        stops: Callable[[], bool] | None = None,
+    ) -> None:
+        super().__init__(engine)
+        self.id = record.execution_id
+        self.input = record.initial_input
+        self.attempt = item.attempt
+        self.result: Json = None
+        self._item = item
+        self._stops = stops  # of a worker, which parks a run that waits; a block has none
+        self._suspended = False
+        self._take_again: Callable[[], Any] | None = None  # a completed run, which has no lease
+        self._keep_lease: Callable[[], Any] = lambda: None
+        self._lock = threading.Lock()
+        self._ordinals: dict[str, list[int]] = {}  # by name, the free ones in order
+        # Steps recorded in a transaction (the outermost block), which may yet be rolled back.
+        self._in_blocks: list[tuple[str, weakref.ref[_Block]]] = []
+        self._recorded = {
+            stored.id.removeprefix("step:"): stored.event
+            for stored in log
+            if stored.id is not None and stored.id.startswith("step:")
+        }
+        self._events_had = {event.get("event") for event in self._recorded.values()}
+
+    @_steps
+    def step(
+        self, name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> _Steps[Any]:
+        """The result of `function(*args, **kwargs)`, done once however often the run begins again.
+
+        The result is JSON, and comes back as JSON gives it back. In the caller's transaction, what
+        the function writes and the record of the step are stored together, exactly once. Outside,
+        the function is called again if its process was lost before the record. What the function
+        raises is recorded, and goes on. Raises InvalidData for a result that is not JSON."""
+        _check_callable(function, "function")
+        step, event = yield from self._begin(name, "step_completed")
+        if event is not None:
+            return event["result"]
+        try:
+            yield from self._go_on()
+            start = _monotonic()
+            try:
+                result = yield function(*args, **kwargs)
+            except Exception as error:
+                event = {"type": "step_failed", "step": step, "error": _error_text(error)}
+                with contextlib.suppress(FlowStoreError):  # the function's own error says more
+                    yield self._record(_json(event, "error"))
+                raise
+            seconds = round(_monotonic() - start, 6)
+            event = {"type": "step_completed", "step": step, "result": result, "seconds": seconds}
+            text = _json(event, f"step {step!r}")
+            yield self._record(text, step)
+        except BaseException:
+            self._release(step)
+            raise
+        if (block := self._engine.block()) is not None:
+            self._in_blocks.append((step, block.root._ref))
+        return _decode_json(text)["result"]
+
+    @_steps
+    def sleep(self, seconds: float, *, name: str = "sleep") -> _Steps[None]:
+        """Sleep once for that many seconds. Raises StorageError inside one's own transaction.
+
+        The time of waking is recorded. A block waits for it. In a worker the run is parked."""
+        now = _microseconds(self._engine.now(), "clock()")
+        yield from self._sleep(name, _time_after(now, _span(seconds, "seconds"), "seconds"))
+
+    @_steps
+    def sleep_until(self, time: datetime, *, name: str = "sleep") -> _Steps[None]:
+        """As `sleep`, until a time."""
+        yield from self._sleep(name, _microseconds(time, "time"))
+
+    @_steps
+    def wait_for(
+        self,
+        event_name: str,
+        event_key: str = "",
+        *,
+        timeout: float | None = None,
+        name: str | None = None,
+    ) -> _Steps[Any]:
+        """The `data` of an event of `runs.emit`, recorded under `name` (None: the event's name).
+
+        It is the first event of that name and key since the run was started that no earlier wait of
+        the run has had. A block waits for it. In a worker the run is parked. Raises TimeoutError
+        `timeout` seconds after the wait first began, StorageError inside one's own transaction."""
+        self._engine.forbid_inside("run.wait_for()")
+        key = _key(event_name, "event_name"), _key(event_key, "event_key")
+        seconds = _none_or(_span, timeout, "timeout")
+        step, event = yield from self._begin(
+            event_name if name is None else name, "wait_completed", "wait_timed_out"
+        )
+        if event is None:
+            attempt = functools.partial(self._try_wait, step, key, seconds)
+            event = yield from self._wait(step, attempt, key)
+            self._events_had.add(event.get("event"))
+        if event["type"] == "wait_timed_out":
+            raise TimeoutError(f"run {self.id!r}: no event came in time for {step!r}")
+        return event["data"]
+
+    # --- names ---
+    def _begin(self, name: str, *kinds: str) -> _Steps[tuple[str, Any]]:
+        """The next step of a name, and its event if it is recorded."""
+        if "#" in _text(name, "name", 200, 1):
+            raise InvalidData("name: '#' is for the ordinals of steps, leave it out")
+        yield from self._look_back()
+        with self._lock:
+            free = self._ordinals.setdefault(name, [1])
+            index = 0
+            while True:
+                ordinal = free[index]
+                if ordinal == free[-1]:
+                    free.append(ordinal + 1)
+                step = name if ordinal == 1 else f"{name}#{ordinal}"
+                event = self._recorded.get(step)
+                # What another kind of step has recorded is left to that one.
+                if event is None or event["type"] in kinds:
+                    free.remove(ordinal)
+                    return step, event
+                index += 1
+
+    def _release(self, step: str) -> None:
+        """Let the same name again be this step."""
+        name, _, ordinal = step.partition("#")
+        with self._lock:
+            self._ordinals[name] = sorted([*self._ordinals[name], int(ordinal or 1)])
+
+    def _look_back(self) -> _Steps[None]:
+        """Release the steps whose transaction has been rolled back since."""
+        for entry in list(self._in_blocks):
+            step, reference = entry
+            root = reference()
+            is_open = root is not None and root.is_open
+            block = self._engine.block()
+            if is_open and (block is None or block.root is not root):
+                continue  # it is of another thread or task
+            stored = yield self._is_recorded(step)
+            if not stored:
+                self._release(step)
+            if not (stored and is_open):
+                self._in_blocks.remove(entry)
+
+    @_read
+    def _is_recorded(self, tx: _Tx, step: str) -> bool:
+        sql = tx.dialect.resolve(_LOG_BY_EVENT_ID)
+        return tx.row(sql, self.id, f"step:{step}") is not None
+
+    # --- the lease ---
+    def _go_on(self) -> _Steps[None]:
+        """Before anything new is done: only in a run that is this worker's, and goes on."""
+        if self._suspended or (self._stops is not None and self._stops()):
+            self._suspended = True
+            raise _Suspended
+        if self._take_again is not None:
+            self._item, _, taken = yield self._take_again()
+            if not taken:
+                raise AlreadyRunning(self.id, str(self._item.worker_id))
+            self._take_again = None
+            yield self._keep_lease()
+        yield self._look()
+
+    @_read
+    def _look(self, tx: _Tx) -> None:
+        self._check_lease(tx, _RUN_LOOK)
+
+    def _check_lease(self, tx: _Tx, sql: _Sql = _RUN_LOCK) -> str:
+        """Raise LeaseLost or RunCancelled, unless the run is this worker's; its tenant."""
+        row = self._row(tx, sql, self.id, self._item.lease_fence)
+        if row is not None:
+            return str(row[0])
+        record = self._get(tx, _RUN, execution_id=self.id)
+        if record is not None and record.status == "cancelled":
+            raise RunCancelled(self.id)
+        raise LeaseLost(self.id)
+
+    @_write_row
+    def _record(self, tx: _Tx, event: str, step: str = "") -> None:
+        self._append(tx, self.id, self._check_lease(tx), event, step)
+
+    # --- waiting ---
+    def _sleep(self, name: str, until: int) -> _Steps[None]:
+        self._engine.forbid_inside("run.sleep()")
+        step, event = yield from self._begin(name, "sleep_started")
+        if event is not None:
+            until = _microseconds(datetime.fromisoformat(event["until"]), "until")
+        if event is None or _datetime_of(until) > self._engine.now():
+            yield from self._wait(step, functools.partial(self._try_sleep, step, until))
+
+    def _wait(
+        self, step: str, attempt: Callable[[], Any], key: tuple[str, str] | None = None
+    ) -> _Steps[Any]:
+        """Attempt to go on, until there is an event that says so. A worker's run is suspended."""
+        try:
+            yield from self._go_on()
+            while True:
+                event, until = yield attempt()
+                if event is not None:
+                    return event
+                if self._stops is not None:
+                    self._suspended = True
+                    raise _Suspended
+                yield self._poll(functools.partial(self._is_due, until, key), math.inf)
+        except BaseException:
+            self._release(step)
+            raise
+
+    @_snapshot
+    def _is_due(self, tx: _Tx, until: int | None, key: tuple[str, str] | None) -> bool:
+        """Whether an attempt would now go on, or fail."""
+        if until is not None and tx.now() >= until:
+            return True
+        if key is not None and self._next_event(tx, key, until) is not None:
+            return True
+        return self._row(tx, _RUN_LOOK, self.id, self._item.lease_fence) is None
+
+    def _park(self, tx: _Tx, until: int | None) -> None:
+        if self._stops is not None:
+            due = _datetime_of(_LAST_TIME if until is None else until)
+            self._state(tx).park_work_item(self._item, until=due)
+            self._set_status(tx, self.id, ExecutionStatus.PENDING)
+
+    @_write
+    def _try_sleep(self, tx: _Tx, step: str, until: int) -> tuple[Any, int]:
+        tenant = self._check_lease(tx)
+        event = {"type": "sleep_started", "step": step, "until": _datetime_of(until).isoformat()}
+        self._append(tx, self.id, tenant, _json(event, "event"), step)
+        if tx.now() >= until:
+            return event, until
+        self._park(tx, until)
+        return None, until
+
+    @_write
+    def _try_wait(
+        self, tx: _Tx, step: str, key: tuple[str, str], seconds: float | None
+    ) -> tuple[Any, int | None]:
+        """Look for the event and subscribe to it in one transaction: so none falls between."""
+        tenant = self._check_lease(tx)
+        now = tx.now()
+        wait = EventSubscription(
+            workflow_id=self.id,
+            step_id=0,
+            execution_pointer_id=step,
+            event_name=key[0],
+            event_key=key[1],
+            subscription_data=None if seconds is None else _time_after(now, seconds, "timeout"),
+        )
+        same = {name: getattr(wait, name) for name in _WAIT_KEY}
+        begun = self._get(tx, _SUBSCRIPTION, index="event_subscriptions_by_workflow", **same)
+        until: int | None = (begun or wait).subscription_data
+        event: dict[str, Any] = {"type": "wait_completed", "step": step}
+        found = self._next_event(tx, key, until)
+        if found is not None:
+            event |= {"event": found.id, "data": found.event_data}
+        elif until is not None and now >= until:
+            event["type"] = "wait_timed_out"
+        else:
+            if begun is None:
+                _insert_record(tx, _SUBSCRIPTION, wait)
+            else:
+                self._change(tx, _SUBSCRIPTION, "terminated_at = NULL", begun.id)
+            self._park(tx, until)
+            return None, until
+        if begun is not None:
+            self._change(tx, _SUBSCRIPTION, "terminated_at = ?", begun.id, now)
+        self._append(tx, self.id, tenant, _json(event, "event"), step)
+        return event, until
+
+    def _next_event(self, tx: _Tx, key: tuple[str, str], until: int | None) -> Event | None:
+        """The first event of a name and key, up to a time, that no wait of the run has had."""
+        limits = self._item.payload["events_after"], _LAST_TIME if until is None else until
+        events = self._find(
+            tx,
+            _EVENT,
+            "AND event_time > ? AND event_time <= ? ORDER BY event_time, id LIMIT ?",
+            *limits,
+            len(self._events_had) + 1,
+            index="events_by_key",
+            event_name=key[0],
+            event_key=key[1],
+        )
+        return next((event for event in events if event.id not in self._events_had), None)
+
+
+_WAIT_KEY = ("workflow_id", "execution_pointer_id", "event_name", "event_key")
+
+
+@dataclass(eq=False)
+class _Crew:
+    """What the threads or tasks of one call of `work` share."""
+
+    functions: dict[str, Callable[..., Any]]
+    queues: Sequence[AnyId]
+    worker_id: str
+    stop: Any
+    until_idle: bool
+    is_ending: bool = False
+    ended: int = 0
+    under_way: dict[object, Run] = field(default_factory=dict)  # by their thread or task
+    errors: list[BaseException] = field(default_factory=list)
+
+    def stops(self) -> bool:
+        """Whether no more is to be begun."""
+        return self.is_ending or (self.stop is not None and bool(self.stop.is_set()))
+
+
+class _End(NamedTuple):
+    """The end of a claim of a run: by its last event, by an error, or (neither) given back."""
+
+    run: Run
+    event: str | None = None
+    error: str | None = None
+    is_final: bool = False  # the error: it ends the run
+
+
+class Runs(_RunFacet):
+    """Durable functions: each named step of a run is done once, whatever becomes of its process."""
+
+    _run_type: Any = Run
+
+    def __init__(self, engine: Any, state: StateBackend) -> None:
+        super().__init__(engine)
+        self._queue = state
+
+    @_write
+    def start(
+        self,
+        tx: _Tx,
+        function: Callable[..., Any] | str,
+        input: Json = None,
+        *,
+        id: AnyId | None = None,
+        queue: AnyId | None = None,
+        available_at: datetime | None = None,
+        max_attempts: int = 3,
+        priority: int = 0,
+        unique_key: AnyId | None = None,
+        tenant_id: AnyId = DEFAULT_TENANT,
+    ) -> str:
+        """Have a function, or the one of that name, called as `function(run, input)` by a worker;
+        the run's id.
+
+        A run of that id, name and tenant that is there already is left as it is. Raises
+        AlreadyExists where its input differs, for an id that is taken in another way, and for an
+        item with that `unique_key`; InvalidData for a function without a plain name."""
+        name = _function_name(function)
+        _json(input, "input")
+        record = WorkflowExecution(workflow_id=name, initial_input=input)
+        record.tenant_id = _id(tenant_id, "tenant_id")
+        if id is not None:
+            record.execution_id = _id(id, "id")
+        more = _without_none(available_at=available_at, unique_key=unique_key)
+        if priority:  # STAND-IN
+            more["priority"] = priority
+        target = name if queue is None else _id(queue, "queue")
+        return self._start(tx, record, target, max_attempts, **more)[0].id
+
+    def _start(
+        self, tx: _Tx, record: WorkflowExecution, queue: str, max_attempts: int, **more: Any
+    ) -> tuple[WorkItem, WorkflowExecution]:
+        """Start a run, unless it is there; its item and its record."""
+        values = _RUN.encode(record, now=tx.now())
+        found = self._find_run(tx, values["execution_id"])
+        if found is not None:
+            stored = found[1]
+            same = (stored.workflow_id, stored.tenant_id) == (
+                values["workflow_id"],
+                values["tenant_id"],
+            )
+            if same and stored.initial_input == _decode_json(values["initial_input"]):
+                return found
+        if found or tx.row(_EXECUTION_TENANT.all, values["execution_id"]):
+            raise AlreadyExists("execution", values["execution_id"])
+        state = self._state(tx)
+        stored = state.create_execution(record)
+        id = stored.execution_id
+        event = {"type": "execution_started", "input": stored.initial_input}
+        self._append(tx, id, stored.tenant_id, _json(event, "event"))
+        item = WorkItem(
+            id=id,
+            execution_id=id,
+            node_id=stored.workflow_id,
+            queue_type=queue,
+            max_attempts=max_attempts,
+            # Events are stamped in the order of their commits: those emitted later count.
+            **{"payload": {"events_after": self._rows(tx, _LAST_EMITTED)[0][0] or 0}} | more,
+        )
+        state.enqueue_work_item(item)
+        return self._need_run(tx, id)
+
+    def _find_run(self, tx: _Tx, id: str) -> tuple[WorkItem, WorkflowExecution] | None:
+        record = self._get(tx, _RUN, execution_id=id)
+        item = self._get(tx, _ITEM, id=id)
+        if record is None or item is None or item.execution_id != id:
+            return None
+        return (item, record) if item.node_id == record.workflow_id else None
+
+    def _need_run(self, tx: _Tx, id: AnyId) -> tuple[WorkItem, WorkflowExecution]:
+        key = _id(id, "id")
+        found = self._find_run(tx, key)
+        if found is None:
+            raise NotFound("execution", key)
+        return found
+
+    # --- ends ---
+    @_steps
+    def result(self, id: AnyId, *, timeout: float | None = None) -> _Steps[Any]:
+        """Wait until a run has ended; its result.
+
+        Raises RunFailed, RunCancelled, TimeoutError after `timeout` seconds (inside a transaction
+        at once), NotFound."""
+        seconds = math.inf if timeout is None else _span(timeout, "timeout")
+        if self._engine.block() is not None:
+            seconds = 0.0
+        key = _id(id, "id")
+        ended = yield self._poll(functools.partial(self._last_event, key), seconds)
+        if ended is None:
+            raise TimeoutError(f"run {key!r} has not ended in {timeout} seconds")
+        return ended.get("result")
+
+    @_snapshot
+    def _last_event(self, tx: _Tx, id: str) -> dict[str, Any] | None:
+        """The event that completed a run, None before its end. Raises RunFailed, RunCancelled."""
+        record = self._need_run(tx, id)[1]
+        if not record.status.is_terminal:
+            return None
+        if record.status == "cancelled":
+            raise RunCancelled(id)
+        completed = record.status == "completed"
+        kind = "execution_completed" if completed else "execution_failed"
+        last: dict[str, Any] = {}
+        for most in (4, _INT_MAX):  # the user may have appended to the log since
+            rest = "ORDER BY sequence DESC LIMIT ?"
+            log = self._find(tx, _STORED, rest, most, index=_LOG_KEY, execution_id=id)
+            last = next((one.event for one in log if one.event["type"] == kind), last)
+            if last:
+                break
+        if not completed:
+            raise RunFailed(id, last.get("error", ""))
+        return last or {"result": None}
+
+    def _end(self, tx: _Tx, end: _End) -> bool:
+        """Settle a claim; whether that ended the run. Raises LeaseLost, RunCancelled."""
+        run = end.run
+        event = end.event
+        tenant = run._check_lease(tx)
+        state = self._state(tx)
+        if event is not None:
+            state.complete_work_item(run._item)
+            self._set_status(tx, run.id, ExecutionStatus.COMPLETED)
+            self._run(tx, _END_WAITS, tx.now(), run.id)
+        elif end.error is None:
+            state.park_work_item(run._item)
+            self._set_status(tx, run.id, ExecutionStatus.PENDING)
+            return False
+        elif not end.is_final:
+            return isinstance(state.retry_work_item(run._item, end.error), DeadLetter)
+        else:
+            state.fail_work_item(run._item, end.error)
+            self._set_status(tx, run.id, ExecutionStatus.FAILED)
+            event = _json({"type": "execution_failed", "error": end.error}, "event")
+        self._append(tx, run.id, tenant, event)
+        return True
+
+    @_write
+    def cancel(self, tx: _Tx, id: AnyId) -> None:
+        """Cancel a run; one that has ended is left as it is. Raises NotFound."""
+        item, record = self._need_run(tx, id)
+        if record.status.is_terminal:
+            return
+        self._state(tx).fail_work_item(item.id, "cancelled")
+        self._set_status(tx, item.id, ExecutionStatus.CANCELLED)
+        self._run(tx, _END_WAITS, tx.now(), item.id)
+        event = _json({"type": "execution_cancelled"}, "event")
+        self._append(tx, item.id, record.tenant_id, event)
+
+    # --- events ---
+    @_write
+    def emit(self, tx: _Tx, event_name: str, event_key: str = "", data: Json = None) -> str:
+        """Store an event, and wake the runs that wait for that name and key; the event's id."""
+        _json({"data": data}, "event")
+        now = tx.now()
+        # Later than the event before, whatever the clock did: waits take events in this order.
+        last = self._rows(tx, _LAST_EMITTED)[0][0]
+        stamp = now if last is None else min(max(now, last + 1), _LAST_TIME)
+        event = Event(
+            event_name=event_name,
+            event_key=event_key,
+            event_data=data,
+            event_time=_datetime_of(stamp),
+            is_processed=True,
+        )
+        stored = _insert_record(tx, _EVENT, event)
+        self._run(tx, _RUN_WAKE, now, stored.event_name, stored.event_key, now)
+        return stored.id
+
+    @_write
+    def fork(self, tx: _Tx, id: AnyId, *, before: str, new_id: AnyId | None = None) -> str:
+        """A new run of the same function and input, that goes on before the step `before`; its id.
+
+        It has done the steps, sleeps and waits that the run had recorded before that step (`NAME`
+        or `NAME#2`). Raises NotFound for an unknown run or step, AlreadyExists."""
+        item, record = self._need_run(tx, id)
+        log = self._events_after(tx, item.id, 0)
+        step = _text(before, "before")
+        ends = [index for index, one in enumerate(log) if one.event.get("step") == step]
+        if not ends:
+            raise NotFound("step", step)
+        copy = WorkflowExecution(
+            workflow_id=record.workflow_id,
+            initial_input=record.initial_input,
+            tenant_id=record.tenant_id,
+        )
+        if new_id is not None:
+            copy.execution_id = _id(new_id, "new_id")
+        if tx.row(_EXECUTION_TENANT.all, copy.execution_id):
+            raise AlreadyExists("execution", copy.execution_id)
+        more = {"priority": item.priority} if hasattr(item, "priority") else {}  # STAND-IN
+        more["payload"] = item.payload
+        self._start(tx, copy, item.queue_type, item.max_attempts, **more)
+        for one in log[: ends[0]]:
+            if one.id is not None and one.id.startswith("step:"):
+                text = _json(one.event, "event")
+                name = one.id.removeprefix("step:")
+                self._append(tx, copy.execution_id, record.tenant_id, text, name)
+        return copy.execution_id
+
+    # --- blocks ---
+    @_steps
+    def _enter(
+        self, id: AnyId, workflow_id: AnyId, input: Json, lease: float | None, wait: float | None
+    ) -> _Steps[Run]:
+        """Begin or take a run for a block. Raises AlreadyRunning."""
+        self._engine.forbid_inside("store.run()")
+        seconds = _none_or(_span, wait, "wait")
+        arguments = _id(id, "id"), _id(workflow_id, "workflow_id"), input, self._lease(lease)
+        deadline: float | None = None
+        while True:
+            item, record, taken = yield self._take(*arguments, False)
+            if taken or record.status == "completed":
+                break
+            if seconds is None:
+                left = (item.lease_expires_at - self._engine.now()).total_seconds()
+                seconds = max(0.0, left) + 1
+            deadline = deadline or _monotonic() + seconds
+            if deadline <= _monotonic():
+                raise AlreadyRunning(arguments[0], item.worker_id)
+            look = functools.partial(self._is_free, arguments[0])
+            yield self._poll(look, deadline - _monotonic())
+        log = yield self._read_chunk(item.id, 0, _INT_MAX)
+        run: Run = self._run_type(self._engine, record, item, log)
+        if not taken:
+            done = [one.event for one in log if one.event["type"] == "execution_completed"]
+            run.result = done[-1]["result"] if done else None
+            run._take_again = functools.partial(self._take, *arguments, True)
+        return run
+
+    @_write
+    def _take(
+        self, tx: _Tx, id: str, workflow_id: str, input: Json, lease: float, again: bool
+    ) -> tuple[WorkItem, WorkflowExecution, bool]:
+        """Begin a run or go on with it; its item, its record, and whether it is the caller's.
+
+        A completed one is begun again only if `again`."""
+        now = tx.now()
+        found = self._find_run(tx, id)
+        if found is not None and input is None:
+            input = found[1].initial_input
+        record = WorkflowExecution(
+            execution_id=id,
+            workflow_id=workflow_id,
+            initial_input=input,
+            tenant_id=found[1].tenant_id if found else DEFAULT_TENANT,
+        )
+        item, record = self._start(tx, record, _BLOCK_QUEUE, 2**31 - 1)
+        if record.status == "cancelled":
+            raise RunCancelled(id)
+        if record.status == "completed" and not again:
+            return item, record, False
+        expires = _time_after(now, lease, "lease_seconds")
+        row = self._row(tx, _RUN_TAKE, f"process {os.getpid()}", expires, id, now)
+        if row is None:
+            return item, record, False
+        self._set_status(tx, id, ExecutionStatus.RUNNING)
+        return _ITEM.decode(row), record, True
+
+    @_read
+    def _is_free(self, tx: _Tx, id: str) -> bool:
+        item = self._get(tx, _ITEM, id=id)
+        if item is None or item.lease_expires_at is None or item.status != "claimed":
+            return True
+        return _microseconds(item.lease_expires_at, "lease_expires_at") <= tx.now()
+
+    @_steps
+    def _leave(self, run: Run, error: BaseException | None) -> _Steps[None]:
+        """End the run of a block."""
+        if run._take_again is not None:
+            return  # it was complete, and nothing was added
+        try:
+            event = None
+            if error is None:
+                last = {"type": "execution_completed", "result": run.result}
+                event = _json(last, "run")
+        except InvalidData as unfit:
+            yield self._end_block(_End(run, None, _error_text(unfit), True))
+            raise
+        text = _error_text(error) if isinstance(error, Exception) else None
+        try:
+            yield self._end_block(_End(run, event, text, True))
+        except FlowStoreError:
+            if error is None:
+                raise  # else the error of the block says more
+
+    @_write_row
+    def _end_block(self, tx: _Tx, end: _End) -> None:
+        self._end(tx, end)
+
+    # --- workers ---
+    def work(
+        self,
+        *functions: Callable[..., Any],
+        concurrency: int = 1,
+        queues: Collection[AnyId] | None = None,
+        worker_id: AnyId | None = None,
+        stop: threading.Event | None = None,
+        until_idle: bool = False,
+    ) -> int:
+        """Do the runs of these functions, `concurrency` threads at a time; how many runs ended.
+
+        Goes on until `stop` is set or Ctrl-C, with `until_idle` until none is due. A step under way
+        then ends, and its run is given back. A function that raises is tried again, by the store's
+        backoff, until its run has failed after `max_attempts`. Runs of other functions are left
+        alone. Raises InvalidData, StorageError inside one's own transaction."""
+        crew = self._make_crew(functions, concurrency, queues, worker_id, stop, until_idle)
+        gate = threading.Semaphore(0)
+        serving = set(range(concurrency))
+
+        def serve(number: int) -> None:
+            try:
+                self._serve(crew, threading.get_ident())
+            except BaseException as error:
+                crew.errors.append(error)
+                crew.is_ending = True
+            finally:
+                serving.discard(number)
+                gate.release()
+
+        interrupt: BaseException | None = None
+        interval = max(0.01, self._lease(None) / 3)
+        try:
+            for number in list(serving):
+                threading.Thread(target=serve, args=(number,), daemon=True).start()
+            while serving:
+                # Not by join(): in Python 3.11 it takes a thread for ended after Ctrl-C.
+                try:
+                    if not gate.acquire(timeout=interval):
+                        with contextlib.suppress(StorageError):  # the next one may succeed
+                            self._renew(crew)
+                except BaseException as error:
+                    if interrupt is not None:
+                        raise
+                    interrupt = error
+                    crew.is_ending = True
+        finally:
+            crew.is_ending = True
+        if interrupt is not None:
+            raise interrupt
+        if crew.errors:
+            raise crew.errors[0]
+        return crew.ended
+
+    def _make_crew(
+        self,
+        functions: Sequence[Callable[..., Any]],
+        concurrency: int,
+        queues: Collection[AnyId] | None,
+        worker_id: AnyId | None,
+        stop: object,
+        until_idle: bool,
+    ) -> _Crew:
+        self._engine.forbid_inside("runs.work()")
+        by_name: dict[str, Callable[..., Any]] = {}
+        for function in functions:
+            _check_callable(function, "functions")
+            name = _function_name(function)
+            if name in by_name:
+                raise InvalidData(f"functions: there are two of the name {name!r}")
+            by_name[name] = function
+        if not by_name:
+            raise InvalidData("functions: at least one is needed")
+        _int(concurrency, "concurrency", 1)
+        _bool(until_idle, "until_idle")
+        if stop is not None and not hasattr(stop, "is_set"):
+            raise InvalidData(f"stop: an Event is needed, not {type(stop).__name__}")
+        worker = f"process {os.getpid()}" if worker_id is None else _id(worker_id, "worker_id")
+        names = list(by_name if queues is None else queues)
+        return _Crew(by_name, names, worker, stop, until_idle)
+
+    @_steps
+    def _serve(self, crew: _Crew, owner: object) -> _Steps[None]:
+        """Do one run after another, in a thread or a task."""
+        end: _End | None = None
+        while True:
+            try:
+                ended, claimed, others_wait = yield self._end_and_claim(crew, end)
+            except StoreBusy:
+                continue  # nothing was written
+            crew.ended += ended
+            end = None
+            if claimed is None:
+                if crew.until_idle or crew.stops():
+                    return
+                look = functools.partial(self._has_work, crew, others_wait)
+                yield self._poll(look, 1.0)
+                continue
+            item, record = claimed
+            log = yield self._read_chunk(item.id, 0, _INT_MAX)
+            run = crew.under_way[owner] = self._run_type(
+                self._engine, record, item, log, crew.stops
+            )
+            end = _End(run)  # given back, where nothing else is said
+            try:
+                result = yield crew.functions[record.workflow_id](run, run.input)
+                last = {"type": "execution_completed", "result": result}
+                end = _End(run, _json(last, "the function's result"))
+            except _Suspended:
+                pass
+            except Exception as error:
+                end = _End(run, None, _error_text(error))
+            except BaseException:
+                with contextlib.suppress(FlowStoreError):  # what leaves the function says more
+                    yield self._end_block(end)
+                raise
+            finally:
+                del crew.under_way[owner]
+
+    @_write_row
+    def _end_and_claim(
+        self, tx: _Tx, crew: _Crew, end: _End | None
+    ) -> tuple[bool, tuple[WorkItem, WorkflowExecution] | None, bool]:
+        """In one transaction, end a run and claim the next: whether the first has ended, the item
+        and the record of the second, and whether runs of other functions are in the queues."""
+        state = self._state(tx)
+        ended = False
+        if end is not None:
+            with contextlib.suppress(LeaseLost, RunCancelled):
+                ended = self._end(tx, end)
+        if crew.stops():
+            return ended, None, False
+        others = []
+        claimed = None
+        while claimed is None and (item := state.claim_work_item(crew.worker_id, crew.queues)):
+            found = self._find_run(tx, item.id)
+            if found is not None and item.node_id in crew.functions:
+                claimed = found
+            else:
+                others.append(item)
+        for item in others:
+            state.park_work_item(item, until=item.available_at)
+        if claimed is not None:
+            self._set_status(tx, claimed[0].id, ExecutionStatus.RUNNING)
+        return ended, claimed, bool(others)
+
+    def _has_work(self, crew: _Crew, others_wait: bool) -> Any:
+        """Whether to look for a run again. Others' runs in the queues would look like work."""
+        return crew.stops() or (
+            not others_wait and self._queue._claimable(list(map(str, crew.queues)))
+        )
+
+    @_write_row
+    def _renew_leases(self, tx: _Tx, items: list[WorkItem]) -> None:
+        expires = _time_after(tx.now(), self._lease(None), "lease_seconds")
+        for item in items:  # one that is lost is left: its run finds out
+            self._row(tx, _RENEW, expires, item.id, item.lease_fence, None)
+
+    def _renew(self, crew: _Crew) -> Any:
+        """Renew the leases of the runs under way, except of those with an open transaction."""
+        items = [
+            run._item
+            for owner, run in list(crew.under_way.items())
+            if not self._engine.has_block(owner)
+        ]
+        return self._renew_leases(items)
+
+
+class _RunBlock:
+    """A run that is done by the block of a `with` statement."""
+
+    run: Any
+    _hold: Any = None
+
+    def __init__(self, runs: Any, *arguments: Any) -> None:
+        self._runs = runs
+        self._arguments = arguments
+
+    def _make_hold(self) -> Any:
+        """The hold of the run's lease, of which the run itself keeps nothing."""
+        lease = self._arguments[3]
+        self._hold = self._runs._queue.hold(self.run._item, lease_seconds=lease)
+        return self._hold
+
+
+class _ThreadRunBlock(_RunBlock):
+    """`with store.run(id) as run:` a run that is done by this thread."""
+
+    def __enter__(self) -> Run:
+        run: Run = self._runs._enter(*self._arguments)
+        self.run = run
+        if run._take_again is None:
+            self._make_hold().__enter__()
+        else:
+            run._keep_lease = lambda: self._make_hold().__enter__()
+        return run
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        try:
+            self._runs._leave(self.run, error)
+        finally:
+            if self._hold is not None:  # a lost lease was told of by now
+                self._hold.__exit__(LeaseLost, None, None)
+
+
+# ==================================================================================================
 # Store: what open() returns
 # ==================================================================================================
 
@@ -6392,6 +7366,8 @@ class Store(_StoreBase):
         """Executions, the work queue, tenants and what belongs to them: `StateBackend`."""
         self.workflows = PersistenceProvider(engine)
         """Workflow instances, events, subscriptions, commands and errors: `PersistenceProvider`."""
+        self.runs = Runs(engine, self.state)
+        """Durable functions: `Runs`."""
 
     def __enter__(self) -> Store:
         return self
@@ -6406,6 +7382,26 @@ class Store(_StoreBase):
         user's own SQL. An exception that leaves the block undoes it. Raises StoreBusy, and
         StorageError when the database ended the transaction."""
         return _Block(self._engine)
+
+    def run(
+        self,
+        id: AnyId,
+        *,
+        workflow_id: AnyId = "script",
+        input: Json = None,
+        lease_seconds: float | None = None,
+        wait: float | None = None,
+    ) -> contextlib.AbstractContextManager[Run]:
+        """`with store.run(id) as run:` a run that this thread does: it begins, or goes on.
+
+        The block's end completes it, with `run.result`. An exception fails it and goes on; the next
+        block of that id tries again, with the steps that are done. Ctrl-C only breaks it off. In a
+        completed run all recorded steps answer, and nothing is written. While another thread or
+        process is doing it, waits for `wait` seconds (None: until the lease it has found has run
+        out), then raises AlreadyRunning. Raises RunCancelled, AlreadyExists for a stored
+        `workflow_id` or `input` that differs (None: any input), StorageError inside one's own
+        transaction."""
+        return _ThreadRunBlock(self.runs, id, workflow_id, input, lease_seconds, wait)
 
 
 # Statements that find one row for each problem, and the message about it.
@@ -6969,6 +7965,79 @@ class AsyncPersistenceProvider(_AsyncFacet, PersistenceProvider):
     """`PersistenceProvider`, awaited."""
 
 
+class AsyncRun(_AsyncFacet, Run):
+    """`Run`, awaited; the function of a step may be a coroutine function."""
+
+
+class AsyncRuns(_AsyncFacet, Runs):
+    """`Runs`, awaited; the functions of runs may be coroutine functions."""
+
+    _run_type = AsyncRun
+
+    async def work(  # type: ignore[override]
+        self,
+        *functions: Callable[..., Any],
+        concurrency: int = 1,
+        queues: Collection[AnyId] | None = None,
+        worker_id: AnyId | None = None,
+        stop: asyncio.Event | None = None,
+        until_idle: bool = False,
+    ) -> int:
+        """`Runs.work` with `concurrency` tasks. When `stop` is set, they are cancelled."""
+        import asyncio
+
+        crew = self._make_crew(functions, concurrency, queues, worker_id, stop, until_idle)
+
+        async def serve() -> None:
+            await self._serve(crew, asyncio.current_task())
+
+        create_task = self._engine.loop.create_task
+        tasks = [create_task(serve()) for _ in range(concurrency)]
+        watches = [] if stop is None else [create_task(stop.wait())]
+        interval = max(0.01, self._lease(None) / 3)
+        try:
+            while not crew.stops() and not all(task.done() for task in tasks):
+                going = [task for task in tasks if not task.done()]
+                await asyncio.wait(
+                    [*going, *watches], timeout=interval, return_when=asyncio.FIRST_COMPLETED
+                )
+                if any(task.done() and task.exception() for task in going):
+                    break
+                with contextlib.suppress(StorageError):  # the next one may succeed
+                    await self._renew(crew)
+        finally:
+            crew.is_ending = True
+            for task in [*tasks, *watches]:
+                task.cancel()
+            await asyncio.wait([*tasks, *watches])
+        for task in tasks:
+            if not task.cancelled():
+                task.result()
+        return crew.ended
+
+
+class _TaskRunBlock(_RunBlock):
+    """`async with store.run(id) as run:` a run that is done by this task."""
+
+    async def __aenter__(self) -> AsyncRun:
+        run: AsyncRun = await self._runs._enter(*self._arguments)
+        self.run = run
+        if run._take_again is None:
+            await self._make_hold().__aenter__()
+        else:
+            run._keep_lease = lambda: self._make_hold().__aenter__()
+        return run
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        try:
+            await self._runs._leave(self.run, error)
+        finally:
+            if self._hold is not None:  # a lost lease was told of by now
+                await self._hold.__aexit__(LeaseLost, None, None)
+
+
 class AsyncStore(_AsyncFacet, _StoreBase):
     """`Store` for the tasks of one event loop: the same facets and promises, awaited."""
 
@@ -6982,6 +8051,8 @@ class AsyncStore(_AsyncFacet, _StoreBase):
         """Executions, the work queue, tenants and what belongs to them: `StateBackend`, awaited."""
         self.workflows = AsyncPersistenceProvider(engine)
         """Workflow instances, events, subscriptions, commands: `PersistenceProvider`, awaited."""
+        self.runs = AsyncRuns(engine, self.state)
+        """Durable functions: `Runs`, awaited."""
 
     async def __aenter__(self) -> AsyncStore:
         return self
@@ -6995,6 +8066,20 @@ class AsyncStore(_AsyncFacet, _StoreBase):
         That is what this task does, and the tasks that it starts in it. Writes of other tasks wait
         for its end, their reads go on. Otherwise it is as `Store.transaction`."""
         return _AsyncBlock(self._engine)
+
+    def run(
+        self,
+        id: AnyId,
+        *,
+        workflow_id: AnyId = "script",
+        input: Json = None,
+        lease_seconds: float | None = None,
+        wait: float | None = None,
+    ) -> contextlib.AbstractAsyncContextManager[AsyncRun]:
+        """`async with store.run(id) as run:` as `Store.run`, in this task.
+
+        A task that is cancelled only breaks it off."""
+        return _TaskRunBlock(self.runs, id, workflow_id, input, lease_seconds, wait)
 
 
 class AsyncOpening:
