@@ -5368,25 +5368,6 @@ class _WorkQueue(_StateFacet):
             raise LeaseLost(id)
         return self._count_attempt(tx, item, now, text, seconds)
 
-    @_write_row
-    def park_work_item(
-        self,
-        tx: _Tx,
-        item_id: AnyItem,
-        *,
-        delay: float | None = None,
-        until: datetime | None = None,
-        lease_fence: int | None = None,
-    ) -> WorkItem:
-        """STAND-IN."""
-        id, fence = _id_and_fence(item_id, lease_fence)
-        due = tx.now() if until is None else _microseconds(until, "until")
-        due += round((delay or 0) * 1e6)
-        item = self._need(tx, _ITEM, "{for_update}", id=id)
-        if item.status != "claimed" or fence not in (None, item.lease_fence):
-            raise LeaseLost(id)
-        return _ITEM.decode(self._change_item(tx, _RETRY, id, due, None, None, id, "claimed"))
-
     @_write
     def reclaim_expired_leases(self, tx: _Tx) -> ReclaimResult:
         """Take back every expired lease, in one transaction: each counts an attempt.
