@@ -29,12 +29,12 @@ this worker still has the lease. All that stands in one `transaction()` happens,
 The way of one call, `store.state.claim_work_item(...)`, from top to bottom:
     _Method.__get__             made the method, which hands itself and its arguments to the engine
     _Engine.run_steps           walks through the steps of a method that has several
-    _WorkQueue.claim_work_item  the steps: checks the arguments, calls the operation `_claim`
+    _Claims.claim_work_item     the steps: checks the arguments, calls the operation `_claim`
+    _LogFacet._poll             a step between two claims: looks until there may be an item
     _Engine.run                 joins the open transaction block, if there is one; else:
     _Writer.lead                leads, or waits until another leader has run the call
     _Writer.commit_calls        BEGIN IMMEDIATE, the queued operations, COMMIT
-    _WorkQueue._claim           the operation: statements on the open transaction, records from rows
-    _LogFacet._poll             between two claims: looks at each commit, until the time is over
+    _Claims._claim              the operation: statements on the open transaction, records from rows
     _Facet._row, _Tx.rows       one statement, of the view's tenant alone
 A read takes a connection from the pool instead (`_Engine.read`). In an event loop the operation
 goes to the thread that writes, or to one that reads (`_AsyncEngine.run`). On a server each call has
@@ -182,6 +182,7 @@ __all__ = [
     "NotFound",
     "PersistenceProvider",
     "PointerStatus",
+    "QueuePolicy",
     "ReclaimResult",
     "RevisionMismatch",
     "Run",
@@ -412,6 +413,10 @@ Key = str
 Data = str
 Json = Any
 Limit = int
+Attempts = int
+Priority = int
+Concurrency = int
+Rate = float
 AnyId: TypeAlias = "str | UUID"
 AnyItem: TypeAlias = "str | UUID | WorkItem"
 
@@ -668,14 +673,17 @@ class Snapshot(_Record, frozen=True):
 
 
 class WorkItem(_Record):
-    """One piece of work in a queue; while claimed, `lease_fence` says under which claim."""
+    """One piece of work in a queue; while claimed, `lease_fence` says under which claim.
+
+    Of the items that are available, the highest `priority` (-100 to 100) is claimed first. Of the
+    items of a tenant's queue that are not settled, one at most has a given `unique_key`."""
 
     execution_id: Id
     node_id: str = ""
     queue_type: Id
     payload: Json = field(default_factory=dict)
-    attempt: int = 0
-    max_attempts: int = 3
+    attempt: Attempts = 0
+    max_attempts: Attempts = 3
     id: Id = field(default_factory=new_id)
     created_at: datetime | None = None
     available_at: datetime | None = None
@@ -685,6 +693,10 @@ class WorkItem(_Record):
     status: WorkItemStatus = WorkItemStatus.PENDING
     last_error: str | None = None
     tenant_id: Id = DEFAULT_TENANT
+    priority: Priority = 0
+    unique_key: Id | None = None
+    claimed_at: datetime | None = None
+    settled_at: datetime | None = None
 
 
 class DeadLetter(_Record, frozen=True):
@@ -706,6 +718,20 @@ class DeadLetter(_Record, frozen=True):
     last_error: str | None
     tenant_id: Id
     dead_lettered_at: datetime
+    priority: int = 0
+    unique_key: Id | None = None
+    claimed_at: datetime | None = None
+    settled_at: datetime | None = None
+
+
+class QueuePolicy(_Record):
+    """What claims of one queue have to keep to, in whatever process they are made."""
+
+    queue_type: Id
+    paused: bool = False
+    max_running: Concurrency | None = None
+    rate: Rate | None = None
+    per_seconds: Rate = 1.0
 
 
 class ReclaimResult(_Record, frozen=True):
@@ -873,12 +899,11 @@ class ExecutionError(_Record, frozen=True):
 
 # Times are integer microseconds since the epoch, JSON is text. Tables with a plain name are those
 # of the systems after which the facets are made. The others are `flowstore_...`, since the user's
-# own tables may share the file. The partial indexes of the queue begin with the status that they
-# are about: SQLite prefers them to the full indexes, because one more column matches. The two
-# tables that every append reads are WITHOUT ROWID: this saves a seek. Each statement names the
-# index that serves it, or looks up a whole unique key: the plan that SQLite chooses after ANALYZE
-# fits only the rows of that time.
-_SCHEMA_VERSION = 1
+# own tables may share the file. An item of the queue is pending, leased or settled, and has an
+# entry in one partial index for that. The two tables that every append reads are WITHOUT ROWID:
+# this saves a seek. Each statement names the index that serves it, or looks up a whole unique key:
+# the plan that SQLite chooses after ANALYZE fits only the rows of that time.
+_SCHEMA_VERSION = 2
 
 
 class _Dialect:
@@ -900,7 +925,6 @@ _SQLITE = _Dialect(
     autoincrement="AUTOINCREMENT",
     without_rowid="WITHOUT ROWID",
     often_vacuumed="",
-    status_first="status, ",
     id_last=", id",
     definitions_key=", PRIMARY KEY (tenant_id, workflow_id, version)",
     definitions_index="",
@@ -908,15 +932,39 @@ _SQLITE = _Dialect(
     status="status",
     tenant_status="status",  # what {status} is in a statement for one tenant
     queue_type="queue_type",
+    unique_key="unique_key",
+    given_key="?",
     # In statements alone.
     by="INDEXED BY {}",  # the index that serves the statement
     by_key="NOT INDEXED",
     join="CROSS JOIN",  # in this order
-    in_order="",  # leaves out events that one not yet committed may still come before
+    in_order="",  # leaves out events while an uncommitted one may get a lower position
     for_update="",  # locks the row that is read, until the transaction ends
     skip_locked="",  # locks the rows that are read, but skips those already locked
 )
 
+_QUEUE_INDEXES = """
+CREATE INDEX flowstore_pending
+    ON flowstore_work_items ({queue_type}, priority DESC, available_at, id)
+    WHERE {status} = 'pending';
+CREATE INDEX flowstore_pending_by_tenant
+    ON flowstore_work_items (tenant_id, {queue_type}, priority DESC, available_at{id_last})
+    WHERE {tenant_status} = 'pending';
+CREATE INDEX flowstore_leased ON flowstore_work_items ({queue_type}, lease_expires_at, id)
+    WHERE {status} = 'claimed';
+CREATE INDEX flowstore_settled ON flowstore_work_items ({status}, settled_at, id)
+    WHERE settled_at IS NOT NULL;
+CREATE INDEX flowstore_dead_by_tenant ON flowstore_work_items (tenant_id, settled_at, id)
+    WHERE {tenant_status} = 'dead_lettered';
+CREATE UNIQUE INDEX flowstore_unique_keys
+    ON flowstore_work_items (tenant_id, queue_type, {unique_key})
+    WHERE unique_key IS NOT NULL AND settled_at IS NULL;
+CREATE INDEX flowstore_items_by_execution ON flowstore_work_items (execution_id, id);
+CREATE TABLE flowstore_queues (
+    queue_type TEXT PRIMARY KEY, paused INTEGER NOT NULL, max_running INTEGER,
+    rate DOUBLE PRECISION, per_seconds DOUBLE PRECISION NOT NULL,
+    full_at DOUBLE PRECISION NOT NULL) {without_rowid};
+""".strip().rstrip(";")
 _TABLES = """
 CREATE TABLE flowstore_meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE flows (
@@ -976,29 +1024,8 @@ CREATE TABLE flowstore_work_items (
     queue_type TEXT NOT NULL, payload TEXT NOT NULL, attempt INTEGER NOT NULL,
     max_attempts INTEGER NOT NULL, created_at INTEGER NOT NULL, available_at INTEGER NOT NULL,
     lease_expires_at INTEGER, worker_id TEXT, lease_fence INTEGER NOT NULL, status TEXT NOT NULL,
-    last_error TEXT, tenant_id TEXT NOT NULL, dead_lettered_at INTEGER) {often_vacuumed};
-CREATE INDEX flowstore_pending
-    ON flowstore_work_items ({status_first}{queue_type}, available_at, id)
-    WHERE {status} = 'pending';
-CREATE INDEX flowstore_pending_by_tenant
-    ON flowstore_work_items ({status_first}tenant_id, {queue_type}, available_at{id_last})
-    WHERE {tenant_status} = 'pending';
-CREATE INDEX flowstore_leases
-    ON flowstore_work_items ({status_first}{queue_type}, lease_expires_at, id)
-    WHERE {status} = 'claimed';
-CREATE INDEX flowstore_leases_by_tenant
-    ON flowstore_work_items ({status_first}tenant_id, {queue_type}, lease_expires_at{id_last})
-    WHERE {tenant_status} = 'claimed';
-CREATE INDEX flowstore_dead ON flowstore_work_items ({status_first}dead_lettered_at, id)
-    WHERE {status} = 'dead_lettered';
-CREATE INDEX flowstore_dead_by_tenant
-    ON flowstore_work_items ({status_first}tenant_id, dead_lettered_at, id)
-    WHERE {tenant_status} = 'dead_lettered';
-CREATE INDEX flowstore_items_by_time ON flowstore_work_items (available_at, id);
-CREATE INDEX flowstore_items_by_status ON flowstore_work_items (status, available_at, id);
-CREATE INDEX flowstore_items_by_queue ON flowstore_work_items (queue_type, available_at, id);
-CREATE INDEX flowstore_items_by_tenant ON flowstore_work_items (tenant_id, available_at, id);
-CREATE INDEX flowstore_items_by_execution ON flowstore_work_items (execution_id, available_at, id);
+    last_error TEXT, tenant_id TEXT NOT NULL, priority INTEGER NOT NULL DEFAULT 0, unique_key TEXT,
+    claimed_at INTEGER, settled_at INTEGER) {often_vacuumed};
 CREATE TABLE flowstore_definitions (
     workflow_id TEXT NOT NULL, version TEXT NOT NULL, ir TEXT NOT NULL, created_at INTEGER NOT NULL,
     tenant_id TEXT NOT NULL{definitions_key});
@@ -1053,8 +1080,9 @@ CREATE TABLE execution_errors (
     message TEXT NOT NULL, error_time INTEGER NOT NULL);
 CREATE INDEX execution_errors_by_workflow ON execution_errors (workflow_id, id);
 CREATE INDEX execution_errors_by_time ON execution_errors (error_time, id);
-CREATE TABLE flowstore_counters (definition_id TEXT PRIMARY KEY, value INTEGER NOT NULL)
+CREATE TABLE flowstore_counters (definition_id TEXT PRIMARY KEY, value INTEGER NOT NULL);
 """
+_TABLES += _QUEUE_INDEXES
 
 _TABLE_NAMES = tuple(re.findall(r"CREATE TABLE (\w+)", _TABLES))
 _TABLE_AND_INDEX_NAMES = re.findall(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) (\w+)", _TABLES)
@@ -1071,8 +1099,30 @@ _FOREIGN_KEYS = f"""SELECT m.name, lower(printf('"%w"', m.name)), k.id, printf('
     ORDER BY m.name, k.id, k.seq"""
 
 # By N, the script that upgrades from version N to N + 1. The transaction that finds the file old
-# runs them. A new column stands here, in _TABLES and in its records; _COLUMNS shows it.
-_UPGRADES: dict[int, str] = {}
+# runs them. To add a column: raise _SCHEMA_VERSION; ALTER TABLE here, with a DEFAULT; _TABLES; each
+# record of the table (work items have two: WorkItem and DeadLetter); _COLUMNS, if views show it.
+_UPGRADES: dict[int, str] = {
+    # The queue by three partial indexes in place of eleven. The column dead_lettered_at stays where
+    # it is, unused: a view of the user's may name it.
+    1: f"""ALTER TABLE flowstore_work_items ADD COLUMN priority INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE flowstore_work_items ADD COLUMN unique_key TEXT;
+        ALTER TABLE flowstore_work_items ADD COLUMN claimed_at INTEGER;
+        ALTER TABLE flowstore_work_items ADD COLUMN settled_at INTEGER;
+        UPDATE flowstore_work_items SET settled_at = COALESCE(dead_lettered_at, available_at)
+            WHERE status IN ('completed', 'failed', 'dead_lettered');
+        DROP INDEX flowstore_pending;
+        DROP INDEX flowstore_pending_by_tenant;
+        DROP INDEX flowstore_leases;
+        DROP INDEX flowstore_leases_by_tenant;
+        DROP INDEX flowstore_dead;
+        DROP INDEX flowstore_dead_by_tenant;
+        DROP INDEX flowstore_items_by_time;
+        DROP INDEX flowstore_items_by_status;
+        DROP INDEX flowstore_items_by_queue;
+        DROP INDEX flowstore_items_by_tenant;
+        DROP INDEX flowstore_items_by_execution;
+        {_QUEUE_INDEXES}""",
+}
 
 
 def _split_script(script: str) -> list[str]:
@@ -1405,6 +1455,13 @@ _CODECS: dict[str, tuple[_Encoder, _Decoder | None]] = {
     "str": (_text, None),
     "int": (_int, None),
     "Limit": (functools.partial(_int, least=0), None),
+    "Attempts": (functools.partial(_int, least=0, most=2**31 - 1), None),
+    "Priority": (functools.partial(_int, least=-100, most=100), None),
+    "Concurrency": (functools.partial(_int, least=1), None),
+    "Rate": (
+        functools.partial(_number, needed="a finite number above 0", least=sys.float_info.min),
+        None,
+    ),
     "float": (functools.partial(_number, needed="an amount of 0 or more", least=0), None),
     "bool": (_bool, bool),
     "datetime": (_microseconds, _datetime_of),
@@ -1456,7 +1513,7 @@ class _Mapper(Generic[T]):
     kind: str = ""  # the name in errors
     key: str = "id"  # the column of the id
     more: tuple[str, ...] = ()  # columns that are not fields of the record
-    column_of_id: str = "id"  # the column of the field `id`
+    named: Mapping[str, str] = field(default_factory=dict)  # columns of other names than the field
 
     def __post_init__(self) -> None:
         self.fields: list[str] = []
@@ -1470,7 +1527,7 @@ class _Mapper(Generic[T]):
             encode, decode = _CODECS[annotation]
             if decode is not None:
                 self._decoders.append((len(self.fields), decode))
-            column = self.column_of_id if spec.name == "id" else spec.name
+            column = self.named.get(spec.name, spec.name)
             if optional:
                 self._nullable.add(column)
             self.codecs[column] = encode
@@ -1520,7 +1577,13 @@ class _Mapper(Generic[T]):
         values = list(row)
         try:
             for index, decode in self._decoders:
-                if (value := values[index]) is not None:
+                value = values[index]
+                if value is None:
+                    continue
+                # Times are the most frequent: without the call.
+                if decode is _datetime_of:
+                    values[index] = _EPOCH + timedelta(microseconds=value)
+                else:
                     values[index] = decode(value)
         except (ValueError, TypeError, OverflowError, KeyError) as error:
             raise StoreCorrupt(
@@ -1543,12 +1606,20 @@ class _Mapper(Generic[T]):
 _FLOW = _Mapper(Flow, "flows", "flow")
 _STEP = _Mapper(FlowStep, "flow_steps", "flow step")
 _FLOW_EVENT = _Mapper(FlowEvent, "flow_events")
-_STORED = _Mapper(StoredEvent, "flowstore_log", column_of_id="event_id")
+_STORED = _Mapper(StoredEvent, "flowstore_log", named={"id": "event_id"})
 _DEFINITION = _Mapper(WorkflowDefinition, "flowstore_definitions", "workflow definition")
 _RUN = _Mapper(WorkflowExecution, "flowstore_runs", "execution", key="execution_id")
 _SNAPSHOT = _Mapper(Snapshot, "flowstore_snapshots", "snapshot", more=("tenant_id",))
 _ITEM = _Mapper(WorkItem, "flowstore_work_items", "work item")
-_DEAD = _Mapper(DeadLetter, "flowstore_work_items", "dead letter")
+_DEAD = _Mapper(
+    DeadLetter,
+    "flowstore_work_items",
+    "dead letter",
+    named={"dead_lettered_at": "settled_at AS dead_lettered_at"},
+)
+_POLICY = _Mapper(
+    QueuePolicy, "flowstore_queues", "queue policy", key="queue_type", more=("full_at",)
+)
 _TOKEN = _Mapper(ApiToken, "flowstore_tokens", "token", more=("hash",))
 _LIMITS: _Mapper[TenantLimits] = _Mapper(TenantLimits, "")  # a column of tenants
 _TENANT = _Mapper(Tenant, "flowstore_tenants", "tenant")
@@ -1952,7 +2023,9 @@ def _is_mount(path: str) -> bool:
     try:
         with io.FileIO("/proc/self/mountinfo") as mounts:
             # Spaces and backslashes are escaped there, a space as \040; other bytes are not.
-            points = [mount.split()[4].decode("unicode_escape") for mount in mounts]
+            points = [
+                mount.split()[4].decode("unicode_escape") for mount in mounts.readall().splitlines()
+            ]
     except OSError:  # not on Linux
         return os.path.ismount(path)
     return os.fsencode(path).decode("latin-1") in points
@@ -2222,8 +2295,10 @@ class _Database:
         else:
             tx.db.close()
 
-    def begin_on_reader(self, tx: _Tx) -> None:
+    def begin_on_reader(self, tx: _Tx, read_only: bool = True) -> None:
         """Begin the transaction of a block that leaves the writer to others: one snapshot."""
+        if self.path is not None:
+            tx.run("PRAGMA query_only = ON")  # a reader never writes
         tx.run("BEGIN")
         tx.rows("SELECT value FROM flowstore_meta LIMIT 1")  # a snapshot begins with its first read
 
@@ -2433,7 +2508,7 @@ _GROUP_MOST = 1000
 
 class _CallState(enum.Enum):
     WAITING = enum.auto()  # in the queue, or on the way there: it may still time out
-    TAKEN = enum.auto()  # in a leader's group: its outcome comes, however late
+    TAKEN = enum.auto()  # in a leader's group, which runs it, or lets it queue again
     LEADING = enum.auto()  # it has the writer
     DONE = enum.auto()  # its result or its error is set
     ABANDONED = enum.auto()  # its thread no longer waits, or its block was dropped
@@ -2640,7 +2715,9 @@ class _Writer(_CallQueue):
         super().__init__(engine)
         self.connection = engine.pool.new_connection()
         self.group: list[_Call] = []  # what the leader commits together
-        self.committed: list[object] = []  # not empty: the leader's COMMIT has succeeded
+        # A flag that the leader's COMMIT has succeeded. A list, since extend() can set it in the
+        # same call in C as COMMIT.
+        self.committed: list[object] = []
         self.next_yield = 0.0
         self.log = log
         self.checkpointer: _Checkpointer | None = None
@@ -2662,9 +2739,9 @@ class _Writer(_CallQueue):
 
         Or wait until another leader has run the call. Any exception, at any point, leaves the
         writer usable. Before the commit, the leader's transaction is rolled back and the other
-        calls of its group queue again. After the commit, all of them are done. The caller that was
-        interrupted is not told which of the two it was. The clean-up is written out here, not in a
-        helper: a call could fail for lack of stack, and Ctrl-C could strike as it begins. With
+        calls of its group queue again. After the commit, they return their results. The caller that
+        was interrupted is not told which of the two it was. The clean-up is written out here, not
+        in a helper: a call could fail for lack of stack, and Ctrl-C could strike as it begins. With
         `keep` the call leads on after a success, until it is led again."""
         if os.getpid() != self.engine.process:
             self.engine.refuse_unprepared_fork()
@@ -2755,6 +2832,7 @@ class _Writer(_CallQueue):
             tx = self.connection.tx or self.connection.use()
             if tx.db.in_transaction:  # left by an interrupt, or by a block whose end never ran
                 tx.db.rollback()
+                tx.db.execute("PRAGMA query_only = OFF")
             if engine.log_may_vanish and not engine.has_log():
                 leader.file_is_busy = True
                 return None
@@ -2789,6 +2867,7 @@ class _Writer(_CallQueue):
             if operation is None or (self.queue and not leader.runs_alone):
                 wrote = self._commit_group(tx, leader)
             else:
+                leader.error = None  # it may have one of a group that was interrupted
                 if leader.facet._tenant is None:  # as _Call.run, without the call
                     leader.result = operation.function(
                         leader.facet, tx, *leader.args, **leader.kwargs
@@ -2847,9 +2926,9 @@ class _Writer(_CallQueue):
     def _run_group(self, tx: _Tx, leader: _Call, savepoints: bool) -> bool:
         """Run the calls of the group; False when they have to begin again, with savepoints.
 
-        A failure of the database itself fails all calls: after a full disk or an I/O error SQLite
-        may have rolled back the transaction, and a savepoint outside a transaction opens one that
-        its release commits."""
+        A failure of the database itself fails all calls. After a full disk or an I/O error SQLite
+        may have ended the transaction. A SAVEPOINT would then begin a new one, which its RELEASE
+        commits."""
         db = tx.db
         for member in list(self.group):
             for call in member.batch or (member,):
@@ -2892,8 +2971,8 @@ class _Writer(_CallQueue):
             return True
         with self.mutex:
             self.queue.appendleft(member)
+            member.state = _WAITING  # before an interrupt can follow remove()
             self.group.remove(member)
-            member.state = _WAITING
         return False
 
     def _commit(self, tx: _Tx, leader: _Call) -> None:
@@ -2905,8 +2984,8 @@ class _Writer(_CallQueue):
             )
         while tx.db.in_transaction:
             try:
-                # extend() drains map() in C: Ctrl-C cannot strike between the end of COMMIT and the
-                # note of it. (`type` keeps no cursor.)
+                # COMMIT and the flag are one call in C, so Ctrl-C cannot come between them. `type`
+                # is kept in place of the cursor, which would stay open.
                 self.committed.extend(map(type, map(tx.db.execute, ("COMMIT",))))
             except sqlite3.Error as error:
                 failure = _failure(error)
@@ -2962,8 +3041,9 @@ class _Writer(_CallQueue):
 def _came_from_outside(error: Exception) -> bool:
     """Whether an exception has nothing to do with the operation in which it struck.
 
-    Such are a full stack or memory, and the exceptions of signal handlers and trace functions. If
-    a foreign exception was raised directly in this file, another thread injected it."""
+    Such are a full stack or memory, and the exceptions of signal handlers and trace functions. A
+    foreign error whose innermost frame is in this file was injected by another thread: the code
+    here raises none."""
     if isinstance(error, (RecursionError, MemoryError)):
         return True
     handlers: list[object] = [sys.gettrace()]
@@ -3014,6 +3094,8 @@ def _parameters(values: Any, path: str = "parameters") -> Any:
     kind = type(values)
     if kind in (tuple, list, dict):
         return values
+    if values is None:
+        raise StorageError("the statement failed: parameters in a list or a dict are needed")
     if hasattr(kind, "keys"):
         return _read_foreign(dict, values, path)
     return _read_foreign(list, values, path) if issubclass(kind, (tuple, list)) else values
@@ -3042,8 +3124,10 @@ def _reserve_stack(frames: int) -> None:
 class _TransactionEnded(StorageError):
     """The transaction ended while a call of another task was on its way into it."""
 
-    def __init__(self) -> None:
-        super().__init__("the transaction has ended: use tx inside its with block only")
+    def __init__(
+        self, message: str = "the transaction has ended: use tx inside its with block only"
+    ) -> None:
+        super().__init__(message)
 
 
 class Transaction:
@@ -3094,8 +3178,11 @@ class _Block:
     never runs, the block is collected, and its finalizer marks the call that leads as abandoned:
     the next caller rolls back and leads."""
 
-    def __init__(self, engine: _Engine) -> None:
+    def __init__(self, engine: _Engine, read_only: bool = False) -> None:
         self.engine = engine
+        self.read_only = read_only
+        # Or it has a connection of its own, as one that only reads a file has.
+        self.leads = engine.blocks_lead() and (engine.in_memory or not read_only)
         self.thread: int | None = None  # the owner's; 0: a task, whose statements run in a worker
         self.owner: object = None
         self.begun = False  # True until the block ends
@@ -3121,6 +3208,11 @@ class _Block:
                 "a transaction object opens one block: call store.transaction() again"
             )
         self.parent = self.engine.block()
+        if self.parent is not None and (self.read_only or self.parent.read_only):
+            raise StorageError(
+                "a read-only transaction nests in nothing, and nothing nests in it: leave the "
+                "other block first"
+            )
         self.thread = thread
         self.owner = owner
 
@@ -3142,21 +3234,28 @@ class _Block:
 
     def _begin_transaction(self, deadline: float) -> None:
         engine = self.engine
-        if engine.blocks_lead():
+        if self.leads:
             self._connection = engine.writer.connection
             self._call = _Call(deadline=deadline)
             engine.writer.lead(self._call, engine.writer.begin_block, keep=True)
+            self._set_query_only(self.read_only)
         else:
             engine.retry_while_busy(self._begin_on_reader)
 
     def _begin_on_reader(self) -> None:
-        self._connection = self.engine.pool.check_out(writes=True)
+        self._connection = self.engine.pool.check_out(writes=not self.read_only)
         try:
             with self._connection.lock:
-                self.engine.begin_on_reader(self._connection.use())
+                self.engine.begin_on_reader(self._connection.use(), self.read_only)
         except BaseException:
             self._return_connection()
             raise
+
+    def _set_query_only(self, on: bool) -> None:
+        """In memory there is one connection, which has to refuse writes for the time of a block."""
+        if self.read_only:
+            with self.connection.lock:
+                self.connection.use().run(f"PRAGMA query_only = {on:d}")
 
     @property
     def is_open(self) -> bool:
@@ -3214,6 +3313,8 @@ class _Block:
             tx = self.tx()
             if call.operation.writes:
                 self.engine.refuse_read_only()
+                if self.read_only:
+                    raise StorageError("the transaction is read-only: nothing can be changed in it")
             elif not self.engine.failed_reads_end_transactions:
                 return call.run(tx)
             return self._in_savepoint(tx, lambda: call.run(tx))
@@ -3284,6 +3385,8 @@ class _Block:
         try:
             with self.connection.lock:
                 tx = self.tx()
+                if self.leads:
+                    self._set_query_only(False)
                 if self.parent is not None:
                     if not commit:
                         tx.run(f"ROLLBACK TO {self.savepoint}")
@@ -4093,7 +4196,7 @@ class _PruneSource(NamedTuple):
     by: str  # the index
     time: str
     ended: str  # the condition; each ? in it is the time before which
-    in_pieces: bool = False  # an earlier step, which looked for foreign keys, began to drop these
+    in_pieces: bool = False  # these are half dropped; foreign keys were checked before
 
 
 class _PrunePart(NamedTuple):
@@ -4608,15 +4711,28 @@ class _LogFacet(_Facet):
 
     @_steps
     def _poll(self, look: Callable[[], Any], seconds: float) -> _Steps[Any]:
-        """Call `look` again at each commit, until it finds something or the seconds are over."""
-        deadline = _monotonic() + min(seconds, threading.TIMEOUT_MAX)
+        """Call `look` until it finds something or the seconds are over.
+
+        At each commit of this process, and now and then besides: for other processes' commits, and
+        for what becomes due without a commit."""
+        deadline = _monotonic() + seconds
         while True:
             commits = self._engine.commits
             result = yield look()
             left = deadline - _monotonic()
             if result or left <= 0:
                 return result
-            yield self._engine.wait(commits, left)
+            yield self._engine.wait(commits, min(left, threading.TIMEOUT_MAX))
+
+
+_LOG_FIND = _select(
+    _STORED,
+    "",
+    "execution_id",
+    "event_id",
+    "event_id IS NOT NULL",
+    index="flowstore_log_by_event_id",
+)
 
 
 class EventStore(_LogFacet):
@@ -4700,6 +4816,21 @@ class EventStore(_LogFacet):
     def load_events_after(self, tx: _Tx, execution_id: AnyId, after_seq: int) -> list[StoredEvent]:
         """The events with a sequence above `after_seq`."""
         return self._events_after(tx, execution_id, after_seq)
+
+    @_read
+    def load_last_events(self, tx: _Tx, execution_id: AnyId, limit: int = 100) -> list[StoredEvent]:
+        """The last `limit` events, by sequence."""
+        rest = "ORDER BY sequence DESC LIMIT ?"
+        key = _id(execution_id, "execution_id")
+        events = self._find(tx, _STORED, rest, _limit(limit), index=_LOG_KEY, execution_id=key)
+        return events[::-1]
+
+    @_read
+    def find_event(self, tx: _Tx, execution_id: AnyId, event_id: AnyId) -> StoredEvent | None:
+        """The event of that `event_id`, or None."""
+        keys = _id(execution_id, "execution_id"), _id(event_id, "event_id")
+        row = self._row(tx, _LOG_FIND, *keys)
+        return _STORED.maybe(row)
 
     @_read
     def get_latest_sequence(self, tx: _Tx, execution_id: AnyId) -> int | None:
@@ -5014,13 +5145,16 @@ class _Executions(_StateFacet):
         return _or_not_found(view, "execution", execution)
 
 
-# The partial indexes of items, by their status: for all tenants, and for one.
+# The indexes of items, by their status: for all tenants, and for one.
+_SETTLED = "flowstore_settled|flowstore_dead_by_tenant"
 _STATUS_INDEX = {
     "pending": "flowstore_pending|flowstore_pending_by_tenant",
-    "claimed": "flowstore_leases|flowstore_leases_by_tenant",
-    "dead_lettered": "flowstore_dead|flowstore_dead_by_tenant",
+    "claimed": "flowstore_leased",
+    "dead_lettered": _SETTLED,
 }
-# These change one item by its id, on conditions. None as a parameter: no condition, no change.
+# These change one item by its id, on conditions. None as a parameter: no condition, no change. On a
+# server, the statements that make an item available begin so: its waiting workers are told.
+_MAKE_AVAILABLE = "available_at = ?"
 _RENEW = _update(
     _ITEM,
     "lease_expires_at = ?",
@@ -5028,22 +5162,43 @@ _RENEW = _update(
     AND worker_id = COALESCE(?, worker_id)""",
 )
 _UNDER_FENCE = "AND status <> 'dead_lettered' AND lease_fence = COALESCE(?, lease_fence)"
-_LEAVE = "lease_expires_at = NULL, last_error = COALESCE(?, last_error), status = "
 _SETTLE = _update(
-    _ITEM, f"{_LEAVE}?", f"{_UNDER_FENCE} AND status = COALESCE(?, status)", _ITEM.columns
+    _ITEM,
+    """settled_at = COALESCE(settled_at, ?), last_error = COALESCE(?, last_error), status = ?,
+    lease_expires_at = NULL""",
+    f"{_UNDER_FENCE} AND status = COALESCE(?, status)",
+    _ITEM.columns,
 )
-_UNLEASE = f"attempt = COALESCE(?, attempt), worker_id = NULL, {_LEAVE}"
-_RETRY = _update(_ITEM, f"available_at = ?, {_UNLEASE}'pending'", "AND status = ?", _ITEM.columns)
+_SET_PENDING = (
+    """status = 'pending', settled_at = NULL, worker_id = NULL, lease_expires_at = NULL"""
+)
+_RETRY = _update(
+    _ITEM,
+    f"""{_MAKE_AVAILABLE}, attempt = ?, last_error = COALESCE(?, last_error), {_SET_PENDING}""",
+    "AND status = ?",
+    _ITEM.columns,
+)
+_PARK = _update(
+    _ITEM,
+    f"{_MAKE_AVAILABLE}, {_SET_PENDING}",
+    f"{_UNDER_FENCE} AND {{status}} = 'claimed'",
+    _ITEM.columns,
+)
+_REPLACE = _update(
+    _ITEM, f"{_MAKE_AVAILABLE}, payload = ?, priority = ?", "AND {status} = 'pending'"
+)
 _GIVE_UP = _update(
     _DEAD,
-    f"dead_lettered_at = ?, {_UNLEASE}'dead_lettered'",
+    """status = 'dead_lettered', settled_at = ?, attempt = COALESCE(?, attempt),
+    last_error = COALESCE(?, last_error), worker_id = NULL, lease_expires_at = NULL""",
     f"{_UNDER_FENCE} AND status <> 'completed'",
     _DEAD.columns,
 )
-_EXPIRED_LEASES = """AND {queue_type} = ? AND {status} = 'claimed' AND lease_expires_at <= ?
-    ORDER BY lease_expires_at, id LIMIT ? {skip_locked}"""
-_DEAD_LETTERS = """AND {status} = 'dead_lettered'
-    ORDER BY dead_lettered_at DESC, id DESC LIMIT ? OFFSET ?"""
+_KEY_HOLDER = """SELECT id, status FROM flowstore_work_items {by flowstore_unique_keys}
+    WHERE tenant_id = ? AND queue_type = ? AND {unique_key} = {given_key}
+    AND unique_key IS NOT NULL AND settled_at IS NULL {for_update}"""
+_DEAD_LETTERS = """AND {status} = 'dead_lettered' AND settled_at IS NOT NULL
+    ORDER BY settled_at DESC, id DESC LIMIT ? OFFSET ?"""
 _NEXT_QUEUE = {
     status: _Sql(f"""SELECT queue_type FROM flowstore_work_items {{by {_STATUS_INDEX[status]}}}
         WHERE {{status}} = '{status}' AND {{queue_type}} > ? {{tenant}}
@@ -5053,36 +5208,38 @@ _NEXT_QUEUE = {
 _RECLAIMED_PER_CLAIM = 16
 _LEASE_EXPIRED = "the lease expired"
 
+# The statements on the head of a queue. Expired leases are those of all tenants, since a policy
+# counts the leases of all.
+_IN_QUEUE = f"""FROM flowstore_work_items {{by {_STATUS_INDEX["pending"]}}}
+    WHERE {{status}} = 'pending' AND {{queue_type}} = ?"""
+_LEVEL = f"SELECT priority {_IN_QUEUE} AND priority < ? {{tenant}} ORDER BY priority DESC LIMIT 1"
+_NEXT_LEVEL = _Sql(_LEVEL)
+_ABOVE_ALL = 101  # a priority above all that there are
+_HEAD = f"""{_IN_QUEUE} AND priority = %s AND available_at <= ? {{tenant}}
+    ORDER BY available_at, id LIMIT %s"""
+_AVAILABLE = _Sql(f"SELECT -priority, available_at, id {_HEAD % ('?', '?')}")
+_AVAILABLE_LOCKED = _Sql(_AVAILABLE.text + " {skip_locked}")
+_EXPIRED = """FROM flowstore_work_items {by flowstore_leased}
+    WHERE {status} = 'claimed' AND {queue_type} = ? AND lease_expires_at <= ?"""
+_EXPIRED_LEASES = f"""SELECT {_ITEM.columns} {_EXPIRED}
+    ORDER BY lease_expires_at, id LIMIT ? {{skip_locked}}"""
+_LEASE_COUNT = """SELECT COUNT(*) FROM (SELECT 1 FROM flowstore_work_items {by flowstore_leased}
+    WHERE {status} = 'claimed' AND {queue_type} = ? LIMIT ?) leased"""
+_LEASE = """UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, claimed_at = ?,
+    lease_expires_at = ?, lease_fence = lease_fence + 1 WHERE {status} = 'pending' {tenant}"""
+# Claims the head of the highest priority that a queue has, if nothing has to be done before: no
+# lease has expired, and the queue has no policy.
+_CLAIM = _Sql(f"""{_LEASE} AND id = (SELECT id {_HEAD % (f"({_LEVEL})", "1")} {{skip_locked}})
+    AND NOT EXISTS (SELECT 1 FROM flowstore_queues WHERE queue_type = ?)
+    AND NOT EXISTS (SELECT 1 {_EXPIRED}) RETURNING {_ITEM.columns}""")
+_POLICY_WRITE = _POLICY.upsert("queue_type")
+_POLICY_SPEND = "UPDATE flowstore_queues SET full_at = ? WHERE queue_type = ?"
+_BATCH = 500  # ids in one statement
 
-class _QueueSql(NamedTuple):
-    """The statements on the head of some queues."""
 
-    claim: _Sql  # of the item available longest, unless a lease has expired; skips locked rows
-    claim_waiting: _Sql  # the same, but waits for the end of another claim
-    peek: _Sql  # the id of that item, and whether a lease has expired
-
-
-def _head(queues: int, status: str, time: str, lock: str = "") -> str:
-    """The id of the item with the earliest time in these queues: one seek for each queue."""
-    seek = f"""SELECT id FROM flowstore_work_items {{by {_STATUS_INDEX[status]}}}
-        WHERE {{status}} = '{status}' AND {{queue_type}} = %s AND {time} <= ? {{tenant}}
-        ORDER BY {time}, id LIMIT 1 {lock}"""
-    if queues == 1:
-        return seek % "?"
-    return f"""SELECT i.id FROM (VALUES {", ".join(["(?)"] * queues)}) q
-        {{join}} flowstore_work_items i {{by sqlite_autoindex_flowstore_work_items_1}}
-        ON i.id = ({seek % "q.column1"}) ORDER BY i.{time}, i.id LIMIT 1"""
-
-
-@functools.cache
-def _queue_sql(queues: int) -> _QueueSql:
-    expired = _head(queues, "claimed", "lease_expires_at")
-    claim = f"""UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?,
-        lease_expires_at = ?, lease_fence = lease_fence + 1
-        WHERE id = ({_head(queues, "pending", "available_at", "{skip_locked}")})
-        AND {{status}} = 'pending' AND ({expired}) IS NULL {{tenant}} RETURNING {_ITEM.columns}"""
-    peek = f"SELECT ({_head(queues, 'pending', 'available_at')}), ({expired}) IS NOT NULL"
-    return _QueueSql(_Sql(claim), _Sql(claim.replace("{skip_locked}", "")), _Sql(peek))
+def _of_ids(count: int, sql: str, returning: str = "") -> _Sql:
+    """A statement with a condition on that many ids."""
+    return _statement(f"{sql} AND id IN ({', '.join('?' * count)}) {returning}")
 
 
 def _id_and_fence(item: object, fence: object = None) -> tuple[str, int | None]:
@@ -5091,7 +5248,7 @@ def _id_and_fence(item: object, fence: object = None) -> tuple[str, int | None]:
     if kind is WorkItem or issubclass(kind, (WorkItem, DeadLetter)):
         read = operator.attrgetter("id", "lease_fence")
         item, own_fence = _read_foreign(read, item, "item_id", WorkItem)
-        if fence is None:
+        if fence is None and issubclass(kind, WorkItem):
             fence = own_fence
     if fence is not None:
         fence = _int(fence, "lease_fence")
@@ -5103,19 +5260,281 @@ _EFFECT_INSERT = """INSERT INTO flowstore_effects (tenant_id, key, result, execu
     VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"""
 
 
-class _WorkQueue(_StateFacet):
-    """The work queue: workers claim its items under a lease, and settle, retry or give them up."""
+class _Items(_StateFacet):
+    """How an item changes: its attempts are counted, an expired lease is taken back."""
+
+    @staticmethod
+    def _key_holder(tx: _Tx, item: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """Id and status of the item that has this item's unique key, None without one."""
+        if item["unique_key"] is None:
+            return None
+        values = item["tenant_id"], item["queue_type"], item["unique_key"]
+        return tx.row(tx.dialect.resolve(_KEY_HOLDER), *values)
+
+    def _refuse_second_key(self, tx: _Tx, item: WorkItem | DeadLetter) -> None:
+        holder = self._key_holder(tx, vars(item))
+        if holder is not None:
+            raise AlreadyExists("work item", holder[0])
+
+    def _reclaim(self, tx: _Tx, queue: str, now: int, most: int) -> list[WorkItem | DeadLetter]:
+        """Take back the leases of a queue that have expired, of all tenants, the oldest first."""
+        expired = _ITEM.decode_all(tx.rows(tx.dialect.resolve(_EXPIRED_LEASES), queue, now, most))
+        return [self._count_attempt(tx, item, now, _LEASE_EXPIRED) for item in expired]
+
+    def _backoff(self, attempt: int) -> float:
+        """Seconds until the next attempt; the default stands in for a function that fails."""
+        backoff = self._engine.options.backoff
+        with contextlib.suppress(Exception):
+            if backoff is not None:
+                return _seconds(backoff(attempt), "backoff")
+        return float(2 ** min(attempt, 6))
+
+    def _count_attempt(
+        self, tx: _Tx, item: WorkItem, now: int, error: str | None, delay: float | None = None
+    ) -> WorkItem | DeadLetter:
+        """Count an attempt: pending again after the delay, or a dead letter after the last one."""
+        attempt = min(item.attempt + 1, 2**31 - 1)
+        if attempt >= item.max_attempts:
+            sql = _GIVE_UP.texts[self._dialect][0]
+            return _DEAD.decode(tx.rows(sql, now, attempt, error, item.id, None)[0])
+        seconds = self._backoff(attempt) if delay is None else delay
+        due = now + round(min(seconds * 1e6, _LAST_TIME - now))
+        if error == _LEASE_EXPIRED and item.last_error:
+            error = None  # the error of an earlier attempt says more
+        values = due, attempt, error, item.id, item.status
+        return _ITEM.decode(tx.rows(_RETRY.texts[self._dialect][0], *values)[0])
+
+    def _change_item(self, tx: _Tx, sql: _Sql, item_id: str, *values: Any) -> tuple[Any, ...]:
+        """Run an UPDATE with a condition; the row that it returns.
+
+        Where the condition does not hold, raise NotFound (no such item) or LeaseLost."""
+        row = self._row(tx, sql, *values)
+        if row is None:
+            self._need(tx, _ITEM, id=item_id)
+            raise LeaseLost(item_id)
+        return row
+
+
+class _Claims(_Items):
+    """How items are handed out: claims, and the policies that they keep to."""
+
+    @_steps
+    def claim_work_item(
+        self,
+        worker_id: AnyId,
+        queue_types: Collection[AnyId],
+        *,
+        lease_seconds: float | None = None,
+        wait: float = 0.0,
+    ) -> _Steps[WorkItem | None]:
+        """Lease the next item of these queues; None without one.
+
+        That is the available item of the highest priority, and among those the one that has been
+        available longest. No other worker gets it. It carries a new `lease_fence`, greater than any
+        before. While a lease of these queues has expired, some of those are taken back first. The
+        queues' policies hold. Waits up to `wait` seconds for an item, inside a transaction not at
+        all. (The wait for the store itself is bounded by `busy_timeout`.) Raises InvalidData."""
+        items = yield from self._claim_or_wait(worker_id, queue_types, 1, lease_seconds, wait)
+        return items[0] if items else None
+
+    @_steps
+    def claim_work_items(
+        self,
+        worker_id: AnyId,
+        queue_types: Collection[AnyId],
+        limit: int,
+        *,
+        lease_seconds: float | None = None,
+        wait: float = 0.0,
+    ) -> _Steps[list[WorkItem]]:
+        """Lease up to `limit` items in one transaction.
+
+        They are those that as many calls of `claim_work_item` would lease, in that order. Waits
+        only while there is none."""
+        most = _count(limit, "limit")
+        return (yield from self._claim_or_wait(worker_id, queue_types, most, lease_seconds, wait))
+
+    def _claim_or_wait(
+        self,
+        worker_id: AnyId,
+        queue_types: Collection[AnyId],
+        limit: int,
+        lease_seconds: float | None,
+        wait: float,
+    ) -> _Steps[list[WorkItem]]:
+        worker = _id(worker_id, "worker_id")
+        names = queue_types
+        if type(names) is not list:
+            _check_type((list, tuple, set, frozenset), names, "queue_types", "a list of queues")
+            names = _read_foreign(list, names, "queue_types")
+        queues: list[str] = []
+        for index, name in enumerate(names):
+            queues.append(_id(name, f"queue_types[{index}]"))
+        queues = list(dict.fromkeys(queues))
+        lease = self._lease(lease_seconds)
+        deadline = _monotonic() + _seconds(wait, "wait")
+        items: list[WorkItem] = yield self._claim(worker, queues, lease, limit)
+        # An idle waiter looks with reads: it leaves the writer to others. In a block it does not
+        # wait: the block would not see what others commit.
+        look = functools.partial(self._claimable, queues)
+        waits = bool(limit and queues)
+        while waits and not items and deadline > _monotonic() and self._engine.block() is None:
+            if (yield self._poll(look, deadline - _monotonic())):
+                items = yield self._claim(worker, queues, lease, limit)
+        return items
+
+    @_write_one
+    def _claim(
+        self, tx: _Tx, worker_id: str, queues: list[str], lease: float, limit: int
+    ) -> list[WorkItem]:
+        now = tx.now()
+        values = worker_id, now, _time_after(now, lease, "lease_seconds")
+        if limit == 1 and len(queues) == 1:
+            queue = queues[0]
+            head = queue, queue, _ABOVE_ALL, now
+            row = self._row(tx, _CLAIM, *values, *head, queue, queue, now)
+            if row is not None:
+                return [_ITEM.decode(row)]
+        policies = self._policies(tx, queues)
+        if policies:  # other claims of these queues wait until this one ends
+            policies = self._policies(tx, queues, "{for_update}")
+        room = dict.fromkeys(queues, limit)
+        for queue in queues:
+            self._reclaim(tx, queue, now, _RECLAIMED_PER_CLAIM)
+            if queue in policies:
+                room[queue] = self._room(tx, *policies[queue], now)
+        # An item that another transaction is claiming is skipped first. That claim may be undone:
+        # if there is no other item, wait for it.
+        available = _AVAILABLE_LOCKED
+        claimed: list[WorkItem] = []
+        while len(claimed) < limit:
+            most = min(limit - len(claimed), _BATCH)
+            heads: list[tuple[Any, ...]] = []
+            for queue in queues:
+                heads += self._heads(tx, available, queue, now, min(most, room[queue]))
+            ids = [id for _, _, id in sorted(heads)[:most]]
+            if ids:
+                sql = _of_ids(len(ids), _LEASE, f"RETURNING {_ITEM.columns}")
+                leased = map(_ITEM.decode, self._rows(tx, sql, *values, *ids))
+                for item in sorted(leased, key=lambda item: ids.index(item.id)):
+                    claimed.append(item)
+                    room[item.queue_type] -= 1
+            elif claimed or available is _AVAILABLE or self._engine.max_writers == 1:
+                break
+            else:
+                available = _AVAILABLE
+        for queue, (policy, full_at) in policies.items():
+            count = sum(item.queue_type == queue for item in claimed)
+            if policy.rate is not None and count:
+                spent = count * policy.per_seconds * 1e6 / policy.rate
+                tx.run(_POLICY_SPEND, max(full_at, now) + spent, queue)
+        return claimed
+
+    def _heads(
+        self, tx: _Tx, available: _Sql, queue: str, now: int, limit: int
+    ) -> list[tuple[Any, ...]]:
+        """The first items of a queue: priority (negative), time and id. A seek for each level."""
+        heads: list[tuple[Any, ...]] = []
+        level = _ABOVE_ALL
+        while len(heads) < limit:
+            row = self._row(tx, _NEXT_LEVEL, queue, level)
+            if row is None:
+                break
+            level = row[0]
+            heads += self._rows(tx, available, queue, level, now, limit - len(heads))
+        return heads
+
+    @_snapshot
+    def _claimable(self, tx: _Tx, queues: list[str]) -> bool:
+        """Whether a claim would find an item or an expired lease."""
+        now = tx.now()
+        policies = self._policies(tx, queues)
+        for queue in queues:
+            if tx.row(tx.dialect.resolve(f"SELECT 1 {_EXPIRED} LIMIT 1"), queue, now):
+                return True
+            room = self._room(tx, *policies[queue], now) if queue in policies else 1
+            if room > 0 and self._heads(tx, _AVAILABLE, queue, now, 1):
+                return True
+        return False
+
+    # --- policies ---
+    @_write
+    def set_queue_policy(self, tx: _Tx, policy: QueuePolicy) -> QueuePolicy:
+        """Store the policy of a queue over all tenants, in place of the one that it had.
+
+        Claims of the queue keep to it. `paused`: none; `max_running`: at most so many leases at
+        once; `rate`: a bucket of so many claims, now full, which refills evenly over `per_seconds`.
+        Raises InvalidData, in a view TenantMismatch."""
+        values = _POLICY.encode(policy)
+        if self._tenant is not None:
+            raise TenantMismatch(values["queue_type"], self._tenant)
+        tx.run(_POLICY_WRITE, *values.values(), 0)
+        return _POLICY.decode(values.values())
+
+    @_read
+    def get_queue_policy(self, tx: _Tx, queue_type: AnyId) -> QueuePolicy | None:
+        """The policy of a queue, or None."""
+        return self._get(tx, _POLICY, queue_type=queue_type)
+
+    @_read
+    def list_queue_policies(self, tx: _Tx) -> list[QueuePolicy]:
+        """All policies, by queue."""
+        return self._find(tx, _POLICY, "ORDER BY queue_type")
+
+    @staticmethod
+    def _policies(
+        tx: _Tx, queues: list[str], lock: str = ""
+    ) -> dict[str, tuple[QueuePolicy, float]]:
+        """The policies of these queues, each with the time at which its bucket is full."""
+        marks = ", ".join("?" * len(queues)) or "NULL"
+        sql = f"""SELECT full_at, {_POLICY.columns} FROM flowstore_queues
+            WHERE queue_type IN ({marks}) ORDER BY queue_type {lock}"""
+        rows = tx.rows(tx.dialect.resolve(sql), *queues)
+        return {row[1]: (_POLICY.decode(row[1:]), row[0]) for row in rows}
+
+    @staticmethod
+    def _room(tx: _Tx, policy: QueuePolicy, full_at: float, now: int) -> int:
+        """How many items of a queue may be claimed now."""
+        room = 0 if policy.paused else _INT_MAX
+        if policy.max_running is not None:
+            # Counted in the index, never kept beside it: a crash leaves no wrong number.
+            most = policy.max_running
+            count = tx.rows(tx.dialect.resolve(_LEASE_COUNT), policy.queue_type, most)[0][0]
+            room = min(room, most - count)
+        if policy.rate is not None:
+            interval = policy.per_seconds * 1e6 / policy.rate
+            missing = max(0.0, full_at - now) / interval
+            room = min(room, int(max(1.0, policy.rate) - missing))
+        return room
+
+
+class _WorkQueue(_Items):
+    """What is done with items: they are put in, renewed, settled, retried, parked or given up."""
 
     @_write
-    def enqueue_work_item(self, tx: _Tx, item: WorkItem) -> str:
+    def enqueue_work_item(self, tx: _Tx, item: WorkItem, *, on_conflict: str = "raise") -> str:
         """Put an item into its queue; its id.
 
         The item is available from `available_at` on (default: `created_at`). It takes its
-        execution's tenant and starts pending, whatever the record says. Raises NotFound for an
-        unknown execution, AlreadyExists for an id that any item has or had."""
-        values = _ITEM.encode(item, now=tx.now())
-        for name in ("attempt", "max_attempts"):
-            _int(values[name], name, 0, 2**31 - 1)
+        execution's tenant and starts pending, whatever the record says. Where an item that is not
+        settled has its `unique_key` in this tenant's queue, `on_conflict` decides: "raise"; "keep"
+        returns that item's id; "replace" gives it the new payload, priority and `available_at` if
+        it is pending, and returns its id. Raises NotFound for an unknown execution, AlreadyExists
+        for an id that any item has or had, and for a key."""
+        return self._enqueue(tx, item, on_conflict, "")
+
+    @_write
+    def enqueue_work_items(
+        self, tx: _Tx, items: Sequence[WorkItem], *, on_conflict: str = "raise"
+    ) -> list[str]:
+        """`enqueue_work_item` for each of the items, all of them or none; their ids."""
+        listed = enumerate(_check_list(items, "items", "a list of work items"))
+        return [self._enqueue(tx, item, on_conflict, f"items[{index}]") for index, item in listed]
+
+    def _enqueue(self, tx: _Tx, item: WorkItem, on_conflict: str, path: str) -> str:
+        if on_conflict not in ("raise", "keep", "replace"):
+            raise InvalidData('on_conflict: "raise", "keep" or "replace" is needed')
+        values = _ITEM.encode(item, path, tx.now())
         if item.available_at is None:
             values["available_at"] = values["created_at"]
         values |= {
@@ -5125,8 +5544,21 @@ class _WorkQueue(_StateFacet):
             "lease_expires_at": None,
             "worker_id": None,
             "last_error": None,
+            "claimed_at": None,
+            "settled_at": None,
         }
-        return _insert_values(tx, _ITEM, values).id
+        holder = self._key_holder(tx, values)
+        if holder is not None:
+            id, status = holder
+            if on_conflict == "raise" or (on_conflict == "replace" and status != "pending"):
+                raise AlreadyExists("work item", id)
+            if on_conflict == "replace":
+                changes = values["available_at"], values["payload"], values["priority"], id
+                self._row(tx, _REPLACE, *changes)
+            return str(id)
+        if not tx.run(_ITEM.insert, *values.values()):
+            raise AlreadyExists("work item", values["id"])
+        return str(values["id"])
 
     @_read
     def get_work_item(self, tx: _Tx, item_id: AnyItem) -> WorkItem | None:
@@ -5144,119 +5576,21 @@ class _WorkQueue(_StateFacet):
         limit: int = 100,
         offset: int = 0,
     ) -> list[WorkItem]:
-        """The items that have all of the given values, oldest `available_at` first."""
-        filters = _without_none(status=status, queue_type=queue_type, execution_id=execution_id)
+        """The items that have all of the given values, in the order of their ids."""
+        filters = _without_none(queue_type=queue_type, execution_id=execution_id)
+        index = "sqlite_autoindex_flowstore_work_items_1"
+        condition = ""
+        if status is not None:
+            word = _enum_member(WorkItemStatus, status, "status")
+            index = _STATUS_INDEX.get(word, "flowstore_settled")
+            condition = f"AND {{status}} = '{word}'"
+            if word not in ("pending", "claimed"):
+                condition += " AND settled_at IS NOT NULL"
         if execution_id is not None:
             index = "flowstore_items_by_execution"
-        elif queue_type is not None:
-            index = "flowstore_items_by_queue|flowstore_items_by_tenant"
-        elif status is not None:
-            index = "flowstore_items_by_status|flowstore_items_by_tenant"
-        else:
-            index = "flowstore_items_by_time|flowstore_items_by_tenant"
-        return self._page(tx, _ITEM, index, "available_at, id", limit, offset, **filters)
-
-    @_steps
-    def claim_work_item(
-        self,
-        worker_id: AnyId,
-        queue_types: Collection[AnyId],
-        *,
-        lease_seconds: float | None = None,
-        wait: float = 0.0,
-    ) -> _Steps[WorkItem | None]:
-        """Lease the item of these queues that has been available longest; None without one.
-
-        No other worker gets the item. It carries a new `lease_fence`, greater than any before.
-        First, some of the expired leases of these queues are taken back. Waits up to `wait` seconds
-        for an item, inside a transaction not at all. (The wait for the store itself is bounded by
-        `busy_timeout`.) Raises InvalidData."""
-        worker = _id(worker_id, "worker_id")
-        names = queue_types
-        if type(names) is not list:
-            _check_type((list, tuple, set, frozenset), names, "queue_types", "a list of queues")
-            names = _read_foreign(list, names, "queue_types")
-        queues: list[str] = []
-        for index, name in enumerate(names):
-            queue = _id(name, f"queue_types[{index}]")
-            if queue not in queues:
-                queues.append(queue)
-        lease = self._lease(lease_seconds)
-        deadline = _monotonic() + _seconds(wait, "wait")
-        item: WorkItem | None = yield self._claim(worker, queues, lease)
-        # An idle waiter looks with reads: it leaves the writer to others. In a block it does not
-        # wait: the block would not see what others commit.
-        look = functools.partial(self._claimable, queues)
-        while item is None and deadline > _monotonic() and queues and self._engine.block() is None:
-            if (yield self._poll(look, deadline - _monotonic())):
-                item = yield self._claim(worker, queues, lease)
-        return item
-
-    @_write_one
-    def _claim(self, tx: _Tx, worker_id: str, queues: list[str], lease: float) -> WorkItem | None:
-        if not queues:
-            return None
-        now = tx.now()
-        sql = _queue_sql(len(queues))
-        values = worker_id, _time_after(now, lease, "lease_seconds"), *queues, now, *queues
-        row = self._row(tx, sql.claim, *values, now)
-        if row is None:
-            for queue in queues:
-                self._reclaim(tx, queue, now, _RECLAIMED_PER_CLAIM)
-        # A reclaimed item may be available at once. An item that another transaction is claiming
-        # was skipped: wait for that claim, which may be undone, and look for the next item.
-        while row is None and self._peek(tx, queues, now)[0] is not None:
-            # With this time no lease counts as expired: those left over must not stop the claim.
-            row = self._row(tx, sql.claim_waiting, *values, -_INT_MAX)
-        return _ITEM.decode(row) if row else None
-
-    def _peek(self, tx: _Tx, queues: list[str], now: int) -> tuple[Any, ...]:
-        """The id of the item that a claim would take, and whether a lease has expired."""
-        return self._rows(tx, _queue_sql(len(queues)).peek, *queues, now, *queues, now)[0]
-
-    @_read
-    def _claimable(self, tx: _Tx, queues: list[str]) -> bool:
-        """Whether a claim would find an item or an expired lease."""
-        return any(self._peek(tx, queues, tx.now()))
-
-    def _reclaim(self, tx: _Tx, queue: str, now: int, most: int) -> list[WorkItem | DeadLetter]:
-        """Take back the leases of a queue that have expired, the oldest first."""
-        by = _STATUS_INDEX["claimed"]
-        expired = self._find(tx, _ITEM, _EXPIRED_LEASES, queue, now, most, index=by)
-        return [self._count_attempt(tx, item, now, _LEASE_EXPIRED) for item in expired]
-
-    def _backoff(self, attempt: int) -> float:
-        """Seconds until the next attempt; the default stands in for a function that fails."""
-        backoff = self._engine.options.backoff
-        with contextlib.suppress(Exception):
-            if backoff is not None:
-                return _seconds(backoff(attempt), "backoff")
-        return float(2 ** min(attempt, 6))
-
-    def _count_attempt(
-        self, tx: _Tx, item: WorkItem, now: int, error: str | None, delay: float | None = None
-    ) -> WorkItem | DeadLetter:
-        """Count an attempt: pending again after the delay, or a dead letter after the last one."""
-        attempt = item.attempt + 1
-        if attempt >= item.max_attempts:
-            row = self._change_item(tx, _GIVE_UP, item.id, now, attempt, error, item.id, None)
-            return _DEAD.decode(row)
-        seconds = self._backoff(attempt) if delay is None else delay
-        due = now + round(min(seconds * 1e6, _LAST_TIME - now))
-        if error == _LEASE_EXPIRED and item.last_error:
-            error = None  # the error of an earlier attempt says more
-        values = due, attempt, error, item.id, item.status.value
-        return _ITEM.decode(self._change_item(tx, _RETRY, item.id, *values))
-
-    def _change_item(self, tx: _Tx, sql: _Sql, item_id: str, *values: Any) -> tuple[Any, ...]:
-        """Run an UPDATE with a condition; the row that it returns.
-
-        Where the condition does not hold, raise NotFound (no such item) or LeaseLost."""
-        row = self._row(tx, sql, *values)
-        if row is None:
-            self._need(tx, _ITEM, id=item_id)
-            raise LeaseLost(item_id)
-        return row
+        page = _limit(limit), _count(offset, "offset")
+        rest = f"{condition} ORDER BY id LIMIT ? OFFSET ?"
+        return self._find(tx, _ITEM, rest, *page, index=index, **filters)
 
     @_write_one
     def renew_lease(
@@ -5305,6 +5639,8 @@ class _WorkQueue(_StateFacet):
             item = yield self.get_work_item(hold.item)
             if item is None or item.lease_fence != hold.item.lease_fence:
                 hold.lost = True
+            elif item.status == "claimed":
+                hold.lost = refused
             elif item.status in ("pending", "dead_lettered"):
                 hold.lost = expired  # before its expiry only the block can have done that
         return not refused and not hold.lost
@@ -5340,7 +5676,7 @@ class _WorkQueue(_StateFacet):
     ) -> WorkItem:
         id, fence = _id_and_fence(item_id, lease_fence)
         needed = None if fence is None else "claimed"
-        values = error, status, id, fence, needed
+        values = tx.now(), error, status, id, fence, needed
         return _ITEM.decode(self._change_item(tx, _SETTLE, id, *values))
 
     @_write_row
@@ -5366,7 +5702,67 @@ class _WorkQueue(_StateFacet):
         item = self._need(tx, _ITEM, "{for_update}", id=id)
         if item.status not in ("claimed", "failed") or fence not in (None, item.lease_fence):
             raise LeaseLost(id)
+        if item.status == "failed":
+            self._refuse_second_key(tx, item)
         return self._count_attempt(tx, item, now, text, seconds)
+
+    @_write_one
+    def park_work_item(
+        self,
+        tx: _Tx,
+        item_id: AnyItem,
+        *,
+        delay: float | None = None,
+        until: datetime | None = None,
+        lease_fence: int | None = None,
+    ) -> WorkItem:
+        """Put a claimed item back, pending again after `delay` seconds or at `until`, or now.
+
+        Its `attempt` and `last_error` stay, so an item may wait as often as it likes. Raises
+        LeaseLost unless it is claimed (under the fence, if there is one), NotFound, InvalidData."""
+        if delay is not None and until is not None:
+            raise InvalidData("until: give a delay or a time, not both")
+        due = tx.now()
+        if delay is not None:
+            due = _time_after(due, _seconds(delay, "delay"), "delay")
+        if until is not None:
+            due = _microseconds(until, "until")
+        id, fence = _id_and_fence(item_id, lease_fence)
+        return _ITEM.decode(self._change_item(tx, _PARK, id, due, id, fence))
+
+    @_write_row
+    def complete_work_items(self, tx: _Tx, items: Sequence[WorkItem]) -> list[WorkItem]:
+        """Settle claimed items, all of them or none, and return them.
+
+        Raises LeaseLost or NotFound, which name the first that is not held; LeaseLost for an item
+        that is given twice."""
+        fences: dict[str, int] = {}
+        for index, item in enumerate(_check_list(items, "items", "a list of claimed items")):
+            id, fence = _id_and_fence(_check_type(WorkItem, item, f"items[{index}]"))
+            if id in fences:
+                raise LeaseLost(id)
+            fences[id] = cast("int", fence)
+        ids = list(fences)
+        ended: dict[str, WorkItem] = {}
+        for start in range(0, len(ids), _BATCH):
+            some = ids[start : start + _BATCH]
+            look = "SELECT id, status, lease_fence FROM flowstore_work_items WHERE true {tenant}"
+            held = {
+                id: (status, fence)
+                for id, status, fence in self._rows(
+                    tx, _of_ids(len(some), look, "{for_update}"), *some
+                )
+            }
+            for id in some:
+                if held.get(id) != ("claimed", fences[id]):
+                    raise LeaseLost(id) if id in held else NotFound("work item", id)
+            settle = """UPDATE flowstore_work_items SET status = 'completed', settled_at = ?,
+                lease_expires_at = NULL WHERE true {tenant}"""
+            sql = _of_ids(len(some), settle, f"RETURNING {_ITEM.columns}")
+            for row in self._rows(tx, sql, tx.now(), *some):
+                settled = _ITEM.decode(row)
+                ended[settled.id] = settled
+        return [ended[id] for id in ids]
 
     @_write
     def reclaim_expired_leases(self, tx: _Tx) -> ReclaimResult:
@@ -5407,8 +5803,11 @@ class _WorkQueue(_StateFacet):
 
         Raises NotFound for anything else."""
         id = _id_and_fence(item_id)[0]
-        row = self._row(tx, _RETRY, tx.now(), 0, None, id, "dead_lettered")
-        return _ITEM.decode(_or_not_found(row, "dead letter", id))
+        letter = self._get(tx, _ITEM, "{for_update}", id=id)
+        if letter is None or letter.status != "dead_lettered":
+            raise NotFound("dead letter", id)
+        self._refuse_second_key(tx, letter)
+        return _ITEM.decode(self._change_item(tx, _RETRY, id, tx.now(), 0, None, id, letter.status))
 
     @_write
     def commit_turn(
@@ -5507,6 +5906,9 @@ class _Keepsakes(_StateFacet):
         execution = _id(execution_id, "execution_id")
         older = self._rows(tx, _OLDER_SNAPSHOTS, execution, execution, _count(keep, "keep"))
         keys = _foreign_keys(tx, self._engine.foreign_keys)
+        if not keys:
+            tx.run_many("DELETE FROM flowstore_snapshots WHERE id = ?", older)
+            return [None] * len(older)
         return [_drop_whole(tx, _PRUNED_SNAPSHOT, id, keys) for (id,) in older]
 
     @_steps
@@ -5665,7 +6067,7 @@ class _Tenants(_StateFacet):
             raise TenantMismatch(tenant_id, self._tenant)
 
 
-class StateBackend(_Executions, _WorkQueue, _Keepsakes, _Tenants):
+class StateBackend(_Executions, _Claims, _WorkQueue, _Keepsakes, _Tenants):
     """Executions, the work queue, keepsakes and tenants; only a view of `for_tenant` isolates.
 
     After jamjet-state's StateBackend and SqliteBackend."""
@@ -5897,26 +6299,30 @@ class _CommandFacet(_Facet):
         token = new_id()
         cursor: Any = (-_INT_MAX - 1, "", "")
         handled_keys = set[tuple[str, str]]()  # scheduled again, they wait for a later call
-        count = 0
+        count: int = 0
         errors = []
+        ended: tuple[Any, ...] | None = None  # the command before: whether it returned, its key
         try:
-            while (
-                cursor := (yield self._lease_command(due, cursor, handled_keys, token, lease))
-            ) is not None:
+            while True:
+                step = self._next_command(token, ended, due, cursor, handled_keys, lease)
+                finished, cursor = yield step
+                count += finished
+                if cursor is None:
+                    break
                 execute_time, *key = cursor
                 handled_keys.add(cursor[1:])
                 try:
                     yield handler(_COMMAND.decode((*key, execute_time)))
                 except Exception as error:
                     errors.append(error)
-                    yield self._release_command(token, due, *key)
+                    ended = False, *key
                 else:
-                    count += yield self._finish_command(token, *key)
+                    ended = True, *key
         except Exception:
             raise
         except BaseException as error:
             with contextlib.suppress(StorageError):  # the error that ends the call says more
-                release = self._release_command(token, due)
+                release = self._release_commands(token, due)
                 if not isinstance(error, GeneratorExit):
                     yield release
             raise
@@ -5925,37 +6331,43 @@ class _CommandFacet(_Facet):
         return count
 
     @_write
-    def _lease_command(
+    def _next_command(
         self,
         tx: _Tx,
+        token: str,
+        ended: tuple[Any, ...] | None,
         due: int,
         cursor: tuple[Any, ...],
         handled_keys: set[tuple[str, str]],
-        token: str,
         lease: float,
-    ) -> tuple[Any, ...] | None:
-        """Lease the next free command that is due; its time, name and data, the next cursor."""
+    ) -> tuple[int, tuple[Any, ...] | None]:
+        """End the command before, and lease the next free one that is due, in one commit.
+
+        Returns whether the one before was removed, 0 when its lease was lost; and the next one's
+        time, name and data, the cursor."""
         now = tx.now()
+        finished = 0
+        if ended is not None:
+            returned, *key = ended
+            if returned:
+                # Deleted, or kept for the time for which it was scheduled again.
+                held = token, now, *key
+                finished = tx.run(_COMMAND_AGAIN, *held) or tx.run(_COMMAND_DELETE, *held)
+            else:
+                self._run(tx, _RELEASE_ONE, token, now, due, *key)
         while (row := self._row(tx, _COMMAND_DUE, due, now, *cursor)) is not None:
             cursor = row
-            key = row[1:]
-            if key not in handled_keys:
-                tx.run(_COMMAND_LEASE, token, _time_after(now, lease, "lease_seconds"), *key)
-                return cursor
-        return None
+            following = row[1:]
+            if following not in handled_keys:
+                expires = _time_after(now, lease, "lease_seconds")
+                tx.run(_COMMAND_LEASE, token, expires, *following)
+                return finished, cursor
+        return finished, None
 
     @_write
-    def _finish_command(self, tx: _Tx, token: str, *key: str) -> int:
-        """Delete a command, or keep it for the time that it was scheduled again for.
-
-        Returns 0 when the lease was lost."""
-        held = token, tx.now(), *key
-        return tx.run(_COMMAND_AGAIN, *held) or tx.run(_COMMAND_DELETE, *held)
-
-    @_write
-    def _release_command(self, tx: _Tx, token: str, due: int, *key: str) -> None:
-        """Free a command for the next caller; without a key, any command that the token holds."""
-        self._run(tx, _RELEASE_ONE if key else _RELEASE_ALL, token, tx.now(), due, *key)
+    def _release_commands(self, tx: _Tx, token: str, due: int) -> None:
+        """Free what the token holds for the next caller."""
+        self._run(tx, _RELEASE_ALL, token, tx.now(), due)
 
 
 class PersistenceProvider(_CommandFacet):
@@ -5965,10 +6377,10 @@ class PersistenceProvider(_CommandFacet):
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
-        # Every write of an instance leaves a new random write id in its row (column stamp). By the
-        # write ids that this store left: the fingerprint and the ordinal (column place) of each
-        # pointer, by its id. While a row has the write id, its pointers are these: no need to read.
-        self._pointer_cache: dict[int, dict[str, tuple[Any, int]]] = {}
+        # Every write of an instance leaves a new random write id in its row (column stamp). By
+        # workflow and write id: {pointer id: (fingerprint, ordinal)}. If the row still has that
+        # write id, no other store wrote it, and the pointers need not be read.
+        self._pointer_cache: dict[tuple[str, int], dict[str, tuple[Any, int]]] = {}
 
     # --- instances ---
     @_write
@@ -6031,7 +6443,9 @@ class PersistenceProvider(_CommandFacet):
         pointers = _check_list(listed, "execution_pointers")
         fingerprints = _fingerprints(pointers)
         cacheable = len(fingerprints) == len(pointers)
-        before = self._pointer_cache.pop(stored_write_id, None) if cacheable else None
+        before = (
+            self._pointer_cache.pop((values["id"], stored_write_id), None) if cacheable else None
+        )
         encode_all = before is None
         if before is None:
             stored = tx.rows(tx.dialect.resolve(_POINTERS).format("?"), values["id"])
@@ -6059,7 +6473,7 @@ class PersistenceProvider(_CommandFacet):
         if len(self._pointer_cache) * max(10, len(pointers)) >= _POINTER_CACHE_SIZE:
             self._pointer_cache.clear()
         if cacheable:
-            self._pointer_cache[values["stamp"]] = after
+            self._pointer_cache[values["id"], values["stamp"]] = after
 
     @_read
     def get_runnable_instances(self, tx: _Tx, as_at: datetime | None = None) -> list[str]:
@@ -7356,13 +7770,16 @@ class Store(_StoreBase):
     def __exit__(self, kind: object, error: object, traceback: object) -> None:
         self.close()
 
-    def transaction(self) -> contextlib.AbstractContextManager[Transaction]:
+    def transaction(
+        self, *, read_only: bool = False
+    ) -> contextlib.AbstractContextManager[Transaction]:
         """`with store.transaction() as tx:` all that this thread or task does in it, or nothing.
 
         Facet calls join it, each as a savepoint; so does a nested block. `tx.execute` runs the
-        user's own SQL. An exception that leaves the block undoes it. Raises StoreBusy, and
-        StorageError when the database ended the transaction."""
-        return _Block(self._engine)
+        user's own SQL. An exception that leaves the block undoes it. With `read_only` the block is
+        one snapshot: it waits for no writer, and no writer waits for it. Raises StoreBusy, and
+        StorageError when the database ended the transaction, or for a write in a read-only one."""
+        return _Block(self._engine, _bool(read_only, "read_only") == 1)
 
     def run(
         self,
@@ -7607,9 +8024,13 @@ class _AsyncEngine:
         """Run a statement of a block, while no other task has a transaction nested in it."""
         await self.wait_for_nested(block)
         try:
-            return await self.in_thread(function, *args, pool=self.worker)
+            return await self.in_thread(function, *args, pool=self.pool_of(block))
         finally:
             block.turn.release()
+
+    def pool_of(self, block: _Block) -> Any:
+        """The threads that run the statements of a block."""
+        return self.worker if block.leads or not block.read_only else self._readers
 
     async def run_steps(
         self, method: _Method[Any, Any, R], facet: Any, /, *args: Any, **kwargs: Any
@@ -7775,9 +8196,9 @@ class AsyncTransaction:
 class _AsyncBlock:
     """`async with store.transaction()`: all that its task does in it is stored, or nothing."""
 
-    def __init__(self, engine: _AsyncEngine) -> None:
+    def __init__(self, engine: _AsyncEngine, read_only: bool) -> None:
         self._engine = engine
-        self._block = _Block(engine.engine)
+        self._block = _Block(engine.engine, read_only)
         self._turn = contextlib.ExitStack()  # releases what the block holds: the engine's turn,
         # or that of the block in which it is nested
 
@@ -7793,10 +8214,10 @@ class _AsyncBlock:
             if block.parent is not None:
                 await engine.wait_for_nested(block.parent)
                 self._turn.callback(block.parent.turn.release)
-            elif engine.blocks_lead() or engine.max_writers > 1:
+            elif block.leads or not block.read_only:
                 await engine.take_turn(deadline)
                 self._turn.callback(engine.turn.release)
-            begun = engine.in_thread(block.begin, deadline, pool=engine.worker)
+            begun = engine.in_thread(block.begin, deadline, pool=engine.pool_of(block))
             begun.add_done_callback(asyncio.Future.exception)  # else asyncio may report it
             try:
                 await asyncio.shield(begun)
@@ -7815,7 +8236,8 @@ class _AsyncBlock:
 
     def _finish(self, commit: bool) -> asyncio.Future[None]:
         """End the block in the worker, then its turn, even where the task is cancelled."""
-        ended = self._engine.in_thread(self._block.finish, commit, pool=self._engine.worker)
+        pool = self._engine.pool_of(self._block)
+        ended = self._engine.in_thread(self._block.finish, commit, pool=pool)
         ended.add_done_callback(self._end_turn)
         return ended
 
@@ -8041,12 +8463,14 @@ class AsyncStore(_AsyncFacet, _StoreBase):
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    def transaction(self) -> contextlib.AbstractAsyncContextManager[AsyncTransaction]:
+    def transaction(
+        self, *, read_only: bool = False
+    ) -> contextlib.AbstractAsyncContextManager[AsyncTransaction]:
         """`async with store.transaction() as tx:` all that is done in it is stored, or nothing.
 
         That is what this task does, and the tasks that it starts in it. Writes of other tasks wait
         for its end, their reads go on. Otherwise it is as `Store.transaction`."""
-        return _AsyncBlock(self._engine)
+        return _AsyncBlock(self._engine, _bool(read_only, "read_only") == 1)
 
     def run(
         self,
@@ -8161,6 +8585,8 @@ class _Kind(NamedTuple):
         if self.mapper is _DEAD:
             index = _STATUS_INDEX.get(status, index)
             column = "{status}"
+            if status not in ("pending", "claimed"):
+                column = "settled_at IS NOT NULL AND {status}"
         return f"{self.mapper.table} {{by {index}}} WHERE {column} = '{status}' {{tenant}}"
 
 
@@ -8180,7 +8606,7 @@ _EXECUTIONS = _Kind(
         "work items": (
             _DEAD,
             """flowstore_work_items {by flowstore_items_by_execution}
-            WHERE execution_id = ? {tenant} ORDER BY available_at DESC, id DESC""",
+            WHERE execution_id = ? {tenant} ORDER BY id DESC""",
         ),
     },
 )
@@ -8233,8 +8659,8 @@ _WORK_ITEMS = _Kind(
     StateBackend,
     _DEAD,
     WorkItemStatus,
-    "dead_lettered_at",
-    "flowstore_items_by_status",
+    "settled_at",
+    "flowstore_settled",
     {},
 )
 _KINDS = (_EXECUTIONS, _FLOWS, _WORKFLOWS, _WORK_ITEMS)
@@ -8245,6 +8671,8 @@ _STATUSES = {status for kind in _KINDS for status in kind.statuses}
 _LONG_CODECS = (_text, _ref, _json, _texts, _json_object)  # of columns with texts of any length
 _CUT = f"""CASE WHEN LENGTH(column) <= {_TEXT_BOUND} THEN column
     ELSE SUBSTR(column, 1, {_TEXT_BOUND}) || '... (cut)' END"""
+_OLDEST = _Sql(f"""SELECT available_at {_IN_QUEUE} AND priority = ? {{tenant}}
+    ORDER BY available_at LIMIT 1""")
 _LAST_EVENTS = _Sql(f"""SELECT execution_id, timestamp, position FROM {_LOG_IN_ORDER}
     WHERE execution_id <> '' {{tenant}} ORDER BY position DESC LIMIT 1000""")
 
@@ -8397,11 +8825,10 @@ class _ViewReader:
                 queue = self.value(following, queue)
         waiting = f"{_WORK_ITEMS.source('pending')} AND {{queue_type}} = ?"
         leased = f"{_WORK_ITEMS.source('claimed')} AND {{queue_type}} = ?"
-        head = _statement(f"SELECT available_at FROM {waiting} ORDER BY available_at, id LIMIT 1")
         rows = []
         for queue in sorted(queues):
             dead_count = dead.count(queue)
-            oldest = self.value(head, queue)
+            oldest = self.oldest(queue)
             rows.append(
                 {
                     "queue": queue,
@@ -8412,6 +8839,16 @@ class _ViewReader:
                 }
             )
         return rows
+
+    def oldest(self, queue: str) -> int | None:
+        """The time from which the oldest pending item of a queue is available. A seek for each
+        level."""
+        times = []
+        level = self.value(_NEXT_LEVEL, queue, _ABOVE_ALL)
+        while level is not None:
+            times.append(self.value(_OLDEST, queue, level))
+            level = self.value(_NEXT_LEVEL, queue, level)
+        return min(times, default=None)
 
     def detail(self, kind: _Kind, id: str) -> View | None:
         """All about one execution, flow or workflow."""
@@ -8498,16 +8935,15 @@ def _status_class(status: object) -> str:
 def _step_from_row(row: _Row, now: datetime) -> _Row:
     """The step that a row stands for: a flow's step, a workflow's pointer, a work item."""
     names = ("task", "step_name", "node_id", "run_id", "queue_type", "step_id")
-    start = _first_value(row, "start_time", "created_at") or now
-    end = _first_value(row, "end_time", "updated_at", "dead_lettered_at") or start
+    start = _first_value(row, "start_time", "claimed_at", "available_at", "created_at") or now
+    end = _first_value(row, "end_time", "settled_at", "updated_at") or start
     status = row["status"]
     what = _status_class(status)
-    if what != "waiting":
-        # The time of a claim is not stored: an item is drawn as running since it was available.
-        start = row.get("available_at", start)
     changes = [_Change(status, start)]
     if what not in _ONGOING:
         changes = [_Change("running", start), _Change(status, end)]
+    if row.get("claimed_at"):
+        changes.insert(0, _Change("waiting", min(start, row["available_at"])))
     step = _step(str(_first_value(row, *names)), changes, now)
     retries = _first_value(row, "attempt", "retry_count") or 0
     return step | {"attempts": retries + 1}
@@ -8555,8 +8991,8 @@ _COLUMNS = re.findall(
     queue waiting oldest_seconds leased dead sequence timestamp at error_time execution_id id kind
     step time step_id step_name run_id node_id queue_type task name goal current_step status
     last_error message attempt retry_count workflow_id events worker_id event_name event_key event
-    payload result outcome lease_expires_at dead_lettered_at sleep_until tenant_id updated_at
-    complete_time
+    payload result outcome priority unique_key lease_expires_at dead_lettered_at sleep_until
+    tenant_id updated_at complete_time
     """,
 )
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -9742,14 +10178,15 @@ _POSTGRES = _Dialect(
     # A claim walks over the dead entries of the claims before it: they are cleaned up every 1 % of
     # the rows.
     often_vacuumed="WITH (autovacuum_vacuum_scale_factor = 0.01)",
-    status_first="",
-    id_last="",  # an index entry of 2,700 bytes holds two ids
+    id_last="",
     definitions_key="",
     definitions_index="""CREATE UNIQUE INDEX flowstore_definitions_key
         ON flowstore_definitions (tenant_id, workflow_id, md5(version))""",
-    status="status || ''",
-    tenant_status="'' || status",
+    status="(status || '')",
+    tenant_status="('' || status)",
     queue_type="(queue_type || '')",
+    unique_key="md5(unique_key)",  # an index entry of 2,700 bytes holds two ids
+    given_key="md5(?)",
     in_order=f"""AND (position < {_first_number("pg_snapshot_xmin(pg_current_snapshot())")}
         OR position >= {_first_number("pg_current_xact_id_if_assigned()")})""",
     by="",
@@ -9802,7 +10239,7 @@ _POSTGRES_FOREIGN_KEYS = f"""WITH named AS NOT MATERIALIZED (
     ORDER BY k.oid, pair.place"""
 # The writes that callers may be waiting for.
 _NEWS = re.compile(
-    "INSERT INTO flowstore_(log|work_items)|UPDATE flowstore_work_items SET available_at"
+    "INSERT INTO flowstore_(log|work_items|queues)|UPDATE flowstore_work_items SET available_at"
 )
 # Our errors for some of the server's; the others are StorageError.
 _SERVER_ERRORS = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}
@@ -10166,18 +10603,18 @@ class _PostgresEngine(_Engine):
         except StoreBusy:
             if not begins_in or not tx.db.db.closed:
                 raise
-        # Lost in the first statement, which may have committed, or later, before COMMIT. Twice does
-        # no harm: an item claimed in vain is reclaimed when its lease expires.
+        # Lost in the first statement, which may have committed, or later, before COMMIT. It runs
+        # once more: an item claimed in vain counts an attempt when its lease expires.
         try:
             tx.db = _PostgresDb(self)
             return run_once()
         except FlowStoreError as error:
             raise StorageError(_IN_DOUBT) from error
 
-    def begin_on_reader(self, tx: _Tx) -> None:
+    def begin_on_reader(self, tx: _Tx, read_only: bool = True) -> None:
         """Begin the transaction of a block. One that loses against another is StoreBusy, and run
         again."""
-        tx.db.begin("" if self.options.read_only else "SERIALIZABLE")
+        tx.db.begin("" if read_only or self.options.read_only else "SERIALIZABLE")
 
     def commit_on_reader(self, tx: _Tx) -> None:
         """Commit. When the connection is lost in the middle, the server is asked whether it has
