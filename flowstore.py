@@ -5205,6 +5205,9 @@ _NEXT_QUEUE = {
         ORDER BY {{queue_type}} LIMIT 1""")
     for status in ("pending", "claimed")
 }
+# The record of a run, whose item has its id and its function's name.
+_FOLLOW_ITEM = _Sql("""UPDATE flowstore_runs SET status = ?, updated_at = ?, completed_at = ?
+    WHERE execution_id = ? AND workflow_id = ? {tenant}""")
 _RECLAIMED_PER_CLAIM = 16
 _LEASE_EXPIRED = "the lease expired"
 
@@ -5296,13 +5299,29 @@ class _Items(_StateFacet):
         attempt = min(item.attempt + 1, 2**31 - 1)
         if attempt >= item.max_attempts:
             sql = _GIVE_UP.texts[self._dialect][0]
-            return _DEAD.decode(tx.rows(sql, now, attempt, error, item.id, None)[0])
+            letter = _DEAD.decode(tx.rows(sql, now, attempt, error, item.id, None)[0])
+            return self._follow_item(tx, letter)
         seconds = self._backoff(attempt) if delay is None else delay
         due = now + round(min(seconds * 1e6, _LAST_TIME - now))
         if error == _LEASE_EXPIRED and item.last_error:
             error = None  # the error of an earlier attempt says more
         values = due, attempt, error, item.id, item.status
-        return _ITEM.decode(tx.rows(_RETRY.texts[self._dialect][0], *values)[0])
+        retried = _ITEM.decode(tx.rows(_RETRY.texts[self._dialect][0], *values)[0])
+        return self._follow_item(tx, retried)
+
+    def _follow_item(self, tx: _Tx, item: T) -> T:
+        """Let the record of a run stand as its item does: a dead letter is a run that failed."""
+        changed: Any = item
+        if changed.id != changed.execution_id:
+            return item
+        whole = _RunFacet(self._engine)  # a reclaim is of all tenants
+        now = tx.now()
+        ended = (ExecutionStatus.FAILED, now, now) if isinstance(item, DeadLetter) else None
+        values = ended or (ExecutionStatus.PENDING, now, None)
+        if whole._run(tx, _FOLLOW_ITEM, *values, changed.id, changed.node_id) and ended:
+            event = {"type": "execution_failed", "error": changed.last_error or ""}
+            whole._append(tx, changed.id, changed.tenant_id, event)
+        return item
 
     def _change_item(self, tx: _Tx, sql: _Sql, item_id: str, *values: Any) -> tuple[Any, ...]:
         """Run an UPDATE with a condition; the row that it returns.
@@ -5789,7 +5808,8 @@ class _WorkQueue(_Items):
         not under the fence of the claim that it was given as."""
         id, fence = _id_and_fence(item_id)
         values = tx.now(), None, _text(last_error, "last_error"), id, fence
-        return _DEAD.decode(self._change_item(tx, _GIVE_UP, id, *values))
+        letter = _DEAD.decode(self._change_item(tx, _GIVE_UP, id, *values))
+        return self._follow_item(tx, letter)
 
     @_read
     def list_dead_letters(self, tx: _Tx, limit: int = 100, offset: int = 0) -> list[DeadLetter]:
@@ -5807,7 +5827,8 @@ class _WorkQueue(_Items):
         if letter is None or letter.status != "dead_lettered":
             raise NotFound("dead letter", id)
         self._refuse_second_key(tx, letter)
-        return _ITEM.decode(self._change_item(tx, _RETRY, id, tx.now(), 0, None, id, letter.status))
+        row = self._change_item(tx, _RETRY, id, tx.now(), 0, None, id, letter.status)
+        return self._follow_item(tx, _ITEM.decode(row))
 
     @_write
     def commit_turn(
@@ -6699,7 +6720,8 @@ _RUN_LOCK = _Sql(f"{_RUN_LOOK.text} {{for_update}}")
 # An attempt counts that failed, or whose process was lost.
 _RUN_TAKE = _update(
     _ITEM,
-    """status = 'claimed', worker_id = ?, lease_expires_at = ?, lease_fence = lease_fence + 1,
+    """status = 'claimed', worker_id = ?, claimed_at = ?, lease_expires_at = ?, settled_at = NULL,
+    lease_fence = lease_fence + 1,
     attempt = attempt + CASE WHEN status IN ('claimed', 'failed') THEN 1 ELSE 0 END""",
     "AND (status <> 'claimed' OR lease_expires_at <= ?)",
     _ITEM.columns,
@@ -6769,9 +6791,14 @@ class _RunFacet(_LogFacet):
         now = tx.now()
         self._run(tx, _RUN_STATUS, status, now, now if status.is_terminal else None, id)
 
-    def _append(self, tx: _Tx, id: str, tenant: str, event: str, step: str = "") -> None:
+    def _append(
+        self, tx: _Tx, id: str, tenant: str, event: Mapping[str, Any], step: str = ""
+    ) -> str:
+        """Append an event, once for a step; its text."""
+        text = _json(event, f"step {step!r}")
         last = self._last_sequence(tx, id) or 0
-        self._append_to(tx, id, tenant, last, event, None, f"step:{step}" if step else None)
+        self._append_to(tx, id, tenant, last, text, None, f"step:{step}" if step else None)
+        return text
 
 
 class Run(_RunFacet):
@@ -6833,12 +6860,11 @@ class Run(_RunFacet):
             except Exception as error:
                 event = {"type": "step_failed", "step": step, "error": _error_text(error)}
                 with contextlib.suppress(FlowStoreError):  # the function's own error says more
-                    yield self._record(_json(event, "error"))
+                    yield self._record(event)
                 raise
             seconds = round(_monotonic() - start, 6)
             event = {"type": "step_completed", "step": step, "result": result, "seconds": seconds}
-            text = _json(event, f"step {step!r}")
-            yield self._record(text, step)
+            text = yield self._record(event, step)
         except BaseException:
             self._release(step)
             raise
@@ -6963,8 +6989,8 @@ class Run(_RunFacet):
         raise LeaseLost(self.id)
 
     @_write_row
-    def _record(self, tx: _Tx, event: str, step: str = "") -> None:
-        self._append(tx, self.id, self._check_lease(tx), event, step)
+    def _record(self, tx: _Tx, event: Mapping[str, Any], step: str = "") -> str:
+        return self._append(tx, self.id, self._check_lease(tx), event, step)
 
     # --- waiting ---
     def _sleep(self, name: str, until: int) -> _Steps[None]:
@@ -7012,7 +7038,7 @@ class Run(_RunFacet):
     def _try_sleep(self, tx: _Tx, step: str, until: int) -> tuple[Any, int]:
         tenant = self._check_lease(tx)
         event = {"type": "sleep_started", "step": step, "until": _datetime_of(until).isoformat()}
-        self._append(tx, self.id, tenant, _json(event, "event"), step)
+        self._append(tx, self.id, tenant, event, step)
         if tx.now() >= until:
             return event, until
         self._park(tx, until)
@@ -7051,7 +7077,7 @@ class Run(_RunFacet):
             return None, until
         if begun is not None:
             self._change(tx, _SUBSCRIPTION, "terminated_at = ?", begun.id, now)
-        self._append(tx, self.id, tenant, _json(event, "event"), step)
+        self._append(tx, self.id, tenant, event, step)
         return event, until
 
     def _next_event(self, tx: _Tx, key: tuple[str, str], until: int | None) -> Event | None:
@@ -7078,7 +7104,7 @@ class _Crew:
     """What the threads or tasks of one call of `work` share."""
 
     functions: dict[str, Callable[..., Any]]
-    queues: Sequence[AnyId]
+    queues: list[str]
     worker_id: str
     stop: Any
     until_idle: bool
@@ -7096,7 +7122,7 @@ class _End(NamedTuple):
     """The end of a claim of a run: by its last event, by an error, or (neither) given back."""
 
     run: Run
-    event: str | None = None
+    event: dict[str, Any] | None = None
     error: str | None = None
     is_final: bool = False  # the error: it ends the run
 
@@ -7137,9 +7163,7 @@ class Runs(_RunFacet):
         record.tenant_id = _id(tenant_id, "tenant_id")
         if id is not None:
             record.execution_id = _id(id, "id")
-        more = _without_none(available_at=available_at, unique_key=unique_key)
-        if priority:  # STAND-IN
-            more["priority"] = priority
+        more = {"available_at": available_at, "unique_key": unique_key, "priority": priority}
         target = name if queue is None else _id(queue, "queue")
         return self._start(tx, record, target, max_attempts, **more)[0].id
 
@@ -7163,7 +7187,7 @@ class Runs(_RunFacet):
         stored = state.create_execution(record)
         id = stored.execution_id
         event = {"type": "execution_started", "input": stored.initial_input}
-        self._append(tx, id, stored.tenant_id, _json(event, "event"))
+        self._append(tx, id, stored.tenant_id, event)
         item = WorkItem(
             id=id,
             execution_id=id,
@@ -7246,7 +7270,7 @@ class Runs(_RunFacet):
         else:
             state.fail_work_item(run._item, end.error)
             self._set_status(tx, run.id, ExecutionStatus.FAILED)
-            event = _json({"type": "execution_failed", "error": end.error}, "event")
+            event = {"type": "execution_failed", "error": end.error}
         self._append(tx, run.id, tenant, event)
         return True
 
@@ -7259,8 +7283,7 @@ class Runs(_RunFacet):
         self._state(tx).fail_work_item(item.id, "cancelled")
         self._set_status(tx, item.id, ExecutionStatus.CANCELLED)
         self._run(tx, _END_WAITS, tx.now(), item.id)
-        event = _json({"type": "execution_cancelled"}, "event")
-        self._append(tx, item.id, record.tenant_id, event)
+        self._append(tx, item.id, record.tenant_id, {"type": "execution_cancelled"})
 
     # --- events ---
     @_write
@@ -7303,14 +7326,12 @@ class Runs(_RunFacet):
             copy.execution_id = _id(new_id, "new_id")
         if tx.row(_EXECUTION_TENANT.all, copy.execution_id):
             raise AlreadyExists("execution", copy.execution_id)
-        more = {"priority": item.priority} if hasattr(item, "priority") else {}  # STAND-IN
-        more["payload"] = item.payload
+        more = {"priority": item.priority, "payload": item.payload}
         self._start(tx, copy, item.queue_type, item.max_attempts, **more)
         for one in log[: ends[0]]:
             if one.id is not None and one.id.startswith("step:"):
-                text = _json(one.event, "event")
                 name = one.id.removeprefix("step:")
-                self._append(tx, copy.execution_id, record.tenant_id, text, name)
+                self._append(tx, copy.execution_id, record.tenant_id, one.event, name)
         return copy.execution_id
 
     # --- blocks ---
@@ -7366,7 +7387,7 @@ class Runs(_RunFacet):
         if record.status == "completed" and not again:
             return item, record, False
         expires = _time_after(now, lease, "lease_seconds")
-        row = self._row(tx, _RUN_TAKE, f"process {os.getpid()}", expires, id, now)
+        row = self._row(tx, _RUN_TAKE, f"process {os.getpid()}", now, expires, id, now)
         if row is None:
             return item, record, False
         self._set_status(tx, id, ExecutionStatus.RUNNING)
@@ -7387,8 +7408,8 @@ class Runs(_RunFacet):
         try:
             event = None
             if error is None:
-                last = {"type": "execution_completed", "result": run.result}
-                event = _json(last, "run")
+                _json(run.result, "run.result")
+                event = {"type": "execution_completed", "result": run.result}
         except InvalidData as unfit:
             yield self._end_block(_End(run, None, _error_text(unfit), True))
             raise
@@ -7481,7 +7502,10 @@ class Runs(_RunFacet):
         if stop is not None and not hasattr(stop, "is_set"):
             raise InvalidData(f"stop: an Event is needed, not {type(stop).__name__}")
         worker = f"process {os.getpid()}" if worker_id is None else _id(worker_id, "worker_id")
-        names = list(by_name if queues is None else queues)
+        names = [
+            _id(name, "queues")
+            for name in (list(by_name) if queues is None else _check_list(queues, "queues"))
+        ]
         return _Crew(by_name, names, worker, stop, until_idle)
 
     @_steps
@@ -7509,8 +7533,8 @@ class Runs(_RunFacet):
             end = _End(run)  # given back, where nothing else is said
             try:
                 result = yield crew.functions[record.workflow_id](run, run.input)
-                last = {"type": "execution_completed", "result": result}
-                end = _End(run, _json(last, "the function's result"))
+                _json(result, "the function's result")
+                end = _End(run, {"type": "execution_completed", "result": result})
             except _Suspended:
                 pass
             except Exception as error:
@@ -7551,9 +7575,7 @@ class Runs(_RunFacet):
 
     def _has_work(self, crew: _Crew, others_wait: bool) -> Any:
         """Whether to look for a run again. Others' runs in the queues would look like work."""
-        return crew.stops() or (
-            not others_wait and self._queue._claimable(list(map(str, crew.queues)))
-        )
+        return crew.stops() or (not others_wait and self._queue._claimable(crew.queues))
 
     @_write_row
     def _renew_leases(self, tx: _Tx, items: list[WorkItem]) -> None:
@@ -10239,7 +10261,7 @@ _POSTGRES_FOREIGN_KEYS = f"""WITH named AS NOT MATERIALIZED (
     ORDER BY k.oid, pair.place"""
 # The writes that callers may be waiting for.
 _NEWS = re.compile(
-    "INSERT INTO flowstore_(log|work_items|queues)|UPDATE flowstore_work_items SET available_at"
+    "INSERT INTO flowstore_(log|work_items|queues)|UPDATE flowstore_work_items +SET available_at"
 )
 # Our errors for some of the server's; the others are StorageError.
 _SERVER_ERRORS = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}
