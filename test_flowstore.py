@@ -16501,6 +16501,196 @@ def test_a_fork_goes_on_before_a_step(store: Store, calls: Calls) -> None:
         store.runs.fork(bad, before="s", new_id="copy")
 
 
+# --- in an event loop ---
+def test_a_task_does_its_steps_once(in_loop: Loop) -> None:
+    done: list[int] = []
+
+    async def twice(number: int) -> int:
+        await asyncio.sleep(0)
+        done.append(number)
+        return number * 2
+
+    async def main(store: flowstore.AsyncStore) -> None:
+        with pytest.raises(KeyError):
+            async with store.run("a", input=1) as run:
+                numbers = [run.step(f"s{n}", twice, n) for n in range(5)]
+                assert await asyncio.gather(*numbers) == [0, 2, 4, 6, 8]
+                raise KeyError
+        with pytest.raises(flowstore.RunFailed):
+            await store.runs.result("a")
+        async with store.run("a", input=1) as run:
+            assert (run.attempt, await run.step("s1", twice, 1)) == (1, 2)
+            with pytest.raises(ZeroDivisionError):
+                await run.step("bad", lambda: 1 / 0)
+            async with store.transaction():
+                run.result = await run.step("plain", str, 7)
+        assert await store.runs.result("a") == "7"
+        async with store.run("a") as run:
+            assert run.result == "7"
+            assert await run.step("new", twice, 9) == 18
+        with pytest.raises(flowstore.AlreadyRunning):
+            async with store.run("b"), store.run("b", wait=0):
+                pass
+        with pytest.raises(StorageError):
+            async with store.transaction(), store.run("c"):
+                pass
+
+    in_loop(main)
+    assert sorted(done) == [0, 1, 2, 3, 4, 9]
+
+
+def test_a_cancelled_task_gives_its_run_back(in_loop: Loop) -> None:
+    async def main(store: flowstore.AsyncStore) -> None:
+        async def block() -> None:
+            async with store.run("a") as run:
+                await run.step("one", str)
+                await run.step("two", asyncio.sleep, 60)
+
+        task = asyncio.create_task(block())
+        while "one" not in str(await store.events.load_events("a")):
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        item = await store.state.get_work_item("a")
+        assert item is not None
+        assert (item.status, item.attempt) == ("pending", 0)
+        async with store.run("a", wait=0) as run:
+            assert run.attempt == 0
+
+    in_loop(main)
+
+
+def test_tasks_do_runs_that_sleep_wait_fail_and_are_stopped(in_loop: Loop) -> None:
+    async def work(run: Any, input: Any) -> Any:
+        await run.sleep(0.05)
+        data = await run.wait_for("e", run.id, timeout=30)
+        return [await run.step("s", asyncio.sleep, 0, data), run.attempt]
+
+    async def fail(run: Any, input: Any) -> Any:
+        raise ValueError("never")
+
+    async def long(run: Any, input: Any) -> Any:
+        await run.step("one", str)
+        await run.step("two", asyncio.sleep, 60)
+
+    async def main(store: flowstore.AsyncStore) -> None:
+        stop = asyncio.Event()
+        worker = asyncio.create_task(store.runs.work(work, fail, long, concurrency=4, stop=stop))
+        ids = [await store.runs.start(work) for _ in range(6)]
+        bad = await store.runs.start(fail, max_attempts=1)
+        lasting = await store.runs.start(long)
+        for number, id in enumerate(ids):
+            await asyncio.sleep(random.random() * 0.02)
+            await store.runs.emit("e", id, number)
+        for number, id in enumerate(ids):
+            assert await store.runs.result(id) == [number, 0]
+        with pytest.raises(flowstore.RunFailed, match="never"):
+            await store.runs.result(bad)
+        while "step:one" not in str(await store.events.load_events(lasting)):
+            await asyncio.sleep(0.01)
+        stop.set()
+        assert await worker == 7
+        item = await store.state.get_work_item(lasting)
+        assert item is not None
+        assert (item.status, item.attempt) == ("pending", 0)
+        assert await store.runs.work(work, until_idle=True) == 0
+        await store.runs.cancel(lasting)
+        with pytest.raises(flowstore.RunCancelled):
+            await store.runs.result(lasting)
+        await store.runs.fork(ids[0], before="s", new_id="fork")
+        assert await store.runs.work(work, until_idle=True) == 1
+        assert await store.runs.result("fork") == [0, 0]
+
+    in_loop(main)
+
+
+def test_an_exception_leaves_the_work_of_tasks(in_loop: Loop) -> None:
+    async def leave(run: Any, input: Any) -> None:
+        raise Stop
+
+    async def main(store: flowstore.AsyncStore) -> None:
+        id = await store.runs.start(leave)
+        with pytest.raises(Stop):
+            await store.runs.work(leave, concurrency=2)
+        item = await store.state.get_work_item(id)
+        assert item is not None
+        assert (item.status, item.attempt) == ("pending", 0)
+
+    in_loop(main)
+
+
+# --- killed processes ---
+KILLED_WORKER = """
+import random, time
+store = flowstore.open(sys.argv[1], lease_seconds=2, backoff=lambda attempt: 0.01, synchronous="OFF")
+
+def note(run, step):  # outside a transaction: at least once
+    with store.transaction() as tx:
+        tx.execute("INSERT INTO begun VALUES (?, ?, ?, ?)", (run.id, run._item.lease_fence, step, os.getpid()))
+    time.sleep(random.random() * 0.005)
+    return [os.getpid(), step]
+
+def work(run, input):
+    results = [run.step(f"s{n}", note, run, n) for n in range(input - 1)]
+    with store.transaction() as tx:
+        run.step("once", lambda: tx.execute("INSERT INTO once VALUES (?)", (run.id,)))
+    return results
+
+store.runs.work(work, concurrency=2)
+"""
+
+
+def check_killed_workers(target: str, runs: int, kills: int, pause: float) -> None:
+    """Runs done by four processes, one of which is killed every now and then: each step's result is recorded once,
+    and no run is in two workers at once."""
+    workers = []
+    try:
+        with flowstore.open(target, lease_seconds=2) as store:
+            with store.transaction() as tx:
+                tx.execute(
+                    "CREATE TABLE begun (run TEXT, fence INTEGER, step INTEGER, worker INTEGER)"
+                )
+                tx.execute("CREATE TABLE once (run TEXT)")
+            ids = [store.runs.start("work", 5, max_attempts=1000) for _ in range(runs)]
+            workers = [script(KILLED_WORKER, target) for _ in range(4)]
+            for _ in range(kills):
+                time.sleep(pause)
+                killed = workers.pop(0)
+                killed.kill()
+                killed.communicate()
+                workers.append(script(KILLED_WORKER, target))
+            for id in ids:
+                results = store.runs.result(id, timeout=120)
+                log = [one for one in run_log(store, id) if one["type"] == "step_completed"]
+                assert [one["step"] for one in log] == ["s0", "s1", "s2", "s3", "once"]
+                assert [one["result"] for one in log[:4]] == results
+            with store.transaction() as tx:
+                assert sorted(tx.execute("SELECT run FROM once")) == sorted((id,) for id in ids)
+                # Under one fence there is one worker, and no step comes twice.
+                rows = tx.execute("SELECT run, fence, step, worker FROM begun")
+            assert len({row[:3] for row in rows}) == len(rows)
+            assert len({(row[0], row[1], row[3]) for row in rows}) == len({row[:2] for row in rows})
+            last: dict[str, int] = {}
+            for id, fence, _, _ in rows:
+                assert fence >= last.get(id, 0), "a lost worker went on beside its heir"
+                last[id] = fence
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
+def test_killed_workers_runs_complete_with_each_result_once(path: Path) -> None:
+    check_killed_workers(str(path), 40, 4, 0.3)
+
+
+def test_killed_workers_runs_complete_with_each_result_once_on_a_server(
+    postgres: PostgresServer,
+) -> None:
+    check_killed_workers(postgres.target(), 40, 4, 0.4)
+
+
 # ==================================================================================================
 # Store: backup, check, compact, prune, stats
 # ==================================================================================================
