@@ -6791,6 +6791,14 @@ class _RunFacet(_LogFacet):
         now = tx.now()
         self._run(tx, _RUN_STATUS, status, now, now if status.is_terminal else None, id)
 
+    def _check_lease(self, tx: _Tx, item: WorkItem, sql: _Sql = _RUN_LOCK) -> None:
+        """Raise LeaseLost or RunCancelled, unless the item is held under its fence."""
+        if self._row(tx, sql, item.id, item.lease_fence) is None:
+            record = self._get(tx, _RUN, execution_id=item.id)
+            if record is not None and record.status == "cancelled":
+                raise RunCancelled(item.id)
+            raise LeaseLost(item.id)
+
     def _append(
         self, tx: _Tx, id: str, tenant: str, event: Mapping[str, Any], step: str = ""
     ) -> str:
@@ -6826,7 +6834,7 @@ class Run(_RunFacet):
         self._stops = stops  # of a worker, which parks a run that waits; a block has none
         self._suspended = False
         self._take_again: Callable[[], Any] | None = None  # a completed run, which has no lease
-        self._keep_lease: Callable[[], Any] = lambda: None
+        self._keep_lease: Callable[[WorkItem], Any]
         self._lock = threading.Lock()
         self._ordinals: dict[str, list[int]] = {}  # by name, the free ones in order
         # Steps recorded in a transaction (the outermost block), which may yet be rolled back.
@@ -6971,26 +6979,17 @@ class Run(_RunFacet):
             if not taken:
                 raise AlreadyRunning(self.id, str(self._item.worker_id))
             self._take_again = None
-            yield self._keep_lease()
+            yield self._keep_lease(self._item)
         yield self._look()
 
     @_read
     def _look(self, tx: _Tx) -> None:
-        self._check_lease(tx, _RUN_LOOK)
-
-    def _check_lease(self, tx: _Tx, sql: _Sql = _RUN_LOCK) -> str:
-        """Raise LeaseLost or RunCancelled, unless the run is this worker's; its tenant."""
-        row = self._row(tx, sql, self.id, self._item.lease_fence)
-        if row is not None:
-            return str(row[0])
-        record = self._get(tx, _RUN, execution_id=self.id)
-        if record is not None and record.status == "cancelled":
-            raise RunCancelled(self.id)
-        raise LeaseLost(self.id)
+        self._check_lease(tx, self._item, _RUN_LOOK)
 
     @_write_row
     def _record(self, tx: _Tx, event: Mapping[str, Any], step: str = "") -> str:
-        return self._append(tx, self.id, self._check_lease(tx), event, step)
+        self._check_lease(tx, self._item)
+        return self._append(tx, self.id, self._item.tenant_id, event, step)
 
     # --- waiting ---
     def _sleep(self, name: str, until: int) -> _Steps[None]:
@@ -7036,9 +7035,9 @@ class Run(_RunFacet):
 
     @_write
     def _try_sleep(self, tx: _Tx, step: str, until: int) -> tuple[Any, int]:
-        tenant = self._check_lease(tx)
         event = {"type": "sleep_started", "step": step, "until": _datetime_of(until).isoformat()}
-        self._append(tx, self.id, tenant, event, step)
+        self._check_lease(tx, self._item)
+        self._append(tx, self.id, self._item.tenant_id, event, step)
         if tx.now() >= until:
             return event, until
         self._park(tx, until)
@@ -7049,7 +7048,7 @@ class Run(_RunFacet):
         self, tx: _Tx, step: str, key: tuple[str, str], seconds: float | None
     ) -> tuple[Any, int | None]:
         """Look for the event and subscribe to it in one transaction: so none falls between."""
-        tenant = self._check_lease(tx)
+        self._check_lease(tx, self._item)
         now = tx.now()
         wait = EventSubscription(
             workflow_id=self.id,
@@ -7077,7 +7076,7 @@ class Run(_RunFacet):
             return None, until
         if begun is not None:
             self._change(tx, _SUBSCRIPTION, "terminated_at = ?", begun.id, now)
-        self._append(tx, self.id, tenant, event, step)
+        self._append(tx, self.id, self._item.tenant_id, event, step)
         return event, until
 
     def _next_event(self, tx: _Tx, key: tuple[str, str], until: int | None) -> Event | None:
@@ -7121,7 +7120,7 @@ class _Crew:
 class _End(NamedTuple):
     """The end of a claim of a run: by its last event, by an error, or (neither) given back."""
 
-    run: Run
+    item: WorkItem
     event: dict[str, Any] | None = None
     error: str | None = None
     is_final: bool = False  # the error: it ends the run
@@ -7253,25 +7252,25 @@ class Runs(_RunFacet):
 
     def _end(self, tx: _Tx, end: _End) -> bool:
         """Settle a claim; whether that ended the run. Raises LeaseLost, RunCancelled."""
-        run = end.run
+        item = end.item
         event = end.event
-        tenant = run._check_lease(tx)
+        self._check_lease(tx, item)
         state = self._state(tx)
         if event is not None:
-            state.complete_work_item(run._item)
-            self._set_status(tx, run.id, ExecutionStatus.COMPLETED)
-            self._run(tx, _END_WAITS, tx.now(), run.id)
+            state.complete_work_item(item)
+            self._set_status(tx, item.id, ExecutionStatus.COMPLETED)
+            self._run(tx, _END_WAITS, tx.now(), item.id)
         elif end.error is None:
-            state.park_work_item(run._item)
-            self._set_status(tx, run.id, ExecutionStatus.PENDING)
+            state.park_work_item(item)
+            self._set_status(tx, item.id, ExecutionStatus.PENDING)
             return False
         elif not end.is_final:
-            return isinstance(state.retry_work_item(run._item, end.error), DeadLetter)
+            return isinstance(state.retry_work_item(item, end.error), DeadLetter)
         else:
-            state.fail_work_item(run._item, end.error)
-            self._set_status(tx, run.id, ExecutionStatus.FAILED)
+            state.fail_work_item(item, end.error)
+            self._set_status(tx, item.id, ExecutionStatus.FAILED)
             event = {"type": "execution_failed", "error": end.error}
-        self._append(tx, run.id, tenant, event)
+        self._append(tx, item.id, item.tenant_id, event)
         return True
 
     @_write
@@ -7336,11 +7335,10 @@ class Runs(_RunFacet):
 
     # --- blocks ---
     @_steps
-    def _enter(
-        self, id: AnyId, workflow_id: AnyId, input: Json, lease: float | None, wait: float | None
-    ) -> _Steps[Run]:
+    def _enter(self, block: _RunBlock) -> _Steps[Run]:
         """Begin or take a run for a block. Raises AlreadyRunning."""
         self._engine.forbid_inside("store.run()")
+        id, workflow_id, input, lease, wait = block.arguments
         seconds = _none_or(_span, wait, "wait")
         arguments = _id(id, "id"), _id(workflow_id, "workflow_id"), input, self._lease(lease)
         deadline: float | None = None
@@ -7356,12 +7354,20 @@ class Runs(_RunFacet):
                 raise AlreadyRunning(arguments[0], item.worker_id)
             look = functools.partial(self._is_free, arguments[0])
             yield self._poll(look, deadline - _monotonic())
-        log = yield self._read_chunk(item.id, 0, _INT_MAX)
+        try:
+            if taken:
+                yield block.keep_lease(item)
+            log = yield self._read_chunk(item.id, 0, _INT_MAX)
+        except BaseException:
+            with contextlib.suppress(FlowStoreError):
+                yield self._end_block(_End(item))
+            raise
         run: Run = self._run_type(self._engine, record, item, log)
         if not taken:
             done = [one.event for one in log if one.event["type"] == "execution_completed"]
             run.result = done[-1]["result"] if done else None
             run._take_again = functools.partial(self._take, *arguments, True)
+            run._keep_lease = block.keep_lease
         return run
 
     @_write
@@ -7411,11 +7417,11 @@ class Runs(_RunFacet):
                 _json(run.result, "run.result")
                 event = {"type": "execution_completed", "result": run.result}
         except InvalidData as unfit:
-            yield self._end_block(_End(run, None, _error_text(unfit), True))
+            yield self._end_block(_End(run._item, None, _error_text(unfit), True))
             raise
         text = _error_text(error) if isinstance(error, Exception) else None
         try:
-            yield self._end_block(_End(run, event, text, True))
+            yield self._end_block(_End(run._item, event, text, True))
         except FlowStoreError:
             if error is None:
                 raise  # else the error of the block says more
@@ -7530,15 +7536,15 @@ class Runs(_RunFacet):
             run = crew.under_way[owner] = self._run_type(
                 self._engine, record, item, log, crew.stops
             )
-            end = _End(run)  # given back, where nothing else is said
+            end = _End(item)  # given back, where nothing else is said
             try:
                 result = yield crew.functions[record.workflow_id](run, run.input)
                 _json(result, "the function's result")
-                end = _End(run, {"type": "execution_completed", "result": result})
+                end = _End(item, {"type": "execution_completed", "result": result})
             except _Suspended:
                 pass
             except Exception as error:
-                end = _End(run, None, _error_text(error))
+                end = _End(item, None, _error_text(error))
             except BaseException:
                 with contextlib.suppress(FlowStoreError):  # what leaves the function says more
                     yield self._end_block(end)
@@ -7594,42 +7600,39 @@ class Runs(_RunFacet):
 
 
 class _RunBlock:
-    """A run that is done by the block of a `with` statement."""
+    """A run that is done by the block of a `with` statement, which keeps its lease."""
 
     run: Any
-    _hold: Any = None
+    hold: Any = None
 
     def __init__(self, runs: Any, *arguments: Any) -> None:
-        self._runs = runs
-        self._arguments = arguments
+        self.runs = runs
+        self.arguments = arguments
 
-    def _make_hold(self) -> Any:
-        """The hold of the run's lease, of which the run itself keeps nothing."""
-        lease = self._arguments[3]
-        self._hold = self._runs._queue.hold(self.run._item, lease_seconds=lease)
-        return self._hold
+    def keep_lease(self, item: WorkItem) -> Any:
+        """Have the lease renewed while the block runs."""
+        raise NotImplementedError
 
 
 class _ThreadRunBlock(_RunBlock):
     """`with store.run(id) as run:` a run that is done by this thread."""
 
     def __enter__(self) -> Run:
-        run: Run = self._runs._enter(*self._arguments)
-        self.run = run
-        if run._take_again is None:
-            self._make_hold().__enter__()
-        else:
-            run._keep_lease = lambda: self._make_hold().__enter__()
-        return run
+        self.run = self.runs._enter(self)
+        return cast("Run", self.run)
+
+    def keep_lease(self, item: WorkItem) -> None:
+        self.hold = self.runs._queue.hold(item, lease_seconds=self.arguments[3])
+        self.hold.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
     ) -> None:
         try:
-            self._runs._leave(self.run, error)
+            self.runs._leave(self.run, error)
         finally:
-            if self._hold is not None:  # a lost lease was told of by now
-                self._hold.__exit__(LeaseLost, None, None)
+            if self.hold is not None:  # a lost lease was told of by now
+                self.hold.__exit__(LeaseLost, None, None)
 
 
 # ==================================================================================================
@@ -8445,22 +8448,21 @@ class _TaskRunBlock(_RunBlock):
     """`async with store.run(id) as run:` a run that is done by this task."""
 
     async def __aenter__(self) -> AsyncRun:
-        run: AsyncRun = await self._runs._enter(*self._arguments)
-        self.run = run
-        if run._take_again is None:
-            await self._make_hold().__aenter__()
-        else:
-            run._keep_lease = lambda: self._make_hold().__aenter__()
-        return run
+        self.run = await self.runs._enter(self)
+        return cast("AsyncRun", self.run)
+
+    async def keep_lease(self, item: WorkItem) -> None:
+        self.hold = self.runs._queue.hold(item, lease_seconds=self.arguments[3])
+        await self.hold.__aenter__()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
     ) -> None:
         try:
-            await self._runs._leave(self.run, error)
+            await self.runs._leave(self.run, error)
         finally:
-            if self._hold is not None:  # a lost lease was told of by now
-                await self._hold.__aexit__(LeaseLost, None, None)
+            if self.hold is not None:  # a lost lease was told of by now
+                await self.hold.__aexit__(LeaseLost, None, None)
 
 
 class AsyncStore(_AsyncFacet, _StoreBase):

@@ -15677,9 +15677,20 @@ def run_status(store: Store, run_id: str) -> tuple[str, str]:
     return str(record.status), str(look(store, run_id).status)
 
 
+class Abandoned(flowstore._RunBlock):
+    """A block whose lease nobody renews."""
+
+    def keep_lease(self, item: WorkItem) -> None: ...
+
+
+def abandoned(store: Store, run_id: str) -> flowstore.Run:
+    """A run that a process has begun, and will never end."""
+    return store.runs._enter(Abandoned(store.runs, run_id, "script", None, None, None))
+
+
 def lost_block(store: Store, run_id: str, *steps: str) -> None:
     """A process begins a run, does some steps and is gone, its lease unreturned."""
-    run = store.runs._enter(run_id, "script", None, None, None)
+    run = abandoned(store, run_id)
     for step in steps:
         run.step(step, str, step)
 
@@ -15779,6 +15790,7 @@ def test_a_run_whose_process_died_is_taken_over_when_its_lease_has_run_out(
     lost_block(store, "a", "one")
     caller = Caller(lambda: store.run("a").__enter__())
     until(caller.waits)
+    assert look(store, "a").lease_fence == 1
     clock.advance(10)
     store.state.create_tenant(flowstore.Tenant(id="a commit, so that it looks"))
     run = caller.outcome()
@@ -15787,7 +15799,7 @@ def test_a_run_whose_process_died_is_taken_over_when_its_lease_has_run_out(
 
 
 def test_a_run_taken_over_records_nothing_more(store: Store, clock: Clock) -> None:
-    run = store.runs._enter("a", "script", None, None, None)
+    run = abandoned(store, "a")
     clock.advance(10)
     with store.run("a", wait=0) as other:
         with pytest.raises(flowstore.LeaseLost):
@@ -15799,7 +15811,7 @@ def test_a_run_taken_over_records_nothing_more(store: Store, clock: Clock) -> No
 def test_a_step_under_way_when_its_run_is_taken_over_is_not_recorded(
     store: Store, clock: Clock
 ) -> None:
-    run = store.runs._enter("a", "script", None, None, None)
+    run = abandoned(store, "a")
 
     def slow() -> str:
         clock.advance(10)
@@ -16547,7 +16559,7 @@ def test_a_cancelled_task_gives_its_run_back(in_loop: Loop) -> None:
                 await run.step("two", asyncio.sleep, 60)
 
         task = asyncio.create_task(block())
-        while "one" not in str(await store.events.load_events("a")):
+        while "step:one" not in str(await store.events.load_events("a")):
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -16618,6 +16630,26 @@ def test_an_exception_leaves_the_work_of_tasks(in_loop: Loop) -> None:
         assert (item.status, item.attempt) == ("pending", 0)
 
     in_loop(main)
+
+
+def test_a_task_cancelled_at_any_point_of_a_block_gives_its_run_back(path: Path) -> None:
+    async def block(store: flowstore.AsyncStore) -> None:
+        async with store.run("a") as run:
+            await run.step("one", str)
+            await run.sleep(60)
+
+    async def main() -> None:
+        async with flowstore.open_async(path, lease_seconds=1) as store:
+            for number in range(60):
+                task = asyncio.create_task(block(store))
+                await asyncio.sleep(number / 5000)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            async with asyncio.timeout(30), store.run("a") as run:
+                assert await run.step("one", str, "again") in ("", "again")
+
+    asyncio.run(main())
 
 
 # --- killed processes ---
