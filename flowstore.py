@@ -7130,6 +7130,7 @@ class Runs(_RunFacet):
     """Durable functions: each named step of a run is done once, whatever becomes of its process."""
 
     _run_type: Any = Run
+    _on_end: Callable[[_End], object] = staticmethod(lambda end: None)  # told of each that ended
 
     def __init__(self, engine: Any, state: StateBackend) -> None:
         super().__init__(engine)
@@ -7523,7 +7524,9 @@ class Runs(_RunFacet):
                 ended, claimed, others_wait = yield self._end_and_claim(crew, end)
             except StoreBusy:
                 continue  # nothing was written
-            crew.ended += ended
+            if end is not None and ended:
+                crew.ended += 1
+                self._on_end(end)
             end = None
             if claimed is None:
                 if crew.until_idle or crew.stops():
@@ -9966,6 +9969,80 @@ def _demo_table(store: Store, paths: list[str]) -> bool:
     return done == len(paths)
 
 
+# --- work: a process that does runs ---
+def _work(args: Any) -> int:
+    """Do the runs of functions until Ctrl-C or SIGTERM, one line for each run that ended."""
+    import signal
+
+    _shared_path(args.store)
+    functions = list(map(_import_function, args.functions))
+    if args.concurrency < 1:
+        raise SystemExit(_complain("--concurrency: a number of 1 or more is needed", 2))
+    kinds = {inspect.iscoroutinefunction(function) for function in functions}
+    if len(kinds) > 1:
+        raise SystemExit(_complain("functions: plain ones or coroutine functions, not both", 2))
+    work = _async_work if True in kinds else _thread_work
+    with _open_existing(args.store):
+        pass
+    ending: list[Callable[[], object]] = []
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one breaks it off
+        for call in ending:
+            call()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    work(args, functions, ending)
+    return 0
+
+
+def _thread_work(args: Any, functions: Sequence[Any], ending: list[Callable[[], object]]) -> None:
+    stop = threading.Event()
+    ending.append(stop.set)
+    with open(args.store) as store:
+        store.runs._on_end = _tell_end
+        store.runs.work(*functions, concurrency=args.concurrency, stop=stop)
+
+
+def _async_work(args: Any, functions: Sequence[Any], ending: list[Callable[[], object]]) -> None:
+    import asyncio
+
+    async def work() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        ending.append(lambda: loop.call_soon_threadsafe(stop.set))
+        async with open_async(args.store) as store:
+            store.runs._on_end = _tell_end
+            await store.runs.work(*functions, concurrency=args.concurrency, stop=stop)
+
+    asyncio.run(work())
+
+
+def _tell_end(end: _End) -> None:
+    outcome = "completed" if end.error is None else f"failed: {end.error}"
+    print(" ".join(f"{end.item.id}  {end.item.node_id} {outcome}".splitlines()), flush=True)
+
+
+def _import_function(text: str) -> Any:
+    """The function MODULE:FUNCTION. The current folder is searched, too."""
+    import importlib
+
+    module, _, name = text.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    # The module may import this file by its name: then it gets this copy, with the same errors.
+    own = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
+    sys.modules.setdefault(own, sys.modules[__name__])
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise SystemExit(_complain(f"{text}: {_error_text(error)}", 2)) from None
+    if not callable(function):
+        raise SystemExit(_complain(f"{text}: this is no function", 2))
+    return function
+
+
 # --- check, backup, compact, prune ---
 def _check(args: Any) -> int:
     """Read the whole store and list what is wrong with it."""
@@ -10129,9 +10206,11 @@ def _copy_store(args: Any) -> int:
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "store": {"help": "a database file or URL"},
     "id": {"nargs": "?", "help": "of an execution, flow or workflow"},
+    "functions": {"nargs": "+", "metavar": "MODULE:FUNCTION", "help": "what runs are to call"},
     "folder": {"nargs": "?", "default": ".", "help": "200 of its files at most; default: ."},
     "target": {"help": "a new one; `copy` also takes one where it was broken off"},
     "-o": {"dest": "output", "help": "default: standard output"},
+    "--concurrency": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time"},
     "--after": {"type": int, "help": "default: the last that there is"},
     "--dry-run": {"action": "store_true", "help": "only count"},
     "--execution": {},
@@ -10147,6 +10226,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 _COMMANDS: dict[str, tuple[Callable[[Any], int | None], str]] = {
     "selftest": (_selftest, "--target"),
     "demo": (_demo, "folder --store"),
+    "work": (_work, "store functions --concurrency"),
     "show": (_show, "store id --json"),
     "tail": (_tail, "store --json --execution --tenant --after"),
     "report": (_report, "store id -o"),

@@ -16652,6 +16652,98 @@ def test_a_task_cancelled_at_any_point_of_a_block_gives_its_run_back(path: Path)
     asyncio.run(main())
 
 
+# --- the work command ---
+WORKED = """
+import asyncio, flowstore
+
+def double(run, input):
+    return run.step("double", lambda: input * 2)
+
+def fail(run, input):
+    try:
+        run.step("x", lambda: 1 / 0)
+    except flowstore.FlowStoreError:  # the module's own errors are those of the command
+        return "ours"
+
+async def slow(run, input):
+    try:
+        run.step("", str)
+    except flowstore.InvalidData:
+        pass
+    await run.step("one", asyncio.sleep, 0, 1)
+    return await run.step("two", asyncio.sleep, input)
+
+number = 7
+"""
+
+
+@pytest.fixture
+def worked(tmp_path: Path) -> Path:
+    (tmp_path / "worked.py").write_text(WORKED)
+    return tmp_path
+
+
+def work_command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(flowstore.__file__), "work", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, **cast("Any", pipes))
+
+
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_the_work_command_tells_of_each_run_until_it_is_ended(
+    worked: Path, signal_name: str
+) -> None:
+    with flowstore.open(worked / "a.db", backoff=lambda attempt: 0) as store:
+        store.runs.start("double", 4, id="a")
+        store.runs.start("fail", id="b", max_attempts=1)
+        child = work_command(worked, "a.db", "worked:double", "worked:fail", "--concurrency", "2")
+        assert store.runs.result("a", timeout=60) == 8
+        with pytest.raises(flowstore.RunFailed):
+            store.runs.result("b", timeout=60)
+        child.send_signal(getattr(signal, signal_name))
+        lines = sorted(finished(child).splitlines())
+    assert lines == [
+        "a  double completed",
+        "b  fail failed: ZeroDivisionError: division by zero",
+    ]
+
+
+def test_the_work_command_does_coroutine_functions(worked: Path) -> None:
+    with flowstore.open(worked / "a.db") as store:
+        store.runs.start("slow", 0, id="a")
+        store.runs.start("slow", 60, id="b")
+        child = work_command(worked, "a.db", "worked:slow", "--concurrency", "2")
+        assert store.runs.result("a", timeout=60) is None
+        until(lambda: "one" in run_steps(store, "b"))
+        child.send_signal(signal.SIGTERM)
+        assert finished(child) == "a  slow completed\n"
+        assert run_status(store, "b") == ("pending", "pending")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["a.db", "worked:none"],
+        ["a.db", "none:double"],
+        ["a.db", "worked"],
+        ["a.db", "worked:number"],
+        ["a.db"],
+        ["a.db", "worked:double", "--concurrency", "0"],
+        ["a.db", "worked:double", "worked:slow"],
+        [":memory:", "worked:double"],
+    ],
+)
+def test_the_work_command_says_in_one_line_what_it_cannot_do(
+    worked: Path, arguments: list[str]
+) -> None:
+    flowstore.open(worked / "a.db").close()
+    child = work_command(worked, *arguments)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 2
+    assert err.startswith("flowstore: ")
+    assert len(err.splitlines()) == 1
+
+
 # --- killed processes ---
 KILLED_WORKER = """
 import random, time
