@@ -9785,6 +9785,24 @@ def _selftest_writer(target: str, run: str) -> int:
             print(sequence, flush=True)
 
 
+def _try_run(trial: _Trial) -> None:
+    """run: one that is killed between two steps goes on behind the first"""
+    id = new_id()
+    with _start_child("selftest-run", trial.target, id) as child:
+        child.stdout.readline()
+    with trial.store.run(id, workflow_id="selftest") as run:
+        run.result = [run.step("one", os.getpid), run.step("two", os.getpid)]
+    _expect(run.result, [child.pid, os.getpid()])
+    _expect(trial.store.runs.result(id), run.result)
+
+
+def _selftest_run(target: str, id: str) -> int:
+    """Do the first step of a run, tell of it, and wait: the process that is killed."""
+    with open(target) as store, store.run(id, workflow_id="selftest", lease_seconds=0.5) as run:
+        print(run.step("one", os.getpid), flush=True)
+        return len(sys.stdin.read())
+
+
 def _try_backup(trial: _Trial) -> None:
     """backup: made while the store is in use, it is sound and holds the same"""
     path = os.path.join(trial.folder, "other.db")
@@ -9820,6 +9838,7 @@ _PROMISES: list[Callable[[_Trial], str | None]] = [
     _try_transaction,
     _try_lease,
     _try_crash,
+    _try_run,
     _try_backup,
 ]
 if hasattr(os, "fork"):
@@ -9827,18 +9846,26 @@ if hasattr(os, "fork"):
 
 
 # --- demo: a durable pipeline over real files, one of whose workers is killed ---
-# A file's path is the id of its execution and of its work item; the folder is their queue.
 def _demo(args: Any) -> int:
-    """Hash the files of a folder with several processes, one of which is killed."""
+    """Measure and hash the files of a folder with several processes, one of which is killed."""
     if not os.path.isdir(args.folder):
         raise SystemExit(_complain(f"{args.folder}: there is no such folder", 2))
     folder = os.path.realpath(args.folder)
     own = os.path.realpath(_shared_path(args.store) or args.store)
     with open(args.store) as store:
         paths = list(itertools.islice(_demo_files(folder, own), 200))
-        known = _demo_enqueue(store, folder, paths)
-        print(f"{_plural(len(paths), 'files')} of {folder}, {known} known from before", flush=True)
-        _demo_run(store, args.store, folder)
+        with store.transaction() as tx:
+            tx.execute(
+                "CREATE TABLE IF NOT EXISTS demo_files (path TEXT, size BIGINT, sha256 TEXT)"
+            )
+            known = [path for path in paths if store.state.get_work_item(path)]
+            for path in paths:  # of one that is known, no second run begins
+                store.runs.start("demo_file", path, id=path, queue=folder, max_attempts=5)
+        print(
+            f"{_plural(len(paths), 'files')} of {folder}, {len(known)} known from before",
+            flush=True,
+        )
+        _demo_run(store, args.store, folder, paths)
         proven = _demo_table(store, paths)
     print(
         "The store stays; files done in it are not read again, even when they have changed: "
@@ -9864,22 +9891,37 @@ def _demo_files(folder: str, own: str) -> Iterator[str]:
                 yield path
 
 
-def _demo_enqueue(store: Store, folder: str, paths: list[str]) -> int:
-    """Make an execution and a work item for each file; returns how many an earlier run made."""
-    with store.transaction():
-        new = [path for path in paths if store.state.get_work_item(path) is None]
-        for path in new:
-            run = WorkflowExecution(execution_id=path, workflow_id="flowstore-demo")
-            store.state.create_execution(run)
-            item = WorkItem(id=path, execution_id=path, queue_type=folder, max_attempts=5)
-            store.state.enqueue_work_item(item)
-    return len(paths) - len(new)
+def _demo_worker(target: str, folder: str, mode: str) -> int:
+    """Do files until this is killed: between two steps of the first one, if the mode is "hold"."""
+    # The lease is short, because somebody is watching.
+    with open(target, lease_seconds=2, backoff=lambda attempt: 0.05) as store:
+
+        def demo_file(run: Run, path: str) -> str:
+            try:
+                size = run.step("measure", os.path.getsize, path)
+            finally:
+                if mode == "hold":
+                    print(run.id, flush=True)
+                    sys.stdin.read()  # which ends when the demo does
+            digest = run.step("hash", _demo_hash, path)
+            with store.transaction() as tx:  # the row and the record of the step, or neither
+                row = path, size, digest
+                run.step("record", tx.execute, "INSERT INTO demo_files VALUES (?, ?, ?)", row)
+            return str(digest)
+
+        worker = f"worker-{os.getpid()}"
+        store.runs.work(demo_file, queues=[folder], worker_id=worker, until_idle=mode == "hold")
+    return 0
 
 
-def _demo_run(store: Store, target: str, folder: str) -> None:
-    """Have a worker claim a file and kill it, then have two others do all files."""
+def _demo_hash(path: str) -> str:
+    with io.FileIO(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _demo_run(store: Store, target: str, folder: str, paths: list[str]) -> None:
+    """Have a worker begin a file and kill it, then have two others do all files."""
     state: Any = store.state
-    # A small file is done before anybody can look, so the first worker only holds its item.
     with _start_child("demo-worker", target, folder, "hold") as worker:
         id = worker.stdout.readline().strip()
     if not id:
@@ -9887,10 +9929,11 @@ def _demo_run(store: Store, target: str, folder: str) -> None:
     held = state.get_work_item(id)
     print(f"killed {held.worker_id}, seen holding {id} under fence {held.lease_fence}", flush=True)
     start = functools.partial(_start_child, "demo-worker", target, folder, "work")
-    with start() as one, start() as other:
-        # A worker that ends well has seen that no file is left.
-        if one.wait() and other.wait():
-            raise StorageError("all workers ended before their time: run the demo again")
+    with start(), start(), _progress_bar(len(paths), "files") as progress:
+        for number, path in enumerate(paths):
+            progress(number)
+            with contextlib.suppress(RunFailed):
+                store.runs.result(path, timeout=600)
     with contextlib.suppress(LeaseLost):
         state.complete_work_item(held)
         raise StorageError(f"{id}: the fence of the killed worker was not refused")
@@ -9898,70 +9941,25 @@ def _demo_run(store: Store, target: str, folder: str) -> None:
     print(f"taken over: {id}, last under fence {fence}; fence {held.lease_fence} is refused now")
 
 
-def _demo_worker(target: str, folder: str, mode: str) -> int:
-    """Claim files and do them until none is left, or hold the first one until this is killed."""
-    # The lease is short, because somebody is watching.
-    with open(target, lease_seconds=2, backoff=lambda attempt: 0.05) as store:
-        while True:
-            # LeaseLost: the lease was taken over. StoreBusy: a server ran another worker first. In
-            # both cases nothing was written.
-            with contextlib.suppress(LeaseLost, StoreBusy):
-                with store.transaction():  # so that the log tells of every lease
-                    item = store.state.claim_work_item(f"worker-{os.getpid()}", [folder])
-                    if item:
-                        _demo_append(store, item, {"type": "step_started"})
-                if item is None:
-                    counts = store.stats()["queues"].get(folder, {})
-                    if not counts.keys() & {"pending", "claimed"}:
-                        return 0
-                    time.sleep(0.05)
-                elif mode == "hold":
-                    print(item.id, flush=True)
-                    return len(sys.stdin.read())  # which ends when the demo does
-                else:
-                    _demo_do(store, item)
-
-
-def _demo_append(store: Store, item: WorkItem, event: dict[str, Any]) -> None:
-    """Append an event of a lease to the log of a file."""
-    store.events.append(item.id, item.tenant_id, event | {"fence": item.lease_fence})
-
-
-def _demo_do(store: Store, item: WorkItem) -> None:
-    """Do a file; its event and the end of its lease are one transaction, both or neither."""
-    state: Any = store.state
-    with state.hold(item):  # a large file may outlast the lease
-        try:
-            with io.FileIO(item.id) as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            event: dict[str, Any] = {"type": "step_completed", "sha256": digest}
-        except OSError as error:
-            event = {"type": "step_failed", "error": error.strerror}
-    with store.transaction():
-        _demo_append(store, item, event)
-        if "error" not in event:
-            state.complete_work_item(item)
-            state.update_execution_status(item.id, ExecutionStatus.COMPLETED)
-        elif isinstance(state.retry_work_item(item, event["error"]), DeadLetter):
-            state.update_execution_status(item.id, ExecutionStatus.FAILED)
-
-
 def _demo_table(store: Store, paths: list[str]) -> bool:
     """Print what the store tells of each file; True if that proves that each was done once."""
     done = dead = taken = 0
+    with store.transaction() as tx:
+        recorded = dict(tx.execute("SELECT path, COUNT(*) FROM demo_files GROUP BY path"))
     for item in filter(None, map(store.state.get_work_item, paths)):
         log = [stored.event for stored in store.events.load_events(item.id)]
-        completed = [event["fence"] for event in log if event["type"] == "step_completed"]
-        ended = {event["fence"] for event in log if event["type"] != "step_started"}
-        lost = [str(fence) for fence in range(1, item.lease_fence + 1) if fence not in ended]
-        line = f"{item.status:13}  {item.id}"
-        if lost:  # their workers were killed
-            line += f"  taken over from fence {', '.join(lost)}"
+        steps = [event["step"] for event in log if event["type"] == "step_completed"]
+        once = steps == ["measure", "hash", "record"] and recorded.get(item.id) == 1
+        failures = sum(event["type"] == "step_failed" for event in log)
+        lost = item.lease_fence - failures - (item.status == "completed")
+        line = f"{item.status:13}  {', '.join(steps):21}  {item.id}"
+        if lost > 0:  # their workers were killed
+            line += f"  taken over {_plural(lost, 'times')}"
             taken += 1
         if item.status == "dead_lettered":
             line += f"  after {item.attempt} tries: {item.last_error}"
             dead += 1
-        done += item.status == "completed" and completed == [item.lease_fence]
+        done += item.status == "completed" and once
         print(line)
     counted = f"{_plural(len(paths), 'files')}: {done} done exactly once"
     left = len(paths) - done - dead
@@ -10240,6 +10238,7 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int | None], str]] = {
 # The processes that commands start; their arguments are texts.
 _CHILDREN: dict[str, Callable[..., int]] = {
     "demo-worker": _demo_worker,
+    "selftest-run": _selftest_run,
     "selftest-writer": _selftest_writer,
 }
 
