@@ -931,6 +931,7 @@ _SQLITE = _Dialect(
     # Columns of work items. On a server they are expressions, which only partial indexes serve.
     status="status",
     tenant_status="status",  # what {status} is in a statement for one tenant
+    any_status="status",  # what it is for all tenants, in either
     queue_type="queue_type",
     unique_key="unique_key",
     given_key="?",
@@ -951,7 +952,7 @@ CREATE INDEX flowstore_pending_by_tenant
     ON flowstore_work_items (tenant_id, {queue_type}, priority DESC, available_at{id_last})
     WHERE {tenant_status} = 'pending';
 CREATE INDEX flowstore_leased ON flowstore_work_items ({queue_type}, lease_expires_at, id)
-    WHERE {status} = 'claimed';
+    WHERE {any_status} = 'claimed';
 CREATE INDEX flowstore_settled ON flowstore_work_items ({status}, settled_at, id)
     WHERE settled_at IS NOT NULL;
 CREATE INDEX flowstore_dead_by_tenant ON flowstore_work_items (tenant_id, settled_at, id)
@@ -5201,9 +5202,9 @@ _DEAD_LETTERS = """AND {status} = 'dead_lettered' AND settled_at IS NOT NULL
     ORDER BY settled_at DESC, id DESC LIMIT ? OFFSET ?"""
 _NEXT_QUEUE = {
     status: _Sql(f"""SELECT queue_type FROM flowstore_work_items {{by {_STATUS_INDEX[status]}}}
-        WHERE {{status}} = '{status}' AND {{queue_type}} > ? {{tenant}}
+        WHERE {{{column}}} = '{status}' AND {{queue_type}} > ? {{tenant}}
         ORDER BY {{queue_type}} LIMIT 1""")
-    for status in ("pending", "claimed")
+    for status, column in {"pending": "status", "claimed": "any_status"}.items()
 }
 # The record of a run, whose item has its id and its function's name.
 _FOLLOW_ITEM = _Sql("""UPDATE flowstore_runs SET status = ?, updated_at = ?, completed_at = ?
@@ -5213,31 +5214,51 @@ _LEASE_EXPIRED = "the lease expired"
 
 # The statements on the head of a queue. Expired leases are those of all tenants, since a policy
 # counts the leases of all.
-_IN_QUEUE = f"""FROM flowstore_work_items {{by {_STATUS_INDEX["pending"]}}}
-    WHERE {{status}} = 'pending' AND {{queue_type}} = ?"""
-_LEVEL = f"SELECT priority {_IN_QUEUE} AND priority < ? {{tenant}} ORDER BY priority DESC LIMIT 1"
-_NEXT_LEVEL = _Sql(_LEVEL)
+_PENDING = f"""FROM flowstore_work_items {{by {_STATUS_INDEX["pending"]}}}
+    WHERE {{status}} = 'pending' AND {{queue_type}} ="""
+_IN_QUEUE = f"{_PENDING} ?"
+_TOP_LEVEL = "{tenant} ORDER BY priority DESC LIMIT 1"
+_NEXT_LEVEL = _Sql(f"SELECT priority {_IN_QUEUE} AND priority < ? {_TOP_LEVEL}")
 _ABOVE_ALL = 101  # a priority above all that there are
-_HEAD = f"""{_IN_QUEUE} AND priority = %s AND available_at <= ? {{tenant}}
-    ORDER BY available_at, id LIMIT %s"""
-_AVAILABLE = _Sql(f"SELECT -priority, available_at, id {_HEAD % ('?', '?')}")
+_AVAILABLE = _Sql(f"""SELECT -priority, available_at, id {_IN_QUEUE}
+    AND priority = ? AND available_at <= ? {{tenant}} ORDER BY available_at, id LIMIT ?""")
 _AVAILABLE_LOCKED = _Sql(_AVAILABLE.text + " {skip_locked}")
 _EXPIRED = """FROM flowstore_work_items {by flowstore_leased}
-    WHERE {status} = 'claimed' AND {queue_type} = ? AND lease_expires_at <= ?"""
+    WHERE {any_status} = 'claimed' AND {queue_type} = ? AND lease_expires_at <= ?"""
 _EXPIRED_LEASES = f"""SELECT {_ITEM.columns} {_EXPIRED}
     ORDER BY lease_expires_at, id LIMIT ? {{skip_locked}}"""
 _LEASE_COUNT = """SELECT COUNT(*) FROM (SELECT 1 FROM flowstore_work_items {by flowstore_leased}
-    WHERE {status} = 'claimed' AND {queue_type} = ? LIMIT ?) leased"""
+    WHERE {any_status} = 'claimed' AND {queue_type} = ? LIMIT ?) leased"""
 _LEASE = """UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, claimed_at = ?,
     lease_expires_at = ?, lease_fence = lease_fence + 1 WHERE {status} = 'pending' {tenant}"""
-# Claims the head of the highest priority that a queue has, if nothing has to be done before: no
-# lease has expired, and the queue has no policy.
-_CLAIM = _Sql(f"""{_LEASE} AND id = (SELECT id {_HEAD % (f"({_LEVEL})", "1")} {{skip_locked}})
-    AND NOT EXISTS (SELECT 1 FROM flowstore_queues WHERE queue_type = ?)
-    AND NOT EXISTS (SELECT 1 {_EXPIRED}) RETURNING {_ITEM.columns}""")
+_COMPLETE = """UPDATE flowstore_work_items SET status = 'completed', settled_at = ?,
+    lease_expires_at = NULL WHERE {status} = 'claimed' {tenant}"""
 _POLICY_WRITE = _POLICY.upsert("queue_type")
 _POLICY_SPEND = "UPDATE flowstore_queues SET full_at = ? WHERE queue_type = ?"
 _BATCH = 500  # ids in one statement
+
+
+@functools.cache
+def _claim_sql(queues: int) -> _Sql:
+    """Claim the head of so many queues, if the top levels tell it and nothing has to be done first.
+
+    That is: no lease has expired, no queue has a policy, and the items of the highest priority of
+    a queue are not all delayed."""
+    one = queues == 1
+    queue = "?" if one else "q.column1"
+    wanted = f"FROM (VALUES {', '.join(['(?)'] * queues)}) q"
+    top = f"(SELECT priority {_PENDING} {queue} {_TOP_LEVEL})"
+    at_top = f"{_PENDING} {queue} AND priority = {top} AND available_at <= ? {{tenant}}"
+    head = f"SELECT id {at_top} ORDER BY available_at, id LIMIT 1 {{skip_locked}}"
+    obstacle = f"""EXISTS (SELECT 1 FROM flowstore_queues WHERE queue_type = {queue})
+        OR EXISTS (SELECT 1 {_EXPIRED.replace("?", queue, 1)})"""
+    if not one:
+        head = f"""SELECT i.id {wanted} {{join}} flowstore_work_items i
+            {{by sqlite_autoindex_flowstore_work_items_1}} ON i.id = ({head})
+            ORDER BY i.priority DESC, i.available_at, i.id LIMIT 1"""
+        delayed = f"{top} IS NOT NULL AND NOT EXISTS (SELECT 1 {at_top})"
+        obstacle = f"EXISTS (SELECT 1 {wanted} WHERE {obstacle} OR ({delayed}))"
+    return _Sql(f"{_LEASE} AND id = ({head}) AND NOT ({obstacle}) RETURNING {_ITEM.columns}")
 
 
 def _of_ids(count: int, sql: str, returning: str = "") -> _Sql:
@@ -5408,10 +5429,12 @@ class _Claims(_Items):
     ) -> list[WorkItem]:
         now = tx.now()
         values = worker_id, now, _time_after(now, lease, "lease_seconds")
-        if limit == 1 and len(queues) == 1:
-            queue = queues[0]
-            head = queue, queue, _ABOVE_ALL, now
-            row = self._row(tx, _CLAIM, *values, *head, queue, queue, now)
+        if limit == 1 and queues:
+            if len(queues) == 1:
+                places = *queues, *queues, now, *queues, *queues, now
+            else:
+                places = *queues, now, *queues, now, now
+            row = self._row(tx, _claim_sql(len(queues)), *values, *places)
             if row is not None:
                 return [_ITEM.decode(row)]
         policies = self._policies(tx, queues)
@@ -5540,26 +5563,35 @@ class _WorkQueue(_Items):
         returns that item's id; "replace" gives it the new payload, priority and `available_at` if
         it is pending, and returns its id. Raises NotFound for an unknown execution, AlreadyExists
         for an id that any item has or had, and for a key."""
-        return self._enqueue(tx, item, on_conflict, "")
+        return self._enqueue(tx, item, on_conflict, "", {})
 
     @_write
     def enqueue_work_items(
         self, tx: _Tx, items: Sequence[WorkItem], *, on_conflict: str = "raise"
     ) -> list[str]:
         """`enqueue_work_item` for each of the items, all of them or none; their ids."""
-        listed = enumerate(_check_list(items, "items", "a list of work items"))
-        return [self._enqueue(tx, item, on_conflict, f"items[{index}]") for index, item in listed]
+        tenants: dict[str, str] = {}
+        return [
+            self._enqueue(tx, item, on_conflict, f"items[{index}]", tenants)
+            for index, item in enumerate(_check_list(items, "items", "a list of work items"))
+        ]
 
-    def _enqueue(self, tx: _Tx, item: WorkItem, on_conflict: str, path: str) -> str:
+    def _enqueue(
+        self, tx: _Tx, item: WorkItem, on_conflict: str, path: str, tenants: dict[str, str]
+    ) -> str:
+        """Put one item in. `tenants` has those of the executions that are known already."""
         if on_conflict not in ("raise", "keep", "replace"):
             raise InvalidData('on_conflict: "raise", "keep" or "replace" is needed')
         values = _ITEM.encode(item, path, tx.now())
         if item.available_at is None:
             values["available_at"] = values["created_at"]
+        execution = values["execution_id"]
+        if execution not in tenants:
+            tenants[execution] = self._tenant_of(tx, execution)
         values |= {
             "lease_fence": 0,
             "status": "pending",
-            "tenant_id": self._tenant_of(tx, values["execution_id"]),
+            "tenant_id": tenants[execution],
             "lease_expires_at": None,
             "worker_id": None,
             "last_error": None,
@@ -5765,22 +5797,15 @@ class _WorkQueue(_Items):
         ended: dict[str, WorkItem] = {}
         for start in range(0, len(ids), _BATCH):
             some = ids[start : start + _BATCH]
-            look = "SELECT id, status, lease_fence FROM flowstore_work_items WHERE true {tenant}"
-            held = {
-                id: (status, fence)
-                for id, status, fence in self._rows(
-                    tx, _of_ids(len(some), look, "{for_update}"), *some
-                )
-            }
-            for id in some:
-                if held.get(id) != ("claimed", fences[id]):
-                    raise LeaseLost(id) if id in held else NotFound("work item", id)
-            settle = """UPDATE flowstore_work_items SET status = 'completed', settled_at = ?,
-                lease_expires_at = NULL WHERE true {tenant}"""
-            sql = _of_ids(len(some), settle, f"RETURNING {_ITEM.columns}")
+            sql = _of_ids(len(some), _COMPLETE, f"RETURNING {_ITEM.columns}")
             for row in self._rows(tx, sql, tx.now(), *some):
-                settled = _ITEM.decode(row)
-                ended[settled.id] = settled
+                item = _ITEM.decode(row)
+                ended[item.id] = item
+        for id, fence in fences.items():
+            if id not in ended:
+                self._need(tx, _ITEM, id=id)
+            if id not in ended or ended[id].lease_fence != fence:
+                raise LeaseLost(id)  # with which nothing of this is stored
         return [ended[id] for id in ids]
 
     @_write
@@ -8611,7 +8636,7 @@ class _Kind(NamedTuple):
         column = "status"
         if self.mapper is _DEAD:
             index = _STATUS_INDEX.get(status, index)
-            column = "{status}"
+            column = "{any_status}" if status == "claimed" else "{status}"
             if status not in ("pending", "claimed"):
                 column = "settled_at IS NOT NULL AND {status}"
         return f"{self.mapper.table} {{by {index}}} WHERE {column} = '{status}' {{tenant}}"
@@ -8707,6 +8732,20 @@ _LAST_EVENTS = _Sql(f"""SELECT execution_id, timestamp, position FROM {_LOG_IN_O
 def _first_value(row: _Row, *names: str) -> Any:
     """The value of the first of these fields that has one, or ""."""
     return next((row[name] for name in names if row.get(name) not in (None, "")), "")
+
+
+def _policy_text(policy: QueuePolicy | None) -> str:
+    """What claims of a queue have to keep to."""
+    if policy is None:
+        return ""
+    limits = []
+    if policy.paused:
+        limits.append("paused")
+    if policy.max_running is not None:
+        limits.append(f"{policy.max_running:,} at once")
+    if policy.rate is not None:
+        limits.append(f"{policy.rate:g} per {policy.per_seconds:g} s")
+    return ", ".join(limits)
 
 
 def _log_facts(log: list[tuple[Any, ...]]) -> _Row:
@@ -8839,11 +8878,17 @@ class _ViewReader:
         return rows
 
     def queues(self, now: int) -> list[_Row]:
-        """The queues that have items which wait, are leased or are dead, and how many."""
+        """The queues with a policy, or with items that wait, are leased or are dead."""
         dead_letters = f"{_WORK_ITEMS.source('dead_lettered')} LIMIT {_DEAD_BOUND}"
         sql = _statement(f"SELECT queue_type FROM {dead_letters}")
         dead = [queue for (queue,) in self.facet._rows(self.tx, sql)]
-        queues = set(dead)
+        policies = {
+            policy.queue_type: policy
+            for policy in self.facet._find(
+                self.tx, _POLICY, "ORDER BY queue_type LIMIT ?", _QUEUE_LIMIT
+            )
+        }
+        queues = {*dead, *policies}
         for following in _NEXT_QUEUE.values():
             # One seek per queue: the index sorts the items of a status by queue.
             queue = self.value(following, "")
@@ -8863,6 +8908,7 @@ class _ViewReader:
                     "leased": self.count(leased, queue),
                     "dead": dead_count if len(dead) < _DEAD_BOUND else f"{dead_count}+",
                     "oldest_seconds": None if oldest is None else max(0, now - oldest) / 1e6,
+                    "limits": _policy_text(policies.get(queue)),
                 }
             )
         return rows
@@ -8892,6 +8938,9 @@ class _ViewReader:
         for name, (mapper, source) in kind.tables.items():
             rows = self.records(mapper, f"{source} LIMIT {_DETAIL_ROWS}", id)
             rows.reverse()
+            for row in rows:
+                if mapper is _DEAD and row["status"] == "pending" and row["available_at"] > now:
+                    row["comes_back"] = row["available_at"]
             tables[name] = {"total": self.count(source, id), "rows": rows}
             if mapper is _STORED:
                 steps += _steps_from_log(rows, now)
@@ -9015,9 +9064,10 @@ def _step(name: str, changes: list[_Change], now: datetime) -> _Row:
 _COLUMNS = re.findall(
     r"\w+",
     """
-    queue waiting oldest_seconds leased dead sequence timestamp at error_time execution_id id kind
-    step time step_id step_name run_id node_id queue_type task name goal current_step status
-    last_error message attempt retry_count workflow_id events worker_id event_name event_key event
+    queue waiting oldest_seconds leased dead limits sequence timestamp at error_time execution_id id
+    kind step time step_id step_name run_id node_id queue_type task name goal current_step status
+    comes_back last_error message attempt retry_count workflow_id events worker_id event_name
+    event_key event
     payload result outcome priority unique_key lease_expires_at dead_lettered_at sleep_until
     tenant_id updated_at complete_time
     """,
@@ -10287,6 +10337,7 @@ _POSTGRES = _Dialect(
         ON flowstore_definitions (tenant_id, workflow_id, md5(version))""",
     status="(status || '')",
     tenant_status="('' || status)",
+    any_status="(status || '')",
     queue_type="(queue_type || '')",
     unique_key="md5(unique_key)",  # an index entry of 2,700 bytes holds two ids
     given_key="md5(?)",

@@ -457,6 +457,29 @@ def bench_queue(bench: Bench, synchronous: str, least: float) -> Measured:
     )
 
 
+def bench_batches(bench: Bench) -> Measured:
+    state: Any = bench.store("NORMAL").state
+
+    def items(count: int) -> list[flowstore.WorkItem]:
+        return [
+            flowstore.WorkItem(execution_id="run", queue_type="queue", payload=bench.event)
+            for _ in range(count)
+        ]
+
+    def in_batches() -> None:
+        state.enqueue_work_items(items(128))
+        state.complete_work_items(state.claim_work_items("worker", ["queue"], 128))
+
+    def one_by_one() -> None:
+        state.enqueue_work_item(items(1)[0])
+        state.complete_work_item(state.claim_work_item("worker", ["queue"]))
+
+    return bench.compare(
+        lambda: 128 * bench.rate(in_batches),
+        Rival("one by one", 10.0, lambda: bench.rate(one_by_one)),
+    )
+
+
 def bench_claims(
     bench: Bench, queues: str, changed: dict[str, str], tenant: str | None = None
 ) -> Measured:
@@ -746,6 +769,7 @@ BENCH_ROWS: dict[str, Callable[[Bench], Measured]] = {
     "load 10,000 events": bench_load,
     "enqueue + claim + complete, FULL": partial(bench_queue, synchronous="FULL", least=0.75),
     "enqueue + claim + complete, NORMAL": partial(bench_queue, synchronous="NORMAL", least=0.45),
+    "the same in batches of 128, NORMAL, items": bench_batches,
     "a state of 1,000 chat messages written, NORMAL": bench_state,
     "claim + complete, {} pending": partial(bench_claims, queues="a", changed={}),
     "claim + complete, {} pending, asking for three queues": partial(
@@ -753,6 +777,9 @@ BENCH_ROWS: dict[str, Callable[[Bench], Measured]] = {
     ),
     "claim + complete, {} delayed": partial(
         bench_claims, queues="a", changed={"available_at": "available_at + 86400000000 + n"}
+    ),
+    "claim + complete, {} pending of five priorities": partial(
+        bench_claims, queues="a", changed={"priority": "n % 5"}
     ),
     "claim + complete, {} of another tenant": partial(
         bench_claims, queues="a", changed={"tenant_id": "'other'"}, tenant="default"
@@ -4829,14 +4856,14 @@ def as_nobody(call: Callable[[], Any]) -> Any:
     return in_fork(run)
 
 
-def learn_version_2(script: str) -> None:
+def learn_next_version(script: str) -> None:
     """Makes the module one of a later version."""
-    flowstore._SCHEMA_VERSION = 2
-    flowstore._UPGRADES = {1: script}
+    flowstore._UPGRADES = flowstore._UPGRADES | {flowstore._SCHEMA_VERSION: script}
+    flowstore._SCHEMA_VERSION += 1
     flowstore._TABLE_NAMES = (*flowstore._TABLE_NAMES, "flowstore_second")
 
 
-TOOLS.append(learn_version_2)
+TOOLS.append(learn_next_version)
 
 
 # --- hostile input ---
@@ -10018,6 +10045,72 @@ def test_close_in_ones_own_transaction_is_refused_and_afterwards_idempotent(
             call()
 
 
+def test_a_read_only_transaction_is_one_snapshot_that_waits_for_no_writer(store: Store) -> None:
+    store.events.append("e1", "default", EVENT)
+    with store.transaction() as tx:
+        tx.execute("CREATE TABLE mine (id INTEGER PRIMARY KEY)")
+    with store.transaction(read_only=True) as tx:
+        assert store.events.count_events("e1") == 1
+        refused: list[Callable[[], Any]] = [
+            lambda: store.events.append("e1", "default", EVENT),
+            lambda: tx.execute("INSERT INTO mine VALUES (1)"),
+            lambda: store.transaction().__enter__(),
+            lambda: store.transaction(read_only=True).__enter__(),
+        ]
+        for call in refused:
+            with pytest.raises(StorageError) as caught:
+                call()
+            assert one_sentence(caught.value)
+        if store.target != ":memory:":
+            in_thread(lambda: store.events.append("e1", "default", EVENT))
+        assert store.events.count_events("e1") == 1
+        assert tx.execute("SELECT COUNT(*) FROM mine") == [(0,)]
+    with store.transaction(), pytest.raises(StorageError), store.transaction(read_only=True):
+        pass
+    assert store.events.append("e1", "default", EVENT) >= 2
+    with store.transaction() as tx:
+        tx.execute("INSERT INTO mine VALUES (1)")
+    with pytest.raises(InvalidData, match="read_only"):
+        store.transaction(read_only=1)  # type: ignore[arg-type]
+
+
+def test_a_read_only_transaction_begins_while_another_one_writes(path: Path) -> None:
+    with flowstore.open(path, synchronous="OFF") as store:
+        store.events.append("e1", "default", EVENT)
+        with store.transaction():
+            store.events.append("e1", "default", EVENT)
+
+            def read() -> int:
+                with store.transaction(read_only=True):
+                    return store.events.count_events("e1")
+
+            assert in_thread(read) == 1
+
+
+def test_an_async_read_only_transaction_waits_for_no_writer(path: Path) -> None:
+    async def main() -> None:
+        async with flowstore.open_async(path, synchronous="OFF") as store:
+            await store.events.append("e1", "default", EVENT)
+            entered, leave = asyncio.Event(), asyncio.Event()
+
+            async def read() -> int:
+                async with store.transaction(read_only=True):
+                    entered.set()
+                    await leave.wait()
+                    with pytest.raises(StorageError):
+                        await store.events.append("e1", "default", EVENT)
+                    return await store.events.count_events("e1")
+
+            reader = asyncio.create_task(read())
+            await entered.wait()
+            await asyncio.wait_for(store.events.append("e1", "default", EVENT), 30)
+            leave.set()
+            assert await reader in (1, 2)  # its snapshot begins with the first read
+            assert await store.events.count_events("e1") == 2
+
+    asyncio.run(main())
+
+
 # ==================================================================================================
 # Fork
 # ==================================================================================================
@@ -12109,6 +12202,23 @@ TestTheLogInMemory = stateful(LogModel)
 TestTheLogInAFile = stateful(FileLogModel)
 
 
+def test_the_last_events_come_by_sequence_and_cost_by_what_they_are(store: Store) -> None:
+    store.events.append_batch("e1", "default", [EVENT | {"n": n} for n in range(300)])
+    assert [stored.sequence for stored in store.events.load_last_events("e1", 3)] == [298, 299, 300]
+    assert len(store.events.load_last_events("e1")) == 100
+    assert store.events.load_last_events("e1", 0) == []
+    assert store.events.load_last_events("unknown") == []
+
+
+def test_an_event_is_found_by_its_event_id(store: Store) -> None:
+    store.events.append("e1", "default", EVENT)
+    store.events.append("e1", "default", EVENT | {"n": 2}, event_id="k")
+    found = store.events.find_event("e1", "k")
+    assert found is not None and (found.sequence, found.event["n"], found.id) == (2, 2, "k")
+    assert store.events.find_event("e1", "other") is None
+    assert store.events.find_event("e2", "k") is None
+
+
 # ==================================================================================================
 # StateBackend: executions, the queue, keepsakes, tenants
 # ==================================================================================================
@@ -13920,6 +14030,327 @@ def test_for_tenant_touches_nothing(tmp_path: Path) -> None:
     view = store_state.state.for_tenant("acme")
     with pytest.raises(StorageError):
         view.list_tenants()
+
+
+# --- priorities, unique keys, batches, parking, policies ---
+
+
+def put(store: Store, count: int = 1, **fields: Any) -> list[str]:
+    """Ids of new items of the execution e1, in queue q unless the fields say otherwise."""
+    return [enqueue(store, **fields) for _ in range(count)]
+
+
+def test_the_highest_priority_is_claimed_first_and_among_equals_the_oldest(store: Store) -> None:
+    ids = [enqueue(store, priority=priority) for priority in (0, 5, -100, 5, 100)]
+    claims = [claim(store).id for _ in ids]
+    assert claims == [ids[4], ids[1], ids[3], ids[0], ids[2]]
+    assert store.state.claim_work_item("w1", ["q"]) is None
+
+
+def test_a_delayed_item_of_a_high_priority_holds_up_no_other(store: Store, clock: Clock) -> None:
+    later = enqueue(store, priority=9, available_at=clock.now + seconds(10))
+    other = enqueue(store, priority=3, queue_type="other")
+    now = enqueue(store, priority=-1)
+    assert claim(store, "q", "other").id == other
+    assert claim(store, "q", "other").id == now
+    clock.advance(10)
+    assert claim(store, "q", "other").id == later
+
+
+def test_claims_of_any_queues_follow_the_model(store: Store, clock: Clock) -> None:
+    chance = random.Random(1)
+    create(store)
+    waiting: list[tuple[int, datetime, str, str]] = []
+    for _ in range(200):
+        if chance.random() < 0.55:
+            queue = chance.choice("abc")
+            priority = chance.choice((0, 0, 1, 2))
+            available = clock.now + seconds(chance.choice((0, 0, 50)))
+            id = enqueue(store, queue_type=queue, priority=priority, available_at=available)
+            waiting.append((-priority, available, id, queue))
+        else:
+            queues = chance.sample("abc", chance.randint(1, 3))
+            limit = chance.choice((1, 1, 3))
+            due = sorted(one for one in waiting if one[3] in queues and one[1] <= clock.now)
+            items = store.state.claim_work_items("w", queues, limit, lease_seconds=1e6)
+            assert [item.id for item in items] == [id for _, _, id, _ in due[:limit]]
+            waiting = [one for one in waiting if one not in due[:limit]]
+        clock.advance(chance.choice((0, 1, 7)))
+
+
+def test_a_unique_key_is_held_by_one_item_that_is_not_settled(store: Store) -> None:
+    first = enqueue(store, unique_key="k", payload=1)
+    with pytest.raises(AlreadyExists) as caught:
+        enqueue(store, unique_key="k", id="other")
+    assert caught.value.id == first
+    item = WorkItem(execution_id="e1", queue_type="q", unique_key="k", payload=2, priority=7)
+    assert store.state.enqueue_work_item(item, on_conflict="keep") == first
+    assert look(store, first).payload == 1
+    assert store.state.enqueue_work_item(item, on_conflict="replace") == first
+    assert (look(store, first).payload, look(store, first).priority) == (2, 7)
+    assert enqueue(store, unique_key="k", queue_type="another") != first
+    held = claim(store)
+    assert store.state.enqueue_work_item(item, on_conflict="keep") == first
+    for on_conflict in ("raise", "replace"):
+        with pytest.raises(AlreadyExists):
+            store.state.enqueue_work_item(item, on_conflict=on_conflict)
+    store.state.fail_work_item(held, "no")
+    second = enqueue(store, unique_key="k")
+    with pytest.raises(AlreadyExists) as caught:
+        store.state.retry_work_item(first)
+    assert caught.value.id == second and look(store, first).status == "failed"
+    dead = store.state.move_to_dead_letter(second, "dead")
+    assert isinstance(store.state.retry_work_item(first), WorkItem)
+    with pytest.raises(AlreadyExists) as caught:
+        store.state.requeue_dead_letter(dead)
+    assert caught.value.id == first
+    with pytest.raises(InvalidData, match="on_conflict"):
+        store.state.enqueue_work_item(item, on_conflict="drop")
+
+
+def test_of_many_callers_that_race_for_a_unique_key_one_has_it(store: Store) -> None:
+    create(store)
+
+    def race() -> Any:
+        try:
+            return enqueue(store, unique_key="k")
+        except AlreadyExists as error:
+            return error
+
+    found = together([race] * 8)
+    [winner] = [one for one in found if isinstance(one, str)]
+    assert {one.id for one in found if one is not winner} == {winner}
+
+
+def test_a_batch_is_put_in_claimed_and_settled_as_one(store: Store) -> None:
+    create(store)
+    items = [
+        WorkItem(execution_id="e1", queue_type="q", priority=number % 3) for number in range(12)
+    ]
+    ids = store.state.enqueue_work_items(items)
+    assert ids == [item.id for item in items]
+    bad = WorkItem(execution_id="e1", queue_type="q", priority=101)
+    with pytest.raises(InvalidData, match=r"items\[1\]\.priority"):
+        store.state.enqueue_work_items([WorkItem(execution_id="e1", queue_type="q"), bad])
+    claims = store.state.claim_work_items("w", ["q"], 7)
+    assert [item.id for item in claims] == [*ids[2::3], *ids[1::3]][:7]
+    assert {item.worker_id for item in claims} == {"w"}
+    done = store.state.complete_work_items(claims[:3])
+    assert [(item.id, item.status) for item in done] == [
+        (item.id, "completed") for item in claims[:3]
+    ]
+    for refused, error in (
+        (claims[2:5], LeaseLost),
+        ([claims[4], claims[4]], LeaseLost),
+        ([claims[4], WorkItem(execution_id="e1", queue_type="q")], NotFound),
+        ([dataclasses.replace(claims[4], lease_fence=9)], LeaseLost),
+    ):
+        with pytest.raises(error):
+            store.state.complete_work_items(refused)
+        assert look(store, claims[4].id).status == "claimed"
+    with pytest.raises(InvalidData, match=r"items\[0\]"):
+        store.state.complete_work_items([claims[4].id])  # type: ignore[list-item]
+    assert len(store.state.claim_work_items("w", ["q"], 100)) == 5
+    assert store.state.claim_work_items("w", ["q"], 100) == []
+
+
+def test_a_parked_item_waits_as_often_as_it_likes(store: Store, clock: Clock) -> None:
+    item = claimed(store, max_attempts=1)
+    for _ in range(3):
+        parked = store.state.park_work_item(item, delay=5)
+        assert (parked.status, parked.attempt, parked.worker_id) == ("pending", 0, None)
+        assert store.state.claim_work_item("w1", ["q"]) is None
+        clock.advance(5)
+        item = claim(store)
+    until = store.state.park_work_item(item, until=clock.now + seconds(60))
+    assert until.available_at == clock.now + seconds(60)
+    with pytest.raises(LeaseLost):
+        store.state.park_work_item(item)
+    clock.advance(60)
+    item = claim(store)
+    with pytest.raises(InvalidData, match="until"):
+        store.state.park_work_item(item, delay=1, until=clock.now)
+    with pytest.raises(NotFound):
+        store.state.park_work_item("unknown")
+    assert store.state.park_work_item(item.id).available_at == clock.now
+    assert claim(store).id == item.id
+
+
+def test_an_item_tells_when_it_was_claimed_and_when_it_ended(store: Store, clock: Clock) -> None:
+    item = claimed(store)
+    assert (item.claimed_at, item.settled_at) == (clock.now, None)
+    start = clock.now
+    clock.advance(3)
+    done = store.state.fail_work_item(item, "no")
+    assert (done.claimed_at, done.settled_at) == (start, clock.now)
+    again = store.state.retry_work_item(done.id, delay=0)
+    assert isinstance(again, WorkItem) and again.settled_at is None
+    letter = store.state.move_to_dead_letter(claim(store), "dead")
+    assert letter.settled_at == letter.dead_lettered_at == clock.now
+
+
+def test_a_paused_queue_hands_nothing_out_and_others_do(store: Store) -> None:
+    put(store, 2)
+    enqueue(store, queue_type="other")
+    store.state.set_queue_policy(flowstore.QueuePolicy(queue_type="q", paused=True))
+    assert claim(store, "q", "other").queue_type == "other"
+    assert store.state.claim_work_items("w", ["q"], 5) == []
+    store.state.set_queue_policy(flowstore.QueuePolicy(queue_type="q"))
+    assert len(store.state.claim_work_items("w", ["q"], 5)) == 2
+
+
+def test_policies_are_read_back_and_bad_ones_are_refused(store: Store) -> None:
+    policy = flowstore.QueuePolicy(queue_type="b", max_running=3, rate=2.5, per_seconds=60)
+    assert store.state.set_queue_policy(policy) == policy
+    store.state.set_queue_policy(flowstore.QueuePolicy(queue_type="a", paused=True))
+    assert store.state.get_queue_policy("b") == policy
+    assert store.state.get_queue_policy("none") is None
+    assert [one.queue_type for one in store.state.list_queue_policies()] == ["a", "b"]
+    for field in (
+        {"max_running": 0},
+        {"rate": 0},
+        {"rate": -1.0},
+        {"rate": float("nan")},
+        {"per_seconds": 0},
+        {"per_seconds": float("inf")},
+    ):
+        with pytest.raises(InvalidData, match=f"^{next(iter(field))}:"):
+            store.state.set_queue_policy(dataclasses.replace(policy, **field))
+    assert store.state.get_queue_policy("b") == policy
+
+
+def test_no_more_leases_than_max_running_are_out_and_an_expired_one_is_taken_back(
+    store: Store, clock: Clock
+) -> None:
+    put(store, 5)
+    store.state.set_queue_policy(flowstore.QueuePolicy(queue_type="q", max_running=2))
+    first, second = store.state.claim_work_items("w", ["q"], 5)
+    assert store.state.claim_work_item("w", ["q"]) is None
+    store.state.complete_work_item(first)
+    third = claim(store)
+    assert store.state.claim_work_item("w", ["q"]) is None
+    clock.advance(10)  # both leases expire, and a claim takes them back
+    assert len(store.state.claim_work_items("w", ["q"], 5)) == 2
+    for lost in (second, third):
+        with pytest.raises(LeaseLost):
+            store.state.complete_work_item(lost)
+
+
+def test_a_rate_is_a_bucket_that_refills_evenly(store: Store, clock: Clock) -> None:
+    put(store, 400)
+    store.state.set_queue_policy(flowstore.QueuePolicy(queue_type="q", rate=3, per_seconds=10))
+    chance = random.Random(2)
+    times: list[datetime] = []
+    for _ in range(60):
+        items = store.state.claim_work_items(
+            "w", ["q"], chance.choice((1, 2, 9)), lease_seconds=1e6
+        )
+        times += [clock.now] * len(items)
+        clock.advance(chance.choice((0.1, 1, 4, 30)))
+    assert len(times) > 30
+    for first in range(len(times)):
+        for last in range(first, len(times)):
+            passed = (times[last] - times[first]).total_seconds()
+            assert last - first + 1 <= 3 + passed * 3 / 10 + 1e-6
+    clock.advance(1000)
+    assert len(store.state.claim_work_items("w", ["q"], 9)) == 3
+
+
+def test_a_view_keeps_to_the_policies_of_all_and_sets_none(store: Store, clock: Clock) -> None:
+    for tenant in ("a", "b"):
+        store.state.create_tenant(Tenant(id=tenant))
+        run_with(store.state, f"run-{tenant}", tenant_id=tenant)
+        put(store, 2, execution_id=f"run-{tenant}")
+    policy = flowstore.QueuePolicy(queue_type="q", max_running=1)
+    view = store.state.for_tenant("a")
+    with pytest.raises(TenantMismatch):
+        view.set_queue_policy(policy)
+    store.state.set_queue_policy(policy)
+    assert view.get_queue_policy("q") == policy
+    held = store.state.for_tenant("b").claim_work_item("w", ["q"])
+    assert held is not None and view.claim_work_item("w", ["q"]) is None
+    clock.advance(10)
+    item = view.claim_work_item("w", ["q"])  # it has taken back the lease of the other tenant
+    assert item is not None and item.tenant_id == "a"
+    assert look(store, held.id).attempt == 1
+
+
+LIMITED = """
+import random
+with flowstore.open(sys.argv[1], synchronous="OFF", lease_seconds=1, backoff=lambda attempt: 0) as store:
+    print("ready", flush=True)
+    while True:
+        item = store.state.claim_work_item("w", ["q"], wait=0.2)
+        if item is not None:
+            with store.transaction() as tx:
+                store.state.renew_lease(item)
+                tx.execute("INSERT INTO seen (n) SELECT COUNT(*) FROM flowstore_work_items WHERE status = 'claimed'")
+            store.state.complete_work_item(item)
+"""
+
+
+@needs_kill
+def test_max_running_is_kept_by_threads_and_processes_that_are_killed(target: str) -> None:
+    if target == ":memory:":
+        return  # other processes cannot see it
+    with flowstore.open(target, synchronous="OFF", lease_seconds=1, backoff=lambda _: 0) as store:
+        with store.transaction() as tx:
+            tx.execute("CREATE TABLE seen (n INTEGER)")
+        create(store)
+        store.state.set_queue_policy(flowstore.QueuePolicy(queue_type="q", max_running=3))
+        store.state.enqueue_work_items(
+            [WorkItem(execution_id="e1", queue_type="q", max_attempts=1000) for _ in range(300)]
+        )
+        children = [script(LIMITED, target) for _ in range(3)]
+        try:
+            for child in children:
+                assert child.stdout is not None and child.stdout.readline() == "ready\n"
+
+            def work() -> None:
+                while store.state.list_work_items(status="pending", limit=1):
+                    items = store.state.claim_work_items("t", ["q"], 2, wait=0.1)
+                    count = len(store.state.list_work_items(status="claimed", limit=50))
+                    with store.transaction() as tx:
+                        tx.execute("INSERT INTO seen VALUES (?)", (count,))
+                    for item in items:
+                        with contextlib.suppress(LeaseLost):
+                            store.state.complete_work_item(item)
+
+            threads = [Background(work) for _ in range(4)]
+            time.sleep(0.3)
+            children[0].kill()
+            for thread in threads:
+                thread.result()
+        finally:
+            for child in children:
+                child.kill()
+                child.communicate()
+        with store.transaction() as tx:
+            [(most, count)] = tx.execute("SELECT MAX(n), COUNT(*) FROM seen")
+        assert most <= 3 and count > 50
+
+
+@pytest.mark.sqlite
+def test_an_enqueue_a_claim_and_an_end_write_few_pages(path: Path) -> None:
+    with flowstore.open(path, synchronous="OFF") as store:
+        create(store)
+        items = [
+            WorkItem(execution_id="e1", queue_type="q", payload="x" * 200) for _ in range(5000)
+        ]
+        store.state.enqueue_work_items(items)
+        claims: list[Any] = []
+
+        def pages(call: Callable[[], Any]) -> float:
+            store.compact()
+            call()
+            before = os.path.getsize(f"{path}-wal")
+            for _ in range(200):
+                call()
+            return (os.path.getsize(f"{path}-wal") - before) / (4096 + 24) / 200
+
+        assert pages(lambda: enqueue(store, payload="x" * 200)) <= 7
+        assert pages(lambda: claims.append(claim(store))) <= 6
+        assert pages(lambda: store.state.complete_work_item(claims.pop())) <= 4
 
 
 # ==================================================================================================
@@ -20019,9 +20450,39 @@ def test_a_file_of_version_1_opens_with_all_that_is_in_it_and_todays_tables(tmp_
         assert store.check() == []
     flowstore.open(tmp_path / "new.db").close()
     upgraded, new = sqlite3.connect(tmp_path / "old.db"), sqlite3.connect(tmp_path / "new.db")
-    assert schema_cli(upgraded) == schema_cli(new)
+    items = "CREATE TABLE flowstore_work_items"  # columns were added to it
+    assert [sql for sql in schema_cli(upgraded) if not sql.startswith(items)] == [
+        sql for sql in schema_cli(new) if not sql.startswith(items)
+    ]
+    columns = "SELECT name FROM pragma_table_info('flowstore_work_items')"
+    assert {*upgraded.execute(columns)} == {*new.execute(columns), ("dead_lettered_at",)}
     upgraded.close()
     new.close()
+
+
+def test_items_of_version_1_have_ended_when_they_were_available(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "old.db") as old:
+        old.executescript(VERSION_1)
+        for status, dead in (("completed", None), ("failed", None), ("dead_lettered", 7)):
+            names = [row[1] for row in old.execute("PRAGMA table_info(flowstore_work_items)")]
+            new = {"id": f"'{status}'", "status": f"'{status}'", "available_at": "5"}
+            new["dead_lettered_at"] = str(dead or "NULL")
+            old.execute(
+                f"""INSERT INTO flowstore_work_items ({", ".join(names)})
+                SELECT {", ".join(new.get(name, name) for name in names)}
+                FROM flowstore_work_items LIMIT 1"""
+            )
+    old.close()
+    with flowstore.open(tmp_path / "old.db") as store:
+        ended = {
+            str(status): [item.settled_at for item in store.state.list_work_items(status=status)]
+            for status in WorkItemStatus
+        }
+        assert ended["completed"] == ended["failed"] == [datetime(1970, 1, 1, 0, 0, 0, 5, UTC)]
+        assert [letter.dead_lettered_at for letter in store.state.list_dead_letters()] == [
+            datetime(1970, 1, 1, 0, 0, 0, 7, UTC)
+        ]
+        assert set(ended["pending"]) == {None} and store.check() == []
 
 
 # ==================================================================================================
@@ -20091,12 +20552,16 @@ def test_a_claim_on_a_server_looks_at_few_pages_whatever_waits_or_is_leased_else
                 (item,),
             )
     with server.transaction() as tx:
-        claim, waiting_claim, look = flowstore._queue_sql(len(queues))
-        for sql, values in (
-            (claim, ["w", 2**40, *queues, 2**50, *queues, 0]),
-            (waiting_claim, ["w", 2**40, *queues, 2**50, *queues, 0]),
-            (look, [*queues, 2**50, *queues, 2**50]),
-        ):
+        places = [*queues, 2**50, *queues, 0, 2**50]
+        if len(queues) == 1:
+            places = [*queues, *queues, 2**50, *queues, *queues, 0]
+        looks: list[tuple[Any, list[Any]]] = [
+            (flowstore._claim_sql(len(queues)), ["w", 2**40, 2**41, *places])
+        ]
+        for queue in queues:
+            looks.append((flowstore._NEXT_LEVEL, [queue, 101]))
+            looks.append((flowstore._AVAILABLE_LOCKED, [queue, 0, 2**50, 1]))
+        for sql, values in looks:
             for place in sql.places if tenant else ():
                 values.insert(place, tenant)
             text = sql.texts[flowstore._POSTGRES][tenant is not None]
@@ -20138,7 +20603,7 @@ def test_of_two_retries_of_one_claim_the_later_waits_and_counts_no_attempt(serve
 @pytest.mark.postgres
 def test_no_marker_of_a_statement_is_left_to_an_engine() -> None:
     statements = [value for value in vars(flowstore).values() if isinstance(value, flowstore._Sql)]
-    statements += [*flowstore._queue_sql(1), *flowstore._queue_sql(2)]
+    statements += [flowstore._claim_sql(1), flowstore._claim_sql(2)]
     marked = {marker for sql in statements for marker in re.findall(r"{\w+}", sql.text)}
     assert {"{tenant}", "{in_order}", "{skip_locked}"} <= marked
     assert flowstore._SQLITE.markers.keys() == flowstore._POSTGRES.markers.keys()
@@ -21728,7 +22193,7 @@ def test_a_file_that_cannot_be_created_is_a_storage_error() -> None:
         assert os.listdir(name) == []
 
 
-# --- upgrades: a version 2 that does not exist yet, on the files of version 1 ---
+# --- upgrades: of files of version 1 to today's version, and to one that does not exist yet ---
 
 UPGRADE = """
 CREATE TABLE flowstore_second (n INTEGER PRIMARY KEY, text TEXT NOT NULL);
@@ -21740,7 +22205,7 @@ UPDATE flows SET weight = 8
 
 
 def upgrading(path: str, script: str) -> None:
-    learn_version_2(script)
+    learn_next_version(script)
     print("ready", flush=True)
     sys.stdin.readline()
     store_engine = flowstore.open(path)
@@ -21759,7 +22224,7 @@ def of_version_1(path: Path) -> Path:
 
 
 def version_of(path: Path) -> tuple[str, int]:
-    """The version that a file says it is of, and how many rows only version 2 has."""
+    """The version that a file says it is of, and how many rows only the next version has."""
     with contextlib.closing(sqlite3.connect(path)) as plain:
         [(version,)] = plain.execute(
             "SELECT value FROM flowstore_meta WHERE key = 'schema'"
@@ -21768,7 +22233,7 @@ def version_of(path: Path) -> tuple[str, int]:
             "SELECT name FROM sqlite_master WHERE name = 'flowstore_second'"
         ).fetchall()
         columns = [row[1] for row in plain.execute("PRAGMA table_info(flows)")]
-        assert bool(tables) == ("weight" in columns) == (version == "2"), "an upgrade is half there"
+        assert bool(tables) == ("weight" in columns) == (version == "3"), "an upgrade is half there"
         count = (
             plain.execute("SELECT COUNT(*) FROM flowstore_second").fetchone()[0] if tables else 0
         )
@@ -21786,7 +22251,7 @@ def test_processes_that_open_an_old_file_at_once_upgrade_it_once(of_version_1: P
         assert sorted(int(child.read()) for child in children) == [1, 2, 3, 4, 5]
         for child in children:
             child.finish()
-    assert version_of(of_version_1) == ("2", 20_000)
+    assert version_of(of_version_1) == ("3", 20_000)
     with pytest.raises(SchemaError) as caught:  # this version does not know it
         flowstore.open(of_version_1)
     assert one_sentence(caught.value) and "upgrade flowstore" in str(caught.value)
@@ -21798,7 +22263,7 @@ def test_an_upgrade_between_two_looks_at_a_file_is_no_missing_table(
     script, looks = UPGRADE.format(rows=5), 0
     for name in ("_SCHEMA_VERSION", "_UPGRADES", "_TABLE_NAMES"):
         monkeypatch.setattr(flowstore, name, getattr(flowstore, name))
-    learn_version_2(script)
+    learn_next_version(script)
     look = flowstore._Tx.row
 
     def after_another_process(tx: Any, sql: str, *params: Any) -> Any:
@@ -21815,7 +22280,7 @@ def test_an_upgrade_between_two_looks_at_a_file_is_no_missing_table(
     monkeypatch.setattr(flowstore._Tx, "row", after_another_process)
     with flowstore.open(of_version_1) as store:
         assert store.check() == []
-    assert looks and version_of(of_version_1) == ("2", 5)
+    assert looks and version_of(of_version_1) == ("3", 5)
 
 
 @needs_kill
@@ -21834,7 +22299,7 @@ def test_a_process_killed_in_the_middle_of_an_upgrade_leaves_the_old_file_or_the
             time.sleep(0.05 * number * random.random())
             child.kill()
         version, count = version_of(of_version_1)
-        assert (version, count) in {("1", 0), ("2", 300_000)}
+        assert (version, count) in {("1", 0), ("3", 300_000)}
         seen[version] += 1
         if version == "1":
             with flowstore.open(of_version_1) as store:  # the version that wrote it goes on
@@ -21849,7 +22314,7 @@ def test_an_upgrade_that_fails_leaves_the_file_to_the_version_that_wrote_it(
     with monkeypatch.context() as later:
         for name in ("_SCHEMA_VERSION", "_UPGRADES", "_TABLE_NAMES"):
             later.setattr(flowstore, name, getattr(flowstore, name))
-        learn_version_2(UPGRADE.format(rows=5) + "; INSERT INTO nowhere VALUES (1)")
+        learn_next_version(UPGRADE.format(rows=5) + "; INSERT INTO nowhere VALUES (1)")
         for _ in range(2):
             with pytest.raises(StorageError) as caught:
                 flowstore.open(of_version_1)
