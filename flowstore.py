@@ -6806,6 +6806,11 @@ def _span(value: object, path: str) -> float:
     return float(_number(value, path, "a finite number of seconds, 0 or more", 0))
 
 
+def _iso_time(text: str, path: str) -> int:
+    """The microseconds of a stored time."""
+    return _microseconds(datetime.fromisoformat(text), path)
+
+
 class _RunFacet(_LogFacet):
     """What the store's runs and a single one have."""
 
@@ -6870,6 +6875,9 @@ class Run(_RunFacet):
             if stored.id is not None and stored.id.startswith("step:")
         }
         self._events_had = {event.get("event") for event in self._recorded.values()}
+
+    def __repr__(self) -> str:
+        return f"<flowstore.{type(self).__name__} {self.id!r}, attempt {self.attempt}>"
 
     @_steps
     def step(
@@ -7021,7 +7029,7 @@ class Run(_RunFacet):
         self._engine.forbid_inside("run.sleep()")
         step, event = yield from self._begin(name, "sleep_started")
         if event is not None:
-            until = _microseconds(datetime.fromisoformat(event["until"]), "until")
+            until = _iso_time(event["until"], "until")
         if event is None or _datetime_of(until) > self._engine.now():
             yield from self._wait(step, functools.partial(self._try_sleep, step, until))
 
@@ -7081,11 +7089,13 @@ class Run(_RunFacet):
             execution_pointer_id=step,
             event_name=key[0],
             event_key=key[1],
-            subscription_data=None if seconds is None else _time_after(now, seconds, "timeout"),
         )
+        if seconds is not None:
+            end = _datetime_of(_time_after(now, seconds, "timeout"))
+            wait.subscription_data = end.isoformat()
         same = {name: getattr(wait, name) for name in _WAIT_KEY}
         begun = self._get(tx, _SUBSCRIPTION, index="event_subscriptions_by_workflow", **same)
-        until: int | None = (begun or wait).subscription_data
+        until = _none_or(_iso_time, (begun or wait).subscription_data, "subscription_data")
         event: dict[str, Any] = {"type": "wait_completed", "step": step}
         found = self._next_event(tx, key, until)
         if found is not None:
@@ -8642,6 +8652,8 @@ class _Kind(NamedTuple):
         return f"{self.mapper.table} {{by {index}}} WHERE {column} = '{status}' {{tenant}}"
 
 
+_OPEN_WAITS = """event_subscriptions {by event_subscriptions_by_workflow}
+    WHERE workflow_id = ? AND terminated_at IS NULL ORDER BY workflow_id"""
 _EXECUTIONS = _Kind(
     "executions",
     _LogFacet,
@@ -8660,6 +8672,7 @@ _EXECUTIONS = _Kind(
             """flowstore_work_items {by flowstore_items_by_execution}
             WHERE execution_id = ? {tenant} ORDER BY id DESC""",
         ),
+        "waits": (_SUBSCRIPTION, _OPEN_WAITS),
     },
 )
 _FLOWS = _Kind(
@@ -8694,11 +8707,7 @@ _WORKFLOWS = _Kind(
             """execution_pointers {by execution_pointers_in_order} WHERE workflow_id = ?
             ORDER BY place DESC, id DESC""",
         ),
-        "subscriptions": (
-            _SUBSCRIPTION,
-            """event_subscriptions {by event_subscriptions_by_workflow}
-            WHERE workflow_id = ? AND terminated_at IS NULL ORDER BY workflow_id""",
-        ),
+        "subscriptions": (_SUBSCRIPTION, _OPEN_WAITS),
         "errors": (
             _ERROR,
             """execution_errors {by execution_errors_by_workflow} WHERE workflow_id = ?
@@ -8945,6 +8954,11 @@ class _ViewReader:
             if mapper is _STORED:
                 steps += _steps_from_log(rows, now)
             steps += [_step_from_row(row, now) for row in rows if "status" in row]
+            if name == "waits":
+                for row in rows:
+                    row["until"] = row["subscription_data"]
+                    changes = [_Change("waiting", row["subscribe_as_of"])]
+                    steps.append(_step(f"wait {row['execution_pointer_id']}", changes, now))
         return View(
             kind=kind.mapper.kind,
             id=id,
@@ -8984,7 +8998,7 @@ def _read_views(facet: Any, *which: str | None) -> Any:
 _STATUS_CLASSES = re.compile(
     "(?P<running>running|started|resumed|claimed|runnable)"
     "|(?P<done>completed|succeeded|finished|complete)"
-    "|(?P<failed>failed|dead_lettered|limit_exceeded|terminated)"
+    "|(?P<failed>failed|timed_out|dead_lettered|limit_exceeded|terminated)"
     "|(?P<lost>lost|cancelled|skipped|compensated)"
 )
 _ONGOING = ("waiting", "running")
@@ -9034,7 +9048,18 @@ def _steps_from_log(events: list[_Row], now: datetime) -> list[_Row]:
         if match:
             key = _first_value(event, *_STEP_KEYS)
             name = f"{match[1]} {key}".strip().removeprefix("step ")
-            changes.setdefault(name, []).append(_Change(match[2], row["timestamp"]))
+            at = row["timestamp"]
+            status = match[2]
+            begun = changes.setdefault(name, [])
+            if match[1] == "sleep" and isinstance(event.get("until"), str):
+                begun.append(_Change("waiting", at))
+                at = datetime.fromisoformat(event["until"])
+                status = "completed"
+                if at > now:
+                    continue
+            elif isinstance(event.get("seconds"), (int, float)):
+                begun.append(_Change("started", at - timedelta(seconds=event["seconds"])))
+            begun.append(_Change(status, at))
     return [_step(name, changes[name], now) for name in changes]
 
 
@@ -9067,7 +9092,7 @@ _COLUMNS = re.findall(
     queue waiting oldest_seconds leased dead limits sequence timestamp at error_time execution_id id
     kind step time step_id step_name run_id node_id queue_type task name goal current_step status
     comes_back last_error message attempt retry_count workflow_id events worker_id event_name
-    event_key event
+    event_key event until
     payload result outcome priority unique_key lease_expires_at dead_lettered_at sleep_until
     tenant_id updated_at complete_time
     """,
@@ -9437,7 +9462,8 @@ def _repr_html_(shown: Any) -> str | None:
             engine = shown._engine
             if engine.in_memory and engine.writer.leader is not None and engine.block() is None:
                 return None  # in memory, a read waits for the transaction of another thread
-            (view,) = _read_views(shown)
+            which = [shown.id] if isinstance(shown, Run) else []
+            view = _read_views(shown, *which)[0]
         page = '<style>{}</style><div class="flowstore">{}</div>'
         return _markup(page, _Html(_CSS), _render_html(view))
     return None

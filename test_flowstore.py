@@ -17175,6 +17175,50 @@ def test_the_work_command_says_in_one_line_what_it_cannot_do(
     assert len(err.splitlines()) == 1
 
 
+# --- views ---
+def test_views_show_a_runs_steps_and_what_it_waits_for(store: Store, clock: Clock) -> None:
+    def work(run: Any, input: Any) -> None:
+        run.sleep(60, name="nap")
+        with pytest.raises(TimeoutError):
+            run.wait_for("never", timeout=0)
+        run.wait_for("approved", run.id, timeout=3600)
+
+    with store.run("a") as run:
+        assert repr(run) == "<flowstore.Run 'a', attempt 0>"
+        run.step("five", str, 5)
+        assert "five" in run._repr_html_()  # type: ignore[attr-defined]
+    id = store.runs.start(work)
+    due(store, work)
+    view = store.state.timeline(id)
+    steps = {step["name"]: step for step in view["steps"]}
+    assert steps["sleep nap"]["status"] == "waiting"
+    clock.advance(60)
+    due(store, work)
+    clock.advance(1)
+    view = store.state.timeline(id)
+    steps = {step["name"]: step for step in view["steps"]}
+    assert steps["sleep nap"]["status"] == "completed"
+    assert steps["sleep nap"]["parts"][-1]["to"] == START + seconds(60)
+    assert steps["wait never"]["status"] == "timed_out"
+    assert steps["wait approved"]["status"] == "waiting"
+    (wait,) = view["tables"]["waits"]["rows"]
+    assert (wait["event_name"], wait["event_key"]) == ("approved", id)
+    assert datetime.fromisoformat(wait["until"]) == START + seconds(3660)
+    assert "approved" in str(view)
+    store.runs.cancel(id)
+    assert store.state.timeline(id)["tables"]["waits"]["rows"] == []
+
+
+def test_views_show_how_long_a_step_took(make_store: MakeStore) -> None:
+    store = make_store()
+    with store.run("a") as run:
+        run.step("slow", time.sleep, 0.05)
+    (step,) = [one for one in store.state.timeline("a")["steps"] if one["name"] == "slow"]
+    (part,) = step["parts"]
+    assert seconds(0.05) <= part["to"] - part["from"] < seconds(5)
+    assert (step["status"], part["what"]) == ("completed", "done")
+
+
 # --- killed processes ---
 KILLED_WORKER = """
 import random, time
