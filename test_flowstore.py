@@ -17220,6 +17220,44 @@ def test_views_show_how_long_a_step_took(make_store: MakeStore) -> None:
 
 
 # --- killed processes ---
+CHARGING = """
+with flowstore.open(sys.argv[1], lease_seconds=0.05) as store, store.run("a") as run:
+    n, last = int(sys.argv[2]), sys.argv[2] == "0"
+    with store.transaction() as tx:
+        count = 0
+        def traced(sql):  # each statement of the block, and its COMMIT
+            global count
+            count += 1
+            if count == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+        store._engine.writer.connection.tx.db.set_trace_callback(traced)
+        run.step("charge", lambda: tx.execute("INSERT INTO orders VALUES (1)"))
+    store._engine.writer.connection.tx.db.set_trace_callback(None)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this platform has no SIGKILL")
+def test_a_step_killed_at_any_statement_has_left_its_row_and_its_record_or_neither(
+    path: Path,
+) -> None:
+    with flowstore.open(path) as store, store.transaction() as tx:
+        tx.execute("CREATE TABLE orders (id INTEGER)")
+    for n in itertools.count(1):
+        killed = script(CHARGING, path, n)
+        killed.communicate(timeout=60)
+        with flowstore.open(path) as store:
+            with store.transaction() as tx:
+                orders = tx.execute("SELECT id FROM orders")
+                assert run_steps(store, "a") == ["charge"] * len(orders)
+                assert len(orders) <= 1
+        if killed.returncode == 0:
+            break
+        assert n < 50
+    assert n > 5
+    with flowstore.open(path) as store, store.run("a") as run:
+        assert run.step("charge", str, "never") == []
+
+
 KILLED_WORKER = """
 import random, time
 store = flowstore.open(sys.argv[1], lease_seconds=2, backoff=lambda attempt: 0.01, synchronous="OFF")
