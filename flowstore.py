@@ -42,7 +42,8 @@ a connection of its own (`_PostgresEngine.run_on_reader`).
 
 Words that have one meaning here:
     operation     a function over an open transaction, under `@_write`, `@_read` or their like
-    facet         one of the four parts of a store that have methods
+    facet         one of the parts of a store that have methods
+    run           an execution of one Python function; each step of it is recorded once
     block         `with store.transaction()`
     leader        the call that has the writer, and commits its group: the calls that have queued
     claim, lease  an item handed to one worker, until a time; the fence is the number of the claim
@@ -6863,6 +6864,8 @@ class Run(_RunFacet):
         self._item = item
         self._stops = stops  # of a worker, which parks a run that waits; a block has none
         self._suspended = False
+        self._parks = False  # the wait under way parks the run
+        self._under_way = 0  # functions of steps
         self._take_again: Callable[[], Any] | None = None  # a completed run, which has no lease
         self._keep_lease: Callable[[WorkItem], Any]
         self._lock = threading.Lock()
@@ -6893,6 +6896,7 @@ class Run(_RunFacet):
         step, event = yield from self._begin(name, "step_completed")
         if event is not None:
             return event["result"]
+        self._count(1)
         try:
             yield from self._go_on()
             start = _monotonic()
@@ -6909,6 +6913,8 @@ class Run(_RunFacet):
         except BaseException:
             self._release(step)
             raise
+        finally:
+            self._count(-1)
         if (block := self._engine.block()) is not None:
             self._in_blocks.append((step, block.root._ref))
         return _decode_json(text)["result"]
@@ -6975,6 +6981,10 @@ class Run(_RunFacet):
                     return step, event
                 index += 1
 
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._under_way += change
+
     def _release(self, step: str) -> None:
         """Let the same name again be this step."""
         name, _, ordinal = step.partition("#")
@@ -7040,13 +7050,18 @@ class Run(_RunFacet):
         try:
             yield from self._go_on()
             while True:
+                # Steps that are done side by side with the wait are to be recorded first.
+                self._parks = self._stops is not None and not self._under_way
                 event, until = yield attempt()
                 if event is not None:
                     return event
-                if self._stops is not None:
+                if self._parks:
                     self._suspended = True
                     raise _Suspended
-                yield self._poll(functools.partial(self._is_due, until, key), math.inf)
+                if self._stops is None:
+                    yield self._poll(functools.partial(self._is_due, until, key), math.inf)
+                else:
+                    yield self._poll(lambda: not self._under_way, math.inf)
         except BaseException:
             self._release(step)
             raise
@@ -7061,7 +7076,7 @@ class Run(_RunFacet):
         return self._row(tx, _RUN_LOOK, self.id, self._item.lease_fence) is None
 
     def _park(self, tx: _Tx, until: int | None) -> None:
-        if self._stops is not None:
+        if self._parks:
             due = _datetime_of(_LAST_TIME if until is None else until)
             self._state(tx).park_work_item(self._item, until=due)
             self._set_status(tx, self.id, ExecutionStatus.PENDING)
@@ -7142,10 +7157,10 @@ class _Crew:
     worker_id: str
     stop: Any
     until_idle: bool
+    interval: float  # seconds between two renewals
     is_ending: bool = False
     ended: int = 0
-    under_way: dict[object, Run] = field(default_factory=dict)  # by their thread or task
-    errors: list[BaseException] = field(default_factory=list)
+    under_way: dict[object, WorkItem] = field(default_factory=dict)  # by their thread or task
 
     def stops(self) -> bool:
         """Whether no more is to be begun."""
@@ -7209,12 +7224,10 @@ class Runs(_RunFacet):
         values = _RUN.encode(record, now=tx.now())
         found = self._find_run(tx, values["execution_id"])
         if found is not None:
-            stored = found[1]
-            same = (stored.workflow_id, stored.tenant_id) == (
-                values["workflow_id"],
-                values["tenant_id"],
-            )
-            if same and stored.initial_input == _decode_json(values["initial_input"]):
+            was = found[1]
+            known = was.workflow_id, was.tenant_id, was.initial_input
+            given = values["workflow_id"], values["tenant_id"]
+            if known == (*given, _decode_json(values["initial_input"])):
                 return found
         if found or tx.row(_EXECUTION_TENANT.all, values["execution_id"]):
             raise AlreadyExists("execution", values["execution_id"])
@@ -7263,28 +7276,24 @@ class Runs(_RunFacet):
         ended = yield self._poll(functools.partial(self._last_event, key), seconds)
         if ended is None:
             raise TimeoutError(f"run {key!r} has not ended in {timeout} seconds")
-        return ended.get("result")
+        return ended["result"]
 
     @_snapshot
     def _last_event(self, tx: _Tx, id: str) -> dict[str, Any] | None:
         """The event that completed a run, None before its end. Raises RunFailed, RunCancelled."""
-        record = self._need_run(tx, id)[1]
-        if not record.status.is_terminal:
+        status = self._need_run(tx, id)[1].status
+        if not status.is_terminal:
             return None
-        if record.status == "cancelled":
+        if status == "cancelled":
             raise RunCancelled(id)
-        completed = record.status == "completed"
-        kind = "execution_completed" if completed else "execution_failed"
-        last: dict[str, Any] = {}
-        for most in (4, _INT_MAX):  # the user may have appended to the log since
-            rest = "ORDER BY sequence DESC LIMIT ?"
-            log = self._find(tx, _STORED, rest, most, index=_LOG_KEY, execution_id=id)
-            last = next((one.event for one in log if one.event["type"] == kind), last)
-            if last:
-                break
-        if not completed:
-            raise RunFailed(id, last.get("error", ""))
-        return last or {"result": None}
+        done = status == "completed"
+        kind = "execution_completed" if done else "execution_failed"
+        log = self._events_after(tx, id, 0)
+        ends = [one.event for one in log if one.event["type"] == kind]
+        last: dict[str, Any] = ends[-1] if ends else {"result": None, "error": ""}
+        if not done:
+            raise RunFailed(id, last["error"])
+        return last
 
     def _end(self, tx: _Tx, end: _End) -> bool:
         """Settle a claim; whether that ended the run. Raises LeaseLost, RunCancelled."""
@@ -7437,10 +7446,8 @@ class Runs(_RunFacet):
 
     @_read
     def _is_free(self, tx: _Tx, id: str) -> bool:
-        item = self._get(tx, _ITEM, id=id)
-        if item is None or item.lease_expires_at is None or item.status != "claimed":
-            return True
-        return _microseconds(item.lease_expires_at, "lease_expires_at") <= tx.now()
+        item = self._need_run(tx, id)[0]
+        return bool((item.lease_expires_at or _EPOCH) <= self._engine.now())
 
     @_steps
     def _leave(self, run: Run, error: BaseException | None) -> _Steps[None]:
@@ -7482,31 +7489,18 @@ class Runs(_RunFacet):
         then ends, and its run is given back. A function that raises is tried again, by the store's
         backoff, until its run has failed after `max_attempts`. Runs of other functions are left
         alone. Raises InvalidData, StorageError inside one's own transaction."""
+        from concurrent.futures import ThreadPoolExecutor, wait
+
         crew = self._make_crew(functions, concurrency, queues, worker_id, stop, until_idle)
-        gate = threading.Semaphore(0)
-        serving = set(range(concurrency))
-
-        def serve(number: int) -> None:
-            try:
-                self._serve(crew, threading.get_ident())
-            except BaseException as error:
-                crew.errors.append(error)
-                crew.is_ending = True
-            finally:
-                serving.discard(number)
-                gate.release()
-
+        pool = ThreadPoolExecutor(concurrency, "flowstore-run")
         interrupt: BaseException | None = None
-        interval = max(0.01, self._lease(None) / 3)
         try:
-            for number in list(serving):
-                threading.Thread(target=serve, args=(number,), daemon=True).start()
-            while serving:
+            serving = [pool.submit(self._serve, crew) for _ in range(concurrency)]
+            while not all(future.done() for future in serving):
                 # Not by join(): in Python 3.11 it takes a thread for ended after Ctrl-C.
                 try:
-                    if not gate.acquire(timeout=interval):
-                        with contextlib.suppress(StorageError):  # the next one may succeed
-                            self._renew(crew)
+                    wait(serving, timeout=crew.interval)
+                    self._renew(crew)
                 except BaseException as error:
                     if interrupt is not None:
                         raise
@@ -7514,11 +7508,16 @@ class Runs(_RunFacet):
                     crew.is_ending = True
         finally:
             crew.is_ending = True
+            pool.shutdown(wait=False)
         if interrupt is not None:
             raise interrupt
-        if crew.errors:
-            raise crew.errors[0]
+        for future in serving:
+            future.result()
         return crew.ended
+
+    def _owner(self) -> object:
+        """The thread or task that does a run."""
+        return threading.get_ident()
 
     def _make_crew(
         self,
@@ -7548,11 +7547,20 @@ class Runs(_RunFacet):
             _id(name, "queues")
             for name in (list(by_name) if queues is None else _check_list(queues, "queues"))
         ]
-        return _Crew(by_name, names, worker, stop, until_idle)
+        interval = max(0.01, self._lease(None) / 3)
+        return _Crew(by_name, names, worker, stop, until_idle, interval)
 
     @_steps
-    def _serve(self, crew: _Crew, owner: object) -> _Steps[None]:
+    def _serve(self, crew: _Crew) -> _Steps[None]:
         """Do one run after another, in a thread or a task."""
+        try:
+            yield from self._do_runs(crew)
+        except BaseException:
+            crew.is_ending = True
+            raise
+
+    def _do_runs(self, crew: _Crew) -> _Steps[None]:
+        owner = self._owner()
         end: _End | None = None
         while True:
             try:
@@ -7567,13 +7575,13 @@ class Runs(_RunFacet):
                 if crew.until_idle or crew.stops():
                     return
                 look = functools.partial(self._has_work, crew, others_wait)
-                yield self._poll(look, 1.0)
+                # The items of others would be found again and again.
+                yield self._poll(look, 1.0 if others_wait else math.inf)
                 continue
             item, record = claimed
             log = yield self._read_chunk(item.id, 0, _INT_MAX)
-            run = crew.under_way[owner] = self._run_type(
-                self._engine, record, item, log, crew.stops
-            )
+            run = self._run_type(self._engine, record, item, log, crew.stops)
+            crew.under_way[owner] = item
             end = _End(item)  # given back, where nothing else is said
             try:
                 result = yield crew.functions[record.workflow_id](run, run.input)
@@ -7618,23 +7626,22 @@ class Runs(_RunFacet):
         return ended, claimed, bool(others)
 
     def _has_work(self, crew: _Crew, others_wait: bool) -> Any:
-        """Whether to look for a run again. Others' runs in the queues would look like work."""
+        """Whether to look for a run again."""
         return crew.stops() or (not others_wait and self._queue._claimable(crew.queues))
+
+    @_steps
+    def _renew(self, crew: _Crew) -> _Steps[None]:
+        """Renew the leases of the runs under way, except of those with an open transaction."""
+        busy = self._engine.has_block
+        items = [item for owner, item in list(crew.under_way.items()) if not busy(owner)]
+        with contextlib.suppress(StorageError):  # the next renewal may succeed
+            yield self._renew_leases(items)
 
     @_write_row
     def _renew_leases(self, tx: _Tx, items: list[WorkItem]) -> None:
         expires = _time_after(tx.now(), self._lease(None), "lease_seconds")
         for item in items:  # one that is lost is left: its run finds out
             self._row(tx, _RENEW, expires, item.id, item.lease_fence, None)
-
-    def _renew(self, crew: _Crew) -> Any:
-        """Renew the leases of the runs under way, except of those with an open transaction."""
-        items = [
-            run._item
-            for owner, run in list(crew.under_way.items())
-            if not self._engine.has_block(owner)
-        ]
-        return self._renew_leases(items)
 
 
 class _RunBlock:
@@ -8454,25 +8461,17 @@ class AsyncRuns(_AsyncFacet, Runs):
 
         crew = self._make_crew(functions, concurrency, queues, worker_id, stop, until_idle)
 
-        async def serve() -> None:
-            await self._serve(crew, asyncio.current_task())
-
         create_task = self._engine.loop.create_task
-        tasks = [create_task(serve()) for _ in range(concurrency)]
+        tasks = [create_task(self._serve(crew)) for _ in range(concurrency)]
         watches = [] if stop is None else [create_task(stop.wait())]
-        interval = max(0.01, self._lease(None) / 3)
         try:
             while not crew.stops() and not all(task.done() for task in tasks):
                 going = [task for task in tasks if not task.done()]
                 await asyncio.wait(
-                    [*going, *watches], timeout=interval, return_when=asyncio.FIRST_COMPLETED
+                    [*going, *watches], timeout=crew.interval, return_when=asyncio.FIRST_COMPLETED
                 )
-                if any(task.done() and task.exception() for task in going):
-                    break
-                with contextlib.suppress(StorageError):  # the next one may succeed
-                    await self._renew(crew)
+                await self._renew(crew)
         finally:
-            crew.is_ending = True
             for task in [*tasks, *watches]:
                 task.cancel()
             await asyncio.wait([*tasks, *watches])
@@ -8480,6 +8479,11 @@ class AsyncRuns(_AsyncFacet, Runs):
             if not task.cancelled():
                 task.result()
         return crew.ended
+
+    def _owner(self) -> object:
+        import asyncio
+
+        return asyncio.current_task()
 
 
 class _TaskRunBlock(_RunBlock):

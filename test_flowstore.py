@@ -17048,6 +17048,29 @@ def test_tasks_do_runs_that_sleep_wait_fail_and_are_stopped(in_loop: Loop) -> No
     in_loop(main)
 
 
+def test_a_wait_beside_a_step_parks_the_run_when_the_step_is_recorded(in_loop: Loop) -> None:
+    begun: list[Any] = []
+
+    async def slow(value: str) -> str:
+        begun.append(value)
+        await asyncio.sleep(0.1)
+        return value
+
+    async def both(run: Any, input: Any) -> Any:
+        return await asyncio.gather(run.wait_for("e", run.id), run.step("slow", slow, "done"))
+
+    async def main(store: flowstore.AsyncStore) -> None:
+        id = await store.runs.start(both)
+        assert await store.runs.work(both, until_idle=True) == 0
+        assert "step:slow" in str(await store.events.load_events(id))
+        await store.runs.emit("e", id, 7)
+        assert await store.runs.work(both, until_idle=True) == 1
+        assert await store.runs.result(id) == [7, "done"]
+        assert begun == ["done"]
+
+    in_loop(main)
+
+
 def test_an_exception_leaves_the_work_of_tasks(in_loop: Loop) -> None:
     async def leave(run: Any, input: Any) -> None:
         raise Stop
@@ -17222,7 +17245,7 @@ def test_views_show_how_long_a_step_took(make_store: MakeStore) -> None:
 # --- killed processes ---
 CHARGING = """
 with flowstore.open(sys.argv[1], lease_seconds=0.05) as store, store.run("a") as run:
-    n, last = int(sys.argv[2]), sys.argv[2] == "0"
+    n = int(sys.argv[2])
     with store.transaction() as tx:
         count = 0
         def traced(sql):  # each statement of the block, and its COMMIT
@@ -17245,11 +17268,10 @@ def test_a_step_killed_at_any_statement_has_left_its_row_and_its_record_or_neith
     for n in itertools.count(1):
         killed = script(CHARGING, path, n)
         killed.communicate(timeout=60)
-        with flowstore.open(path) as store:
-            with store.transaction() as tx:
-                orders = tx.execute("SELECT id FROM orders")
-                assert run_steps(store, "a") == ["charge"] * len(orders)
-                assert len(orders) <= 1
+        with flowstore.open(path) as store, store.transaction() as tx:
+            orders = tx.execute("SELECT id FROM orders")
+            assert run_steps(store, "a") == ["charge"] * len(orders)
+            assert len(orders) <= 1
         if killed.returncode == 0:
             break
         assert n < 50
