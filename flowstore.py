@@ -7213,12 +7213,18 @@ class Runs(_RunFacet):
         record.tenant_id = _id(tenant_id, "tenant_id")
         if id is not None:
             record.execution_id = _id(id, "id")
-        more = {"available_at": available_at, "unique_key": unique_key, "priority": priority}
-        target = name if queue is None else _id(queue, "queue")
-        return self._start(tx, record, target, max_attempts, **more)[0].id
+        item = WorkItem(
+            execution_id="",
+            queue_type=name if queue is None else _id(queue, "queue"),
+            available_at=available_at,
+            max_attempts=max_attempts,
+            priority=priority,
+            unique_key=None if unique_key is None else _id(unique_key, "unique_key"),
+        )
+        return self._start(tx, record, item)[0].id
 
     def _start(
-        self, tx: _Tx, record: WorkflowExecution, queue: str, max_attempts: int, **more: Any
+        self, tx: _Tx, record: WorkflowExecution, item: WorkItem
     ) -> tuple[WorkItem, WorkflowExecution]:
         """Start a run, unless it is there; its item and its record."""
         values = _RUN.encode(record, now=tx.now())
@@ -7236,15 +7242,11 @@ class Runs(_RunFacet):
         id = stored.execution_id
         event = {"type": "execution_started", "input": stored.initial_input}
         self._append(tx, id, stored.tenant_id, event)
-        item = WorkItem(
-            id=id,
-            execution_id=id,
-            node_id=stored.workflow_id,
-            queue_type=queue,
-            max_attempts=max_attempts,
+        item.id = item.execution_id = id
+        item.node_id = stored.workflow_id
+        if not item.payload:
             # Events are stamped in the order of their commits: those emitted later count.
-            **{"payload": {"events_after": self._rows(tx, _LAST_EMITTED)[0][0] or 0}} | more,
-        )
+            item.payload = {"events_after": self._rows(tx, _LAST_EMITTED)[0][0] or 0}
         state.enqueue_work_item(item)
         return self._need_run(tx, id)
 
@@ -7370,8 +7372,14 @@ class Runs(_RunFacet):
             copy.execution_id = _id(new_id, "new_id")
         if tx.row(_EXECUTION_TENANT.all, copy.execution_id):
             raise AlreadyExists("execution", copy.execution_id)
-        more = {"priority": item.priority, "payload": item.payload}
-        self._start(tx, copy, item.queue_type, item.max_attempts, **more)
+        again = WorkItem(
+            execution_id="",
+            queue_type=item.queue_type,
+            max_attempts=item.max_attempts,
+            priority=item.priority,
+            payload=item.payload,
+        )
+        self._start(tx, copy, again)
         for one in log[: ends[0]]:
             if one.id is not None and one.id.startswith("step:"):
                 name = one.id.removeprefix("step:")
@@ -7432,7 +7440,8 @@ class Runs(_RunFacet):
             initial_input=input,
             tenant_id=found[1].tenant_id if found else DEFAULT_TENANT,
         )
-        item, record = self._start(tx, record, _BLOCK_QUEUE, 2**31 - 1)
+        own = WorkItem(execution_id="", queue_type=_BLOCK_QUEUE, max_attempts=2**31 - 1)
+        item, record = self._start(tx, record, own)
         if record.status == "cancelled":
             raise RunCancelled(id)
         if record.status == "completed" and not again:
