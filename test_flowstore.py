@@ -4670,6 +4670,10 @@ SURFACE: dict[str, Row] = {
     "workflows.persist_errors": row("errors", lambda a: ([record("ExecutionError")],)),
     "workflows.list_errors": row("workflow_id, limit=100, offset=0", lambda a: ("w", 9, 0)),
     "workflows.ensure_store_exists": row(),
+    "store.run": row(
+        "id, *, workflow_id='script', input=None, lease_seconds=None, wait=None", lambda a: ("run", "script", 1, 9, 0),
+        lease_seconds=ENDLESS, wait=[-1, float("inf")],
+    ),
     "store.transaction": row("*, read_only=False", lambda a: (False,), lambda a: (True,)),
     "store.backup": row("path", lambda a: (f"copy-{new_id()}.db",)),
     "store.check": row(),
@@ -4696,7 +4700,13 @@ CLASSES: dict[str, type] = {
 
 # What does not reach the database. An async store does not await it, nor what is used with `async with` or `async for`.
 UNTOUCHED = {"state.for_tenant", "workflows.supports_scheduled_commands", "store.now"}
-NOT_AWAITED = UNTOUCHED | {"state.hold", "store.transaction", "events.tail", "events.iter_events"}
+NOT_AWAITED = UNTOUCHED | {
+    "state.hold",
+    "store.transaction",
+    "store.run",
+    "events.tail",
+    "events.iter_events",
+}
 
 
 def public_signature(name: str) -> inspect.Signature:
@@ -4712,8 +4722,9 @@ def invoke(store: Any, name: str, arguments: dict[str, Any]) -> Any:
         if facet == "tx":
             store = stack.enter_context(store.transaction())
         found = getattr(getattr(store, facet, store), method)(**arguments)
-        if method in ("hold", "transaction"):
-            return stack.enter_context(found)
+        if method in ("hold", "transaction", "run"):
+            entered = stack.enter_context(found)
+            return entered.id if method == "run" else entered
         return list(found) if type(found) is types.GeneratorType else found
 
 
@@ -17098,7 +17109,8 @@ async def invoke_async(store: Any, name: str, arguments: dict[str, Any]) -> Any:
         if inspect.isasyncgen(found):
             return [each async for each in found]
         if hasattr(found, "__aenter__"):
-            return await stack.enter_async_context(found)
+            entered = await stack.enter_async_context(found)
+            return entered.id if method == "run" else entered
         return await found if inspect.iscoroutine(found) else found
 
 
