@@ -15281,22 +15281,42 @@ def test_an_idle_worker_takes_a_run_that_is_started(store: Store) -> None:
 
 
 def test_a_long_step_keeps_its_lease(make_store: MakeStore) -> None:
-    store = make_store(lease_seconds=0.3)
+    store = make_store(lease_seconds=0.6)
+    begun = threading.Event()
 
     def seven() -> int:
-        time.sleep(1)
+        begun.set()
+        time.sleep(2)
         return 7
 
     def slow(run: Any, input: Any) -> int:
         return int(run.step("s", seven))
 
     id = store.runs.start(slow)
-    other = threading.Event()
-    second = Caller(lambda: store.runs.work(slow, stop=other))
-    assert due(store, slow) + (store.runs.result(id, timeout=60) == 7) >= 1
-    other.set()
-    second.outcome()
+    worker = Caller(lambda: due(store, slow))
+    assert begun.wait(60)
+    while worker.is_alive():
+        again(store.state.reclaim_expired_leases)
+        time.sleep(0.02)
+    assert worker.outcome() == 1
+    assert store.runs.result(id) == 7
     assert look(store, id).lease_fence == 1
+
+
+def test_a_long_block_keeps_its_lease(make_store: MakeStore) -> None:
+    store = make_store()
+
+    def press() -> None:
+        for _ in range(60):
+            time.sleep(0.02)
+            again(store.state.reclaim_expired_leases)
+
+    with store.run("a", lease_seconds=0.6) as run:
+        run.step("one", press)
+    with store.run("a", lease_seconds=0.6) as run:  # a completed one is taken at its new step
+        run.step("one", press)
+        run.step("new", press)
+    assert run_steps(store, "a") == ["one", "new"]
 
 
 def test_ctrl_c_ends_work_after_the_step_under_way(tmp_path: Path) -> None:
