@@ -5301,10 +5301,16 @@ class _Items(_StateFacet):
         if holder is not None:
             raise AlreadyExists("work item", holder[0])
 
-    def _reclaim(self, tx: _Tx, queue: str, now: int, most: int) -> list[WorkItem | DeadLetter]:
-        """Take back the leases of a queue that have expired, of all tenants, the oldest first."""
+    def _reclaim(
+        self, tx: _Tx, queue: str, now: int, most: int, tenant: str | None = None
+    ) -> list[WorkItem | DeadLetter]:
+        """Take back expired leases of a queue, the oldest first: of all tenants, or of one."""
         expired = _ITEM.decode_all(tx.rows(tx.dialect.resolve(_EXPIRED_LEASES), queue, now, most))
-        return [self._count_attempt(tx, item, now, _LEASE_EXPIRED) for item in expired]
+        return [
+            self._count_attempt(tx, item, now, _LEASE_EXPIRED)
+            for item in expired
+            if tenant in (None, item.tenant_id)
+        ]
 
     def _backoff(self, attempt: int) -> float:
         """Seconds until the next attempt; the default stands in for a function that fails."""
@@ -5581,7 +5587,7 @@ class _WorkQueue(_Items):
         self, tx: _Tx, item: WorkItem, on_conflict: str, path: str, tenants: dict[str, str]
     ) -> str:
         """Put one item in. `tenants` has those of the executions that are known already."""
-        if on_conflict not in ("raise", "keep", "replace"):
+        if _text(on_conflict, "on_conflict") not in ("raise", "keep", "replace"):
             raise InvalidData('on_conflict: "raise", "keep" or "replace" is needed')
         values = _ITEM.encode(item, path, tx.now())
         if item.available_at is None:
@@ -5820,7 +5826,7 @@ class _WorkQueue(_Items):
         ended = []
         while row := self._row(tx, _NEXT_QUEUE["claimed"], queue):
             (queue,) = row
-            ended += self._reclaim(tx, queue, now, _INT_MAX)
+            ended += self._reclaim(tx, queue, now, _INT_MAX, self._tenant)
         return ReclaimResult(
             retryable=[item for item in ended if isinstance(item, WorkItem)],
             exhausted=[item for item in ended if isinstance(item, DeadLetter)],
