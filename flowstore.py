@@ -5342,13 +5342,15 @@ class _Items(_StateFacet):
         changed: Any = item
         if changed.id != changed.execution_id:
             return item
-        whole = _RunFacet(self._engine)  # a reclaim is of all tenants
+        whole = _LogFacet(self._engine)  # a reclaim is of all tenants
         now = tx.now()
         ended = (ExecutionStatus.FAILED, now, now) if isinstance(item, DeadLetter) else None
         values = ended or (ExecutionStatus.PENDING, now, None)
         if whole._run(tx, _FOLLOW_ITEM, *values, changed.id, changed.node_id) and ended:
             event = {"type": "execution_failed", "error": changed.last_error or ""}
-            whole._append(tx, changed.id, changed.tenant_id, event)
+            last = whole._last_sequence(tx, changed.id) or 0
+            text = _event_text(event, "event")
+            whole._append_to(tx, changed.id, changed.tenant_id, last, text)
         return item
 
     def _change_item(self, tx: _Tx, sql: _Sql, item_id: str, *values: Any) -> tuple[Any, ...]:
