@@ -42,7 +42,8 @@ a connection of its own (`_PostgresEngine.run_on_reader`).
 
 Words that have one meaning here:
     operation     a function over an open transaction, under `@_write`, `@_read` or their like
-    facet         one of the four parts of a store that have methods
+    facet         one of the parts of a store that have methods
+    run           an execution of one Python function; each step of it is recorded once
     block         `with store.transaction()`
     leader        the call that has the writer, and commits its group: the calls that have queued
     claim, lease  an item handed to one worker, until a time; the fence is the number of the claim
@@ -64,6 +65,7 @@ The chapters, each resting only on those above it:
     Fork          what happens before and after one
     Operations    the engine that runs them, how a method becomes a call, tenants' SQL, pruning
     FlowStore, EventStore, StateBackend, PersistenceProvider    the facets, a chapter each
+    Runs          durable functions, over the facets above and nothing else
     Store         what open() returns
     Event loop    what open_async() returns: whoever never awaits can skip it
     Views         what is stored, as text, as HTML and as JSON
@@ -142,6 +144,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_TENANT",
     "AlreadyExists",
+    "AlreadyRunning",
     "AlreadyTerminal",
     "ApiToken",
     "ArtifactRef",
@@ -150,6 +153,8 @@ __all__ = [
     "AsyncHold",
     "AsyncOpening",
     "AsyncPersistenceProvider",
+    "AsyncRun",
+    "AsyncRuns",
     "AsyncStateBackend",
     "AsyncStore",
     "AsyncTransaction",
@@ -181,6 +186,10 @@ __all__ = [
     "QueuePolicy",
     "ReclaimResult",
     "RevisionMismatch",
+    "Run",
+    "RunCancelled",
+    "RunFailed",
+    "Runs",
     "ScheduledCommand",
     "SchemaError",
     "SequenceConflict",
@@ -316,6 +325,30 @@ class CancelPending(
 
     id: str
     status: str
+
+
+class RunFailed(_ErrorWithFacts, message="run {execution_id!r} failed: {error}"):
+    """A run has failed for good; `error` says why."""
+
+    execution_id: str
+    error: str
+
+
+class RunCancelled(_ErrorWithFacts, message="run {execution_id!r} was cancelled"):
+    """A run was cancelled: nothing more of it is recorded."""
+
+    execution_id: str
+
+
+class AlreadyRunning(
+    _ErrorWithFacts,
+    message="run {execution_id!r} is under way in {worker_id!r}: "
+    "wait for its end, or until its lease has run out",
+):
+    """Another thread or process is doing the run now."""
+
+    execution_id: str
+    worker_id: str
 
 
 class TenantMismatch(_ErrorWithFacts, message="{execution_id!r} is not for tenant {tenant_id!r}"):
@@ -5174,6 +5207,9 @@ _NEXT_QUEUE = {
         ORDER BY {{queue_type}} LIMIT 1""")
     for status, column in {"pending": "status", "claimed": "any_status"}.items()
 }
+# The record of a run, whose item has its id and its function's name.
+_FOLLOW_ITEM = _Sql("""UPDATE flowstore_runs SET status = ?, updated_at = ?, completed_at = ?
+    WHERE execution_id = ? AND workflow_id = ? {tenant}""")
 _RECLAIMED_PER_CLAIM = 16
 _LEASE_EXPIRED = "the lease expired"
 
@@ -5291,13 +5327,31 @@ class _Items(_StateFacet):
         attempt = min(item.attempt + 1, 2**31 - 1)
         if attempt >= item.max_attempts:
             sql = _GIVE_UP.texts[self._dialect][0]
-            return _DEAD.decode(tx.rows(sql, now, attempt, error, item.id, None)[0])
+            letter = _DEAD.decode(tx.rows(sql, now, attempt, error, item.id, None)[0])
+            return self._follow_item(tx, letter)
         seconds = self._backoff(attempt) if delay is None else delay
         due = now + round(min(seconds * 1e6, _LAST_TIME - now))
         if error == _LEASE_EXPIRED and item.last_error:
             error = None  # the error of an earlier attempt says more
         values = due, attempt, error, item.id, item.status
-        return _ITEM.decode(tx.rows(_RETRY.texts[self._dialect][0], *values)[0])
+        retried = _ITEM.decode(tx.rows(_RETRY.texts[self._dialect][0], *values)[0])
+        return self._follow_item(tx, retried)
+
+    def _follow_item(self, tx: _Tx, item: T) -> T:
+        """Let the record of a run stand as its item does: a dead letter is a run that failed."""
+        changed: Any = item
+        if changed.id != changed.execution_id:
+            return item
+        whole = _LogFacet(self._engine)  # a reclaim is of all tenants
+        now = tx.now()
+        ended = (ExecutionStatus.FAILED, now, now) if isinstance(item, DeadLetter) else None
+        values = ended or (ExecutionStatus.PENDING, now, None)
+        if whole._run(tx, _FOLLOW_ITEM, *values, changed.id, changed.node_id) and ended:
+            event = {"type": "execution_failed", "error": changed.last_error or ""}
+            last = whole._last_sequence(tx, changed.id) or 0
+            text = _event_text(event, "event")
+            whole._append_to(tx, changed.id, changed.tenant_id, last, text)
+        return item
 
     def _change_item(self, tx: _Tx, sql: _Sql, item_id: str, *values: Any) -> tuple[Any, ...]:
         """Run an UPDATE with a condition; the row that it returns.
@@ -5788,7 +5842,8 @@ class _WorkQueue(_Items):
         not under the fence of the claim that it was given as."""
         id, fence = _id_and_fence(item_id)
         values = tx.now(), None, _text(last_error, "last_error"), id, fence
-        return _DEAD.decode(self._change_item(tx, _GIVE_UP, id, *values))
+        letter = _DEAD.decode(self._change_item(tx, _GIVE_UP, id, *values))
+        return self._follow_item(tx, letter)
 
     @_read
     def list_dead_letters(self, tx: _Tx, limit: int = 100, offset: int = 0) -> list[DeadLetter]:
@@ -5806,7 +5861,8 @@ class _WorkQueue(_Items):
         if letter is None or letter.status != "dead_lettered":
             raise NotFound("dead letter", id)
         self._refuse_second_key(tx, letter)
-        return _ITEM.decode(self._change_item(tx, _RETRY, id, tx.now(), 0, None, id, letter.status))
+        row = self._change_item(tx, _RETRY, id, tx.now(), 0, None, id, letter.status)
+        return self._follow_item(tx, _ITEM.decode(row))
 
     @_write
     def commit_turn(
@@ -6687,6 +6743,961 @@ class PersistenceProvider(_CommandFacet):
 
 
 # ==================================================================================================
+# Runs: durable functions, over the facets above and nothing else
+# ==================================================================================================
+
+_BLOCK_QUEUE = "store.run"  # of the runs of blocks: no function has such a name
+_RUN_LOOK = _Sql("""SELECT tenant_id FROM flowstore_work_items
+    {by sqlite_autoindex_flowstore_work_items_1}
+    WHERE id = ? AND status = 'claimed' AND lease_fence = ? {tenant}""")
+_RUN_LOCK = _Sql(f"{_RUN_LOOK.text} {{for_update}}")
+# An attempt counts that failed, or whose process was lost.
+_RUN_TAKE = _update(
+    _ITEM,
+    """status = 'claimed', worker_id = ?, claimed_at = ?, lease_expires_at = ?, settled_at = NULL,
+    lease_fence = lease_fence + 1,
+    attempt = attempt + CASE WHEN status IN ('claimed', 'failed') THEN 1 ELSE 0 END""",
+    "AND (status <> 'claimed' OR lease_expires_at <= ?)",
+    _ITEM.columns,
+)
+_RUN_STATUS = _update(_RUN, "status = ?, updated_at = ?, completed_at = ?", returning=None)
+_RUN_WAKE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
+    SET available_at = ? WHERE id IN (
+    SELECT workflow_id FROM event_subscriptions {by event_subscriptions_open}
+    WHERE event_name = ? AND event_key = ? AND terminated_at IS NULL)
+    AND status = 'pending' AND available_at > ? {tenant}""")
+_LAST_EMITTED = _Sql("""SELECT MAX(event_time) FROM events {by events_processed}
+    WHERE is_processed = 1""")
+_END_WAITS = _Sql("""UPDATE event_subscriptions {by event_subscriptions_by_workflow}
+    SET terminated_at = ? WHERE workflow_id = ? AND terminated_at IS NULL""")
+
+
+class _Suspended(BaseException):
+    """Unwinds the function of a run that waits, or whose worker stops. Only `work` catches it."""
+
+
+class _InTransaction:
+    """An engine that runs operations in an open transaction, so that one can call others."""
+
+    def __init__(self, engine: Any, tx: _Tx) -> None:
+        self._engine = getattr(engine, "engine", engine)  # an event loop's engine has another
+        self._tx = tx
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def run(self, operation: _AnyMethod, facet: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return operation.function(facet, self._tx, *args, **kwargs)
+
+
+def _function_name(function: object) -> str:
+    """The name of a function, or the text given in its place."""
+    name = function
+    if not issubclass(type(function), str):
+        _check_callable(function, "function")
+        name = _read_foreign(lambda one: getattr(one, "__name__", None), function, "function")
+        if type(name) is not str or not name.isidentifier():
+            raise InvalidData("function: it has no plain name: make it by def, or pass a name")
+    return _id(name, "function")
+
+
+def _error_text(error: BaseException) -> str:
+    """An error as text that can be stored."""
+    try:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    except Exception:  # its own code failed
+        text = type(error).__name__
+    return text.replace("\0", "").encode(errors="backslashreplace").decode()
+
+
+def _span(value: object, path: str) -> float:
+    """A span in seconds; InvalidData below 0."""
+    return float(_number(value, path, "a finite number of seconds, 0 or more", 0))
+
+
+def _iso_time(text: str, path: str) -> int:
+    """The microseconds of a stored time."""
+    return _microseconds(datetime.fromisoformat(text), path)
+
+
+class _RunFacet(_LogFacet):
+    """What the store's runs and a single one have."""
+
+    def _state(self, tx: _Tx) -> StateBackend:
+        return StateBackend(_InTransaction(self._engine, tx))
+
+    def _set_status(self, tx: _Tx, id: str, status: ExecutionStatus) -> None:
+        now = tx.now()
+        self._run(tx, _RUN_STATUS, status, now, now if status.is_terminal else None, id)
+
+    def _check_lease(self, tx: _Tx, item: WorkItem, sql: _Sql = _RUN_LOCK) -> None:
+        """Raise LeaseLost or RunCancelled, unless the item is held under its fence."""
+        if self._row(tx, sql, item.id, item.lease_fence) is None:
+            record = self._get(tx, _RUN, execution_id=item.id)
+            if record is not None and record.status == "cancelled":
+                raise RunCancelled(item.id)
+            raise LeaseLost(item.id)
+
+    def _append(
+        self, tx: _Tx, id: str, tenant: str, event: Mapping[str, Any], step: str = ""
+    ) -> str:
+        """Append an event, once for a step; its text."""
+        text = _json(event, f"step {step!r}")
+        last = self._last_sequence(tx, id) or 0
+        self._append_to(tx, id, tenant, last, text, None, f"step:{step}" if step else None)
+        return text
+
+
+class Run(_RunFacet):
+    """One run of a function, while it is done: `id`, `input`, `attempt` (from 0) and `result`.
+
+    Each step, sleep and wait is recorded once, under its name. The same name again is another one
+    (`NAME#2`). A run that begins again finds what is recorded, by these names alone. All methods
+    raise LeaseLost in a run that another worker has taken over, RunCancelled in a cancelled one,
+    and InvalidData for a name that is not 1 to 200 characters without `#`."""
+
+    def __init__(
+        self,
+        engine: Any,
+        record: WorkflowExecution,
+        item: WorkItem,
+        log: Iterable[StoredEvent],
+        stops: Callable[[], bool] | None = None,
+    ) -> None:
+        super().__init__(engine)
+        self.id = record.execution_id
+        self.input = record.initial_input
+        self.attempt = item.attempt
+        self.result: Json = None
+        self._item = item
+        self._stops = stops  # of a worker, which parks a run that waits; a block has none
+        self._suspended = False
+        self._parks = False  # the wait under way parks the run
+        self._under_way = 0  # functions of steps
+        self._take_again: Callable[[], Any] | None = None  # a completed run, which has no lease
+        self._keep_lease: Callable[[WorkItem], Any]
+        self._lock = threading.Lock()
+        self._ordinals: dict[str, list[int]] = {}  # by name, the free ones in order
+        # Steps recorded in a transaction (the outermost block), which may yet be rolled back.
+        self._in_blocks: list[tuple[str, weakref.ref[_Block]]] = []
+        self._recorded = {
+            stored.id.removeprefix("step:"): stored.event
+            for stored in log
+            if stored.id is not None and stored.id.startswith("step:")
+        }
+        self._events_had = {event.get("event") for event in self._recorded.values()}
+
+    def __repr__(self) -> str:
+        return f"<flowstore.{type(self).__name__} {self.id!r}, attempt {self.attempt}>"
+
+    @_steps
+    def step(
+        self, name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> _Steps[Any]:
+        """The result of `function(*args, **kwargs)`, done once however often the run begins again.
+
+        The result is JSON, and comes back as JSON gives it back. In the caller's transaction, what
+        the function writes and the record of the step are stored together, exactly once. Outside,
+        the function is called again if its process was lost before the record. What the function
+        raises is recorded, and goes on. Raises InvalidData for a result that is not JSON."""
+        _check_callable(function, "function")
+        step, event = yield from self._begin(name, "step_completed")
+        if event is not None:
+            return event["result"]
+        self._count(1)
+        try:
+            yield from self._go_on()
+            start = _monotonic()
+            try:
+                result = yield function(*args, **kwargs)
+            except Exception as error:
+                event = {"type": "step_failed", "step": step, "error": _error_text(error)}
+                with contextlib.suppress(FlowStoreError):  # the function's own error says more
+                    yield self._record(event)
+                raise
+            seconds = round(_monotonic() - start, 6)
+            event = {"type": "step_completed", "step": step, "result": result, "seconds": seconds}
+            text = yield self._record(event, step)
+        except BaseException:
+            self._release(step)
+            raise
+        finally:
+            self._count(-1)
+        if (block := self._engine.block()) is not None:
+            self._in_blocks.append((step, block.root._ref))
+        return _decode_json(text)["result"]
+
+    @_steps
+    def sleep(self, seconds: float, *, name: str = "sleep") -> _Steps[None]:
+        """Sleep once for that many seconds. Raises StorageError inside one's own transaction.
+
+        The time of waking is recorded. A block waits for it. In a worker the run is parked."""
+        now = _microseconds(self._engine.now(), "clock()")
+        yield from self._sleep(name, _time_after(now, _span(seconds, "seconds"), "seconds"))
+
+    @_steps
+    def sleep_until(self, time: datetime, *, name: str = "sleep") -> _Steps[None]:
+        """As `sleep`, until a time."""
+        yield from self._sleep(name, _microseconds(time, "time"))
+
+    @_steps
+    def wait_for(
+        self,
+        event_name: str,
+        event_key: str = "",
+        *,
+        timeout: float | None = None,
+        name: str | None = None,
+    ) -> _Steps[Any]:
+        """The `data` of an event of `runs.emit`, recorded under `name` (None: the event's name).
+
+        It is the first event of that name and key since the run was started that no earlier wait of
+        the run has had. A block waits for it. In a worker the run is parked. Raises TimeoutError
+        `timeout` seconds after the wait first began, StorageError inside one's own transaction."""
+        self._engine.forbid_inside("run.wait_for()")
+        key = _key(event_name, "event_name"), _key(event_key, "event_key")
+        seconds = _none_or(_span, timeout, "timeout")
+        step, event = yield from self._begin(
+            event_name if name is None else name, "wait_completed", "wait_timed_out"
+        )
+        if event is None:
+            attempt = functools.partial(self._try_wait, step, key, seconds)
+            event = yield from self._wait(step, attempt, key)
+            self._events_had.add(event.get("event"))
+        if event["type"] == "wait_timed_out":
+            raise TimeoutError(f"run {self.id!r}: no event came in time for {step!r}")
+        return event["data"]
+
+    # --- names ---
+    def _begin(self, name: str, *kinds: str) -> _Steps[tuple[str, Any]]:
+        """The next step of a name, and its event if it is recorded."""
+        if "#" in _text(name, "name", 200, 1):
+            raise InvalidData("name: '#' is for the ordinals of steps, leave it out")
+        yield from self._look_back()
+        with self._lock:
+            free = self._ordinals.setdefault(name, [1])
+            index = 0
+            while True:
+                ordinal = free[index]
+                if ordinal == free[-1]:
+                    free.append(ordinal + 1)
+                step = name if ordinal == 1 else f"{name}#{ordinal}"
+                event = self._recorded.get(step)
+                # What another kind of step has recorded is left to that one.
+                if event is None or event["type"] in kinds:
+                    free.remove(ordinal)
+                    return step, event
+                index += 1
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._under_way += change
+
+    def _release(self, step: str) -> None:
+        """Let the same name again be this step."""
+        name, _, ordinal = step.partition("#")
+        with self._lock:
+            self._ordinals[name] = sorted([*self._ordinals[name], int(ordinal or 1)])
+
+    def _look_back(self) -> _Steps[None]:
+        """Release the steps whose transaction has been rolled back since."""
+        for entry in list(self._in_blocks):
+            step, reference = entry
+            root = reference()
+            is_open = root is not None and root.is_open
+            block = self._engine.block()
+            if is_open and (block is None or block.root is not root):
+                continue  # it is of another thread or task
+            stored = yield self._is_recorded(step)
+            if not stored:
+                self._release(step)
+            if not (stored and is_open):
+                self._in_blocks.remove(entry)
+
+    @_read
+    def _is_recorded(self, tx: _Tx, step: str) -> bool:
+        sql = tx.dialect.resolve(_LOG_BY_EVENT_ID)
+        return tx.row(sql, self.id, f"step:{step}") is not None
+
+    # --- the lease ---
+    def _go_on(self) -> _Steps[None]:
+        """Before anything new is done: only in a run that is this worker's, and goes on."""
+        if self._suspended or (self._stops is not None and self._stops()):
+            self._suspended = True
+            raise _Suspended
+        if self._take_again is not None:
+            self._item, _, taken = yield self._take_again()
+            if not taken:
+                raise AlreadyRunning(self.id, str(self._item.worker_id))
+            self._take_again = None
+            yield self._keep_lease(self._item)
+        yield self._look()
+
+    @_read
+    def _look(self, tx: _Tx) -> None:
+        self._check_lease(tx, self._item, _RUN_LOOK)
+
+    @_write_row
+    def _record(self, tx: _Tx, event: Mapping[str, Any], step: str = "") -> str:
+        self._check_lease(tx, self._item)
+        return self._append(tx, self.id, self._item.tenant_id, event, step)
+
+    # --- waiting ---
+    def _sleep(self, name: str, until: int) -> _Steps[None]:
+        self._engine.forbid_inside("run.sleep()")
+        step, event = yield from self._begin(name, "sleep_started")
+        if event is not None:
+            until = _iso_time(event["until"], "until")
+        if event is None or _datetime_of(until) > self._engine.now():
+            yield from self._wait(step, functools.partial(self._try_sleep, step, until))
+
+    def _wait(
+        self, step: str, attempt: Callable[[], Any], key: tuple[str, str] | None = None
+    ) -> _Steps[Any]:
+        """Attempt to go on, until there is an event that says so. A worker's run is suspended."""
+        try:
+            yield from self._go_on()
+            while True:
+                # Steps that are done side by side with the wait are to be recorded first.
+                self._parks = self._stops is not None and not self._under_way
+                event, until = yield attempt()
+                if event is not None:
+                    return event
+                if self._parks:
+                    self._suspended = True
+                    raise _Suspended
+                if self._stops is None:
+                    yield self._poll(functools.partial(self._is_due, until, key), math.inf)
+                else:
+                    yield self._poll(lambda: not self._under_way, math.inf)
+        except BaseException:
+            self._release(step)
+            raise
+
+    @_snapshot
+    def _is_due(self, tx: _Tx, until: int | None, key: tuple[str, str] | None) -> bool:
+        """Whether an attempt would now go on, or fail."""
+        if until is not None and tx.now() >= until:
+            return True
+        if key is not None and self._next_event(tx, key, until) is not None:
+            return True
+        return self._row(tx, _RUN_LOOK, self.id, self._item.lease_fence) is None
+
+    def _park(self, tx: _Tx, until: int | None) -> None:
+        if self._parks:
+            due = _datetime_of(_LAST_TIME if until is None else until)
+            self._state(tx).park_work_item(self._item, until=due)
+            self._set_status(tx, self.id, ExecutionStatus.PENDING)
+
+    @_write
+    def _try_sleep(self, tx: _Tx, step: str, until: int) -> tuple[Any, int]:
+        event = {"type": "sleep_started", "step": step, "until": _datetime_of(until).isoformat()}
+        self._check_lease(tx, self._item)
+        self._append(tx, self.id, self._item.tenant_id, event, step)
+        if tx.now() >= until:
+            return event, until
+        self._park(tx, until)
+        return None, until
+
+    @_write
+    def _try_wait(
+        self, tx: _Tx, step: str, key: tuple[str, str], seconds: float | None
+    ) -> tuple[Any, int | None]:
+        """Look for the event and subscribe to it in one transaction: so none falls between."""
+        self._check_lease(tx, self._item)
+        now = tx.now()
+        wait = EventSubscription(
+            workflow_id=self.id,
+            step_id=0,
+            execution_pointer_id=step,
+            event_name=key[0],
+            event_key=key[1],
+        )
+        if seconds is not None:
+            end = _datetime_of(_time_after(now, seconds, "timeout"))
+            wait.subscription_data = end.isoformat()
+        same = {name: getattr(wait, name) for name in _WAIT_KEY}
+        begun = self._get(tx, _SUBSCRIPTION, index="event_subscriptions_by_workflow", **same)
+        until = _none_or(_iso_time, (begun or wait).subscription_data, "subscription_data")
+        event: dict[str, Any] = {"type": "wait_completed", "step": step}
+        found = self._next_event(tx, key, until)
+        if found is not None:
+            event |= {"event": found.id, "data": found.event_data}
+        elif until is not None and now >= until:
+            event["type"] = "wait_timed_out"
+        else:
+            if begun is None:
+                _insert_record(tx, _SUBSCRIPTION, wait)
+            else:
+                self._change(tx, _SUBSCRIPTION, "terminated_at = NULL", begun.id)
+            self._park(tx, until)
+            return None, until
+        if begun is not None:
+            self._change(tx, _SUBSCRIPTION, "terminated_at = ?", begun.id, now)
+        self._append(tx, self.id, self._item.tenant_id, event, step)
+        return event, until
+
+    def _next_event(self, tx: _Tx, key: tuple[str, str], until: int | None) -> Event | None:
+        """The first event of a name and key, up to a time, that no wait of the run has had."""
+        limits = self._item.payload["events_after"], _LAST_TIME if until is None else until
+        events = self._find(
+            tx,
+            _EVENT,
+            "AND event_time > ? AND event_time <= ? ORDER BY event_time, id LIMIT ?",
+            *limits,
+            len(self._events_had) + 1,
+            index="events_by_key",
+            event_name=key[0],
+            event_key=key[1],
+        )
+        return next((event for event in events if event.id not in self._events_had), None)
+
+
+_WAIT_KEY = ("workflow_id", "execution_pointer_id", "event_name", "event_key")
+
+
+@dataclass(eq=False)
+class _Crew:
+    """What the threads or tasks of one call of `work` share."""
+
+    functions: dict[str, Callable[..., Any]]
+    queues: list[str]
+    worker_id: str
+    stop: Any
+    until_idle: bool
+    interval: float  # seconds between two renewals
+    is_ending: bool = False
+    ended: int = 0
+    under_way: dict[object, WorkItem] = field(default_factory=dict)  # by their thread or task
+
+    def stops(self) -> bool:
+        """Whether no more is to be begun."""
+        return self.is_ending or (self.stop is not None and bool(self.stop.is_set()))
+
+
+class _End(NamedTuple):
+    """The end of a claim of a run: by its last event, by an error, or (neither) given back."""
+
+    item: WorkItem
+    event: dict[str, Any] | None = None
+    error: str | None = None
+    is_final: bool = False  # the error: it ends the run
+
+
+class Runs(_RunFacet):
+    """Durable functions: each named step of a run is done once, whatever becomes of its process."""
+
+    _run_type: Any = Run
+    _on_end: Callable[[_End], object] = staticmethod(lambda end: None)  # told of each that ended
+
+    def __init__(self, engine: Any, state: StateBackend) -> None:
+        super().__init__(engine)
+        self._queue = state
+
+    @_write
+    def start(
+        self,
+        tx: _Tx,
+        function: Callable[..., Any] | str,
+        input: Json = None,
+        *,
+        id: AnyId | None = None,
+        queue: AnyId | None = None,
+        available_at: datetime | None = None,
+        max_attempts: int = 3,
+        priority: int = 0,
+        unique_key: AnyId | None = None,
+        tenant_id: AnyId = DEFAULT_TENANT,
+    ) -> str:
+        """Have a function, or the one of that name, called as `function(run, input)` by a worker;
+        the run's id.
+
+        A run of that id, name and tenant that is there already is left as it is. Raises
+        AlreadyExists where its input differs, for an id that is taken in another way, and for an
+        item with that `unique_key`; InvalidData for a function without a plain name."""
+        name = _function_name(function)
+        _json(input, "input")
+        record = WorkflowExecution(workflow_id=name, initial_input=input)
+        record.tenant_id = _id(tenant_id, "tenant_id")
+        if id is not None:
+            record.execution_id = _id(id, "id")
+        item = WorkItem(
+            execution_id="",
+            queue_type=name if queue is None else _id(queue, "queue"),
+            available_at=available_at,
+            max_attempts=max_attempts,
+            priority=priority,
+            unique_key=None if unique_key is None else _id(unique_key, "unique_key"),
+        )
+        return self._start(tx, record, item)[0].id
+
+    def _start(
+        self, tx: _Tx, record: WorkflowExecution, item: WorkItem
+    ) -> tuple[WorkItem, WorkflowExecution]:
+        """Start a run, unless it is there; its item and its record."""
+        values = _RUN.encode(record, now=tx.now())
+        found = self._find_run(tx, values["execution_id"])
+        if found is not None:
+            was = found[1]
+            known = was.workflow_id, was.tenant_id, was.initial_input
+            given = values["workflow_id"], values["tenant_id"]
+            if known == (*given, _decode_json(values["initial_input"])):
+                return found
+        if found or tx.row(_EXECUTION_TENANT.all, values["execution_id"]):
+            raise AlreadyExists("execution", values["execution_id"])
+        state = self._state(tx)
+        stored = state.create_execution(record)
+        id = stored.execution_id
+        event = {"type": "execution_started", "input": stored.initial_input}
+        self._append(tx, id, stored.tenant_id, event)
+        item.id = item.execution_id = id
+        item.node_id = stored.workflow_id
+        if not item.payload:
+            # Events are stamped in the order of their commits: those emitted later count.
+            item.payload = {"events_after": self._rows(tx, _LAST_EMITTED)[0][0] or 0}
+        state.enqueue_work_item(item)
+        return self._need_run(tx, id)
+
+    def _find_run(self, tx: _Tx, id: str) -> tuple[WorkItem, WorkflowExecution] | None:
+        record = self._get(tx, _RUN, execution_id=id)
+        item = self._get(tx, _ITEM, id=id)
+        if record is None or item is None or item.execution_id != id:
+            return None
+        return (item, record) if item.node_id == record.workflow_id else None
+
+    def _need_run(self, tx: _Tx, id: AnyId) -> tuple[WorkItem, WorkflowExecution]:
+        key = _id(id, "id")
+        found = self._find_run(tx, key)
+        if found is None:
+            raise NotFound("execution", key)
+        return found
+
+    # --- ends ---
+    @_steps
+    def result(self, id: AnyId, *, timeout: float | None = None) -> _Steps[Any]:
+        """Wait until a run has ended; its result.
+
+        Raises RunFailed, RunCancelled, TimeoutError after `timeout` seconds (inside a transaction
+        at once), NotFound."""
+        seconds = math.inf if timeout is None else _span(timeout, "timeout")
+        if self._engine.block() is not None:
+            seconds = 0.0
+        key = _id(id, "id")
+        ended = yield self._poll(functools.partial(self._last_event, key), seconds)
+        if ended is None:
+            raise TimeoutError(f"run {key!r} has not ended in {timeout} seconds")
+        return ended["result"]
+
+    @_snapshot
+    def _last_event(self, tx: _Tx, id: str) -> dict[str, Any] | None:
+        """The event that completed a run, None before its end. Raises RunFailed, RunCancelled."""
+        status = self._need_run(tx, id)[1].status
+        if not status.is_terminal:
+            return None
+        if status == "cancelled":
+            raise RunCancelled(id)
+        done = status == "completed"
+        kind = "execution_completed" if done else "execution_failed"
+        log = self._events_after(tx, id, 0)
+        ends = [one.event for one in log if one.event["type"] == kind]
+        last: dict[str, Any] = ends[-1] if ends else {"result": None, "error": ""}
+        if not done:
+            raise RunFailed(id, last["error"])
+        return last
+
+    def _end(self, tx: _Tx, end: _End) -> bool:
+        """Settle a claim; whether that ended the run. Raises LeaseLost, RunCancelled."""
+        item = end.item
+        event = end.event
+        self._check_lease(tx, item)
+        state = self._state(tx)
+        if event is not None:
+            state.complete_work_item(item)
+            self._set_status(tx, item.id, ExecutionStatus.COMPLETED)
+            self._run(tx, _END_WAITS, tx.now(), item.id)
+        elif end.error is None:
+            state.park_work_item(item)
+            self._set_status(tx, item.id, ExecutionStatus.PENDING)
+            return False
+        elif not end.is_final:
+            return isinstance(state.retry_work_item(item, end.error), DeadLetter)
+        else:
+            state.fail_work_item(item, end.error)
+            self._set_status(tx, item.id, ExecutionStatus.FAILED)
+            event = {"type": "execution_failed", "error": end.error}
+        self._append(tx, item.id, item.tenant_id, event)
+        return True
+
+    @_write
+    def cancel(self, tx: _Tx, id: AnyId) -> None:
+        """Cancel a run; one that has ended is left as it is. Raises NotFound."""
+        item, record = self._need_run(tx, id)
+        if record.status.is_terminal:
+            return
+        self._state(tx).fail_work_item(item.id, "cancelled")
+        self._set_status(tx, item.id, ExecutionStatus.CANCELLED)
+        self._run(tx, _END_WAITS, tx.now(), item.id)
+        self._append(tx, item.id, record.tenant_id, {"type": "execution_cancelled"})
+
+    # --- events ---
+    @_write
+    def emit(self, tx: _Tx, event_name: str, event_key: str = "", data: Json = None) -> str:
+        """Store an event, and wake the runs that wait for that name and key; the event's id."""
+        _json({"data": data}, "event")
+        now = tx.now()
+        # Later than the event before, whatever the clock did: waits take events in this order.
+        last = self._rows(tx, _LAST_EMITTED)[0][0]
+        stamp = now if last is None else min(max(now, last + 1), _LAST_TIME)
+        event = Event(
+            event_name=event_name,
+            event_key=event_key,
+            event_data=data,
+            event_time=_datetime_of(stamp),
+            is_processed=True,
+        )
+        stored = _insert_record(tx, _EVENT, event)
+        self._run(tx, _RUN_WAKE, now, stored.event_name, stored.event_key, now)
+        return stored.id
+
+    @_write
+    def fork(self, tx: _Tx, id: AnyId, *, before: str, new_id: AnyId | None = None) -> str:
+        """A new run of the same function and input, that goes on before the step `before`; its id.
+
+        It has done the steps, sleeps and waits that the run had recorded before that step (`NAME`
+        or `NAME#2`). Raises NotFound for an unknown run or step, AlreadyExists."""
+        item, record = self._need_run(tx, id)
+        log = self._events_after(tx, item.id, 0)
+        step = _text(before, "before")
+        ends = [index for index, one in enumerate(log) if one.event.get("step") == step]
+        if not ends:
+            raise NotFound("step", step)
+        copy = WorkflowExecution(
+            workflow_id=record.workflow_id,
+            initial_input=record.initial_input,
+            tenant_id=record.tenant_id,
+        )
+        if new_id is not None:
+            copy.execution_id = _id(new_id, "new_id")
+        if tx.row(_EXECUTION_TENANT.all, copy.execution_id):
+            raise AlreadyExists("execution", copy.execution_id)
+        again = WorkItem(
+            execution_id="",
+            queue_type=item.queue_type,
+            max_attempts=item.max_attempts,
+            priority=item.priority,
+            payload=item.payload,
+        )
+        self._start(tx, copy, again)
+        for one in log[: ends[0]]:
+            if one.id is not None and one.id.startswith("step:"):
+                name = one.id.removeprefix("step:")
+                self._append(tx, copy.execution_id, record.tenant_id, one.event, name)
+        return copy.execution_id
+
+    # --- blocks ---
+    @_steps
+    def _enter(self, block: _RunBlock) -> _Steps[Run]:
+        """Begin or take a run for a block. Raises AlreadyRunning."""
+        self._engine.forbid_inside("store.run()")
+        id, workflow_id, input, lease, wait = block.arguments
+        seconds = _none_or(_span, wait, "wait")
+        arguments = _id(id, "id"), _id(workflow_id, "workflow_id"), input, self._lease(lease)
+        deadline: float | None = None
+        while True:
+            item, record, taken = yield self._take(*arguments, False)
+            if taken or record.status == "completed":
+                break
+            if seconds is None:
+                left = (item.lease_expires_at - self._engine.now()).total_seconds()
+                seconds = max(0.0, left) + 1
+            deadline = deadline or _monotonic() + seconds
+            if deadline <= _monotonic():
+                raise AlreadyRunning(arguments[0], item.worker_id)
+            look = functools.partial(self._is_free, arguments[0])
+            yield self._poll(look, deadline - _monotonic())
+        try:
+            if taken:
+                yield block.keep_lease(item)
+            log = yield self._read_chunk(item.id, 0, _INT_MAX)
+        except BaseException:
+            with contextlib.suppress(FlowStoreError):
+                yield self._end_block(_End(item))
+            raise
+        run: Run = self._run_type(self._engine, record, item, log)
+        if not taken:
+            done = [one.event for one in log if one.event["type"] == "execution_completed"]
+            run.result = done[-1]["result"] if done else None
+            run._take_again = functools.partial(self._take, *arguments, True)
+            run._keep_lease = block.keep_lease
+        return run
+
+    @_write
+    def _take(
+        self, tx: _Tx, id: str, workflow_id: str, input: Json, lease: float, again: bool
+    ) -> tuple[WorkItem, WorkflowExecution, bool]:
+        """Begin a run or go on with it; its item, its record, and whether it is the caller's.
+
+        A completed one is begun again only if `again`."""
+        now = tx.now()
+        found = self._find_run(tx, id)
+        if found is not None and input is None:
+            input = found[1].initial_input
+        record = WorkflowExecution(
+            execution_id=id,
+            workflow_id=workflow_id,
+            initial_input=input,
+            tenant_id=found[1].tenant_id if found else DEFAULT_TENANT,
+        )
+        own = WorkItem(execution_id="", queue_type=_BLOCK_QUEUE, max_attempts=2**31 - 1)
+        item, record = self._start(tx, record, own)
+        if record.status == "cancelled":
+            raise RunCancelled(id)
+        if record.status == "completed" and not again:
+            return item, record, False
+        expires = _time_after(now, lease, "lease_seconds")
+        row = self._row(tx, _RUN_TAKE, f"process {os.getpid()}", now, expires, id, now)
+        if row is None:
+            return item, record, False
+        self._set_status(tx, id, ExecutionStatus.RUNNING)
+        return _ITEM.decode(row), record, True
+
+    @_read
+    def _is_free(self, tx: _Tx, id: str) -> bool:
+        item = self._need_run(tx, id)[0]
+        return bool((item.lease_expires_at or _EPOCH) <= self._engine.now())
+
+    @_steps
+    def _leave(self, run: Run, error: BaseException | None) -> _Steps[None]:
+        """End the run of a block."""
+        if run._take_again is not None:
+            return  # it was complete, and nothing was added
+        try:
+            event = None
+            if error is None:
+                _json(run.result, "run.result")
+                event = {"type": "execution_completed", "result": run.result}
+        except InvalidData as unfit:
+            yield self._end_block(_End(run._item, None, _error_text(unfit), True))
+            raise
+        text = _error_text(error) if isinstance(error, Exception) else None
+        try:
+            yield self._end_block(_End(run._item, event, text, True))
+        except FlowStoreError:
+            if error is None:
+                raise  # else the error of the block says more
+
+    @_write_row
+    def _end_block(self, tx: _Tx, end: _End) -> None:
+        self._end(tx, end)
+
+    # --- workers ---
+    def work(
+        self,
+        *functions: Callable[..., Any],
+        concurrency: int = 1,
+        queues: Collection[AnyId] | None = None,
+        worker_id: AnyId | None = None,
+        stop: threading.Event | None = None,
+        until_idle: bool = False,
+    ) -> int:
+        """Do the runs of these functions, `concurrency` threads at a time; how many runs ended.
+
+        Goes on until `stop` is set or Ctrl-C, with `until_idle` until none is due. A step under way
+        then ends, and its run is given back. A function that raises is tried again, by the store's
+        backoff, until its run has failed after `max_attempts`. Runs of other functions are left
+        alone. Raises InvalidData, StorageError inside one's own transaction."""
+        from concurrent.futures import ThreadPoolExecutor, wait
+
+        crew = self._make_crew(functions, concurrency, queues, worker_id, stop, until_idle)
+        pool = ThreadPoolExecutor(concurrency, "flowstore-run")
+        interrupt: BaseException | None = None
+        try:
+            serving = [pool.submit(self._serve, crew) for _ in range(concurrency)]
+            while not all(future.done() for future in serving):
+                # Not by join(): in Python 3.11 it takes a thread for ended after Ctrl-C.
+                try:
+                    wait(serving, timeout=crew.interval)
+                    self._renew(crew)
+                except BaseException as error:
+                    if interrupt is not None:
+                        raise
+                    interrupt = error
+                    crew.is_ending = True
+        finally:
+            crew.is_ending = True
+            pool.shutdown(wait=False)
+        if interrupt is not None:
+            raise interrupt
+        for future in serving:
+            future.result()
+        return crew.ended
+
+    def _owner(self) -> object:
+        """The thread or task that does a run."""
+        return threading.get_ident()
+
+    def _make_crew(
+        self,
+        functions: Sequence[Callable[..., Any]],
+        concurrency: int,
+        queues: Collection[AnyId] | None,
+        worker_id: AnyId | None,
+        stop: object,
+        until_idle: bool,
+    ) -> _Crew:
+        self._engine.forbid_inside("runs.work()")
+        by_name: dict[str, Callable[..., Any]] = {}
+        for function in functions:
+            _check_callable(function, "functions")
+            name = _function_name(function)
+            if name in by_name:
+                raise InvalidData(f"functions: there are two of the name {name!r}")
+            by_name[name] = function
+        if not by_name:
+            raise InvalidData("functions: at least one is needed")
+        _int(concurrency, "concurrency", 1)
+        _bool(until_idle, "until_idle")
+        if stop is not None and not hasattr(stop, "is_set"):
+            raise InvalidData(f"stop: an Event is needed, not {type(stop).__name__}")
+        worker = f"process {os.getpid()}" if worker_id is None else _id(worker_id, "worker_id")
+        names = [
+            _id(name, "queues")
+            for name in (list(by_name) if queues is None else _check_list(queues, "queues"))
+        ]
+        interval = max(0.01, self._lease(None) / 3)
+        return _Crew(by_name, names, worker, stop, until_idle, interval)
+
+    @_steps
+    def _serve(self, crew: _Crew) -> _Steps[None]:
+        """Do one run after another, in a thread or a task."""
+        try:
+            yield from self._do_runs(crew)
+        except BaseException:
+            crew.is_ending = True
+            raise
+
+    def _do_runs(self, crew: _Crew) -> _Steps[None]:
+        owner = self._owner()
+        end: _End | None = None
+        while True:
+            try:
+                ended, claimed, others_wait = yield self._end_and_claim(crew, end)
+            except StoreBusy:
+                continue  # nothing was written
+            if end is not None and ended:
+                crew.ended += 1
+                self._on_end(end)
+            end = None
+            if claimed is None:
+                if crew.until_idle or crew.stops():
+                    return
+                look = functools.partial(self._has_work, crew, others_wait)
+                # The items of others would be found again and again.
+                yield self._poll(look, 1.0 if others_wait else math.inf)
+                continue
+            item, record = claimed
+            log = yield self._read_chunk(item.id, 0, _INT_MAX)
+            run = self._run_type(self._engine, record, item, log, crew.stops)
+            crew.under_way[owner] = item
+            end = _End(item)  # given back, where nothing else is said
+            try:
+                result = yield crew.functions[record.workflow_id](run, run.input)
+                _json(result, "the function's result")
+                end = _End(item, {"type": "execution_completed", "result": result})
+            except _Suspended:
+                pass
+            except Exception as error:
+                end = _End(item, None, _error_text(error))
+            except BaseException:
+                with contextlib.suppress(FlowStoreError):  # what leaves the function says more
+                    yield self._end_block(end)
+                raise
+            finally:
+                del crew.under_way[owner]
+
+    @_write_row
+    def _end_and_claim(
+        self, tx: _Tx, crew: _Crew, end: _End | None
+    ) -> tuple[bool, tuple[WorkItem, WorkflowExecution] | None, bool]:
+        """In one transaction, end a run and claim the next: whether the first has ended, the item
+        and the record of the second, and whether runs of other functions are in the queues."""
+        state = self._state(tx)
+        ended = False
+        if end is not None:
+            with contextlib.suppress(LeaseLost, RunCancelled):
+                ended = self._end(tx, end)
+        if crew.stops():
+            return ended, None, False
+        others = []
+        claimed = None
+        while claimed is None and (item := state.claim_work_item(crew.worker_id, crew.queues)):
+            found = self._find_run(tx, item.id)
+            if found is not None and item.node_id in crew.functions:
+                claimed = found
+            else:
+                others.append(item)
+        for item in others:
+            state.park_work_item(item, until=item.available_at)
+        if claimed is not None:
+            self._set_status(tx, claimed[0].id, ExecutionStatus.RUNNING)
+        return ended, claimed, bool(others)
+
+    def _has_work(self, crew: _Crew, others_wait: bool) -> Any:
+        """Whether to look for a run again."""
+        return crew.stops() or (not others_wait and self._queue._claimable(crew.queues))
+
+    @_steps
+    def _renew(self, crew: _Crew) -> _Steps[None]:
+        """Renew the leases of the runs under way, except of those with an open transaction."""
+        busy = self._engine.has_block
+        items = [item for owner, item in list(crew.under_way.items()) if not busy(owner)]
+        with contextlib.suppress(StorageError):  # the next renewal may succeed
+            yield self._renew_leases(items)
+
+    @_write_row
+    def _renew_leases(self, tx: _Tx, items: list[WorkItem]) -> None:
+        expires = _time_after(tx.now(), self._lease(None), "lease_seconds")
+        for item in items:  # one that is lost is left: its run finds out
+            self._row(tx, _RENEW, expires, item.id, item.lease_fence, None)
+
+
+class _RunBlock:
+    """A run that is done by the block of a `with` statement, which keeps its lease."""
+
+    run: Any
+    hold: Any = None
+
+    def __init__(self, runs: Any, *arguments: Any) -> None:
+        self.runs = runs
+        self.arguments = arguments
+
+    def keep_lease(self, item: WorkItem) -> Any:
+        """Have the lease renewed while the block runs."""
+        raise NotImplementedError
+
+
+class _ThreadRunBlock(_RunBlock):
+    """`with store.run(id) as run:` a run that is done by this thread."""
+
+    def __enter__(self) -> Run:
+        self.run = self.runs._enter(self)
+        return cast("Run", self.run)
+
+    def keep_lease(self, item: WorkItem) -> None:
+        self.hold = self.runs._queue.hold(item, lease_seconds=self.arguments[3])
+        self.hold.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        try:
+            self.runs._leave(self.run, error)
+        finally:
+            if self.hold is not None:  # a lost lease was told of by now
+                self.hold.__exit__(LeaseLost, None, None)
+
+
+# ==================================================================================================
 # Store: what open() returns
 # ==================================================================================================
 
@@ -6837,6 +7848,8 @@ class Store(_StoreBase):
         """Executions, the work queue, tenants and what belongs to them: `StateBackend`."""
         self.workflows = PersistenceProvider(engine)
         """Workflow instances, events, subscriptions, commands and errors: `PersistenceProvider`."""
+        self.runs = Runs(engine, self.state)
+        """Durable functions: `Runs`."""
 
     def __enter__(self) -> Store:
         return self
@@ -6854,6 +7867,26 @@ class Store(_StoreBase):
         one snapshot: it waits for no writer, and no writer waits for it. Raises StoreBusy, and
         StorageError when the database ended the transaction, or for a write in a read-only one."""
         return _Block(self._engine, _bool(read_only, "read_only") == 1)
+
+    def run(
+        self,
+        id: AnyId,
+        *,
+        workflow_id: AnyId = "script",
+        input: Json = None,
+        lease_seconds: float | None = None,
+        wait: float | None = None,
+    ) -> contextlib.AbstractContextManager[Run]:
+        """`with store.run(id) as run:` a run that this thread does: it begins, or goes on.
+
+        The block's end completes it, with `run.result`. An exception fails it and goes on; the next
+        block of that id tries again, with the steps that are done. Ctrl-C only breaks it off. In a
+        completed run all recorded steps answer, and nothing is written. While another thread or
+        process is doing it, waits for `wait` seconds (None: until the lease it has found has run
+        out), then raises AlreadyRunning. Raises RunCancelled, AlreadyExists for a stored
+        `workflow_id` or `input` that differs (None: any input), StorageError inside one's own
+        transaction."""
+        return _ThreadRunBlock(self.runs, id, workflow_id, input, lease_seconds, wait)
 
 
 # Statements that find one row for each problem, and the message about it.
@@ -7422,6 +8455,75 @@ class AsyncPersistenceProvider(_AsyncFacet, PersistenceProvider):
     """`PersistenceProvider`, awaited."""
 
 
+class AsyncRun(_AsyncFacet, Run):
+    """`Run`, awaited; the function of a step may be a coroutine function."""
+
+
+class AsyncRuns(_AsyncFacet, Runs):
+    """`Runs`, awaited; the functions of runs may be coroutine functions."""
+
+    _run_type = AsyncRun
+
+    async def work(  # type: ignore[override]
+        self,
+        *functions: Callable[..., Any],
+        concurrency: int = 1,
+        queues: Collection[AnyId] | None = None,
+        worker_id: AnyId | None = None,
+        stop: asyncio.Event | None = None,
+        until_idle: bool = False,
+    ) -> int:
+        """`Runs.work` with `concurrency` tasks. When `stop` is set, they are cancelled."""
+        import asyncio
+
+        crew = self._make_crew(functions, concurrency, queues, worker_id, stop, until_idle)
+
+        create_task = self._engine.loop.create_task
+        tasks = [create_task(self._serve(crew)) for _ in range(concurrency)]
+        watches = [] if stop is None else [create_task(stop.wait())]
+        try:
+            while not crew.stops() and not all(task.done() for task in tasks):
+                going = [task for task in tasks if not task.done()]
+                await asyncio.wait(
+                    [*going, *watches], timeout=crew.interval, return_when=asyncio.FIRST_COMPLETED
+                )
+                await self._renew(crew)
+        finally:
+            for task in [*tasks, *watches]:
+                task.cancel()
+            await asyncio.wait([*tasks, *watches])
+        for task in tasks:
+            if not task.cancelled():
+                task.result()
+        return crew.ended
+
+    def _owner(self) -> object:
+        import asyncio
+
+        return asyncio.current_task()
+
+
+class _TaskRunBlock(_RunBlock):
+    """`async with store.run(id) as run:` a run that is done by this task."""
+
+    async def __aenter__(self) -> AsyncRun:
+        self.run = await self.runs._enter(self)
+        return cast("AsyncRun", self.run)
+
+    async def keep_lease(self, item: WorkItem) -> None:
+        self.hold = self.runs._queue.hold(item, lease_seconds=self.arguments[3])
+        await self.hold.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        try:
+            await self.runs._leave(self.run, error)
+        finally:
+            if self.hold is not None:  # a lost lease was told of by now
+                await self.hold.__aexit__(LeaseLost, None, None)
+
+
 class AsyncStore(_AsyncFacet, _StoreBase):
     """`Store` for the tasks of one event loop: the same facets and promises, awaited."""
 
@@ -7435,6 +8537,8 @@ class AsyncStore(_AsyncFacet, _StoreBase):
         """Executions, the work queue, tenants and what belongs to them: `StateBackend`, awaited."""
         self.workflows = AsyncPersistenceProvider(engine)
         """Workflow instances, events, subscriptions, commands: `PersistenceProvider`, awaited."""
+        self.runs = AsyncRuns(engine, self.state)
+        """Durable functions: `Runs`, awaited."""
 
     async def __aenter__(self) -> AsyncStore:
         return self
@@ -7450,6 +8554,20 @@ class AsyncStore(_AsyncFacet, _StoreBase):
         That is what this task does, and the tasks that it starts in it. Writes of other tasks wait
         for its end, their reads go on. Otherwise it is as `Store.transaction`."""
         return _AsyncBlock(self._engine, _bool(read_only, "read_only") == 1)
+
+    def run(
+        self,
+        id: AnyId,
+        *,
+        workflow_id: AnyId = "script",
+        input: Json = None,
+        lease_seconds: float | None = None,
+        wait: float | None = None,
+    ) -> contextlib.AbstractAsyncContextManager[AsyncRun]:
+        """`async with store.run(id) as run:` as `Store.run`, in this task.
+
+        A task that is cancelled only breaks it off."""
+        return _TaskRunBlock(self.runs, id, workflow_id, input, lease_seconds, wait)
 
 
 class AsyncOpening:
@@ -7555,6 +8673,8 @@ class _Kind(NamedTuple):
         return f"{self.mapper.table} {{by {index}}} WHERE {column} = '{status}' {{tenant}}"
 
 
+_OPEN_WAITS = """event_subscriptions {by event_subscriptions_by_workflow}
+    WHERE workflow_id = ? AND terminated_at IS NULL ORDER BY workflow_id"""
 _EXECUTIONS = _Kind(
     "executions",
     _LogFacet,
@@ -7573,6 +8693,7 @@ _EXECUTIONS = _Kind(
             """flowstore_work_items {by flowstore_items_by_execution}
             WHERE execution_id = ? {tenant} ORDER BY id DESC""",
         ),
+        "waits": (_SUBSCRIPTION, _OPEN_WAITS),
     },
 )
 _FLOWS = _Kind(
@@ -7607,11 +8728,7 @@ _WORKFLOWS = _Kind(
             """execution_pointers {by execution_pointers_in_order} WHERE workflow_id = ?
             ORDER BY place DESC, id DESC""",
         ),
-        "subscriptions": (
-            _SUBSCRIPTION,
-            """event_subscriptions {by event_subscriptions_by_workflow}
-            WHERE workflow_id = ? AND terminated_at IS NULL ORDER BY workflow_id""",
-        ),
+        "subscriptions": (_SUBSCRIPTION, _OPEN_WAITS),
         "errors": (
             _ERROR,
             """execution_errors {by execution_errors_by_workflow} WHERE workflow_id = ?
@@ -7858,6 +8975,11 @@ class _ViewReader:
             if mapper is _STORED:
                 steps += _steps_from_log(rows, now)
             steps += [_step_from_row(row, now) for row in rows if "status" in row]
+            if name == "waits":
+                for row in rows:
+                    row["until"] = row["subscription_data"]
+                    changes = [_Change("waiting", row["subscribe_as_of"])]
+                    steps.append(_step(f"wait {row['execution_pointer_id']}", changes, now))
         return View(
             kind=kind.mapper.kind,
             id=id,
@@ -7897,7 +9019,7 @@ def _read_views(facet: Any, *which: str | None) -> Any:
 _STATUS_CLASSES = re.compile(
     "(?P<running>running|started|resumed|claimed|runnable)"
     "|(?P<done>completed|succeeded|finished|complete)"
-    "|(?P<failed>failed|dead_lettered|limit_exceeded|terminated)"
+    "|(?P<failed>failed|timed_out|dead_lettered|limit_exceeded|terminated)"
     "|(?P<lost>lost|cancelled|skipped|compensated)"
 )
 _ONGOING = ("waiting", "running")
@@ -7947,7 +9069,18 @@ def _steps_from_log(events: list[_Row], now: datetime) -> list[_Row]:
         if match:
             key = _first_value(event, *_STEP_KEYS)
             name = f"{match[1]} {key}".strip().removeprefix("step ")
-            changes.setdefault(name, []).append(_Change(match[2], row["timestamp"]))
+            at = row["timestamp"]
+            status = match[2]
+            begun = changes.setdefault(name, [])
+            if match[1] == "sleep" and isinstance(event.get("until"), str):
+                begun.append(_Change("waiting", at))
+                at = datetime.fromisoformat(event["until"])
+                status = "completed"
+                if at > now:
+                    continue
+            elif isinstance(event.get("seconds"), (int, float)):
+                begun.append(_Change("started", at - timedelta(seconds=event["seconds"])))
+            begun.append(_Change(status, at))
     return [_step(name, changes[name], now) for name in changes]
 
 
@@ -7980,7 +9113,7 @@ _COLUMNS = re.findall(
     queue waiting oldest_seconds leased dead limits sequence timestamp at error_time execution_id id
     kind step time step_id step_name run_id node_id queue_type task name goal current_step status
     comes_back last_error message attempt retry_count workflow_id events worker_id event_name
-    event_key event
+    event_key event until
     payload result outcome priority unique_key lease_expires_at dead_lettered_at sleep_until
     tenant_id updated_at complete_time
     """,
@@ -8350,7 +9483,8 @@ def _repr_html_(shown: Any) -> str | None:
             engine = shown._engine
             if engine.in_memory and engine.writer.leader is not None and engine.block() is None:
                 return None  # in memory, a read waits for the transaction of another thread
-            (view,) = _read_views(shown)
+            which = [shown.id] if isinstance(shown, Run) else []
+            view = _read_views(shown, *which)[0]
         page = '<style>{}</style><div class="flowstore">{}</div>'
         return _markup(page, _Html(_CSS), _render_html(view))
     return None
@@ -8748,6 +9882,24 @@ def _selftest_writer(target: str, run: str) -> int:
             print(sequence, flush=True)
 
 
+def _try_run(trial: _Trial) -> None:
+    """run: one that is killed between two steps goes on behind the first"""
+    id = new_id()
+    with _start_child("selftest-run", trial.target, id) as child:
+        child.stdout.readline()
+    with trial.store.run(id, workflow_id="selftest") as run:
+        run.result = [run.step("one", os.getpid), run.step("two", os.getpid)]
+    _expect(run.result, [child.pid, os.getpid()])
+    _expect(trial.store.runs.result(id), run.result)
+
+
+def _selftest_run(target: str, id: str) -> int:
+    """Do the first step of a run, tell of it, and wait: the process that is killed."""
+    with open(target) as store, store.run(id, workflow_id="selftest", lease_seconds=0.5) as run:
+        print(run.step("one", os.getpid), flush=True)
+        return len(sys.stdin.read())
+
+
 def _try_backup(trial: _Trial) -> None:
     """backup: made while the store is in use, it is sound and holds the same"""
     path = os.path.join(trial.folder, "other.db")
@@ -8783,6 +9935,7 @@ _PROMISES: list[Callable[[_Trial], str | None]] = [
     _try_transaction,
     _try_lease,
     _try_crash,
+    _try_run,
     _try_backup,
 ]
 if hasattr(os, "fork"):
@@ -8790,18 +9943,26 @@ if hasattr(os, "fork"):
 
 
 # --- demo: a durable pipeline over real files, one of whose workers is killed ---
-# A file's path is the id of its execution and of its work item; the folder is their queue.
 def _demo(args: Any) -> int:
-    """Hash the files of a folder with several processes, one of which is killed."""
+    """Measure and hash the files of a folder with several processes, one of which is killed."""
     if not os.path.isdir(args.folder):
         raise SystemExit(_complain(f"{args.folder}: there is no such folder", 2))
     folder = os.path.realpath(args.folder)
     own = os.path.realpath(_shared_path(args.store) or args.store)
     with open(args.store) as store:
         paths = list(itertools.islice(_demo_files(folder, own), 200))
-        known = _demo_enqueue(store, folder, paths)
-        print(f"{_plural(len(paths), 'files')} of {folder}, {known} known from before", flush=True)
-        _demo_run(store, args.store, folder)
+        with store.transaction() as tx:
+            tx.execute(
+                "CREATE TABLE IF NOT EXISTS demo_files (path TEXT, size BIGINT, sha256 TEXT)"
+            )
+            known = [path for path in paths if store.state.get_work_item(path)]
+            for path in paths:  # of one that is known, no second run begins
+                store.runs.start("demo_file", path, id=path, queue=folder, max_attempts=5)
+        print(
+            f"{_plural(len(paths), 'files')} of {folder}, {len(known)} known from before",
+            flush=True,
+        )
+        _demo_run(store, args.store, folder, paths)
         proven = _demo_table(store, paths)
     print(
         "The store stays; files done in it are not read again, even when they have changed: "
@@ -8827,22 +9988,37 @@ def _demo_files(folder: str, own: str) -> Iterator[str]:
                 yield path
 
 
-def _demo_enqueue(store: Store, folder: str, paths: list[str]) -> int:
-    """Make an execution and a work item for each file; returns how many an earlier run made."""
-    with store.transaction():
-        new = [path for path in paths if store.state.get_work_item(path) is None]
-        for path in new:
-            run = WorkflowExecution(execution_id=path, workflow_id="flowstore-demo")
-            store.state.create_execution(run)
-            item = WorkItem(id=path, execution_id=path, queue_type=folder, max_attempts=5)
-            store.state.enqueue_work_item(item)
-    return len(paths) - len(new)
+def _demo_worker(target: str, folder: str, mode: str) -> int:
+    """Do files until this is killed: between two steps of the first one, if the mode is "hold"."""
+    # The lease is short, because somebody is watching.
+    with open(target, lease_seconds=2, backoff=lambda attempt: 0.05) as store:
+
+        def demo_file(run: Run, path: str) -> str:
+            try:
+                size = run.step("measure", os.path.getsize, path)
+            finally:
+                if mode == "hold":
+                    print(run.id, flush=True)
+                    sys.stdin.read()  # which ends when the demo does
+            digest = run.step("hash", _demo_hash, path)
+            with store.transaction() as tx:  # the row and the record of the step, or neither
+                row = path, size, digest
+                run.step("record", tx.execute, "INSERT INTO demo_files VALUES (?, ?, ?)", row)
+            return str(digest)
+
+        worker = f"worker-{os.getpid()}"
+        store.runs.work(demo_file, queues=[folder], worker_id=worker, until_idle=mode == "hold")
+    return 0
 
 
-def _demo_run(store: Store, target: str, folder: str) -> None:
-    """Have a worker claim a file and kill it, then have two others do all files."""
+def _demo_hash(path: str) -> str:
+    with io.FileIO(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _demo_run(store: Store, target: str, folder: str, paths: list[str]) -> None:
+    """Have a worker begin a file and kill it, then have two others do all files."""
     state: Any = store.state
-    # A small file is done before anybody can look, so the first worker only holds its item.
     with _start_child("demo-worker", target, folder, "hold") as worker:
         id = worker.stdout.readline().strip()
     if not id:
@@ -8850,10 +10026,11 @@ def _demo_run(store: Store, target: str, folder: str) -> None:
     held = state.get_work_item(id)
     print(f"killed {held.worker_id}, seen holding {id} under fence {held.lease_fence}", flush=True)
     start = functools.partial(_start_child, "demo-worker", target, folder, "work")
-    with start() as one, start() as other:
-        # A worker that ends well has seen that no file is left.
-        if one.wait() and other.wait():
-            raise StorageError("all workers ended before their time: run the demo again")
+    with start(), start(), _progress_bar(len(paths), "files") as progress:
+        for number, path in enumerate(paths):
+            progress(number)
+            with contextlib.suppress(RunFailed):
+                store.runs.result(path, timeout=600)
     with contextlib.suppress(LeaseLost):
         state.complete_work_item(held)
         raise StorageError(f"{id}: the fence of the killed worker was not refused")
@@ -8861,75 +10038,104 @@ def _demo_run(store: Store, target: str, folder: str) -> None:
     print(f"taken over: {id}, last under fence {fence}; fence {held.lease_fence} is refused now")
 
 
-def _demo_worker(target: str, folder: str, mode: str) -> int:
-    """Claim files and do them until none is left, or hold the first one until this is killed."""
-    # The lease is short, because somebody is watching.
-    with open(target, lease_seconds=2, backoff=lambda attempt: 0.05) as store:
-        while True:
-            # LeaseLost: the lease was taken over. StoreBusy: a server ran another worker first. In
-            # both cases nothing was written.
-            with contextlib.suppress(LeaseLost, StoreBusy):
-                with store.transaction():  # so that the log tells of every lease
-                    item = store.state.claim_work_item(f"worker-{os.getpid()}", [folder])
-                    if item:
-                        _demo_append(store, item, {"type": "step_started"})
-                if item is None:
-                    counts = store.stats()["queues"].get(folder, {})
-                    if not counts.keys() & {"pending", "claimed"}:
-                        return 0
-                    time.sleep(0.05)
-                elif mode == "hold":
-                    print(item.id, flush=True)
-                    return len(sys.stdin.read())  # which ends when the demo does
-                else:
-                    _demo_do(store, item)
-
-
-def _demo_append(store: Store, item: WorkItem, event: dict[str, Any]) -> None:
-    """Append an event of a lease to the log of a file."""
-    store.events.append(item.id, item.tenant_id, event | {"fence": item.lease_fence})
-
-
-def _demo_do(store: Store, item: WorkItem) -> None:
-    """Do a file; its event and the end of its lease are one transaction, both or neither."""
-    state: Any = store.state
-    with state.hold(item):  # a large file may outlast the lease
-        try:
-            with io.FileIO(item.id) as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            event: dict[str, Any] = {"type": "step_completed", "sha256": digest}
-        except OSError as error:
-            event = {"type": "step_failed", "error": error.strerror}
-    with store.transaction():
-        _demo_append(store, item, event)
-        if "error" not in event:
-            state.complete_work_item(item)
-            state.update_execution_status(item.id, ExecutionStatus.COMPLETED)
-        elif isinstance(state.retry_work_item(item, event["error"]), DeadLetter):
-            state.update_execution_status(item.id, ExecutionStatus.FAILED)
-
-
 def _demo_table(store: Store, paths: list[str]) -> bool:
     """Print what the store tells of each file; True if that proves that each was done once."""
     done = dead = taken = 0
+    with store.transaction() as tx:
+        recorded = dict(tx.execute("SELECT path, COUNT(*) FROM demo_files GROUP BY path"))
     for item in filter(None, map(store.state.get_work_item, paths)):
         log = [stored.event for stored in store.events.load_events(item.id)]
-        completed = [event["fence"] for event in log if event["type"] == "step_completed"]
-        ended = {event["fence"] for event in log if event["type"] != "step_started"}
-        lost = [str(fence) for fence in range(1, item.lease_fence + 1) if fence not in ended]
-        line = f"{item.status:13}  {item.id}"
-        if lost:  # their workers were killed
-            line += f"  taken over from fence {', '.join(lost)}"
+        steps = [event["step"] for event in log if event["type"] == "step_completed"]
+        once = steps == ["measure", "hash", "record"] and recorded.get(item.id) == 1
+        failures = sum(event["type"] == "step_failed" for event in log)
+        lost = item.lease_fence - failures - (item.status == "completed")
+        line = f"{item.status:13}  {', '.join(steps):21}  {item.id}"
+        if lost > 0:  # their workers were killed
+            line += f"  taken over {_plural(lost, 'times')}"
             taken += 1
         if item.status == "dead_lettered":
             line += f"  after {item.attempt} tries: {item.last_error}"
             dead += 1
-        done += item.status == "completed" and completed == [item.lease_fence]
+        done += item.status == "completed" and once
         print(line)
     counted = f"{_plural(len(paths), 'files')}: {done} done exactly once"
     left = len(paths) - done - dead
     print(f"{counted}, {_plural(dead, 'dead letters')}, {left} lost; {taken} taken over")
     return done == len(paths)
+
+
+# --- work: a process that does runs ---
+def _work(args: Any) -> int:
+    """Do the runs of functions until Ctrl-C or SIGTERM, one line for each run that ended."""
+    import signal
+
+    _shared_path(args.store)
+    functions = list(map(_import_function, args.functions))
+    if args.concurrency < 1:
+        raise SystemExit(_complain("--concurrency: a number of 1 or more is needed", 2))
+    kinds = {inspect.iscoroutinefunction(function) for function in functions}
+    if len(kinds) > 1:
+        raise SystemExit(_complain("functions: plain ones or coroutine functions, not both", 2))
+    work = _async_work if True in kinds else _thread_work
+    with _open_existing(args.store):
+        pass
+    ending: list[Callable[[], object]] = []
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one breaks it off
+        for call in ending:
+            call()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    work(args, functions, ending)
+    return 0
+
+
+def _thread_work(args: Any, functions: Sequence[Any], ending: list[Callable[[], object]]) -> None:
+    stop = threading.Event()
+    ending.append(stop.set)
+    with open(args.store) as store:
+        store.runs._on_end = _tell_end
+        store.runs.work(*functions, concurrency=args.concurrency, stop=stop)
+
+
+def _async_work(args: Any, functions: Sequence[Any], ending: list[Callable[[], object]]) -> None:
+    import asyncio
+
+    async def work() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        ending.append(lambda: loop.call_soon_threadsafe(stop.set))
+        async with open_async(args.store) as store:
+            store.runs._on_end = _tell_end
+            await store.runs.work(*functions, concurrency=args.concurrency, stop=stop)
+
+    asyncio.run(work())
+
+
+def _tell_end(end: _End) -> None:
+    outcome = "completed" if end.error is None else f"failed: {end.error}"
+    print(" ".join(f"{end.item.id}  {end.item.node_id} {outcome}".splitlines()), flush=True)
+
+
+def _import_function(text: str) -> Any:
+    """The function MODULE:FUNCTION. The current folder is searched, too."""
+    import importlib
+
+    module, _, name = text.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    # The module may import this file by its name: then it gets this copy, with the same errors.
+    own = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
+    sys.modules.setdefault(own, sys.modules[__name__])
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise SystemExit(_complain(f"{text}: {_error_text(error)}", 2)) from None
+    if not callable(function):
+        raise SystemExit(_complain(f"{text}: this is no function", 2))
+    return function
 
 
 # --- check, backup, compact, prune ---
@@ -9095,9 +10301,11 @@ def _copy_store(args: Any) -> int:
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "store": {"help": "a database file or URL"},
     "id": {"nargs": "?", "help": "of an execution, flow or workflow"},
+    "functions": {"nargs": "+", "metavar": "MODULE:FUNCTION", "help": "what runs are to call"},
     "folder": {"nargs": "?", "default": ".", "help": "200 of its files at most; default: ."},
     "target": {"help": "a new one; `copy` also takes one where it was broken off"},
     "-o": {"dest": "output", "help": "default: standard output"},
+    "--concurrency": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time"},
     "--after": {"type": int, "help": "default: the last that there is"},
     "--dry-run": {"action": "store_true", "help": "only count"},
     "--execution": {},
@@ -9113,6 +10321,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 _COMMANDS: dict[str, tuple[Callable[[Any], int | None], str]] = {
     "selftest": (_selftest, "--target"),
     "demo": (_demo, "folder --store"),
+    "work": (_work, "store functions --concurrency"),
     "show": (_show, "store id --json"),
     "tail": (_tail, "store --json --execution --tenant --after"),
     "report": (_report, "store id -o"),
@@ -9126,6 +10335,7 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int | None], str]] = {
 # The processes that commands start; their arguments are texts.
 _CHILDREN: dict[str, Callable[..., int]] = {
     "demo-worker": _demo_worker,
+    "selftest-run": _selftest_run,
     "selftest-writer": _selftest_writer,
 }
 
@@ -9230,7 +10440,7 @@ _POSTGRES_FOREIGN_KEYS = f"""WITH named AS NOT MATERIALIZED (
     ORDER BY k.oid, pair.place"""
 # The writes that callers may be waiting for.
 _NEWS = re.compile(
-    "INSERT INTO flowstore_(log|work_items|queues)|UPDATE flowstore_work_items SET available_at"
+    "INSERT INTO flowstore_(log|work_items|queues)|UPDATE flowstore_work_items +SET available_at"
 )
 # Our errors for some of the server's; the others are StorageError.
 _SERVER_ERRORS = {"53100": StoreFull, "XX001": StoreCorrupt, "XX002": StoreCorrupt}
