@@ -10734,7 +10734,8 @@ def test_flow_lists_page_in_a_total_order(times: list[int], limit: int | None, o
 
 
 def test_a_turn_needs_a_fence_and_an_effect_a_key(store: Store) -> None:
-    for refused in ({"lease_fence": None}, {"lease_fence": 1, "effect": 0}):
+    refusals: list[Any] = [{"lease_fence": None}, {"lease_fence": 1, "effect": 0}]
+    for refused in refusals:
         with pytest.raises(InvalidData):
             store.state.commit_turn("i", event=EVENT, **refused)
 
@@ -14934,7 +14935,8 @@ def test_another_input_or_workflow_is_not_that_run(store: Store) -> None:
     with store.run("a", workflow_id="w", input={"a": 1, "b": [2]}):
         pass
     before = contents(store)
-    for options in ({"input": {"a": 2}, "workflow_id": "w"}, {"input": {"a": 1, "b": [2]}}):
+    others: list[Any] = [{"input": {"a": 2}, "workflow_id": "w"}, {"input": {"a": 1, "b": [2]}}]
+    for options in others:
         with pytest.raises(AlreadyExists), store.run("a", **options):
             pass
     create(store, "other")
@@ -15131,7 +15133,8 @@ def test_a_start_is_an_execution_an_event_and_an_item(store: Store) -> None:
     assert run_log(store, "a") == [{"type": "execution_started", "input": [1]}]
     before = contents(store)
     assert store.runs.start("do_nothing", [1], id="a") == "a"
-    for again in ({"input": None}, {"input": [1], "tenant_id": "t"}):
+    others: list[Any] = [{"input": None}, {"input": [1], "tenant_id": "t"}]
+    for again in others:
         with pytest.raises(AlreadyExists):
             store.runs.start(do_nothing, id="a", **again)
     with pytest.raises(AlreadyExists):
@@ -19269,7 +19272,7 @@ def test_items_of_version_1_have_ended_when_they_were_available(tmp_path: Path) 
     with sqlite3.connect(tmp_path / "old.db") as old:
         old.executescript(VERSION_1)
         for status, dead in (("completed", None), ("failed", None), ("dead_lettered", 7)):
-            names = [row[1] for row in old.execute("PRAGMA table_info(flowstore_work_items)")]
+            names = [str(row[1]) for row in old.execute("PRAGMA table_info(flowstore_work_items)")]
             new = {"id": f"'{status}'", "status": f"'{status}'", "available_at": "5"}
             new["dead_lettered_at"] = str(dead or "NULL")
             old.execute(
