@@ -2714,10 +2714,10 @@ def definitions() -> dict[str, tuple[ast.stmt, set[str]]]:
 
 
 @functools.cache
-def source_of(function: str) -> str:
-    """A program that calls a function of this file: of the file, it has what the function needs."""
+def source_of(function: str, *others: str) -> str:
+    """A program that calls a function of this file: of the file, it has what that and the others need."""
     known, needed = definitions(), set[str]()
-    left = {function, *re.findall(r"\w+", CHILD)} & known.keys()
+    left = {function, *others, *re.findall(r"\w+", CHILD)} & known.keys()
     while left:
         name = left.pop()
         needed.add(name)
@@ -2730,7 +2730,7 @@ class Process:
     """A Python process that runs one of this file's functions; killed at the block's end if it still runs."""
 
     def __init__(self, function: Callable[..., None], *args: object) -> None:
-        self.popen = script(source_of(function.__name__), *args)
+        self.popen = script(source_of(function.__name__, *map(str, args)), *args)
 
     def __enter__(self) -> Process:
         return self
@@ -4127,12 +4127,20 @@ class ItemRules(Machine):
         queue=st.sampled_from("pq"),
         most=st.integers(0, 3),
         at=ages,
+        priority=st.sampled_from([0, 0, 5, -5]),
     )
-    def enqueue(self, id: str, run: str, queue: str, most: int, at: datetime | None) -> None:
-        item, now = (
-            WorkItem(id=id, execution_id=run, queue_type=queue, max_attempts=most, available_at=at),
-            self.clock(),
+    def enqueue(
+        self, id: str, run: str, queue: str, most: int, at: datetime | None, priority: int
+    ) -> None:
+        item = WorkItem(
+            id=id,
+            execution_id=run,
+            queue_type=queue,
+            max_attempts=most,
+            available_at=at,
+            priority=priority,
         )
+        now = self.clock()
         if run not in self.model.known:
             self.refuses(NotFound, lambda: self.store.state.enqueue_work_item(item))
             self.append_to_log(run, "default", EVENT)
@@ -4159,11 +4167,12 @@ class ItemRules(Machine):
             item, attempt=attempt, last_error=last_error, worker_id=None, lease_expires_at=None
         )
         if attempt >= item.max_attempts:
-            self.model.dead[id] = self.clock()
+            self.model.dead[id] = item.settled_at = self.clock()
             item.status = WorkItemStatus.DEAD_LETTERED
         else:
             item.available_at = self.clock() + seconds(attempt if delay is None else delay)
             item.status = WorkItemStatus.PENDING
+            item.settled_at = None
         self.model.items[id] = item
 
     def take_back(self, queues: str) -> None:
@@ -4181,7 +4190,7 @@ class ItemRules(Machine):
     def claim(self, worker: str, queues: str, lease: int) -> None:
         self.take_back(queues)
         due = [
-            (item.available_at, id)
+            (-item.priority, item.available_at, id)
             for id, item in self.model.items.items()
             if item.status is WorkItemStatus.PENDING
             and item.queue_type in queues
@@ -4192,12 +4201,13 @@ class ItemRules(Machine):
         if not due:
             assert got is None
             return
-        id = min(due)[1]
+        id = min(due)[2]
         self.model.items[id] = dataclasses.replace(
             self.model.items[id],
             status=WorkItemStatus.CLAIMED,
             worker_id=worker,
             lease_fence=self.model.items[id].lease_fence + 1,
+            claimed_at=self.clock(),
             lease_expires_at=self.clock() + seconds(lease),
         )
         assert got == self.model.items[id]
@@ -4209,7 +4219,7 @@ class ItemRules(Machine):
         id=st.runner().flatmap(items_of),
         behind=st.sampled_from([None, 0, 0, 1]),
         as_record=st.booleans(),
-        how=st.sampled_from(["complete", "fail", "retry", "renew", "give up", "turn"]),
+        how=st.sampled_from(["complete", "fail", "retry", "renew", "park", "give up", "turn"]),
         value=small_json,
         delay=st.none() | st.integers(0, 5),
     )
@@ -4229,6 +4239,7 @@ class ItemRules(Machine):
             "fail": partial(state.fail_work_item, given, "failed", lease_fence=apart),
             "retry": partial(state.retry_work_item, given, "again", delay=delay, lease_fence=apart),
             "renew": partial(state.renew_lease, given, lease_fence=apart, lease_seconds=7),
+            "park": partial(state.park_work_item, given, delay=delay, lease_fence=apart),
             "give up": partial(state.move_to_dead_letter, given, "given up"),
             "turn": partial(state.commit_turn, given, apart, event, **turn),
         }
@@ -4242,6 +4253,7 @@ class ItemRules(Machine):
         allowed = {
             "retry": {"claimed", "failed"},
             "renew": {"claimed"},
+            "park": {"claimed"},
             "give up": {"pending", "claimed", "failed"},
         }.get(how, {"claimed"} if fence is not None else {*WorkItemStatus} - {"dead_lettered"})
         if fence not in (None, item.lease_fence) or item.status not in allowed:
@@ -4251,14 +4263,19 @@ class ItemRules(Machine):
             assert call().attempt == self.model.items[id].attempt
             return None
         changed = dataclasses.replace(item, lease_expires_at=None, status=WorkItemStatus.COMPLETED)
+        changed.settled_at = item.settled_at or self.clock()
         if how == "fail":
             changed.status, changed.last_error = WorkItemStatus.FAILED, "failed"
         elif how == "renew":
             changed = dataclasses.replace(item, lease_expires_at=self.clock() + seconds(7))
+        elif how == "park":
+            changed.status = WorkItemStatus.PENDING
+            changed.worker_id = changed.settled_at = None
+            changed.available_at = self.clock() + seconds(delay or 0)
         elif how == "give up":
             changed.status, changed.last_error = WorkItemStatus.DEAD_LETTERED, "given up"
             changed.worker_id = None
-            self.model.dead[id] = self.clock()
+            self.model.dead[id] = changed.settled_at = self.clock()
         self.model.items[id] = changed
         if how != "turn":
             told = {"renew": changed.lease_expires_at, "give up": self.model.dead.get(id)}
@@ -4305,14 +4322,18 @@ class ItemRules(Machine):
             return self.refuses(NotFound, lambda: self.store.state.requeue_dead_letter(id))
         del self.model.dead[id]
         self.model.items[id] = dataclasses.replace(
-            item, attempt=0, available_at=self.clock(), status=WorkItemStatus.PENDING
+            item,
+            attempt=0,
+            available_at=self.clock(),
+            status=WorkItemStatus.PENDING,
+            settled_at=None,
         )
         assert self.store.state.requeue_dead_letter(id) == self.model.items[id]
         return None
 
     @invariant()
     def items_agree(self) -> None:
-        items = sorted(self.model.items.values(), key=lambda item: (item.available_at, item.id))
+        items = sorted(self.model.items.values(), key=lambda item: item.id)
         assert self.store.state.list_work_items() == items
         for status in WorkItemStatus:
             assert self.store.state.list_work_items(status=status) == [
@@ -7699,7 +7720,7 @@ def test_an_interrupted_close_can_be_repeated_by_any_thread_wherever_it_was_stru
         again = Caller(store_engine.close)
         again.join(WATCHDOG / 2)
         assert not again.is_alive(), f"close() hangs after a strike at\n{striker.where}"
-        assert again.result is None
+        assert again.result() is None
         assert isinstance(
             Caller(partial(write, store_engine, "run", "late")).outcome(), flowstore.StoreClosed
         )
@@ -11642,6 +11663,7 @@ def test_a_claimed_item_tells_who_holds_it_until_when(store: Store, clock: Clock
         pending,
         status=WorkItemStatus.CLAIMED,
         worker_id="w7",
+        claimed_at=now,
         lease_expires_at=now + seconds(2.5),
         lease_fence=item.lease_fence,
     )
