@@ -4916,6 +4916,10 @@ def server(postgres: PostgresServer) -> Iterator[Store]:
 every_error = pytest.mark.parametrize("name", ERRORS)
 
 
+def test_a_stale_revision_is_told_with_the_stores_own() -> None:
+    assert str(RevisionMismatch(0, 1)).startswith("revision 0 is stale, the store has 1")
+
+
 @every_error
 def test_an_error_carries_its_facts_in_the_order_of_the_contract(name: str) -> None:
     raised = error(name)
@@ -5043,6 +5047,11 @@ every_record = pytest.mark.parametrize("name", RECORDS)
 @every_record
 def test_a_record_has_the_fields_of_the_contract(name: str) -> None:
     assert {field.name for field in dataclasses.fields(record(name))} == RECORDS[name][0]
+
+
+def test_new_ids_come_in_the_order_of_time() -> None:
+    times = [flowstore.new_id()[:18] for _ in range(3000)]
+    assert times == sorted(times)
 
 
 @every_record
@@ -8562,6 +8571,22 @@ def test_the_wal_stays_bounded_under_overlapping_readers_and_steady_writes(path:
     assert largest < 1.1 * bound + 9_000_000, (
         f"{largest:,} bytes; {while_read:,} during the longest read"
     )
+
+
+@pytest.mark.parametrize("synchronous, number", [("FULL", 2), ("NORMAL", 1), ("OFF", 0)])
+def test_the_writer_waits_for_the_disk_as_open_was_asked(
+    path: Path, synchronous: str, number: int
+) -> None:
+    with flowstore.open(path, synchronous=synchronous) as store:
+        db = store._engine.writer.connection.use().db
+        assert db.execute("PRAGMA synchronous").fetchall() == [(number,)]
+
+
+def test_a_call_that_is_refused_leaves_the_file_to_other_processes(path: Path) -> None:
+    with flowstore.open(path) as one, flowstore.open(path, busy_timeout=0.2) as two:
+        with pytest.raises(SequenceConflict):
+            one.events.append("e1", "default", EVENT, expected_sequence=5)
+        assert two.events.append("e2", "default", EVENT) == 1
 
 
 @pytest.mark.sqlite
@@ -14307,6 +14332,17 @@ def test_a_handler_that_schedules_again_and_fails_leaves_the_earlier_time(
         assert handled(workflows, START + seconds(9)) == []
 
 
+def test_a_handler_that_returns_after_its_lease_removes_and_counts_nothing(
+    workflows: PersistenceProvider, clock: Clock
+) -> None:
+    def late(_: ScheduledCommand) -> None:
+        clock.advance(11)
+
+    workflows.schedule_command(command("x"))
+    assert workflows.process_commands(None, late) == 0
+    assert handled(workflows) == ["x"]
+
+
 @pytest.mark.parametrize("end", ["returns", "raises"])
 @pytest.mark.parametrize(
     "meanwhile",
@@ -18915,6 +18951,11 @@ def test_the_readme_shows_what_show_prints(tmp_path: Path) -> None:
     assert run(*command.split(), cwd=tmp_path).stdout == said
 
 
+def test_the_items_of_an_execution_are_on_the_axis_of_its_timeline(store: Store) -> None:
+    claimed(store, node_id="the node")
+    assert "the node" in [step["name"] for step in store.state.timeline("e1")["steps"]]
+
+
 # ==================================================================================================
 # Command line
 # ==================================================================================================
@@ -19313,6 +19354,16 @@ def test_items_of_version_1_have_ended_when_they_were_available(tmp_path: Path) 
             datetime(1970, 1, 1, 0, 0, 0, 7, UTC)
         ]
         assert set(ended["pending"]) == {None} and store.check() == []
+
+
+def test_a_copy_compares_every_row_of_a_long_table(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "a.db") as store:
+        store.events.append_batch("e", "default", [EVENT | {"n": n} for n in range(700)])
+    run("copy", "a.db", "b.db", cwd=tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "b.db")) as plain:
+        plain.execute('UPDATE flowstore_log SET event = \'{"type":"x"}\' WHERE sequence = 650')
+        plain.commit()
+    run("copy", "a.db", "b.db", cwd=tmp_path, status=1)
 
 
 # ==================================================================================================
