@@ -2675,8 +2675,10 @@ class _CallQueue:
                         call.state = _LEADING
                         self.queue.remove(call)
                         return True
-                    self.engine.refuse_closed()
-                    if self._is_late(call):
+                    if self.engine.closed or self._is_late(call):
+                        # Out of the queue while the mutex is held: a leader could still take it.
+                        self.queue.remove(call)
+                        self.engine.refuse_closed()
                         raise self.engine.busy_error()
             left = -1 if call.state is _TAKEN else max(0.0, call.deadline - _monotonic())
             call.gate.acquire(timeout=left)
@@ -5325,14 +5327,14 @@ class _Items(_StateFacet):
     ) -> WorkItem | DeadLetter:
         """Count an attempt: pending again after the delay, or a dead letter after the last one."""
         attempt = min(item.attempt + 1, 2**31 - 1)
+        if error == _LEASE_EXPIRED and item.last_error:
+            error = None  # the error of an earlier attempt says more
         if attempt >= item.max_attempts:
             sql = _GIVE_UP.texts[self._dialect][0]
             letter = _DEAD.decode(tx.rows(sql, now, attempt, error, item.id, None)[0])
             return self._follow_item(tx, letter)
         seconds = self._backoff(attempt) if delay is None else delay
         due = now + round(min(seconds * 1e6, _LAST_TIME - now))
-        if error == _LEASE_EXPIRED and item.last_error:
-            error = None  # the error of an earlier attempt says more
         values = due, attempt, error, item.id, item.status
         retried = _ITEM.decode(tx.rows(_RETRY.texts[self._dialect][0], *values)[0])
         return self._follow_item(tx, retried)

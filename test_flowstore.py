@@ -10181,13 +10181,34 @@ def test_unpaged_lists_have_one_order_when_all_times_are_equal(store: Store) -> 
 
 # What else is asked, so that each statement is issued.
 MORE_CALLS: list[Callable[[Store], Any]] = [
+    lambda s: [
+        state.enqueue_work_item(
+            WorkItem(execution_id="ea", queue_type="q", unique_key="again"), on_conflict="replace"
+        )
+        for state in (s.state, s.state, s.state.for_tenant("tenant-a"))
+    ],
     lambda s: s.workflows.process_commands(None, cast("Any", sys.exit)),
     lambda s: s.workflows.process_commands(None, fails),
     lambda s: (s.prune(START, dry_run=True), s.prune(START + timedelta(days=1))),
+    lambda s: (
+        s.state.enqueue_work_item(
+            WorkItem(execution_id="ea", queue_type="later", available_at=LATE + timedelta(9))
+        ),
+        s.state.claim_work_item("w", ["later"], wait=0.001),
+        s.state.set_queue_policy(
+            flowstore.QueuePolicy(queue_type="limited", max_running=9, rate=9.0)
+        ),
+        s.state.enqueue_work_items([WorkItem(execution_id="ea", queue_type="limited")] * 1),
+        s.state.complete_work_items(s.state.claim_work_items("w", ["limited"], 3)),
+        s.state.for_tenant("tenant-a").claim_work_item("w", ["later"], wait=0.001),
+    ),
     lambda s: s.state.for_tenant("tenant-a").claim_work_item("w", ["none", "other"], wait=0.001),
     lambda s: s.state.claim_work_item("w", ["none", "other"], wait=0.001),
     lambda s: s.state.claim_work_item("w", ["none"], wait=0.001),
 ]
+
+
+OF_RUNS = ("_RUN_", "_FOLLOW_ITEM", "_LAST_EMITTED", "_END_WAITS")
 
 
 MEANT = {
@@ -10195,11 +10216,10 @@ MEANT = {
     "SCAN flowstore_work_items USING INDEX sqlite_autoindex_flowstore_work_items_1": "a page of all items",
     "SCAN flowstore_work_items USING INDEX sqlite_autoindex_flowstore_work_items_1 for a tenant": "the same",
     "SCAN flowstore_work_items USING INDEX flowstore_pending": "the items of one status",
-    "SCAN flowstore_work_items USING INDEX flowstore_leased": "the same",
-    "SCAN flowstore_work_items USING INDEX flowstore_leased for a tenant": "the same",
     "USE TEMP B-TREE FOR ORDER BY": "the items of one status, listed in the order of their ids",
     "USE TEMP B-TREE FOR ORDER BY for a tenant": "the same",
     "SCAN flowstore_queues": "list_queue_policies() returns all",
+    "SCAN leased": "the leases of a queue, counted up to its max_running",
     "SCAN flowstore_tokens USING INDEX flowstore_tokens_by_time": "list_tokens() returns all",
     "SCAN flowstore_tenants USING INDEX flowstore_tenants_by_time": "list_tenants() returns all",
     "SCAN q": "the queues that a claim names",
@@ -10248,7 +10268,10 @@ def test_no_statement_scans_a_table_or_sorts(
             STATEMENT.match(text) and not re.search("pg_|pragma_|BY INDEX ", text) for text in texts
         ):
             of_views = name == "_LAST_EVENTS"  # which have a test of their own
-            assert texts & issued or of_views, f"{name} is not covered"
+            of_runs = name.startswith(OF_RUNS)
+            assert texts & issued or of_views or of_runs, f"{name} is not covered"
+            if of_runs:
+                check_plans(schema, {value.all})
     check_plans(schema, {sql for sql in issued if "EXPLAIN" not in sql})
 
 
@@ -10341,8 +10364,6 @@ SHORT_CALLS: dict[str, Callable[[Store], Any]] = {
     "reclaim": lambda s: s.state.reclaim_expired_leases(),
     "items": lambda s: [
         s.state.list_work_items(limit=5),
-        s.state.list_work_items(limit=5, status="claimed"),
-        s.state.list_work_items(limit=5, queue_type="dead"),
         s.state.list_work_items(limit=5, execution_id="run-1"),
     ],
     "dead letters": lambda s: s.state.list_dead_letters(limit=5),
@@ -21501,7 +21522,7 @@ def test_the_hostile_inputs_were_many(capsys: pytest.CaptureFixture[str]) -> Non
         pytest.xfail("only some of the methods were tried")
     with capsys.disabled():
         print(f"\nhostile input: {sum(tried.values())} calls of {len(tried)} methods, 0 harmful")
-    assert sum(tried.values()) > 10_000
+    assert sum(tried.values()) > 20 * len(tried)
 
 
 @pytest.mark.filterwarnings(
