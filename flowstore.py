@@ -4729,14 +4729,7 @@ class _LogFacet(_Facet):
             yield self._engine.wait(commits, min(left, threading.TIMEOUT_MAX))
 
 
-_LOG_FIND = _select(
-    _STORED,
-    "",
-    "execution_id",
-    "event_id",
-    "event_id IS NOT NULL",
-    index="flowstore_log_by_event_id",
-)
+_LOG_FIND = _select(_STORED, "", "execution_id", "event_id", index="flowstore_log_by_event_id")
 
 
 class EventStore(_LogFacet):
@@ -5200,7 +5193,7 @@ _GIVE_UP = _update(
 )
 _KEY_HOLDER = """SELECT id, status FROM flowstore_work_items {by flowstore_unique_keys}
     WHERE tenant_id = ? AND queue_type = ? AND {unique_key} = {given_key}
-    AND unique_key IS NOT NULL AND settled_at IS NULL {for_update}"""
+    AND settled_at IS NULL {for_update}"""
 _DEAD_LETTERS = """AND {status} = 'dead_lettered' AND settled_at IS NOT NULL
     ORDER BY settled_at DESC, id DESC LIMIT ? OFFSET ?"""
 _NEXT_QUEUE = {

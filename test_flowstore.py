@@ -10262,12 +10262,13 @@ def test_no_statement_scans_a_table_or_sorts(
     } == set(MEANT)
     for name, value in vars(flowstore).items():  # none of the named statements was left out
         both = {value.all, value.one} if isinstance(value, flowstore._Sql) else set()
-        marked = isinstance(value, str) and STATEMENT.match(value)
+        # With {tenant}, a text is the beginning of several statements.
+        marked = isinstance(value, str) and STATEMENT.match(value) and "{tenant}" not in value
         texts = {flowstore._SQLITE.resolve(value).replace("{}", "?")} if marked else both
         if any(
             STATEMENT.match(text) and not re.search("pg_|pragma_|BY INDEX ", text) for text in texts
         ):
-            of_views = name == "_LAST_EVENTS"  # which have a test of their own
+            of_views = name in ("_LAST_EVENTS", "_OLDEST")  # which have a test of their own
             of_runs = name.startswith(OF_RUNS)
             assert texts & issued or of_views or of_runs, f"{name} is not covered"
             if of_runs:
