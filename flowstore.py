@@ -7469,8 +7469,8 @@ class Runs(_RunFacet):
         try:
             event = None
             if error is None:
-                _json(run.result, "run.result")
                 event = {"type": "execution_completed", "result": run.result}
+                _json(event, "run")
         except InvalidData as unfit:
             yield self._end_block(_End(run._item, None, _error_text(unfit), True))
             raise
@@ -7597,8 +7597,9 @@ class Runs(_RunFacet):
             end = _End(item)  # given back, where nothing else is said
             try:
                 result = yield crew.functions[record.workflow_id](run, run.input)
-                _json(result, "the function's result")
-                end = _End(item, {"type": "execution_completed", "result": result})
+                event = {"type": "execution_completed", "result": result}
+                _json(event, "function")  # here, or the worker would end with it
+                end = _End(item, event)
             except _Suspended:
                 pass
             except Exception as error:

@@ -16130,6 +16130,19 @@ def test_killed_workers_runs_complete_with_each_result_once_on_a_server(
     check_killed_workers(postgres.target(), 40, 4, 0.4)
 
 
+def test_a_result_that_is_nested_too_deeply_fails_its_run_and_not_the_worker(store: Store) -> None:
+    def deep(run: Any, input: Any) -> Any:
+        result: list[Any] = []
+        for _ in range(255):  # and the event around it
+            result = [result]
+        return result
+
+    id = store.runs.start(deep, max_attempts=1)
+    assert store.runs.work(deep, until_idle=True) == 1
+    with pytest.raises(flowstore.RunFailed, match="InvalidData"):
+        store.runs.result(id)
+
+
 # ==================================================================================================
 # Store: backup, check, compact, prune, stats
 # ==================================================================================================
