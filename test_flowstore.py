@@ -7527,6 +7527,41 @@ def test_what_timed_out_is_not_there_and_what_returned_is(
     assert not any("locked" in message for message in messages), messages
 
 
+@pytest.mark.sqlite
+def test_a_call_that_queued_again_has_no_error_of_the_group_that_was_interrupted(
+    store: Store,
+) -> None:
+    error = SequenceConflict("run", 0, 1)
+    call = flowstore._Call(
+        operation=vars(EventStore)["append"],
+        facet=store.events,
+        args=("run", "default", EVENT),
+        error=error,
+    )
+    store._engine.run_write(call)
+    assert (call.result, call.error) == (1, None)
+
+
+def test_a_call_that_gives_up_has_left_the_queue_before_a_leader_can_take_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with flowstore.open(path, busy_timeout=0.01) as store:
+        writer: Any = store._engine.writer
+        busy_error = store._engine.busy_error
+        left: list[tuple[int, bool]] = []
+
+        def give_up() -> Any:
+            left.append((len(writer.queue), writer.mutex._is_owned()))
+            return busy_error()
+
+        monkeypatch.setattr(store._engine, "busy_error", give_up)
+        with store.transaction():
+            late = Caller(partial(store.events.append, "run", "default", EVENT))
+            assert isinstance(late.outcome(), StoreBusy)
+        assert left == [(0, True)]
+        assert store.events.count_events("run") == 0
+
+
 def test_readers_and_writers_of_several_stores_on_one_file_meet_no_error(path: Path) -> None:
     with contextlib.ExitStack() as stack:
         stores = [stack.enter_context(flowstore.open(path)) for _ in range(3)]
@@ -9509,6 +9544,8 @@ def test_a_read_only_transaction_is_one_snapshot_that_waits_for_no_writer(store:
             with pytest.raises(StorageError) as caught:
                 call()
             assert one_sentence(caught.value)
+        with pytest.raises(StorageError, match="the transaction is read-only"):
+            refused[0]()
         if store.target != ":memory:":
             in_thread(lambda: store.events.append("e1", "default", EVENT))
         assert store.events.count_events("e1") == 1
@@ -16128,6 +16165,14 @@ def test_killed_workers_runs_complete_with_each_result_once_on_a_server(
     postgres: PostgresServer,
 ) -> None:
     check_killed_workers(postgres.target(), 40, 4, 0.4)
+
+
+def test_a_block_whose_run_was_cancelled_ends_with_run_cancelled(store: Store) -> None:
+    with pytest.raises(flowstore.RunCancelled), store.run("a") as run:
+        store.runs.cancel("a")
+        run.result = 7
+    record = store.state.get_execution("a")
+    assert record is not None and record.status == "cancelled"
 
 
 def test_a_result_that_is_nested_too_deeply_fails_its_run_and_not_the_worker(store: Store) -> None:
