@@ -5143,11 +5143,10 @@ class _Executions(_StateFacet):
 
 
 # The indexes of items, by their status: for all tenants, and for one.
-_SETTLED = "flowstore_settled|flowstore_dead_by_tenant"
 _STATUS_INDEX = {
     "pending": "flowstore_pending|flowstore_pending_by_tenant",
     "claimed": "flowstore_leased",
-    "dead_lettered": _SETTLED,
+    "dead_lettered": "flowstore_settled|flowstore_dead_by_tenant",
 }
 # These change one item by its id, on conditions. None as a parameter: no condition, no change. On a
 # server, the statements that make an item available begin so: its waiting workers are told.
@@ -5166,12 +5165,10 @@ _SETTLE = _update(
     f"{_UNDER_FENCE} AND status = COALESCE(?, status)",
     _ITEM.columns,
 )
-_SET_PENDING = (
-    """status = 'pending', settled_at = NULL, worker_id = NULL, lease_expires_at = NULL"""
-)
+_SET_PENDING = "status = 'pending', settled_at = NULL, worker_id = NULL, lease_expires_at = NULL"
 _RETRY = _update(
     _ITEM,
-    f"""{_MAKE_AVAILABLE}, attempt = ?, last_error = COALESCE(?, last_error), {_SET_PENDING}""",
+    f"{_MAKE_AVAILABLE}, attempt = ?, last_error = COALESCE(?, last_error), {_SET_PENDING}",
     "AND status = ?",
     _ITEM.columns,
 )
