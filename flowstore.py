@@ -1639,8 +1639,9 @@ _ERROR = _Mapper(ExecutionError, "execution_errors", "error")
 # ==================================================================================================
 
 _IDLE_READERS = 8
-# A log with that many frames is checkpointed. Commits often change the same pages.
-_WAL_FRAMES = 3000
+# A log with that many frames is checkpointed. It begins anew then, in the same bytes: while the log
+# still grows, each fsync writes the file's size too, and takes twice as long.
+_WAL_FRAMES = 1000
 _MAX_PATH_BYTES = 504  # SQLite has room for 512, with "-journal" at the end
 _MAX_NAME_BYTES = 255  # of a file system, with the suffix that SQLite adds
 _INFO = 20  # as in `logging`
@@ -2178,7 +2179,7 @@ class _Log:
     def __init__(self, path: str) -> None:
         self.path = path + "-wal"
         self.descriptor = -1
-        self.mark_offset = 0  # where the salt of the 3,000th frame stands
+        self.mark_offset = 0  # where the salt of frame _WAL_FRAMES stands
         self.last_mark = b""  # the bytes there when the log was last found not to be full
 
     def open(self, page_bytes: int) -> None:
@@ -2189,7 +2190,7 @@ class _Log:
                 self.descriptor = os.open(self.path, getattr(os, "O_BINARY", 0))
 
     def is_full(self) -> bool:
-        """Whether the log has its 3,000th frame; the caller knows that `last_mark` has changed.
+        """Whether the log has frame _WAL_FRAMES; the caller knows that `last_mark` has changed.
 
         The size of the log does not tell: a log that begins again keeps it. But each frame has the
         salt of its log, which stands in the log's header too."""
