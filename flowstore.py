@@ -1038,7 +1038,8 @@ CREATE TABLE flowstore_effects (
 CREATE INDEX flowstore_effects_by_execution ON flowstore_effects (execution_id);
 CREATE TABLE flowstore_artifacts (
     tenant_id TEXT NOT NULL, hash TEXT NOT NULL, size INTEGER NOT NULL, media_type TEXT,
-    data BLOB NOT NULL, PRIMARY KEY (tenant_id, hash));
+    data BLOB NOT NULL, put_at INTEGER NOT NULL, PRIMARY KEY (tenant_id, hash));
+CREATE INDEX flowstore_artifacts_by_time ON flowstore_artifacts (put_at, tenant_id, hash);
 CREATE TABLE workflows (
     id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, workflow_definition_id TEXT NOT NULL,
     version INTEGER NOT NULL, description TEXT, reference TEXT, root_workflow_id TEXT,
@@ -1101,8 +1102,9 @@ _FOREIGN_KEYS = f"""SELECT m.name, lower(printf('"%w"', m.name)), k.id, printf('
     ORDER BY m.name, k.id, k.seq"""
 
 # By N, the script that upgrades from version N to N + 1. The transaction that finds the file old
-# runs them. To add a column: raise _SCHEMA_VERSION; ALTER TABLE here, with a DEFAULT; _TABLES; each
-# record of the table (work items have two: WorkItem and DeadLetter); _COLUMNS, if views show it.
+# runs them; {now} is its time. To add a column: raise _SCHEMA_VERSION; ALTER TABLE here, with a
+# DEFAULT; _TABLES; each record of the table (work items have two: WorkItem and DeadLetter);
+# _COLUMNS, if views show it.
 _UPGRADES: dict[int, str] = {
     # The queue by three partial indexes in place of eleven. The column dead_lettered_at stays where
     # it is, unused: a view of the user's may name it.
@@ -1110,6 +1112,9 @@ _UPGRADES: dict[int, str] = {
         ALTER TABLE flowstore_work_items ADD COLUMN unique_key TEXT;
         ALTER TABLE flowstore_work_items ADD COLUMN claimed_at INTEGER;
         ALTER TABLE flowstore_work_items ADD COLUMN settled_at INTEGER;
+        ALTER TABLE flowstore_artifacts ADD COLUMN put_at INTEGER NOT NULL DEFAULT {{now}};
+        CREATE INDEX flowstore_artifacts_by_time
+            ON flowstore_artifacts (put_at, tenant_id, hash);
         UPDATE flowstore_work_items SET settled_at = COALESCE(dead_lettered_at, available_at)
             WHERE status IN ('completed', 'failed', 'dead_lettered');
         DROP INDEX flowstore_pending;
@@ -1342,6 +1347,11 @@ def _time_after(now: int, seconds: float, path: str) -> int:
     if seconds > (_LAST_TIME - now) / 1e6:
         raise InvalidData(f"{path}: the time would lie beyond the year 9999")
     return now + round(seconds * 1e6)
+
+
+def _span_of(age: timedelta) -> int:
+    """The microseconds of a timedelta; below 0 counts as 0."""
+    return max(timedelta(0), timedelta.__pos__(age)) // _MICROSECOND
 
 
 def _milliseconds(value: object, path: str) -> int:
@@ -1625,7 +1635,9 @@ _POLICY = _Mapper(
 _TOKEN = _Mapper(ApiToken, "flowstore_tokens", "token", more=("hash",))
 _LIMITS: _Mapper[TenantLimits] = _Mapper(TenantLimits, "")  # a column of tenants
 _TENANT = _Mapper(Tenant, "flowstore_tenants", "tenant")
-_ARTIFACT = _Mapper(ArtifactRef, "flowstore_artifacts", "artifact", more=("tenant_id", "data"))
+_ARTIFACT = _Mapper(
+    ArtifactRef, "flowstore_artifacts", "artifact", more=("tenant_id", "data", "put_at")
+)
 _INSTANCE = _Mapper(WorkflowInstance, "workflows", "workflow", more=("stamp",))
 _POINTER = _Mapper(ExecutionPointer, "execution_pointers", "pointer", more=("workflow_id", "place"))
 _EVENT = _Mapper(Event, "events", "event")
@@ -2471,7 +2483,7 @@ class _Database:
             script = ";".join(_UPGRADES[old] for old in range(version, _SCHEMA_VERSION))
         for name, own_name in self.types.items():
             script = script.replace(f" {name}", f" {own_name}")
-        for statement in _split_script(self.dialect.resolve(script)):
+        for statement in _split_script(self.dialect.resolve(script, now=str(tx.now()))):
             tx.run(statement)
         number = str(_SCHEMA_VERSION)
         if version is None:
@@ -4077,22 +4089,22 @@ class _Facet:
             return self._engine.options.lease_seconds  # type: ignore[no-any-return]
         return _number(lease_seconds, "lease_seconds", "a finite number of seconds, 0 or more", 0)
 
-    def _prune_kind(
+    def _prune_rule(
         self,
         kind: str,
+        rule: _PruneRule,
         before: int,
-        *sources: _PruneSource,
         progress: Callable[[int], object] | None = None,
+        whole: bool = False,
     ) -> _Steps[int]:
-        """Drop, in short transactions, the things of a kind that ended before a time; how many
-        went.
+        """Drop, in short transactions, what a rule names and ended before a time; how many went.
 
-        With `sources`, drop what those pick instead."""
+        With `whole` each goes in one transaction, however large: it may still be in use."""
         gone = 0
         kept = Counter[str]()
         cursor: _PruneCursor | None = (0,)
         while cursor is not None:
-            step = yield self._prune_some(kind, before, cursor, sources)
+            step = yield self._prune_some(rule, before, cursor, whole)
             gone += step.gone
             kept += step.kept
             cursor = step.cursor
@@ -4104,38 +4116,10 @@ class _Facet:
 
     @_write
     def _prune_some(
-        self,
-        tx: _Tx,
-        kind: str,
-        before: int,
-        cursor: _PruneCursor,
-        sources: Sequence[_PruneSource],
+        self, tx: _Tx, rule: _PruneRule, before: int, cursor: _PruneCursor, whole: bool
     ) -> _PruneStep:
-        """Drop as much of a kind as fits into a short transaction, from the cursor on.
-
-        What `sources` pick may still be in use, so it is dropped whole, however large."""
-        rule = _PRUNED[kind]
-        room = _INT_MAX if sources else _PRUNED_AT_ONCE
-        # Each part of a thing costs a statement, even if there is no row of it.
-        most = _PRUNED_AT_ONCE // (1 + len(rule.parts)) or 1
-        keys = _foreign_keys(tx, self._engine.foreign_keys)
-        step = _PruneStep(cursor)
-        candidates = _candidates(tx, rule, sources or rule.sources, keys, before, cursor, most + 1)
-        for number, (following, id, holder) in enumerate(candidates):
-            if number == most or step.rows >= _PRUNED_AT_ONCE:
-                return step
-            reason = holder
-            if holder is None:
-                dropped, whole, reason = _drop_or_keep(tx, rule, id, room - step.rows, keys)
-                step.rows += dropped
-                step.gone += whole
-                if not whole and reason is None:
-                    return step  # its other rows come first in the next step
-            if reason is not None:
-                step.kept[reason] += 1
-            step.cursor = following
-        step.cursor = None
-        return step
+        """Drop as much as fits into a short transaction, from the cursor on."""
+        return _prune_step(tx, self._engine.foreign_keys, rule, before, cursor, whole=whole)
 
 
 @functools.cache
@@ -4218,10 +4202,12 @@ class _PruneRule(NamedTuple):
     """What a prune drops of one kind: a row of a table by its key, its parts before it."""
 
     table: str
-    key: str
+    key: str  # one column; or several, of a thing without parts
     sources: tuple[_PruneSource, ...]
     parts: tuple[_PrunePart, ...] = ()
     mark: str = ""  # run when not all rows of a thing fitted into the transaction
+    unless: str = ""  # selects a row for a thing that has ended but stays
+    at_once: int = 0  # rows in one transaction, if fewer than usual
 
 
 @dataclass
@@ -4248,11 +4234,12 @@ def _rule_without_parts(table: str, index: str, time: str, ended: str) -> _Prune
     return _PruneRule(table, "id", (_PruneSource(table, index, time, ended),))
 
 
-def _terminal(table: str, index: str, time: str, *statuses: str) -> tuple[_PruneSource, ...]:
+def _terminal(
+    table: str, index: str, time: str, *words: str, status: str = "status"
+) -> tuple[_PruneSource, ...]:
     """A source for each status: each is one range in the index of status and time."""
     return tuple(
-        _PruneSource(table, index, time, f"{table}.status = '{status}' AND {time} < ?")
-        for status in statuses
+        _PruneSource(table, index, time, f"{status} = '{word}' AND {time} < ?") for word in words
     )
 
 
@@ -4285,69 +4272,77 @@ def _holders(
 
 def _holder_sql(keys: _ForeignKeys, rule: _PruneRule, table: str) -> str:
     """SQL for a row of `table` that has the rule's key: the name of a table that refers to the
-    thing, or NULL."""
+    thing, '' when it stays for another reason, or NULL."""
     owners = {rule.table: rule.key} | {part.table: part.owner for part in rule.parts}
-    cases = ""
+    cases = f" WHEN EXISTS ({rule.unless}) THEN ''" if rule.unless else ""
     for part, owner in owners.items():
         for name, joins in _holders(keys, f'"{part}"', "part"):
-            rows = f"SELECT 1 FROM {part} part{joins} WHERE part.{owner} = {table}.{rule.key}"
+            match = f"({_qualified('part', owner)}) = ({_qualified(table, rule.key)})"
             quoted = name.replace("'", "''")
-            cases += f" WHEN EXISTS ({rows}) THEN '{quoted}'"
+            cases += (
+                f" WHEN EXISTS (SELECT 1 FROM {part} part{joins} WHERE {match}) THEN '{quoted}'"
+            )
     return f"CASE{cases} END" if cases else "NULL"
+
+
+def _qualified(table: str, columns: str) -> str:
+    """Column names with the name of their table before each."""
+    return ", ".join(f"{table}.{column}" for column in columns.split(", "))
 
 
 def _candidates(
     tx: _Tx,
     rule: _PruneRule,
-    sources: Sequence[_PruneSource],
     keys: _ForeignKeys,
     before: int,
     cursor: _PruneCursor,
     most: int,
-) -> Iterator[tuple[_PruneCursor, Any, str | None]]:
-    """The cursor, the id and the holder of each thing that has ended, from the cursor on; `most` of
-    each source.
+) -> Iterator[tuple[_PruneCursor, Sequence[Any], str | None]]:
+    """The cursor, the key and the holder of each thing that has ended, from the cursor on; `most`
+    of each source.
 
     The cursor passes what is kept, so no step reads that again."""
     first, *after = cursor
-    for number, source in enumerate(sources[first:], first):
+    for number, source in enumerate(rule.sources[first:], first):
         held = "NULL" if source.in_pieces else _holder_sql(keys, rule, source.table)
         order = f"{source.time}, {rule.key}"
         # Both conditions: in an index of an expression SQLite seeks by the first alone.
-        behind = f"AND {source.time} >= ? AND ({order}) > (?, ?)" if after else ""
+        marks = ", ".join("?" * len(after))
+        behind = f"AND {source.time} >= ? AND ({order}) > ({marks})" if after else ""
         sql = f"""SELECT {order}, {held} FROM {source.table} {{by {source.by}}}
             WHERE {source.ended} {behind} ORDER BY {order} LIMIT {most}"""
         times = [before] * source.ended.count("?")
-        for ended_at, id, holder in tx.rows(tx.dialect.resolve(sql), *times, *after[:1], *after):
-            yield (number, ended_at, id), id, holder
+        for *place, holder in tx.rows(tx.dialect.resolve(sql), *times, *after[:1], *after):
+            yield (number, *place), place[1:], holder
         after = []
 
 
-def _drop(tx: _Tx, rule: _PruneRule, id: object, room: int) -> tuple[int, bool]:
+def _drop(tx: _Tx, rule: _PruneRule, key: Sequence[Any], room: int) -> tuple[int, bool]:
     """Drop a thing with its parts, as far as there is room; how many rows went, and whether it went
     whole."""
     rows = 0
     for part in rule.parts:
         delete = tx.dialect.resolve(part.delete)
         if not part.select:
-            rows += tx.run(delete, *[id] * delete.count("?"))
-        elif keys := tx.rows(tx.dialect.resolve(part.select), id, max(0, room - rows)):
+            rows += tx.run(delete, *[*key] * delete.count("?"))
+        elif keys := tx.rows(tx.dialect.resolve(part.select), *key, max(0, room - rows)):
             rows += tx.run_many(delete, keys)
     if rows >= room:
-        tx.run(rule.mark, id)
+        tx.run(rule.mark, *key)
         return rows, False
-    return rows + tx.run(f"DELETE FROM {rule.table} WHERE {rule.key} = ?", id), True
+    columns = rule.key.replace(", ", " = ? AND ")
+    return rows + tx.run(f"DELETE FROM {rule.table} WHERE {columns} = ?", *key), True
 
 
 def _drop_or_keep(
-    tx: _Tx, rule: _PruneRule, id: object, room: int, keys: _ForeignKeys
+    tx: _Tx, rule: _PruneRule, key: Sequence[Any], room: int, keys: _ForeignKeys
 ) -> tuple[int, bool, str | None]:
     """As `_drop`; when a constraint of the user's tables refuses it, nothing goes, and the reason
     is returned."""
     if not keys:
-        return *_drop(tx, rule, id, room), None
+        return *_drop(tx, rule, key, room), None
     try:
-        return *_Block._in_savepoint(tx, lambda: _drop(tx, rule, id, room)), None
+        return *_Block._in_savepoint(tx, lambda: _drop(tx, rule, key, room)), None
     except StorageError as error:
         kinds = [kind.__name__ for kind in type(error.__cause__).__mro__]
         if "IntegrityError" not in kinds or not tx.db.in_transaction:
@@ -4355,18 +4350,53 @@ def _drop_or_keep(
         return 0, False, str(error)
 
 
+def _prune_step(
+    tx: _Tx,
+    foreign_keys: str,
+    rule: _PruneRule,
+    before: int,
+    cursor: _PruneCursor,
+    room: int = 0,
+    whole: bool = False,
+) -> _PruneStep:
+    """Drop what a rule names, from the cursor on, until so many rows went (0: as the rule says)."""
+    room = room or rule.at_once or _PRUNED_AT_ONCE
+    # Each part of a thing costs a statement, even if there is no row of it.
+    most = room // (1 + len(rule.parts)) or 1
+    keys = _foreign_keys(tx, foreign_keys)
+    step = _PruneStep(cursor)
+    for number, candidate in enumerate(_candidates(tx, rule, keys, before, cursor, most + 1)):
+        following, key, reason = candidate
+        if number == most or step.rows >= room:
+            return step
+        if reason is None:
+            left = _INT_MAX if whole else room - step.rows
+            dropped, went, reason = _drop_or_keep(tx, rule, key, left, keys)
+            step.rows += dropped
+            step.gone += went
+            if not went and reason is None:
+                return step  # its other rows come first in the next step
+        if reason:
+            step.kept[reason] += 1
+        step.cursor = following
+    step.cursor = None
+    return step
+
+
 def _drop_whole(tx: _Tx, rule: _PruneRule, id: str, keys: _ForeignKeys) -> str | None:
     """Drop a thing, unless something refers to it: the name of that."""
     sql = f"SELECT {_holder_sql(keys, rule, rule.table)} FROM {rule.table} WHERE {rule.key} = ?"
     holder: str | None = tx.rows(sql, id)[0][0]
-    return holder or _drop_or_keep(tx, rule, id, _INT_MAX, keys)[2]
+    return holder or _drop_or_keep(tx, rule, (id,), _INT_MAX, keys)[2]
 
 
 # The rules, in this order: things that may belong to others come first, and are counted under their
-# own kind. `mark` changes the revision of a thing that is dropped in pieces, so that a writer who
-# read it whole is refused. A log is dropped from its end, so that the rest never has a gap. SQLite
-# uses the highest position again once its row is deleted: before that row goes, a placeholder (of
-# the execution '') is added one position higher. It goes when there is a later row.
+# own kind. An item of an execution that has ended goes with that. `mark` changes the revision of a
+# thing that is dropped in pieces, so that a writer who read it whole is refused. A log is dropped
+# from its end, so that the rest never has a gap. SQLite uses the highest position again once its
+# row is deleted: before that row goes, a placeholder (of the execution '') is added one position
+# higher. It goes when there is a later row.
+_ENDED = "completed", "failed", "cancelled", "limit_exceeded"
 _WORKFLOW_TIME = "COALESCE(complete_time, create_time)"
 _PRUNED: dict[str, _PruneRule] = {
     "errors": _rule_without_parts(
@@ -4410,19 +4440,27 @@ _PRUNED: dict[str, _PruneRule] = {
         ),
         "UPDATE flows SET revision = revision + 1 WHERE id = ?",
     ),
+    "items": _PruneRule(
+        "flowstore_work_items",
+        "id",
+        _terminal(
+            "flowstore_work_items",
+            "flowstore_settled",
+            "settled_at",
+            "completed",
+            "failed",
+            "dead_lettered",
+            status="{status}",
+        ),
+        unless=f"""SELECT 1 FROM flowstore_runs r
+            WHERE r.execution_id = flowstore_work_items.execution_id
+            AND r.status IN {_ENDED}""",
+    ),
     "executions": _PruneRule(
         "flowstore_executions",
         "execution_id",
         (
-            *_terminal(
-                "flowstore_runs",
-                "flowstore_runs_by_status",
-                "updated_at",
-                "completed",
-                "failed",
-                "cancelled",
-                "limit_exceeded",
-            ),
+            *_terminal("flowstore_runs", "flowstore_runs_by_status", "updated_at", *_ENDED),
             _PruneSource(
                 "flowstore_executions",
                 "flowstore_executions_by_tenant",
@@ -4464,6 +4502,13 @@ _PRUNED: dict[str, _PruneRule] = {
         "UPDATE flowstore_executions SET tenant_id = '' WHERE execution_id = ?",
     ),
 }
+# What only a prune that is told to drops.
+_PRUNED_ARTIFACTS = _PruneRule(
+    "flowstore_artifacts",
+    "tenant_id, hash",
+    (_PruneSource("flowstore_artifacts", "flowstore_artifacts_by_time", "put_at", "put_at < ?"),),
+    at_once=10,
+)
 _PRUNED_SNAPSHOT = _PruneRule("flowstore_snapshots", "id", ())
 
 
@@ -4603,7 +4648,7 @@ class FlowStore(_Facet):
         Works in small transactions, so no other writer waits for it long."""
         age = _count(retain_days, "retain_days") * 86_400_000_000
         before = max(_FIRST_TIME, _since_epoch(self._engine.now()) - age)
-        return (yield from self._prune_kind("flows", before))
+        return (yield from self._prune_rule("flows", _PRUNED["flows"], before))
 
 
 # ==================================================================================================
@@ -5909,6 +5954,9 @@ _OLDER_SNAPSHOTS = _Sql(f"""SELECT id FROM flowstore_snapshots {{by {_SNAPSHOT_K
     SELECT at_sequence FROM flowstore_snapshots {{by {_SNAPSHOT_KEY}}}
     WHERE execution_id = ? {{tenant}} ORDER BY at_sequence DESC LIMIT 1 OFFSET ?)""")
 _EFFECT_GET = _Sql("SELECT result FROM flowstore_effects WHERE key = ? {tenant}").one
+_ARTIFACT_PUT = _ARTIFACT.insert.replace(
+    "DO NOTHING", "(tenant_id, hash) DO UPDATE SET put_at = excluded.put_at"
+)
 _ARTIFACT_REF = _select(_ARTIFACT, "", "hash").one
 _ARTIFACT_GET = _Sql("SELECT data FROM flowstore_artifacts WHERE hash = ? {tenant}").one
 
@@ -6013,7 +6061,7 @@ class _Keepsakes(_StateFacet):
         )  # a subclass becomes bytes
         digest = hashlib.sha256(data).hexdigest()
         media = _none_or(_text, media_type, "media_type")
-        tx.run(_ARTIFACT.insert, digest, len(data), media, self._write_tenant, data)
+        tx.run(_ARTIFACT_PUT, digest, len(data), media, self._write_tenant, data, tx.now())
         return _ARTIFACT.decode(tx.rows(_ARTIFACT_REF, digest, self._write_tenant)[0])
 
     @_read
@@ -6592,17 +6640,11 @@ class PersistenceProvider(_CommandFacet):
     @_steps
     def purge_workflows(self, status: WorkflowStatus | str, older_than: datetime) -> _Steps[int]:
         """Delete those of a status completed (else created) before a time; how many."""
-        ended = _terminal(
-            "workflows",
-            "workflows_by_age",
-            _WORKFLOW_TIME,
-            _enum_member(WorkflowStatus, status, "status"),
-        )
-        return (
-            yield from self._prune_kind(
-                "workflows", _microseconds(older_than, "older_than"), *ended
-            )
-        )
+        word = _enum_member(WorkflowStatus, status, "status")
+        before = _microseconds(older_than, "older_than")
+        ended = _terminal("workflows", "workflows_by_age", _WORKFLOW_TIME, word)
+        rule = _PRUNED["workflows"]._replace(sources=ended)
+        return (yield from self._prune_rule("workflows", rule, before, whole=True))
 
     # --- subscriptions and events ---
     @_write
@@ -7755,55 +7797,64 @@ class _StoreBase(_Facet):
 
     @_steps
     def prune(
-        self, older_than: timedelta | datetime, *, dry_run: bool = False
+        self,
+        older_than: timedelta | datetime,
+        *,
+        dry_run: bool = False,
+        artifacts: bool = False,
     ) -> _Steps[dict[str, int]]:
         """Drop what ended before a time, or longer ago than a span; how many, by kind.
 
         This drops terminal executions and flows, completed and terminated workflows, all with
-        everything that is their own, and processed events, terminated subscriptions, errors,
-        revoked and expired tokens. Artifacts stay. A thing to which rows of the user's own tables
-        refer by a foreign key stays whole, and a line of the log names the table. `dry_run` only
-        counts. The work is done in small transactions, so that writers are never held up (inside a
-        transaction it is part of that one). A prune that was killed between them is continued by
-        the next one. An execution too large for one transaction loses its record and its tenant
-        first, so that its remains are not used. Raises InvalidData."""
-        return dict((yield self._prune(older_than, dry_run)))
+        everything that is their own, settled items of executions that go on, processed events,
+        terminated subscriptions, errors, revoked and expired tokens. Artifacts stay, unless
+        `artifacts` is True: then those go that were last put before that time. A thing to which
+        rows of the user's own tables refer by a foreign key stays whole, and a line of the log
+        names the table. `dry_run` only counts. The work is done in small transactions, so that
+        writers are never held up (inside a transaction it is part of that one). A prune that was
+        killed between them is continued by the next one. An execution too large for one transaction
+        loses its record and its tenant first, so that its remains are not used. Raises
+        InvalidData."""
+        return dict((yield self._prune(older_than, dry_run, artifacts)))
 
     @_steps
     def _prune(
         self,
         older_than: timedelta | datetime,
         dry_run: bool = False,
+        artifacts: bool = False,
         progress: Callable[[int], object] | None = None,
     ) -> _Steps[dict[str, int]]:
         """As `prune`; `progress` is called after each transaction with the count dropped so far."""
         if issubclass(type(older_than), timedelta):
-            age = max(timedelta(0), timedelta.__pos__(older_than)) // _MICROSECOND  # type: ignore[arg-type]
-            before = max(_FIRST_TIME, _microseconds(self.now(), "clock()") - age)
+            now = _microseconds(self.now(), "clock()")
+            before = max(_FIRST_TIME, now - _span_of(older_than))  # type: ignore[arg-type]
         else:
             before = _microseconds(older_than, "older_than")
+        rules = dict(_PRUNED)
+        if _bool(artifacts, "artifacts"):
+            rules["artifacts"] = _PRUNED_ARTIFACTS
         if _bool(dry_run, "dry_run"):
-            return dict((yield self._prunable(before)))
+            return dict((yield self._prunable(before, rules)))
         counts: dict[str, int] = {}
 
         def tell(dropped: int) -> None:
             if progress is not None:
                 progress(sum(counts.values()) + dropped)
 
-        for kind in _PRUNED:
-            counts[kind] = yield from self._prune_kind(kind, before, progress=tell)
+        for kind, rule in rules.items():
+            counts[kind] = yield from self._prune_rule(kind, rule, before, tell)
         return counts
 
     @_snapshot
-    def _prunable(self, tx: _Tx, before: int) -> dict[str, int]:
+    def _prunable(self, tx: _Tx, before: int, rules: dict[str, _PruneRule]) -> dict[str, int]:
         keys = _foreign_keys(tx, self._engine.foreign_keys)
-        counts = dict.fromkeys(_PRUNED, 0)
-        for kind, rule in _PRUNED.items():
+        counts = dict.fromkeys(rules, 0)
+        for kind, rule in rules.items():
             for source in rule.sources:
                 held = "NULL" if source.in_pieces else _holder_sql(keys, rule, source.table)
-                by = tx.dialect.resolve(f"{{by {source.by}}}")
-                where = f"WHERE {source.ended} AND {held} IS NULL"
-                sql = f"SELECT COUNT(*) FROM {source.table} {by} {where}"
+                where = f"{{by {source.by}}} WHERE {source.ended} AND {held} IS NULL"
+                sql = tx.dialect.resolve(f"SELECT COUNT(*) FROM {source.table} {where}")
                 counts[kind] += tx.rows(sql, *[before] * source.ended.count("?"))[0][0]
         return counts
 
