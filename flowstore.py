@@ -1349,9 +1349,10 @@ def _time_after(now: int, seconds: float, path: str) -> int:
     return now + round(seconds * 1e6)
 
 
-def _span_of(age: timedelta) -> int:
+def _span_of(age: object, path: str) -> int:
     """The microseconds of a timedelta; below 0 counts as 0."""
-    return max(timedelta(0), timedelta.__pos__(age)) // _MICROSECOND
+    span = timedelta.__pos__(_check_type(timedelta, age, path, "a timedelta"))
+    return max(timedelta(0), span) // _MICROSECOND
 
 
 def _milliseconds(value: object, path: str) -> int:
@@ -1708,6 +1709,12 @@ def _log(level: int, message: str, *args: object) -> None:
             logger.log(level, message, *args)
 
 
+def _write_lines(lines: Iterable[tuple[Any, ...]]) -> None:
+    """Write the lines of a transaction. Where nothing is held: handlers may call the store."""
+    for line in lines:
+        _log(*line)
+
+
 def _failure(error: Exception) -> FlowStoreError:
     """The error that a caller gets for an error of the driver."""
     if isinstance(error, (OverflowError, UnicodeError, sqlite3.DataError)):
@@ -1747,6 +1754,7 @@ class _Tx:
         self.dialect = dialect
         self.db = db  # an sqlite3.Connection, or what is used like one
         self.file_id: tuple[int, ...] = ()  # of the database file, if its connections are counted
+        self.lines: list[tuple[Any, ...]] = []  # of the program's log, written after the commit
         self._clock = clock
 
     def rows(self, sql: str, *params: Any) -> list[tuple[Any, ...]]:
@@ -1781,6 +1789,16 @@ class _Tx:
             self.db.rollback()
         except _DRIVER_ERRORS as error:
             raise _failure(error) from error
+
+    def warn(self, message: str, *args: object) -> None:
+        """Write a warning to the program's log, if this is committed, and after it."""
+        self.lines.append((_WARNING, message, *args))
+
+    def take_lines(self) -> list[tuple[Any, ...]]:
+        """The lines to be written, which are written by the caller."""
+        lines = self.lines
+        self.lines = []
+        return lines
 
     def now(self) -> int:
         """The store's time in microseconds."""
@@ -2382,13 +2400,23 @@ class _Database:
 
     def retry_while_busy(self, action: Callable[[], R]) -> R:
         """Run `action` again while another process holds the file, for `busy_timeout` at most."""
-        deadline = 0.0
-        while True:
-            try:
-                return action()
-            except StoreBusy:
-                deadline = deadline or _monotonic() + self.options.busy_timeout
-                self.pause(deadline)
+        since = 0.0
+        try:
+            while True:
+                try:
+                    return action()
+                except StoreBusy:
+                    since = since or _monotonic()
+                    self.pause(since + self.options.busy_timeout)
+        finally:
+            if since:
+                self.log_wait(since)
+
+    def log_wait(self, since: float) -> None:
+        """Tell of a call that has waited for the file, if that took more than a second."""
+        seconds = _monotonic() - since
+        if seconds > 1:
+            _log(_WARNING, "%s: a call waited %.1f s for another process", self.target, seconds)
 
     # --- opening ---
     def prepare(self, connection: _Connection) -> None:
@@ -2489,6 +2517,8 @@ class _Database:
         if version is None:
             tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", number)
             _add_tenant(tx, DEFAULT_TENANT)
+        else:
+            _log(_INFO, "%s: upgraded from version %d to %s", self.target, version, number)
         tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'schema'", number)
 
     # --- the whole file ---
@@ -2555,6 +2585,8 @@ class _Call(SimpleNamespace):
     deadline = 0.0
     file_is_busy = False  # as leader: another process has the file
     runs_alone = False  # it failed in another's group by a foreign error: its own thread runs it
+    waits_since = 0.0  # as leader: when it first found that another process has the file
+    lines: Sequence[tuple[Any, ...]] = ()  # of the program's log, about what was committed
 
     def run(self, tx: _Tx) -> Any:
         """Run the operation in an open transaction, if the facet's tenant may."""
@@ -2597,7 +2629,7 @@ class _Checkpointer:
         self.wait_at_bytes = _WAL_BOUND
         self.drain_seconds = 0.01
 
-    def checkpoint(self, writer: sqlite3.Connection) -> None:
+    def checkpoint(self, writer: _Tx) -> None:
         """Copy the log into the file, in the transaction that the writer has just begun.
 
         Past 16 MB it waits, for a second at most, until the present readers have ended: new ones
@@ -2617,13 +2649,15 @@ class _Checkpointer:
         if waits and (not complete or self.drain_seconds >= 1):
             self.wait_at_bytes = size + _WAL_BOUND
         if not complete:
+            if waits:
+                writer.warn("%s has %d bytes: another program reads from it", self.log.path, size)
             return
         self.drain_seconds = min(1.0, 2 * self.drain_seconds) if waits else 0.005
         if waits:
             time.sleep(self.drain_seconds)  # readers of the log's end finish in this time
-        writer.rollback()
+        writer.db.rollback()
         # The new snapshot needs nothing of the log, so the next write begins the log anew.
-        writer.execute("BEGIN IMMEDIATE")
+        writer.db.execute("BEGIN IMMEDIATE")
 
     def _copy_log(self) -> bool:
         """Copy what no reader holds back; whether that was the whole log."""
@@ -2748,6 +2782,7 @@ class _Writer(_CallQueue):
         error."""
         call = _Call(batch=calls, deadline=max(one.deadline for one in calls))
         self.lead(call, self.commit_calls)
+        _write_lines(call.lines)
         if call.error is not None:
             raise call.error
 
@@ -2824,12 +2859,16 @@ class _Writer(_CallQueue):
                     struck = error
             if self.engine.closed and not kept:
                 self.engine.close_connection(self.connection)
+            if call.waits_since:
+                self.engine.log_wait(call.waits_since)
             if struck is not None:
                 raise struck
 
     def _pause_for_others(self, call: _Call) -> None:
         """As leader, while another process has the file: wait a little."""
-        call.deadline = call.deadline or _monotonic() + self.engine.options.busy_timeout
+        now = _monotonic()
+        call.deadline = call.deadline or now + self.engine.options.busy_timeout
+        call.waits_since = call.waits_since or now
         if self.engine.log_may_vanish:
             self.engine.reopen_after_lost_log()
         self.engine.pause(call.deadline)
@@ -2841,7 +2880,7 @@ class _Writer(_CallQueue):
         self.next_yield = _monotonic() + 0.025
 
     # --- what a leader does ---
-    def _begin(self, leader: _Call) -> _Tx | None:
+    def _begin(self, leader: _Call, writes: bool) -> _Tx | None:
         """BEGIN IMMEDIATE, under the connection's lock; None when another process has the file."""
         engine = self.engine
         log = self.log
@@ -2854,6 +2893,7 @@ class _Writer(_CallQueue):
                 leader.file_is_busy = True
                 return None
             tx.db.execute("BEGIN IMMEDIATE")
+            tx.lines.clear()
             # The mark seldom changes. It is compared here, so that the usual case costs no call.
             if (
                 log is not None
@@ -2862,7 +2902,9 @@ class _Writer(_CallQueue):
                 and log.is_full()
                 and self.checkpointer is not None
             ):
-                self.checkpointer.checkpoint(tx.db)
+                self.checkpointer.checkpoint(tx)
+            if writes and engine.retention is not None and engine.retention.is_due(tx):
+                engine.retention.sweep(tx)
         except (sqlite3.Error, StoreBusy) as error:
             failure = _failure(error) if isinstance(error, sqlite3.Error) else error
             if not isinstance(failure, StoreBusy):
@@ -2877,10 +2919,10 @@ class _Writer(_CallQueue):
         """Begin, run the leader's call and what has queued, commit; False while another process has
         the file."""
         with self.connection.lock:
-            tx = self._begin(leader)
+            operation = leader.operation
+            tx = self._begin(leader, operation is None or operation.writes)
             if tx is None:
                 return False
-            operation = leader.operation
             if operation is None or (self.queue and not leader.runs_alone):
                 wrote = self._commit_group(tx, leader)
             else:
@@ -2910,6 +2952,7 @@ class _Writer(_CallQueue):
             savepoints = False
             while not self._run_group(tx, leader, savepoints):
                 tx.run("ROLLBACK TO flowstore_group")
+                tx.lines.clear()
                 savepoints = True
             self._commit(tx, leader)
         except StorageError as error:  # it ended the transaction, which is that of all of them
@@ -2950,6 +2993,7 @@ class _Writer(_CallQueue):
         for member in list(self.group):
             for call in member.batch or (member,):
                 changes = db.total_changes
+                lines = len(tx.lines)
                 if savepoints:
                     tx.run("SAVEPOINT flowstore_call")
                 try:
@@ -2969,6 +3013,7 @@ class _Writer(_CallQueue):
                         return False
                     call.result = None
                     call.error = error
+                    del tx.lines[lines:]
                     if savepoints:
                         tx.run("ROLLBACK TO flowstore_call")
                     elif db.total_changes != changes:
@@ -3015,12 +3060,14 @@ class _Writer(_CallQueue):
                 "another process deleted the write-ahead log during COMMIT, which is in doubt: "
                 "look whether this was stored"
             )
+        if tx.lines:
+            leader.lines = tx.take_lines()
 
     # --- leading alone: blocks, and work outside transactions ---
-    def begin_block(self, call: _Call) -> bool:
+    def begin_block(self, call: _Call, writes: bool) -> bool:
         """Begin the transaction of a block that leads; False when another process has the file."""
         with self.connection.lock:
-            tx = self._begin(call)
+            tx = self._begin(call, writes)
         return tx is not None
 
     def commit_block(self, call: _Call) -> bool:
@@ -3045,12 +3092,12 @@ class _Writer(_CallQueue):
 
     def mind_log(self, tx: _Tx) -> None:
         """Checkpoint the log if it is full."""
-        if self._begin(_Call()) is not None:
+        if self._begin(_Call(), False) is not None:
             tx.rollback()
 
     def empty_log(self, tx: _Tx) -> None:
         """Checkpoint and truncate the log; StoreBusy while a reader needs it."""
-        if self.checkpointer is None or self._begin(_Call()) is None:
+        if self.checkpointer is None or self._begin(_Call(), False) is None:
             raise self.engine.busy_error()
         self.checkpointer.truncate(tx)
 
@@ -3206,6 +3253,7 @@ class _Block:
         self.parent: _Block | None = None
         self.nested: list[_Nested] = []  # of an outermost block: open blocks, the innermost last
         self.savepoint = ""
+        self.earlier_lines = 0  # of the program's log, from before a nested block
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
         self._call: _Call | None = None  # of an outermost block that leads the writer
         self._connection: _Connection | None = None
@@ -3245,6 +3293,7 @@ class _Block:
                 self._connection = connection
                 # A new name: the savepoint of a block whose end never ran may still be there.
                 self.savepoint = f"flowstore_{new_id()[24:]}"
+                self.earlier_lines = len(tx.lines)
                 tx.run(f"SAVEPOINT {self.savepoint}")
                 self.root.nested.append(_Nested(self._ref, self.savepoint))
         self.begun = True
@@ -3254,7 +3303,8 @@ class _Block:
         if self.leads:
             self._connection = engine.writer.connection
             self._call = _Call(deadline=deadline)
-            engine.writer.lead(self._call, engine.writer.begin_block, keep=True)
+            begin = functools.partial(engine.writer.begin_block, writes=not self.read_only)
+            engine.writer.lead(self._call, begin, keep=True)
             self._set_query_only(self.read_only)
         else:
             engine.retry_while_busy(self._begin_on_reader)
@@ -3375,10 +3425,12 @@ class _Block:
 
     @staticmethod
     def _in_savepoint(tx: _Tx, action: Callable[[], R]) -> R:
+        lines = len(tx.lines)
         tx.run("SAVEPOINT flowstore_call")
         try:
             result = action()
         except BaseException:
+            del tx.lines[lines:]
             if tx.db.in_transaction:  # SQLite rolls everything back after some errors
                 tx.run("ROLLBACK TO flowstore_call")
                 tx.run("RELEASE flowstore_call")
@@ -3399,6 +3451,7 @@ class _Block:
 
     def finish(self, commit: bool) -> None:
         """Commit or roll back. After any error too, the writer goes to others."""
+        lines: Sequence[tuple[Any, ...]] = ()
         try:
             with self.connection.lock:
                 tx = self.tx()
@@ -3407,13 +3460,17 @@ class _Block:
                 if self.parent is not None:
                     if not commit:
                         tx.run(f"ROLLBACK TO {self.savepoint}")
+                        del tx.lines[self.earlier_lines :]
                     tx.run(f"RELEASE {self.savepoint}")
                 elif commit and self._call is None:
                     self.engine.commit_on_reader(tx)
+                    lines = tx.take_lines()
             if commit and self._call is not None:
                 self.engine.writer.lead(self._call, self.engine.writer.commit_block)
+                lines = self._call.lines
         finally:
             self._unregister()
+        _write_lines(lines)
 
     def _unregister(self) -> None:
         self.begun = False
@@ -3621,6 +3678,10 @@ class _Engine(_Database):
         super().__init__(target, path, options)
         # One connection serves all calls then, and no disk keeps the data.
         self.in_memory = path is None and self.max_writers == 1
+        # Drops what ended long ago, if open() was told how long.
+        self.retention: _Retention | None = None
+        if options.keep is not None and not options.read_only:
+            self.retention = _Retention(self.foreign_keys, options.keep)
         self.commits = 0
         self.listeners = _CommitListeners()
         self.open_blocks: dict[object, weakref.ref[_Block]] = {}  # by their thread or task
@@ -3639,6 +3700,7 @@ class _Engine(_Database):
             self.writer.connection.close()
             raise
         weakref.finalize(self, _close_all, self.pool.connections)
+        _log(_INFO, "%s: opened", self.target)
 
     def blocks_lead(self) -> bool:
         """Whether a transaction block leads the writer. Else it has a connection of its own."""
@@ -3664,6 +3726,8 @@ class _Engine(_Database):
         if operation.writes and self.options.read_only:
             self.refuse_read_only()
         self.run_write(call)
+        if call.lines:
+            _write_lines(call.lines)
         if call.error is not None:
             try:
                 raise call.error
@@ -3779,6 +3843,7 @@ class _Engine(_Database):
                 engine.before_fork()
             for engine in engines:
                 engine.after_fork_in_parent()
+        _log(_WARNING, "%s: another process deleted the write-ahead log in use", self.path)
 
     # --- waiting for commits ---
     def wait(self, seen: int, seconds: float) -> Any:
@@ -3882,6 +3947,8 @@ class _Engine(_Database):
         """Close every connection; waiting calls are woken with StoreClosed, an open transaction is
         rolled back."""
         self.refuse_unprepared_fork()
+        if not self.closed:
+            _log(_INFO, "%s: closed", self.target)
         with self.mutex:
             self.closed = True
             self.pool.keeps_idle = False
@@ -4111,7 +4178,7 @@ class _Facet:
             if progress is not None:
                 progress(gone)
         if gone or kept:
-            _log(_INFO, "prune: %d %s went, kept %s", gone, kind, dict(kept))
+            _log(_INFO, _PRUNE_LINE, gone, kind, dict(kept))
         return gone
 
     @_write
@@ -4119,7 +4186,8 @@ class _Facet:
         self, tx: _Tx, rule: _PruneRule, before: int, cursor: _PruneCursor, whole: bool
     ) -> _PruneStep:
         """Drop as much as fits into a short transaction, from the cursor on."""
-        return _prune_step(tx, self._engine.foreign_keys, rule, before, cursor, whole=whole)
+        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        return _prune_step(tx, keys, rule, before, cursor, whole=whole)
 
 
 @functools.cache
@@ -4166,6 +4234,8 @@ def _or_not_found(thing: T | None, kind: str, id: str) -> T:
 
 # --- pruning ---
 _PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
+_SWEPT_AT_MOST = 1000  # rows that go with one commit
+_PRUNE_LINE = "prune: %d %s went, kept %s"
 # SQLite's names for the indexes of UNIQUE (execution_id, sequence) and PRIMARY KEY (execution_id,
 # at_sequence).
 _LOG_KEY = "sqlite_autoindex_flowstore_log_1"
@@ -4352,7 +4422,7 @@ def _drop_or_keep(
 
 def _prune_step(
     tx: _Tx,
-    foreign_keys: str,
+    keys: _ForeignKeys,
     rule: _PruneRule,
     before: int,
     cursor: _PruneCursor,
@@ -4363,7 +4433,6 @@ def _prune_step(
     room = room or rule.at_once or _PRUNED_AT_ONCE
     # Each part of a thing costs a statement, even if there is no row of it.
     most = room // (1 + len(rule.parts)) or 1
-    keys = _foreign_keys(tx, foreign_keys)
     step = _PruneStep(cursor)
     for number, candidate in enumerate(_candidates(tx, rule, keys, before, cursor, most + 1)):
         following, key, reason = candidate
@@ -4388,6 +4457,58 @@ def _drop_whole(tx: _Tx, rule: _PruneRule, id: str, keys: _ForeignKeys) -> str |
     sql = f"SELECT {_holder_sql(keys, rule, rule.table)} FROM {rule.table} WHERE {rule.key} = ?"
     holder: str | None = tx.rows(sql, id)[0][0]
     return holder or _drop_or_keep(tx, rule, (id,), _INT_MAX, keys)[2]
+
+
+class _Retention:
+    """What `keep=` of open() does: once a second, a write that commits anyway also drops a few rows
+    of what ended long ago."""
+
+    def __init__(self, foreign_keys: str, keep: int) -> None:
+        self.foreign_keys = foreign_keys
+        self.keep = keep  # microseconds
+        self.swept_at = 0  # by the store's clock
+        self.room = _PRUNED_AT_ONCE  # rows of the next sweep
+        # Where the next sweep goes on.
+        self.kind = 0
+        self.cursor: _PruneCursor = (0,)
+
+    def is_due(self, tx: _Tx) -> bool:
+        """Whether it is time for a sweep; if so, it is the caller's."""
+        now = tx.now()
+        if 0 <= now - self.swept_at < 1_000_000:
+            return False
+        self.swept_at = now
+        return True
+
+    def sweep(self, tx: _Tx) -> None:
+        """Drop some rows in the open transaction; if that fails, nothing, and the call goes on.
+
+        StoreBusy when the database has ended the transaction: it can begin again."""
+        try:
+            _Block._in_savepoint(tx, lambda: self._drop(tx))
+        except StorageError as error:
+            if not tx.db.in_transaction:
+                raise StoreBusy("the database ended the transaction") from error
+
+    def _drop(self, tx: _Tx) -> None:
+        """Go through the kinds, until the room is used up or each was looked at."""
+        keys = _foreign_keys(tx, self.foreign_keys)
+        room = self.room
+        rules = list(_PRUNED.items())
+        for _ in rules:
+            kind, rule = rules[self.kind]
+            before = max(_FIRST_TIME, self.swept_at - self.keep)
+            step = _prune_step(tx, keys, rule, before, self.cursor, room)
+            if step.gone:
+                tx.lines.append((_INFO, _PRUNE_LINE, step.gone, kind, dict(step.kept)))
+            room -= step.rows
+            self.cursor = step.cursor or (0,)
+            if step.cursor is not None or room <= 0:
+                # More has ended than fits: let the next sweep have more room.
+                self.room = min(2 * self.room, _SWEPT_AT_MOST)
+                return
+            self.kind = (self.kind + 1) % len(rules)
+        self.room = _PRUNED_AT_ONCE
 
 
 # The rules, in this order: things that may belong to others come first, and are counted under their
@@ -5344,11 +5465,12 @@ class _Items(_StateFacet):
     ) -> list[WorkItem | DeadLetter]:
         """Take back expired leases of a queue, the oldest first: of all tenants, or of one."""
         expired = _ITEM.decode_all(tx.rows(tx.dialect.resolve(_EXPIRED_LEASES), queue, now, most))
-        return [
-            self._count_attempt(tx, item, now, _LEASE_EXPIRED)
-            for item in expired
-            if tenant in (None, item.tenant_id)
-        ]
+        taken_back: list[WorkItem | DeadLetter] = []
+        for item in expired:
+            if tenant in (None, item.tenant_id):
+                tx.warn("work item %s: the lease of %s expired", item.id, item.worker_id)
+                taken_back.append(self._count_attempt(tx, item, now, _LEASE_EXPIRED))
+        return taken_back
 
     def _backoff(self, attempt: int) -> float:
         """Seconds until the next attempt; the default stands in for a function that fails."""
@@ -5378,6 +5500,8 @@ class _Items(_StateFacet):
     def _follow_item(self, tx: _Tx, item: T) -> T:
         """Let the record of a run stand as its item does: a dead letter is a run that failed."""
         changed: Any = item
+        if isinstance(item, DeadLetter):
+            tx.warn("work item %s is a dead letter: %s", changed.id, changed.last_error)
         if changed.id != changed.execution_id:
             return item
         whole = _LogFacet(self._engine)  # a reclaim is of all tenants
@@ -5741,6 +5865,8 @@ class _WorkQueue(_Items):
                 hold.lost = refused
             elif item.status in ("pending", "dead_lettered"):
                 hold.lost = expired  # before its expiry only the block can have done that
+        if hold.lost:
+            _log(_WARNING, "work item %s: the block that holds it lost its lease", hold.item.id)
         return not refused and not hold.lost
 
     @_write_one
@@ -5993,7 +6119,7 @@ class _Keepsakes(_StateFacet):
         kept = Counter(filter(None, holders))
         gone = len(holders) - kept.total()
         if kept:
-            _log(_INFO, "prune: %d snapshots went, kept %s", gone, dict(kept))
+            _log(_INFO, _PRUNE_LINE, gone, "snapshots", dict(kept))
         return gone
 
     @_write
@@ -7828,7 +7954,7 @@ class _StoreBase(_Facet):
         """As `prune`; `progress` is called after each transaction with the count dropped so far."""
         if issubclass(type(older_than), timedelta):
             now = _microseconds(self.now(), "clock()")
-            before = max(_FIRST_TIME, now - _span_of(older_than))  # type: ignore[arg-type]
+            before = max(_FIRST_TIME, now - _span_of(older_than, "older_than"))
         else:
             before = _microseconds(older_than, "older_than")
         rules = dict(_PRUNED)
@@ -8038,6 +8164,7 @@ def open(
     backoff: Callable[[int], float] | None = None,
     clock: Callable[[], datetime] | None = None,
     read_only: bool = False,
+    keep: timedelta | None = None,
 ) -> Store:
     """Open a store, creating it with all its tables where there is none.
 
@@ -8046,7 +8173,8 @@ def open(
     the process) or OFF. `busy_timeout`: seconds to wait for other processes and transactions.
     `lease_seconds`: how long a claim lasts. `backoff`: seconds before attempt n of an item (default
     `min(2**n, 64)`). `clock`: the source of every "now". `read_only`: nothing in the database is
-    changed.
+    changed. `keep`: what ended longer ago goes by itself, a few rows a second, with the writes of
+    this store; it is what `prune(keep)` drops (None: nothing goes).
 
     Raises InvalidData for an option out of range, StorageError and SchemaError for a target that
     cannot be opened, which is left as it was."""
@@ -8062,6 +8190,7 @@ def open(
         backoff=backoff,
         clock=clock,
         read_only=_check_type(bool, read_only, "read_only", "True or False"),
+        keep=_none_or(_span_of, keep, "keep"),
     )
     _time_after(0, options.lease_seconds, "lease_seconds")
     if sqlite3.sqlite_version_info < (3, 35):
@@ -8644,6 +8773,7 @@ def open_async(
     backoff: Callable[[int], float] | None = None,
     clock: Callable[[], datetime] | None = None,
     read_only: bool = False,
+    keep: timedelta | None = None,
 ) -> AsyncOpening:
     """Open a store for the tasks of the running event loop, in which every call is awaited.
 
@@ -8659,6 +8789,7 @@ def open_async(
             backoff=backoff,
             clock=clock,
             read_only=read_only,
+            keep=keep,
         )
     )
 
@@ -10822,7 +10953,13 @@ class _PostgresEngine(_Engine):
 
     # --- running operations ---
     def _write_beside_others(self, call: _Call) -> None:
-        call.result = self.read(call)
+        call.result = super().read(call)
+
+    def read(self, call: _Call) -> Any:
+        """Run an operation of a task, then write what it has to tell to the program's log."""
+        result = super().read(call)
+        _write_lines(call.lines)
+        return result
 
     def run_on_reader(self, call: _Call, tx: _Tx) -> Any:
         """Run an operation at the isolation that it needs; a write is committed.
@@ -10833,6 +10970,7 @@ class _PostgresEngine(_Engine):
         begins_in = 2 if operation.one and call.facet._tenant is None else 0
 
         def run_once() -> Any:
+            tx.lines.clear()
             if operation.row:
                 tx.db.begin("READ COMMITTED", begins_in)
             elif operation.writes:
@@ -10842,6 +10980,9 @@ class _PostgresEngine(_Engine):
             result = call.run(tx)
             if operation.writes:
                 self.commit_on_reader(tx)
+                if self.retention is not None and self.retention.is_due(tx):
+                    self._sweep(tx, self.retention)
+                call.lines = tx.take_lines()
             return result
 
         try:
@@ -10857,9 +10998,19 @@ class _PostgresEngine(_Engine):
         except FlowStoreError as error:
             raise StorageError(_IN_DOUBT) from error
 
+    def _sweep(self, tx: _Tx, retention: _Retention) -> None:
+        """Drop what has ended long ago, in a transaction behind that of a call.
+
+        It may lose against another one: the next is a second later."""
+        with contextlib.suppress(StorageError):
+            tx.db.begin("SERIALIZABLE")
+            retention.sweep(tx)
+            self.commit_on_reader(tx)
+
     def begin_on_reader(self, tx: _Tx, read_only: bool = True) -> None:
         """Begin the transaction of a block. One that loses against another is StoreBusy, and run
         again."""
+        tx.lines.clear()
         tx.db.begin("" if read_only or self.options.read_only else "SERIALIZABLE")
 
     def commit_on_reader(self, tx: _Tx) -> None:

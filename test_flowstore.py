@@ -25,6 +25,7 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import pickle
@@ -17172,7 +17173,301 @@ def test_logging_is_imported_for_the_first_warning_and_info_is_told_to_who_has_i
     assert out.splitlines() == [
         "INFO prune: 0 flows went, kept {'invoices': 1}",
         "WARNING the answer is 42",
+        f"INFO {path}: closed",
     ]
+
+
+# --- keep=, the prune that goes with the writes ---
+
+
+def beat(store: Store, clock: Clock, times: int = 1, seconds: float = 1.0) -> None:
+    """So many writes, a second apart, which bring nothing that a prune would drop."""
+    for _ in range(times):
+        clock.advance(seconds)
+        store.events.append("heartbeat", "default", EVENT)
+
+
+def without_heartbeat(rows: PruneRows) -> PruneRows:
+    return {
+        table: [one for one in of if one.get("execution_id") != "heartbeat"]
+        for table, of in rows.items()
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_keep_what_a_prune_would_drop_goes_by_itself(
+    make_store: MakeStore, clock: Clock, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(flowstore, "_PRUNED_AT_ONCE", 20)
+    store = make_store(clock=clock, keep=timedelta(days=5))
+    populate(store, clock, seed)
+    beat(store, clock, 40)
+    left = without_heartbeat(rows_to_prune(store))
+    assert without_heartbeat(pruned_by_hand(left, clock.now - timedelta(days=5))[0]) == left
+    ended = pruned_by_hand(left, clock.now)[1]
+    assert sum(ended.values()) > 0, "something has ended that is not old enough"
+    assert store.check() == [] and len(left["flowstore_artifacts"]) == 12
+    clock.advance(86400 * 6)
+    beat(store, clock, 60)
+    assert not any(store.prune(timedelta(days=5), dry_run=True).values())
+
+
+def test_keep_drops_a_few_rows_at_a_time_and_at_most_once_a_second(
+    make_store: MakeStore, clock: Clock
+) -> None:
+    store = make_store(clock=clock, keep=timedelta(0))
+    with store.transaction():
+        for _ in range(4000):
+            store.flows.insert(Flow(status=FlowStatus.FAILED))
+    left = [4000]
+    while left[-1]:
+        clock.advance(1)
+        for _ in range(3):
+            store.events.append("heartbeat", "default", EVENT)
+            left.append(store.stats()["tables"]["flows"])
+            clock.advance(0.1)
+    assert max(before - after for before, after in itertools.pairwise(left)) <= 1000
+    assert left[1::3][:3] == left[2::3][:3] == left[3::3][:3]
+    assert len(left) < 60, "the more has ended, the more goes with one commit"
+
+
+@pytest.mark.parametrize("keep", [timedelta(0), timedelta(seconds=-5), timedelta(days=-999999999)])
+def test_a_keep_below_zero_counts_as_zero_and_reads_drop_nothing(
+    make_store: MakeStore, clock: Clock, keep: timedelta
+) -> None:
+    store = make_store(clock=clock, keep=keep)
+    flow = store.flows.insert(Flow(status=FlowStatus.FAILED))
+    clock.advance(2)
+    assert store.flows.get(flow.id) is not None and store.flows.list_by_owner("") == [flow]
+    with store.transaction(read_only=True):
+        assert store.flows.get(flow.id) == flow
+    beat(store, clock)
+    assert store.flows.get(flow.id) is None
+
+
+@pytest.mark.parametrize("keep", [5, 1.5, True, "30d", datetime(2030, 1, 1, tzinfo=UTC)])
+def test_keep_is_a_timedelta(path: Path, keep: Any) -> None:
+    with pytest.raises(InvalidData, match="keep"):
+        flowstore.open(path, keep=keep)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("target", [":memory:", "app.db"])
+def test_keep_goes_with_a_block_and_comes_back_with_its_rollback(
+    target: str, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with flowstore.open(target, clock=clock, keep=timedelta(0)) as store:
+        flow = store.flows.insert(Flow(status=FlowStatus.FAILED))
+        clock.advance(2)
+        with pytest.raises(ZeroDivisionError), store.transaction():
+            assert store.flows.get(flow.id) is None
+            raise ZeroDivisionError
+        assert store.flows.get(flow.id) == flow
+        clock.advance(1)
+        with store.transaction():
+            pass
+        assert store.flows.get(flow.id) is None
+
+
+@pytest.mark.parametrize("harm", ["ABORT", "ROLLBACK"])
+def test_a_sweep_that_fails_harms_no_call(path: Path, clock: Clock, harm: str) -> None:
+    with flowstore.open(path, clock=clock, keep=timedelta(0)) as store:
+        for number in range(2):
+            store.flows.insert(Flow(id=str(number), status=FlowStatus.FAILED))
+        with store.transaction() as tx:
+            tx.execute(
+                f"""CREATE TRIGGER harm BEFORE DELETE ON flows WHEN old.id = '1'
+                BEGIN SELECT RAISE({harm}, 'no'); END"""
+            )
+        for turn in range(1, 4):
+            clock.advance(2)
+            assert store.events.append("run", "default", EVENT) == turn
+        assert [store.flows.get(id) is None for id in "01"] == [False, False]
+        with store.transaction() as tx:
+            tx.execute("DROP TRIGGER harm")
+        beat(store, clock, 2)
+        assert store.stats()["tables"]["flows"] == 0
+
+
+def test_keep_passes_what_the_users_rows_refer_to(make_store: MakeStore, clock: Clock) -> None:
+    store = make_store(clock=clock, keep=timedelta(0))
+    ended_things(store)
+    refer(store, "flows", "id", "id = 'flow-0'")
+    clock.advance(86400 * 2)
+    beat(store, clock, 20)
+    assert dump_ids(store, "flows") == [("flow-0",)]
+    assert store.stats()["tables"]["workflows"] == 0
+
+
+def test_a_job_queue_on_one_endless_execution_stays_as_small_as_its_backlog(
+    path: Path, clock: Clock
+) -> None:
+    with flowstore.open(path, clock=clock, synchronous="OFF", keep=timedelta(hours=1)) as store:
+        store.events.append("jobs", "default", EVENT)
+        sizes = []
+        for hour in range(12):
+            for _ in range(200):
+                clock.advance(18)
+                store.state.enqueue_work_item(
+                    WorkItem(execution_id="jobs", queue_type="q", payload={"text": "x" * 500})
+                )
+                item = store.state.claim_work_item("w", ["q"])
+                assert item is not None
+                store.state.complete_work_item(item)
+            if hour > 1:
+                sizes.append(store.stats()["file_bytes"] + store.stats()["wal_bytes"])
+        assert store.stats()["tables"]["flowstore_work_items"] <= 210
+        assert sizes[-1] <= sizes[0] * 1.1
+
+
+def test_an_async_store_keeps_too(path: Path, clock: Clock) -> None:
+    async def main() -> Flow | None:
+        async with flowstore.open_async(path, clock=clock, keep=timedelta(0)) as store:
+            flow = await store.flows.insert(Flow(status=FlowStatus.FAILED))
+            clock.advance(2)
+            await store.events.append("run", "default", EVENT)
+            return await store.flows.get(flow.id)
+
+    assert asyncio.run(main()) is None
+
+
+# --- what the program's log tells ---
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """The warnings since the last call."""
+    lines = [
+        one.getMessage()
+        for one in caplog.records
+        if one.name == "flowstore" and one.levelname == "WARNING"
+    ]
+    caplog.clear()
+    return lines
+
+
+def test_a_lease_taken_back_and_a_dead_letter_are_warned_of_once_after_the_commit(
+    store: Store, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.events.append("e", "default", EVENT)
+    ids = [
+        store.state.enqueue_work_item(WorkItem(execution_id="e", queue_type="q", max_attempts=2))
+        for _ in range(2)
+    ]
+    for _ in ids:
+        store.state.claim_work_item("worker-7", ["q"])
+    assert warnings_of(caplog) == []
+    clock.advance(11)
+    with contextlib.suppress(ZeroDivisionError), store.transaction():
+        store.state.reclaim_expired_leases()
+        raise ZeroDivisionError
+    with store.transaction(), contextlib.suppress(ZeroDivisionError), store.transaction():
+        store.state.reclaim_expired_leases()
+        raise ZeroDivisionError
+    assert warnings_of(caplog) == [], "what was rolled back"
+    with store.transaction():
+        store.state.reclaim_expired_leases()
+        assert warnings_of(caplog) == [], "before the commit"
+    told = warnings_of(caplog)
+    assert len(told) == 2 and all(id in "".join(told) for id in ids) and "worker-7" in told[0]
+    clock.advance(11)
+    for _ in ids:
+        store.state.claim_work_item("w", ["q"])
+    clock.advance(11)
+    store.state.claim_work_item("w", ["q"])  # takes both back, at their last attempt
+    told = warnings_of(caplog)
+    assert len(told) == 4 and len([line for line in told if "dead letter" in line]) == 2
+    store.state.requeue_dead_letter(ids[0])
+    store.state.move_to_dead_letter(ids[0], "poison")
+    [line] = warnings_of(caplog)
+    assert ids[0] in line and "poison" in line
+
+
+def test_a_hold_that_lost_its_lease_is_warned_of_once(
+    store: Store, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    item = claimed_item(store.state)
+    with pytest.raises(LeaseLost), store.state.hold(item, lease_seconds=0.03) as hold:
+        store.state.retry_work_item(item, delay=0)
+        other = store.state.claim_work_item("thief", [item.queue_type])
+        assert other is not None
+        while not hold.lost:
+            time.sleep(0.001)
+    [line] = [line for line in warnings_of(caplog) if "hold" in line]
+    assert item.id in line
+
+
+def test_a_wait_of_more_than_a_second_for_another_process_is_warned_of(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with flowstore.open(path, busy_timeout=0.1) as store:
+        store.events.append("e", "default", EVENT)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as plain:
+            plain.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreBusy):
+                store.events.append("e", "default", EVENT)
+            assert warnings_of(caplog) == []
+    with flowstore.open(path) as store:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as plain:
+            plain.execute("BEGIN IMMEDIATE")
+            with ThreadPoolExecutor(1) as pool:
+                appending = pool.submit(store.events.append, "e", "default", EVENT)
+                time.sleep(1.2)  # what is measured is this very time
+                plain.execute("ROLLBACK")
+                assert appending.result() == 2
+        [line] = warnings_of(caplog)
+        assert str(path) in line
+
+
+def test_a_log_that_a_reader_keeps_over_its_bound_is_warned_of(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with flowstore.open(path, synchronous="OFF") as store:
+        store.events.append("e", "default", EVENT)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as plain:
+            plain.execute("BEGIN")
+            plain.execute("SELECT * FROM flowstore_log").fetchall()
+            for _ in range(5):
+                store.state.put_artifact(os.urandom(5 << 20))
+        told = warnings_of(caplog)
+        assert 1 <= len(told) <= 2 and "-wal" in told[0]
+
+
+def test_opening_upgrading_pruning_and_closing_are_told_once(
+    of_version_1: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="flowstore")
+    with flowstore.open(of_version_1, clock=clock, keep=timedelta(0)) as store:
+        store.flows.insert(Flow(status=FlowStatus.FAILED))
+        beat(store, clock, 2)
+    store.close()
+    lines = pruned_lines(caplog)
+    words = ["upgraded", "opened", "went", "closed"]
+    assert [sum(word in line for line in lines) >= 1 for word in words] == [True] * 4
+    for word in ("upgraded", "opened", "closed"):
+        [line] = [line for line in lines if word in line]
+        assert str(of_version_1) in line
+
+
+def test_a_handler_of_the_programs_log_may_call_the_store(store: Store, clock: Clock) -> None:
+    heard: list[Any] = []
+
+    class Asks(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(store.events.append("heard", "default", EVENT))
+
+    item = claimed_item(store.state)
+    logger = logging.getLogger("flowstore")
+    handler = Asks()
+    logger.addHandler(handler)
+    try:
+        store.state.move_to_dead_letter(item, "poison")
+        store.state.requeue_dead_letter(item.id)
+        with store.transaction():
+            store.state.move_to_dead_letter(item.id, "poison")
+    finally:
+        logger.removeHandler(handler)
+    assert heard == [1, 2]
 
 
 def test_compact_gives_many_pages_back_in_each_step(tmp_path: Path) -> None:
