@@ -1981,7 +1981,9 @@ class Striker:
             )
         else:
             self.previous = None
-        if here and frame.f_code not in self.spared:
+        # A lock of the module logging that is struck as it is taken stays locked, too.
+        spared = frame.f_code in self.spared or frame.f_code.co_filename == logging.__file__
+        if here and not spared:
             self.places += 1
             if self.places == self.strike_at:
                 self.where = "".join(traceback.format_stack(frame, 4))
