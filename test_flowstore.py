@@ -17362,6 +17362,102 @@ def test_an_async_store_keeps_too(path: Path, clock: Clock) -> None:
     assert asyncio.run(main()) is None
 
 
+# --- to run for years ---
+SOAK_DAYS = int(os.environ.get("FLOWSTORE_SOAK_DAYS", "4"))
+
+
+def soak_run(run: flowstore.Run, input: Any) -> Any:
+    """A run of two steps and a sleep, of which some fail."""
+    doubled = run.step("double", lambda: 2 * input)
+    run.sleep(60)
+    return run.step("check", lambda: 1 // (doubled % 10))
+
+
+def hours_of_work(store: Store, clock: Clock, number_of_first: int) -> None:
+    """What a host, workers, a controller and a reader do in some hours, side by side."""
+
+    def controller() -> None:
+        for number in range(20):
+            clock.advance(30)
+            flow = store.flows.insert(Flow(goal="g", state={"text": "x" * 200}))
+            flow.transition_to(FlowStatus.RUNNING)
+            flow = store.flows.update_with_revision(flow)
+            store.flows.insert_step(FlowStep(flow_id=flow.id, run_id=str(number)))
+            flow.transition_to(FlowStatus.FINISHED)
+            store.flows.update_and_append(flow, "ended", {"number": number})
+
+    def workers() -> None:
+        for number in range(40):
+            store.state.enqueue_work_item(
+                WorkItem(execution_id="jobs", queue_type="q", payload={"text": "x" * 200})
+            )
+            clock.advance(30)
+            while item := store.state.claim_work_item("w", ["q"]):
+                if number % 5:
+                    store.state.complete_work_item(item)
+                else:
+                    store.state.retry_work_item(item, "failed")
+        for number in range(10):
+            store.runs.start(soak_run, number_of_first + number)
+        store.runs.work(soak_run, until_idle=True)
+        clock.advance(90)
+        store.runs.work(soak_run, until_idle=True)
+
+    def host() -> None:
+        for number in range(5):
+            clock.advance(60)
+            instance = WorkflowInstance(workflow_definition_id="d")
+            instance.execution_pointers = [ExecutionPointer(step_id=step) for step in range(5)]
+            instance.id = store.workflows.create_new_workflow(instance)
+            store.workflows.schedule_command(record("ScheduledCommand", data=instance.id))
+            event = Event(event_name="n", event_key=str(number))
+            store.workflows.mark_event_processed(store.workflows.create_event(event))
+            error = ExecutionError(
+                workflow_id=instance.id, execution_pointer_id="p", message="m" * 100
+            )
+            store.workflows.persist_errors([error])
+            instance.status = WorkflowStatus.COMPLETE
+            instance.complete_time = clock.now
+            store.workflows.persist_workflow(instance)
+        store.workflows.process_commands(clock.now + timedelta(days=400_000), lambda _: None)
+
+    def reader() -> None:
+        for _ in range(10):
+            store.events.read_all(limit=100)
+            store.state.list_work_items(status="pending")
+            str(store)
+            store.stats()
+
+    with ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(actor) for actor in (controller, workers, host, reader)]:
+            future.result()
+
+
+def test_after_many_days_with_keep_the_store_is_as_small_as_after_two(
+    path: Path, clock: Clock
+) -> None:
+    sizes: list[tuple[int, int, int, float]] = []
+    with flowstore.open(
+        path, clock=clock, synchronous="OFF", keep=timedelta(days=1), lease_seconds=600
+    ) as store:
+        store.events.append("jobs", "default", EVENT)
+        for day in range(SOAK_DAYS):
+            for hour in range(0, 24, 6):
+                clock.now = max(clock.now, START + timedelta(days=day, hours=hour))
+                hours_of_work(store, clock, day * 240 + hour * 10)
+            stats = store.stats()
+            memory = float(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+            sizes.append((stats["file_bytes"], stats["wal_bytes"], descriptors(), memory))
+        assert store.check() == []
+    if SOAK_DAYS > 4:
+        print(*sizes, sep="\n")
+    files, logs, opened, memory_of_days = zip(*sizes, strict=True)
+    assert files[-1] <= 1.1 * files[2], files
+    assert max(logs) < 16 << 20
+    assert max(opened) - opened[0] <= 8, "the descriptors of readers that ran side by side"
+    assert memory_of_days[-1] < memory_of_days[1] + 20
+
+
 # --- what the program's log tells ---
 
 
