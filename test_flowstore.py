@@ -947,6 +947,7 @@ from flowstore import (
     NotFound,
     PersistenceProvider,
     PointerStatus,
+    QueuePolicy,
     ReclaimResult,
     RevisionMismatch,
     ScheduledCommand,
@@ -3570,6 +3571,8 @@ class Plain:
     tokens: dict[str, ApiToken] = dataclasses.field(default_factory=dict)
     items: dict[str, WorkItem] = dataclasses.field(default_factory=dict)
     dead: dict[str, datetime] = dataclasses.field(default_factory=dict)
+    # By queue, with the time at which its bucket is full.
+    policies: dict[str, tuple[QueuePolicy, datetime]] = dataclasses.field(default_factory=dict)
     instances: dict[str, WorkflowInstance] = dataclasses.field(default_factory=dict)
     counters: dict[str, int] = dataclasses.field(default_factory=dict)
     subscriptions: dict[str, EventSubscription] = dataclasses.field(default_factory=dict)
@@ -4161,31 +4164,103 @@ class ItemRules(Machine):
         most=st.integers(0, 3),
         at=ages,
         priority=st.sampled_from([0, 0, 5, -5]),
+        key=st.sampled_from([None, None, "k"]),
+        on_conflict=st.sampled_from(["raise", "keep", "replace"]),
     )
     def enqueue(
-        self, id: str, run: str, queue: str, most: int, at: datetime | None, priority: int
+        self,
+        id: str,
+        run: str,
+        queue: str,
+        most: int,
+        at: datetime | None,
+        priority: int,
+        key: str | None,
+        on_conflict: str,
     ) -> None:
         item = WorkItem(
             id=id,
             execution_id=run,
             queue_type=queue,
+            payload={"by": id},
             max_attempts=most,
             available_at=at,
             priority=priority,
+            unique_key=key,
         )
         now = self.clock()
+        put = partial(self.store.state.enqueue_work_item, item, on_conflict=on_conflict)
         if run not in self.model.known:
-            self.refuses(NotFound, lambda: self.store.state.enqueue_work_item(item))
+            self.refuses(NotFound, put)
             self.append_to_log(run, "default", EVENT)
             self.store.events.append(run, "default", EVENT)
+            return None
+        item = dataclasses.replace(
+            item,
+            tenant_id=self.model.known[run][0],
+            created_at=now,
+            available_at=at or now,
+        )
+        holder = self.holder_of_key(item)
+        if holder is not None:
+            if on_conflict == "raise" or (on_conflict == "replace" and holder.status != "pending"):
+                return self.refuses(AlreadyExists, put)
+            if on_conflict == "replace":
+                self.model.items[holder.id] = dataclasses.replace(
+                    holder,
+                    payload=item.payload,
+                    priority=priority,
+                    available_at=item.available_at,
+                )
+            assert put() == holder.id
         elif id in self.model.items:
-            self.refuses(AlreadyExists, lambda: self.store.state.enqueue_work_item(item))
+            self.refuses(AlreadyExists, put)
         else:
-            owner = self.model.known[run][0]
-            self.model.items[id] = dataclasses.replace(
-                item, tenant_id=owner, created_at=now, available_at=at or now
+            self.model.items[id] = item
+            assert put() == id
+        return None
+
+    def holder_of_key(self, item: WorkItem) -> WorkItem | None:
+        """The item that is not settled and has this item's unique key."""
+        for other in self.model.items.values():
+            same = (other.unique_key, other.tenant_id, other.queue_type) == (
+                item.unique_key,
+                item.tenant_id,
+                item.queue_type,
             )
-            assert self.store.state.enqueue_work_item(item) == id
+            if same and item.unique_key is not None and other.status in ("pending", "claimed"):
+                return other
+        return None
+
+    @rule(
+        queue=st.sampled_from("pq"),
+        paused=st.sampled_from([False, False, True]),
+        most=st.none() | st.integers(1, 2),
+        rate=st.none() | st.integers(1, 2),
+    )
+    def set_policy(self, queue: str, paused: bool, most: int | None, rate: int | None) -> None:
+        policy = QueuePolicy(queue_type=queue, paused=paused, max_running=most)
+        if rate is not None:
+            policy.rate, policy.per_seconds = float(rate), 5.0 * rate
+        self.model.policies[queue] = policy, datetime(1970, 1, 1, tzinfo=UTC)
+        assert self.store.state.set_queue_policy(policy) == policy
+
+    def has_room(self, queue: str) -> bool:
+        """Whether the policy of a queue lets one more item be claimed now."""
+        if queue not in self.model.policies:
+            return True
+        policy, full_at = self.model.policies[queue]
+        running = [
+            item
+            for item in self.model.items.values()
+            if item.status is WorkItemStatus.CLAIMED and item.queue_type == queue
+        ]
+        missing = max(timedelta(0), full_at - self.clock()) / seconds(5)
+        return not (
+            policy.paused
+            or (policy.max_running is not None and len(running) >= policy.max_running)
+            or (policy.rate is not None and policy.rate - missing < 1)
+        )
 
     def attempted(self, id: str, error: str | None, delay: float | None) -> None:
         """One more attempt of an item has failed."""
@@ -4229,6 +4304,7 @@ class ItemRules(Machine):
             and item.queue_type in queues
             and item.available_at is not None
             and item.available_at <= self.clock()
+            and self.has_room(item.queue_type)
         ]
         got = self.store.state.claim_work_item(worker, [*queues], lease_seconds=lease)
         if not due:
@@ -4244,6 +4320,11 @@ class ItemRules(Machine):
             lease_expires_at=self.clock() + seconds(lease),
         )
         assert got == self.model.items[id]
+        if got.queue_type in self.model.policies:
+            policy, full_at = self.model.policies[got.queue_type]
+            if policy.rate is not None:
+                full_at = max(full_at, self.clock()) + seconds(5)
+            self.model.policies[got.queue_type] = policy, full_at
 
     claim_too = claim  # chosen twice as often
 
@@ -4291,6 +4372,8 @@ class ItemRules(Machine):
         }.get(how, {"claimed"} if fence is not None else {*WorkItemStatus} - {"dead_lettered"})
         if fence not in (None, item.lease_fence) or item.status not in allowed:
             return self.refuses(LeaseLost, call)
+        if how == "retry" and item.status == "failed" and self.holder_of_key(item):
+            return self.refuses(AlreadyExists, call)
         if how == "retry":
             self.attempted(id, "again", delay)
             assert call().attempt == self.model.items[id].attempt
@@ -4353,6 +4436,8 @@ class ItemRules(Machine):
         item = self.model.items.get(id)
         if item is None or item.status is not WorkItemStatus.DEAD_LETTERED:
             return self.refuses(NotFound, lambda: self.store.state.requeue_dead_letter(id))
+        if self.holder_of_key(item):
+            return self.refuses(AlreadyExists, lambda: self.store.state.requeue_dead_letter(id))
         del self.model.dead[id]
         self.model.items[id] = dataclasses.replace(
             item,
@@ -4372,6 +4457,8 @@ class ItemRules(Machine):
             assert self.store.state.list_work_items(status=status) == [
                 i for i in items if i.status is status
             ]
+        policies = [policy for _, (policy, _) in sorted(self.model.policies.items())]
+        assert self.store.state.list_queue_policies() == policies
         dead = sorted(((at, id) for id, at in self.model.dead.items()), reverse=True)
         assert [(d.dead_lettered_at, d.id) for d in self.store.state.list_dead_letters()] == dead
 
