@@ -2523,11 +2523,14 @@ class _Database:
 
     # --- the whole file ---
     def sizes(self, tx: _Tx) -> dict[str, int]:
-        """Bytes of the database, and of the write-ahead log beside it."""
-        pages = tx.rows("PRAGMA page_count")[0][0]
+        """Bytes of the database, of the write-ahead log beside it, and of pages that are free."""
         page_bytes = tx.rows("PRAGMA page_size")[0][0]
         wal_bytes = 0 if self.path is None else _size_and_mtime(self.path + "-wal")[0]
-        return {"file_bytes": pages * page_bytes, "wal_bytes": wal_bytes}
+        return {
+            "file_bytes": tx.rows("PRAGMA page_count")[0][0] * page_bytes,
+            "wal_bytes": wal_bytes,
+            "free_bytes": tx.rows("PRAGMA freelist_count")[0][0] * page_bytes,
+        }
 
     def copy_to(self, tx: _Tx, path: str) -> None:
         """Copy one state of the database into a new file. In steps: a write does not make it begin
@@ -8060,6 +8063,18 @@ class Store(_StoreBase):
         return _ThreadRunBlock(self.runs, id, workflow_id, input, lease_seconds, wait)
 
 
+def _sqlite_note() -> str:
+    """The version of SQLite, and what flowstore does about the WAL-reset bug of older ones."""
+    version = sqlite3.sqlite_version_info
+    is_fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51)
+    if is_fixed or (3, 44, 6) <= version < (3, 45) or version < (3, 7):
+        return f"SQLite {sqlite3.sqlite_version}"
+    return (
+        f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug: flowstore checkpoints only while "
+        "it holds the write lock; checkpoints by other programs cannot be guarded (README)"
+    )
+
+
 # Statements that find one row for each problem, and the message about it.
 _CHECKS = {
     "PRAGMA foreign_key_check": "{}: row {} refers to a row of {} that is not there",
@@ -8801,7 +8816,8 @@ def open_async(
 # A view is read in a short time, however much the store holds: counts stop at a bound, lists have a
 # limit, and the database cuts long texts.
 _COUNT_BOUND = 200_000  # counting takes 80 ns per row
-_DEAD_BOUND = 2000  # dead letters that are counted by queue
+_LOG_BOUND = 1000  # newest events from which the throughput and the longest log are told
+_SETTLED_BOUND = 2000  # items of a settled status that are counted by queue
 _QUEUE_LIMIT = 100
 _OVERVIEW_ROWS = 20
 _DETAIL_ROWS = 200
@@ -8931,8 +8947,27 @@ _CUT = f"""CASE WHEN LENGTH(column) <= {_TEXT_BOUND} THEN column
     ELSE SUBSTR(column, 1, {_TEXT_BOUND}) || '... (cut)' END"""
 _OLDEST = _Sql(f"""SELECT available_at {_IN_QUEUE} AND priority = ? {{tenant}}
     ORDER BY available_at LIMIT 1""")
-_LAST_EVENTS = _Sql(f"""SELECT execution_id, timestamp, position FROM {_LOG_IN_ORDER}
-    WHERE execution_id <> '' {{tenant}} ORDER BY position DESC LIMIT 1000""")
+_OLDEST_LEASE = _Sql("""SELECT lease_expires_at FROM flowstore_work_items {by flowstore_leased}
+    WHERE {any_status} = 'claimed' AND {queue_type} = ? {tenant}
+    ORDER BY lease_expires_at LIMIT 1""")
+_LAST_EVENTS = _Sql(f"""SELECT execution_id, timestamp, position, sequence FROM {_LOG_IN_ORDER}
+    WHERE execution_id <> '' {{tenant}} ORDER BY position DESC LIMIT {_LOG_BOUND}""")
+# What waits in the workflows' tables. Each `?` stands for the time in milliseconds.
+_BACKLOG = {
+    "open_subscriptions": """event_subscriptions {by event_subscriptions_open}
+        WHERE terminated_at IS NULL""",
+    "unprocessed_events": "events {by events_runnable} WHERE is_processed = 0",
+    "due_commands": "scheduled_commands {by scheduled_commands_by_time} WHERE execute_time <= ?",
+    "later_commands": "scheduled_commands {by scheduled_commands_by_time} WHERE execute_time > ?",
+}
+# The columns that count the items of a queue, and their statuses.
+_QUEUE_COUNTS = {
+    "waiting": "pending",
+    "leased": "claimed",
+    "dead": "dead_lettered",
+    "completed": "completed",
+    "failed": "failed",
+}
 
 
 def _first_value(row: _Row, *names: str) -> Any:
@@ -8940,27 +8975,18 @@ def _first_value(row: _Row, *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) not in (None, "")), "")
 
 
-def _policy_text(policy: QueuePolicy | None) -> str:
-    """What claims of a queue have to keep to."""
-    if policy is None:
-        return ""
-    limits = []
-    if policy.paused:
-        limits.append("paused")
-    if policy.max_running is not None:
-        limits.append(f"{policy.max_running:,} at once")
-    if policy.rate is not None:
-        limits.append(f"{policy.rate:g} per {policy.per_seconds:g} s")
-    return ", ".join(limits)
-
-
 def _log_facts(log: list[tuple[Any, ...]]) -> _Row:
-    """The last position in the log, and how fast the last events came."""
+    """The last position in the log, how fast the last events came, and the longest log of them."""
     if not log:
         return {}
-    _, end, position = log[0]
+    _, end, position, _ = log[0]
     seconds = _format_value((end - log[-1][1]) / 1e6, "_seconds")
-    return {"last_position": position, "throughput": f"{_plural(len(log), 'events')} in {seconds}"}
+    longest = max(log, key=operator.itemgetter(3))
+    return {
+        "last_position": position,
+        "throughput": f"{_plural(len(log), 'events')} in {seconds}",
+        "longest_recent_log": f"{_plural(longest[3], 'events')} of {longest[0]}",
+    }
 
 
 @dataclass
@@ -8981,7 +9007,7 @@ class _ViewReader:
         """The number of rows; a text when there are more than the bound."""
         rows = f"SELECT 1 FROM {source} LIMIT {_COUNT_BOUND + 1}"
         count: int = self.value(_statement(f"SELECT COUNT(*) FROM ({rows}) counted"), *params)
-        return count if count <= _COUNT_BOUND else f"{_COUNT_BOUND:,}+"
+        return count if count <= _COUNT_BOUND else f"{_COUNT_BOUND}+"
 
     def records(self, mapper: _Mapper[Any], source: str, *params: Any) -> list[_Row]:
         """Records as dicts. Long texts and JSON are cut; JSON that is cut stays a text."""
@@ -9032,16 +9058,8 @@ class _ViewReader:
             total = len(rows) if len(rows) < _OVERVIEW_ROWS else f"{_OVERVIEW_ROWS}+"
             tables[f"{kind.mapper.kind}s"] = {"rows": rows, "total": total}
         if _WORKFLOWS in kinds:
-            commands = "scheduled_commands {by scheduled_commands_by_time} WHERE execute_time"
-            subscriptions = "event_subscriptions {by event_subscriptions_open}"
-            facts |= {
-                "open_subscriptions": self.count(f"{subscriptions} WHERE terminated_at IS NULL"),
-                "unprocessed_events": self.count(
-                    "events {by events_runnable} WHERE is_processed = 0"
-                ),
-                "due_commands": self.count(f"{commands} <= ?", now // 1000),
-                "later_commands": self.count(f"{commands} > ?", now // 1000),
-            }
+            for name, source in _BACKLOG.items():
+                facts[name] = self.count(source, *[now // 1000] * source.count("?"))
         return View(
             kind="overview",
             id=facet._tenant,
@@ -9055,9 +9073,7 @@ class _ViewReader:
         """How many records have each status, and the records that changed last.
 
         Only records of the status `wanted` are listed, and of work items the dead letters."""
-        statuses: Iterable[str] = kind.statuses
-        if kind is _WORK_ITEMS and self.facet._tenant is not None:
-            statuses = _STATUS_INDEX  # a tenant's other items have no index
+        statuses = self.item_statuses() if kind is _WORK_ITEMS else kind.statuses
         order = f"ORDER BY {kind.changed_at} DESC, {kind.mapper.key} DESC LIMIT {_OVERVIEW_ROWS}"
         counts = {}
         rows: list[_Row] = []
@@ -9075,7 +9091,7 @@ class _ViewReader:
 
     def last_appended(self, log: list[tuple[Any, ...]], changed: list[_Row]) -> list[_Row]:
         """The executions of the newest events, then those whose records changed last."""
-        ids = [execution for execution, _, _ in log]
+        ids = [execution for execution, *_ in log]
         ids += [row["execution_id"] for row in changed]
         rows = []
         for id in itertools.islice(dict.fromkeys(ids), _OVERVIEW_ROWS):
@@ -9083,40 +9099,49 @@ class _ViewReader:
             rows.append(row | {"events": self.value(_LOG_LAST, id) or 0})
         return rows
 
+    def item_statuses(self) -> Iterable[str]:
+        """The statuses by which items are counted: a tenant's other items have no index."""
+        return WorkItemStatus if self.facet._tenant is None else _STATUS_INDEX
+
     def queues(self, now: int) -> list[_Row]:
-        """The queues with a policy, or with items that wait, are leased or are dead."""
-        dead_letters = f"{_WORK_ITEMS.source('dead_lettered')} LIMIT {_DEAD_BOUND}"
-        sql = _statement(f"SELECT queue_type FROM {dead_letters}")
-        dead = [queue for (queue,) in self.facet._rows(self.tx, sql)]
+        """The queues with a policy, or with items that wait, are leased or have ended lately."""
         policies = {
-            policy.queue_type: policy
+            policy.queue_type: vars(policy)
             for policy in self.facet._find(
                 self.tx, _POLICY, "ORDER BY queue_type LIMIT ?", _QUEUE_LIMIT
             )
         }
-        queues = {*dead, *policies}
+        queues = [*policies]
         for following in _NEXT_QUEUE.values():
             # One seek per queue: the index sorts the items of a status by queue.
             queue = self.value(following, "")
-            while queue and len(queues) < _QUEUE_LIMIT:
-                queues.add(queue)
+            while queue and len(queues) < 2 * _QUEUE_LIMIT:
+                queues.append(queue)
                 queue = self.value(following, queue)
-        waiting = f"{_WORK_ITEMS.source('pending')} AND {{queue_type}} = ?"
-        leased = f"{_WORK_ITEMS.source('claimed')} AND {{queue_type}} = ?"
+        ended = {}
+        for status in {*self.item_statuses()} - {*_NEXT_QUEUE}:
+            order = f"ORDER BY settled_at DESC LIMIT {_SETTLED_BOUND}"
+            sql = _statement(f"SELECT queue_type FROM {_WORK_ITEMS.source(status)} {order}")
+            ended[status] = Counter(queue for (queue,) in self.facet._rows(self.tx, sql))
+            queues += ended[status]
         rows = []
-        for queue in sorted(queues):
-            dead_count = dead.count(queue)
+        for queue in sorted(itertools.islice(dict.fromkeys(queues), _QUEUE_LIMIT)):
             oldest = self.oldest(queue)
-            rows.append(
-                {
-                    "queue": queue,
-                    "waiting": self.count(waiting, queue),
-                    "leased": self.count(leased, queue),
-                    "dead": dead_count if len(dead) < _DEAD_BOUND else f"{dead_count}+",
-                    "oldest_seconds": None if oldest is None else max(0, now - oldest) / 1e6,
-                    "limits": _policy_text(policies.get(queue)),
-                }
-            )
+            lease = self.value(_OLDEST_LEASE, queue)
+            row = {
+                **policies.get(queue, {}),
+                "queue": queue,
+                "oldest_seconds": None if oldest is None else max(0, now - oldest) / 1e6,
+                "lease_expires_at": lease and _datetime_of(lease),
+            }
+            for column, status in _QUEUE_COUNTS.items():
+                if status in _NEXT_QUEUE:
+                    source = f"{_WORK_ITEMS.source(status)} AND {{queue_type}} = ?"
+                    row[column] = self.count(source, queue)
+                elif status in ended:
+                    is_whole = ended[status].total() < _SETTLED_BOUND
+                    row[column] = ended[status][queue] if is_whole else f"{ended[status][queue]}+"
+            rows.append(row)
         return rows
 
     def oldest(self, queue: str) -> int | None:
@@ -9286,10 +9311,10 @@ def _step(name: str, changes: list[_Change], now: datetime) -> _Row:
 _COLUMNS = re.findall(
     r"\w+",
     """
-    queue waiting oldest_seconds leased dead limits sequence timestamp at error_time execution_id id
-    kind step time step_id step_name run_id node_id queue_type task name goal current_step status
-    comes_back last_error message attempt retry_count workflow_id events worker_id event_name
-    event_key event until
+    queue waiting oldest_seconds leased dead paused max_running rate per_seconds
+    sequence timestamp at error_time execution_id id kind step time step_id step_name run_id node_id
+    queue_type task name goal current_step status comes_back last_error message attempt retry_count
+    workflow_id events worker_id event_name event_key event until
     payload result outcome priority unique_key lease_expires_at dead_lettered_at sleep_until
     tenant_id updated_at complete_time
     """,
@@ -9647,6 +9672,59 @@ button{width:auto}
 rect.waiting{y:7px;height:6px}}"""
 
 
+# --- drawn as metrics ---
+# The help of each metric, by its name. All are gauges.
+_METRICS = {
+    "work_items": (
+        f"Work items. At most {_QUEUE_LIMIT} queues are told; in each, at most {_COUNT_BOUND} "
+        f"pending and claimed items are counted, and those of the last {_SETTLED_BOUND} of all "
+        "queues that are completed, failed, dead_lettered."
+    ),
+    "oldest_pending_seconds": "How long the oldest item could have been claimed, 0 without one.",
+    "executions": f"Executions with a record, at most {_COUNT_BOUND} of a status.",
+    "flows": f"Flows, at most {_COUNT_BOUND} of a status.",
+    "workflows": f"Workflow instances, at most {_COUNT_BOUND} of a status.",
+    "last_position": "The position of the last event in the log, 0 without one.",
+    "file_bytes": "The database file; the tables on a server.",
+    "wal_bytes": "The write-ahead log; 0 on a server.",
+    "free_bytes": "Pages of the file that are free; 0 on a server.",
+    "info": "The versions of flowstore and SQLite; the value is 1.",
+}
+
+
+def _render_metrics(view: View) -> str:
+    """The overview of a store in Prometheus' text format."""
+    samples: dict[str, list[tuple[Any, dict[str, str]]]] = {}
+    for kind in (_EXECUTIONS, _FLOWS, _WORKFLOWS):
+        counts = view["counts"][kind.name]
+        samples[kind.name] = [
+            (counts.get(status, 0), {"status": status}) for status in kind.statuses
+        ]
+    samples["work_items"] = []
+    samples["oldest_pending_seconds"] = []
+    for row in view["tables"]["queues"]["rows"]:
+        queue = row["queue"]
+        samples["oldest_pending_seconds"].append((row["oldest_seconds"] or 0, {"queue": queue}))
+        samples["work_items"] += [
+            (row[column], {"queue": queue, "status": status})
+            for column, status in _QUEUE_COUNTS.items()
+        ]
+    samples["info"] = [(1, {"version": __version__, "sqlite": sqlite3.sqlite_version})]
+    lines = []
+    for name, help in _METRICS.items():
+        lines += [f"# HELP flowstore_{name} {help}", f"# TYPE flowstore_{name} gauge"]
+        for value, labels in samples.get(name, [(view["facts"].get(name, 0), {})]):
+            pairs = [
+                f'{label}="{text.translate(_LABEL_ESCAPES)}"' for label, text in labels.items()
+            ]
+            braces = f"{{{','.join(pairs)}}}" if pairs else ""
+            lines.append(f"flowstore_{name}{braces} {str(value).removesuffix('+')}")
+    return "\n".join([*lines, ""])
+
+
+_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
+
 # --- in notebooks ---
 def _repr_html_(shown: Any) -> str | None:
     """HTML for a notebook; None (it shows the `repr` then) when nothing can be read at once."""
@@ -9680,6 +9758,13 @@ def _show(args: Any) -> None:
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print("\n\n".join(_render_text(view, colour) for view in views))
+
+
+def _print_metrics(args: Any) -> None:
+    """Print counts, ages and sizes in Prometheus' text format."""
+    with open(args.store, read_only=True) as store:
+        text = _render_metrics(_read_views(store)[0])
+    sys.stdout.buffer.write(text.encode())
 
 
 def _tail(args: Any) -> None:
@@ -9762,6 +9847,7 @@ def _answer(store: Store, request: Any, start: Any) -> list[bytes]:
     query: dict[str, str] = {}
     problem = ""
     sections: list[_Html] = []
+    metrics = ""
     port = request["SERVER_PORT"]
     hosts = [f"{name}:{port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")]
     try:
@@ -9770,6 +9856,8 @@ def _answer(store: Store, request: Any, start: Any) -> list[bytes]:
             problem = "421 Misdirected Request: this page is at 127.0.0.1 alone"
         elif request["REQUEST_METHOD"] not in ("GET", "HEAD"):
             problem = "405 Method Not Allowed: nothing can be changed here"
+        elif request["PATH_INFO"] == "/metrics":
+            metrics = _render_metrics(_read_views(store)[0])
         elif request["PATH_INFO"] != "/":
             problem = "404 Not Found: there is no such page"
         else:
@@ -9785,11 +9873,12 @@ def _answer(store: Store, request: Any, start: Any) -> list[bytes]:
         problem = f"503 Service Unavailable: {error}"
     if problem:
         sections = [_markup("<h2>{}</h2>", problem)]
-    page = _html_page(store.target, sections, _search_form(query))
+    kind = "text/plain; version=0.0.4" if metrics else "text/html"
+    page = metrics.encode() or _html_page(store.target, sections, _search_form(query))
     start(
         problem.partition(":")[0] or "200 OK",
         [
-            ("Content-Type", "text/html; charset=utf-8"),
+            ("Content-Type", f"{kind}; charset=utf-8"),
             ("Content-Length", str(len(page))),
             ("Allow", "GET, HEAD"),
             ("Content-Security-Policy", f"{_content_policy()}; frame-ancestors 'none'"),
@@ -9983,8 +10072,7 @@ def _expect(found: object, wanted: object) -> None:
 def _try_sqlite(trial: _Trial) -> str:
     """sqlite: its threading mode will do"""
     _expect(sqlite3.threadsafety > 0, True)
-    level = sqlite3.threadsafety
-    return f"{sqlite3.sqlite_version}, level {level}, Python {sys.version.split()[0]}"
+    return f"{_sqlite_note()}; level {sqlite3.threadsafety}, Python {sys.version.split()[0]}"
 
 
 def _try_disk(trial: _Trial) -> str:
@@ -10315,16 +10403,60 @@ def _import_function(text: str) -> Any:
 
 
 # --- check, backup, compact, prune ---
+_LATE = timedelta(hours=1)  # a lease that expired earlier has no worker that would take it back
+
+
 def _check(args: Any) -> int:
-    """Read the whole store and list what is wrong with it."""
+    """Read the whole store; list what is wrong with it or needs a hand, and how it is."""
+    health: _Row = {}
     with open(args.store, read_only=True) as store:
         problems = store.check()
+        try:
+            health = _health(_read_views(store)[0])
+        except StorageError as error:
+            problems = problems or [str(error)]
+    problems += health.pop("needs", [])
     if args.json:
-        print(json.dumps({"store": store.target, "problems": problems}))
+        report = {"store": store.target, "problems": problems, "health": health}
+        print(json.dumps(report))
     else:
         verdict = _plural(len(problems), "problems") if problems else "sound"
         print(*problems, f"{store.target}: {verdict}", sep="\n")
+        for name, value in health.items():
+            print(f"  {_label(name):20} {_format_value(value, name)}")
     return 1 if problems else 0
+
+
+def _health(overview: View) -> _Row:
+    """How a store is, in facts; `needs` are the sentences on what somebody has to do."""
+    facts = overview["facts"]
+    needs = []
+    lease = "none"
+    leases = [
+        (row["lease_expires_at"], row["queue"])
+        for row in overview["tables"]["queues"]["rows"]
+        if row["lease_expires_at"]
+    ]
+    if leases:
+        expires_at, queue = min(leases)
+        late = facts["read_at"] - expires_at
+        verb = "expires" if late < timedelta(0) else "expired"
+        lease = f"{verb} at {_format_value(expires_at)}, in queue {queue}"
+        if late > _LATE:
+            needs.append(f"the oldest lease {lease}: start a worker, or the script again")
+    size = facts["wal_bytes"]
+    if size > 4 * _WAL_BOUND:
+        needs.append(f"the log has {_format_value(size, '_bytes')}: end what reads for so long")
+    return {
+        "file_bytes": facts["file_bytes"],
+        "wal_bytes": size,
+        "free_bytes": facts["free_bytes"],
+        "dead_letters": overview["counts"]["work items"].get("dead_lettered", 0),
+        "oldest_lease": lease,
+        "longest_recent_log": facts.get("longest_recent_log", ""),
+        "sqlite": _sqlite_note(),
+        "needs": needs,
+    }
 
 
 def _backup(args: Any) -> None:
@@ -10499,6 +10631,7 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int | None], str]] = {
     "demo": (_demo, "folder --store"),
     "work": (_work, "store functions --concurrency"),
     "show": (_show, "store id --json"),
+    "metrics": (_print_metrics, "store"),
     "tail": (_tail, "store --json --execution --tenant --after"),
     "report": (_report, "store id -o"),
     "serve": (_serve, "store --port"),
@@ -11058,10 +11191,11 @@ class _PostgresEngine(_Engine):
 
     # --- the whole store ---
     def sizes(self, tx: _Tx) -> dict[str, int]:
-        """Bytes of the tables; the log beside them is the server's."""
+        """Bytes of the tables; the log and the free pages are the server's."""
         sql = """SELECT COALESCE(SUM(pg_total_relation_size(to_regclass(name)))::bigint, 0)
             FROM unnest(?::text[]) name"""
-        return {"file_bytes": tx.rows(sql, list(_TABLE_NAMES))[0][0], "wal_bytes": 0}
+        file_bytes = tx.rows(sql, list(_TABLE_NAMES))[0][0]
+        return {"file_bytes": file_bytes, "wal_bytes": 0, "free_bytes": 0}
 
     def copy_to(self, tx: _Tx, path: str) -> None:
         """A backup is an SQLite file."""
