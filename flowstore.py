@@ -10046,21 +10046,24 @@ def _expect(found: object, wanted: object) -> None:
         raise AssertionError(f"found {found!r:.300}, not {wanted!r:.300}")
 
 
-def _selftest_run(target: str, id: str, steps: str) -> int:
-    """Do so many steps of a run. Each tells which process has done it, once it is recorded."""
-    with open(target) as store, store.run(id, workflow_id="selftest", lease_seconds=0.5) as run:
-        for number in range(int(steps)):
-            print(run.step(str(number), os.getpid), flush=True)
-    return 0
-
-
-def _run_pids(store: Store, id: str, steps: int) -> list[Json]:
-    """The processes that did the steps of a run; those that are not recorded are done here."""
-    with store.run(id, workflow_id="selftest") as run:
-        pids = [run.step(str(number), os.getpid) for number in range(steps)]
+def _run_pids(store: Store, id: str, steps: int, tells: bool = False) -> list[Json]:
+    """The processes that did the steps of a run. Steps that are not recorded are done here."""
+    pids = []
+    with store.run(id, workflow_id="selftest", lease_seconds=1) as run:
+        for number in range(steps):
+            pids.append(run.step(str(number), os.getpid))
+            if tells:
+                print(pids[-1], flush=True)
     sequences = [event.sequence for event in store.events.load_events(id)]
     _expect(sequences, list(range(1, steps + 3)))
     return pids
+
+
+def _selftest_run(target: str, id: str) -> int:
+    """Do steps of a run, and tell of each that is recorded: the process that is killed."""
+    with open(target) as store:
+        _run_pids(store, id, 1_000_000, tells=True)
+    return 0
 
 
 def _try_sqlite(trial: _Trial) -> str:
@@ -10080,25 +10083,24 @@ def _try_disk(trial: _Trial) -> str:
 def _try_threads(trial: _Trial) -> str:
     """threads: 8 of them do each run once, and write their logs without gap or loss"""
     runs = trial.store.runs
-    done = []
+    done: list[Json] = []
 
     def selftest(run: Run, input: Json) -> None:
-        run.step("once", done.append, run.id)
+        run.step("0", done.append, run.id)
 
     queue = new_id()
-    ids = [runs.start(selftest, queue=queue) for _ in range(40)]
+    ids: list[Json] = [runs.start(selftest, queue=queue) for _ in range(40)]
     runs.work(selftest, concurrency=8, queues=[queue], until_idle=True)
-    _expect(sorted(done), sorted(ids))
     for id in ids:
-        sequences = [event.sequence for event in trial.store.events.load_events(id)]
-        _expect(sequences, [1, 2, 3])
+        _run_pids(trial.store, str(id), 1)
+    _expect(sorted(map(str, done)), ids)
     return _plural(len(done), "runs")
 
 
 def _try_crash(trial: _Trial) -> str:
     """crash: what a process was told is stored survives its kill, and its run goes on"""
     id = new_id()
-    with _start_child("selftest-run", trial.target, id, "100000") as child:
+    with _start_child("selftest-run", trial.target, id) as child:
         told = [int(child.stdout.readline()) for _ in range(20)]
     stored = trial.store.events.get_latest_sequence(id) - 1
     pids = _run_pids(trial.store, id, stored + 1)
@@ -10257,7 +10259,7 @@ def _demo_tally(store: Store, paths: list[str]) -> int:
 
 
 # --- work: a process that does runs ---
-def _work(args: Any) -> int:
+def _work(args: Any) -> None:
     """Do the runs of functions until Ctrl-C or SIGTERM, one line for each run that ended."""
     import signal
 
@@ -10268,42 +10270,26 @@ def _work(args: Any) -> int:
     kinds = {inspect.iscoroutinefunction(function) for function in functions}
     if len(kinds) > 1:
         raise SystemExit(_complain("functions: plain ones or coroutine functions, not both", 2))
-    work = _async_work if True in kinds else _thread_work
     with _open_existing(args.store):
         pass
-    ending: list[Callable[[], object]] = []
+    # A shell may have told it to ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    with contextlib.suppress(KeyboardInterrupt):
+        if True in kinds:
+            import asyncio
 
-    def end(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one breaks it off
-        for call in ending:
-            call()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    work(args, functions, ending)
-    return 0
+            asyncio.run(_work_in_tasks(args, functions))
+        else:
+            with open(args.store) as store:
+                store.runs._on_end = _tell_end
+                store.runs.work(*functions, concurrency=args.concurrency)
 
 
-def _thread_work(args: Any, functions: Sequence[Any], ending: list[Callable[[], object]]) -> None:
-    stop = threading.Event()
-    ending.append(stop.set)
-    with open(args.store) as store:
+async def _work_in_tasks(args: Any, functions: Sequence[Any]) -> None:
+    async with open_async(args.store) as store:
         store.runs._on_end = _tell_end
-        store.runs.work(*functions, concurrency=args.concurrency, stop=stop)
-
-
-def _async_work(args: Any, functions: Sequence[Any], ending: list[Callable[[], object]]) -> None:
-    import asyncio
-
-    async def work() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        ending.append(lambda: loop.call_soon_threadsafe(stop.set))
-        async with open_async(args.store) as store:
-            store.runs._on_end = _tell_end
-            await store.runs.work(*functions, concurrency=args.concurrency, stop=stop)
-
-    asyncio.run(work())
+        await store.runs.work(*functions, concurrency=args.concurrency)
 
 
 def _tell_end(end: _End) -> None:
@@ -10358,8 +10344,10 @@ def _check(args: Any) -> int:
 def _health(overview: View) -> _Row:
     """How a store is, in facts; `needs` are the sentences on what somebody has to do."""
     facts = overview["facts"]
+    names = ("file_bytes", "wal_bytes", "free_bytes", "longest_recent_log")
+    health = {name: facts.get(name) for name in names}
+    health["dead_letters"] = overview["counts"]["work items"].get("dead_lettered", 0)
     needs = []
-    lease = "none"
     leases = [
         (row["lease_expires_at"], row["queue"])
         for row in overview["tables"]["queues"]["rows"]
@@ -10370,21 +10358,13 @@ def _health(overview: View) -> _Row:
         late = facts["read_at"] - expires_at
         verb = "expires" if late < timedelta(0) else "expired"
         lease = f"{verb} at {_format_value(expires_at)}, in queue {queue}"
+        health["oldest_lease"] = lease
         if late > _LATE:
             needs.append(f"the oldest lease {lease}: start a worker, or the script again")
-    size = facts["wal_bytes"]
-    if size > 4 * _WAL_BOUND:
-        needs.append(f"the log has {_format_value(size, '_bytes')}: end what reads for so long")
-    return {
-        "file_bytes": facts["file_bytes"],
-        "wal_bytes": size,
-        "free_bytes": facts["free_bytes"],
-        "dead_letters": overview["counts"]["work items"].get("dead_lettered", 0),
-        "oldest_lease": lease,
-        "longest_recent_log": facts.get("longest_recent_log", ""),
-        "sqlite": _sqlite_note(),
-        "needs": needs,
-    }
+    if facts["wal_bytes"] > 4 * _WAL_BOUND:
+        size = _format_value(facts["wal_bytes"], "_bytes")
+        needs.append(f"the log has {size}: end what has been reading for so long")
+    return health | {"sqlite": _sqlite_note(), "needs": needs}
 
 
 def _backup(args: Any) -> None:

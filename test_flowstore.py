@@ -19932,9 +19932,9 @@ def test_check_ends_with_lines_of_health(tmp_path: Path) -> None:
   file +[\d.]+ MB
   wal +[\d.]+ MB
   free +[\d.]+ MB
+  longest recent log +1,200 events of e
   dead letters +1
   oldest lease +expires at {first}, in queue q
-  longest recent log +1,200 events of e
   sqlite +SQLite {sqlite3.sqlite_version}.*
 """,
         said,
