@@ -8945,8 +8945,8 @@ _STATUSES = {status for kind in _KINDS for status in kind.statuses}
 _LONG_CODECS = (_text, _ref, _json, _texts, _json_object)  # of columns with texts of any length
 _CUT = f"""CASE WHEN LENGTH(column) <= {_TEXT_BOUND} THEN column
     ELSE SUBSTR(column, 1, {_TEXT_BOUND}) || '... (cut)' END"""
-_OLDEST = _Sql(f"""SELECT available_at {_IN_QUEUE} AND priority = ? {{tenant}}
-    ORDER BY available_at LIMIT 1""")
+_OLDEST = _Sql(f"""SELECT priority, available_at {_IN_QUEUE} AND priority < ? {{tenant}}
+    ORDER BY priority DESC, available_at LIMIT 1""")
 _OLDEST_LEASE = _Sql("""SELECT lease_expires_at FROM flowstore_work_items {by flowstore_leased}
     WHERE {any_status} = 'claimed' AND {queue_type} = ? {tenant}
     ORDER BY lease_expires_at LIMIT 1""")
@@ -8979,13 +8979,13 @@ def _log_facts(log: list[tuple[Any, ...]]) -> _Row:
     """The last position in the log, how fast the last events came, and the longest log of them."""
     if not log:
         return {}
-    _, end, position, _ = log[0]
-    seconds = _format_value((end - log[-1][1]) / 1e6, "_seconds")
-    longest = max(log, key=operator.itemgetter(3))
+    ids, times, positions, sequences = zip(*log, strict=True)
+    seconds = _format_value((times[0] - times[-1]) / 1e6, "_seconds")
+    length, id = max(zip(sequences, ids, strict=True))
     return {
-        "last_position": position,
+        "last_position": positions[0],
         "throughput": f"{_plural(len(log), 'events')} in {seconds}",
-        "longest_recent_log": f"{_plural(longest[3], 'events')} of {longest[0]}",
+        "longest_recent_log": f"{_plural(length, 'events')} of {id}",
     }
 
 
@@ -9103,56 +9103,55 @@ class _ViewReader:
         """The statuses by which items are counted: a tenant's other items have no index."""
         return WorkItemStatus if self.facet._tenant is None else _STATUS_INDEX
 
+    def last_ended(self, status: str) -> Mapping[str, int | str]:
+        """By queue, how many of the items are in it that ended last in this status."""
+        source = f"{_WORK_ITEMS.source(status)} ORDER BY settled_at DESC LIMIT {_SETTLED_BOUND}"
+        rows = self.facet._rows(self.tx, _statement(f"SELECT queue_type FROM {source}"))
+        counts = Counter(queue for (queue,) in rows)
+        if len(rows) < _SETTLED_BOUND:
+            return counts
+        return {queue: f"{count}+" for queue, count in counts.items()}
+
+    def busy_queues(self) -> Iterator[str]:
+        """The queues with pending items, then those with leased ones, by one seek for each.
+
+        The index sorts the items of a status by queue."""
+        for following in _NEXT_QUEUE.values():
+            queue = self.value(following, "")
+            while queue:
+                yield queue
+                queue = self.value(following, queue)
+
+    def oldest_seconds(self, queue: str, now: int) -> float | None:
+        """How long the oldest pending item has been available; a seek for each priority."""
+        priority = _ABOVE_ALL
+        times = []
+        while row := self.facet._row(self.tx, _OLDEST, queue, priority):
+            priority, available_at = row
+            times.append(available_at)
+        return max(0, now - min(times)) / 1e6 if times else None
+
     def queues(self, now: int) -> list[_Row]:
         """The queues with a policy, or with items that wait, are leased or have ended lately."""
-        policies = {
-            policy.queue_type: vars(policy)
-            for policy in self.facet._find(
-                self.tx, _POLICY, "ORDER BY queue_type LIMIT ?", _QUEUE_LIMIT
-            )
-        }
-        queues = [*policies]
-        for following in _NEXT_QUEUE.values():
-            # One seek per queue: the index sorts the items of a status by queue.
-            queue = self.value(following, "")
-            while queue and len(queues) < 2 * _QUEUE_LIMIT:
-                queues.append(queue)
-                queue = self.value(following, queue)
-        ended = {}
-        for status in {*self.item_statuses()} - {*_NEXT_QUEUE}:
-            order = f"ORDER BY settled_at DESC LIMIT {_SETTLED_BOUND}"
-            sql = _statement(f"SELECT queue_type FROM {_WORK_ITEMS.source(status)} {order}")
-            ended[status] = Counter(queue for (queue,) in self.facet._rows(self.tx, sql))
-            queues += ended[status]
+        source = f"flowstore_queues ORDER BY queue_type LIMIT {_QUEUE_LIMIT}"
+        policies = {row["queue_type"]: row for row in self.records(_POLICY, source)}
+        statuses = {*self.item_statuses()} - {*_NEXT_QUEUE}
+        ended = {status: self.last_ended(status) for status in statuses}
+        names = itertools.chain(policies, self.busy_queues(), *ended.values())
+        queues = dict.fromkeys(itertools.islice(names, 3 * _QUEUE_LIMIT))
         rows = []
-        for queue in sorted(itertools.islice(dict.fromkeys(queues), _QUEUE_LIMIT)):
-            oldest = self.oldest(queue)
-            lease = self.value(_OLDEST_LEASE, queue)
-            row = {
-                **policies.get(queue, {}),
-                "queue": queue,
-                "oldest_seconds": None if oldest is None else max(0, now - oldest) / 1e6,
-                "lease_expires_at": lease and _datetime_of(lease),
-            }
+        for queue in sorted(itertools.islice(queues, _QUEUE_LIMIT)):
+            row = {"queue": queue, "oldest_seconds": self.oldest_seconds(queue, now)}
             for column, status in _QUEUE_COUNTS.items():
-                if status in _NEXT_QUEUE:
+                if status in ended:
+                    row[column] = ended[status].get(queue, 0)
+                elif status in _NEXT_QUEUE:
                     source = f"{_WORK_ITEMS.source(status)} AND {{queue_type}} = ?"
                     row[column] = self.count(source, queue)
-                elif status in ended:
-                    is_whole = ended[status].total() < _SETTLED_BOUND
-                    row[column] = ended[status][queue] if is_whole else f"{ended[status][queue]}+"
-            rows.append(row)
+            lease = self.value(_OLDEST_LEASE, queue)
+            row["lease_expires_at"] = lease and _datetime_of(lease)
+            rows.append(policies.get(queue, {}) | row)
         return rows
-
-    def oldest(self, queue: str) -> int | None:
-        """The time from which the oldest pending item of a queue is available. A seek for each
-        level."""
-        times = []
-        level = self.value(_NEXT_LEVEL, queue, _ABOVE_ALL)
-        while level is not None:
-            times.append(self.value(_OLDEST, queue, level))
-            level = self.value(_NEXT_LEVEL, queue, level)
-        return min(times, default=None)
 
     def detail(self, kind: _Kind, id: str) -> View | None:
         """All about one execution, flow or workflow."""
@@ -9169,18 +9168,17 @@ class _ViewReader:
         for name, (mapper, source) in kind.tables.items():
             rows = self.records(mapper, f"{source} LIMIT {_DETAIL_ROWS}", id)
             rows.reverse()
-            for row in rows:
-                if mapper is _DEAD and row["status"] == "pending" and row["available_at"] > now:
-                    row["comes_back"] = row["available_at"]
             tables[name] = {"total": self.count(source, id), "rows": rows}
             if mapper is _STORED:
                 steps += _steps_from_log(rows, now)
-            steps += [_step_from_row(row, now) for row in rows if "status" in row]
-            if name == "waits":
-                for row in rows:
+            for row in rows:
+                if name == "waits":
+                    row["step_name"] = f"wait {row['execution_pointer_id']}"
+                    row["status"] = "waiting"
+                    row["start_time"] = row["subscribe_as_of"]
                     row["until"] = row["subscription_data"]
-                    changes = [_Change("waiting", row["subscribe_as_of"])]
-                    steps.append(_step(f"wait {row['execution_pointer_id']}", changes, now))
+                if "status" in row:
+                    steps.append(_step_from_row(row, now))
         return View(
             kind=kind.mapper.kind,
             id=id,
@@ -9231,11 +9229,7 @@ _STEP_KEYS = re.findall(
 )
 
 
-class _Change(NamedTuple):
-    """A step has another status from a time on."""
-
-    status: str
-    at: datetime
+_Changes: TypeAlias = "list[tuple[str, datetime]]"  # each status, and the time of its begin
 
 
 def _status_class(status: object) -> str:
@@ -9245,47 +9239,48 @@ def _status_class(status: object) -> str:
 
 
 def _step_from_row(row: _Row, now: datetime) -> _Row:
-    """The step that a row stands for: a flow's step, a workflow's pointer, a work item."""
-    names = ("task", "step_name", "node_id", "run_id", "queue_type", "step_id")
+    """The step that a row stands for: a flow's step, a workflow's pointer, a work item, a wait."""
+    name = _first_value(row, "task", "step_name", "node_id", "run_id", "queue_type", "step_id")
     start = _first_value(row, "start_time", "claimed_at", "available_at", "created_at") or now
-    end = _first_value(row, "end_time", "settled_at", "updated_at") or start
     status = row["status"]
-    what = _status_class(status)
-    changes = [_Change(status, start)]
-    if what not in _ONGOING:
-        changes = [_Change("running", start), _Change(status, end)]
+    changes: _Changes = []
     if row.get("claimed_at"):
-        changes.insert(0, _Change("waiting", min(start, row["available_at"])))
-    step = _step(str(_first_value(row, *names)), changes, now)
+        changes.append(("waiting", min(start, row["available_at"])))
+    if _status_class(status) in _ONGOING:
+        changes.append((status, start))
+    else:
+        end = _first_value(row, "end_time", "settled_at", "updated_at") or start
+        changes += [("running", start), (status, end)]
     retries = _first_value(row, "attempt", "retry_count") or 0
-    return step | {"attempts": retries + 1}
+    return _step(str(name), changes, now) | {"attempts": retries + 1}
 
 
 def _steps_from_log(events: list[_Row], now: datetime) -> list[_Row]:
     """The steps that a log tells of, by events such as step_started and tool_call_failed."""
-    changes: dict[str, list[_Change]] = {}
+    changes: dict[str, _Changes] = {}
     for row in events:
         event = row["event"]
         match = isinstance(event, dict) and _STEP_EVENT.fullmatch(event["type"])
-        if match:
-            key = _first_value(event, *_STEP_KEYS)
-            name = f"{match[1]} {key}".strip().removeprefix("step ")
-            at = row["timestamp"]
-            status = match[2]
-            begun = changes.setdefault(name, [])
-            if match[1] == "sleep" and isinstance(event.get("until"), str):
-                begun.append(_Change("waiting", at))
-                at = datetime.fromisoformat(event["until"])
-                status = "completed"
-                if at > now:
-                    continue
-            elif isinstance(event.get("seconds"), (int, float)):
-                begun.append(_Change("started", at - timedelta(seconds=event["seconds"])))
-            begun.append(_Change(status, at))
+        if not match:
+            continue
+        kind, status = match.group(1, 2)
+        name = f"{kind} {_first_value(event, *_STEP_KEYS)}".strip().removeprefix("step ")
+        at = row["timestamp"]
+        begun = changes.setdefault(name, [])
+        # An event of another program may lack these fields, or mean something else by them.
+        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
+            if kind == "sleep":
+                until = datetime.fromisoformat(event["until"])
+                begun.append(("waiting", at))
+                if until <= now:
+                    begun.append(("completed", until))
+                continue
+            begun.append(("started", at - timedelta(seconds=event["seconds"])))
+        begun.append((status, at))
     return [_step(name, changes[name], now) for name in changes]
 
 
-def _step(name: str, changes: list[_Change], now: datetime) -> _Row:
+def _step(name: str, changes: _Changes, now: datetime) -> _Row:
     """A step, with a part between each two of its changes."""
     statuses = [status for status, _ in changes]
     classes = [(_status_class(status), at) for status, at in changes]
@@ -9293,7 +9288,7 @@ def _step(name: str, changes: list[_Change], now: datetime) -> _Row:
     if first not in _ONGOING:
         # The start is not in the log, or lies before the events that are shown.
         classes.insert(0, ("running", start))
-    if _status_class(statuses[-1]) in _ONGOING:
+    if classes[-1][0] in _ONGOING:
         classes.append(("waiting", now))
     parts = []
     for (what, start), (following, end) in itertools.pairwise(classes):
@@ -9313,8 +9308,8 @@ _COLUMNS = re.findall(
     """
     queue waiting oldest_seconds leased dead paused max_running rate per_seconds
     sequence timestamp at error_time execution_id id kind step time step_id step_name run_id node_id
-    queue_type task name goal current_step status comes_back last_error message attempt retry_count
-    workflow_id events worker_id event_name event_key event until
+    queue_type task name goal current_step status last_error message attempt retry_count
+    workflow_id events worker_id event_name event_key event until available_at
     payload result outcome priority unique_key lease_expires_at dead_lettered_at sleep_until
     tenant_id updated_at complete_time
     """,
@@ -9416,11 +9411,11 @@ def _visible_tables(view: View, limit: int) -> Iterator[tuple[str, list[str], li
 
 def _chart(view: View) -> _Row:
     """The table of the steps on one axis of time, the events first, as marks; {} without any."""
-    steps = view.get("steps", [])
     marks = []
     for row in view["tables"].get("events", {"rows": []})["rows"]:
         at = _first_value(row, "timestamp", "at")
         marks.append({"what": "event", "from": at, "to": at})
+    steps = view.get("steps", [])
     if marks:
         steps = [{"name": "events", "status": "", "parts": marks, "attempts": 0}, *steps]
     if not steps:
@@ -9431,13 +9426,12 @@ def _chart(view: View) -> _Row:
     length = max(end - start, _MICROSECOND)
     rows = []
     for step in steps:
-        bars = _Bars()
-        for part in step["parts"]:
-            left = (part["from"] - start) / length
-            bars.append(_Bar(part["what"], left, (part["to"] - start) / length))
+        bars = _Bars(
+            _Bar(part["what"], (part["from"] - start) / length, (part["to"] - start) / length)
+            for part in step["parts"]
+        )
         attempts = f", {step['attempts']} attempts" if step["attempts"] > 1 else ""
-        status = f"{step['status']}{attempts}"
-        rows.append({"step": step["name"], "time": bars, "status": status})
+        rows.append({"step": step["name"], "time": bars, "status": step["status"] + attempts})
     title = f"steps from {_format_value(start)} to {_format_value(end)}"
     return {title: {"rows": rows, "total": len(rows)}}
 
@@ -9592,8 +9586,7 @@ def _bars_html(bars: _Bars) -> _Html:
     for what, start, end in bars:
         width = max(end - start, 0.004)
         rects.append(_markup(rect, what, f"{start * 0.99:.2%}", f"{width * 0.99:.2%}"))
-    names = ", ".join(bar.what for bar in bars[:20])
-    return _markup('<svg role="img" aria-label="{}">{}</svg>', names, rects)
+    return _markup('<svg role="img" aria-label="on the axis of time">{}</svg>', rects)
 
 
 def _html_page(target: str, sections: list[_Html], form: object = "") -> bytes:
@@ -9673,6 +9666,7 @@ rect.waiting{y:7px;height:6px}}"""
 
 
 # --- drawn as metrics ---
+_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 # The help of each metric, by its name. All are gauges.
 _METRICS = {
     "work_items": (
@@ -9692,37 +9686,31 @@ _METRICS = {
 }
 
 
-def _render_metrics(view: View) -> str:
-    """The overview of a store in Prometheus' text format."""
-    samples: dict[str, list[tuple[Any, dict[str, str]]]] = {}
+def _samples(view: View) -> Iterator[tuple[str, _Row, Any]]:
+    """The name, the labels and the value of each sample in the overview of a store."""
     for kind in (_EXECUTIONS, _FLOWS, _WORKFLOWS):
-        counts = view["counts"][kind.name]
-        samples[kind.name] = [
-            (counts.get(status, 0), {"status": status}) for status in kind.statuses
-        ]
-    samples["work_items"] = []
-    samples["oldest_pending_seconds"] = []
+        for status in kind.statuses:
+            yield kind.name, {"status": status}, view["counts"][kind.name].get(status, 0)
     for row in view["tables"]["queues"]["rows"]:
         queue = row["queue"]
-        samples["oldest_pending_seconds"].append((row["oldest_seconds"] or 0, {"queue": queue}))
-        samples["work_items"] += [
-            (row[column], {"queue": queue, "status": status})
-            for column, status in _QUEUE_COUNTS.items()
-        ]
-    samples["info"] = [(1, {"version": __version__, "sqlite": sqlite3.sqlite_version})]
-    lines = []
+        yield "oldest_pending_seconds", {"queue": queue}, row["oldest_seconds"] or 0
+        for column, status in _QUEUE_COUNTS.items():
+            yield "work_items", {"queue": queue, "status": status}, row[column]
+    for name in ("last_position", "file_bytes", "wal_bytes", "free_bytes"):
+        yield name, {}, view["facts"].get(name, 0)
+    yield "info", {"version": __version__, "sqlite": sqlite3.sqlite_version}, 1
+
+
+def _render_metrics(view: View) -> str:
+    """The overview of a store in Prometheus' text format."""
+    lines = {}
     for name, help in _METRICS.items():
-        lines += [f"# HELP flowstore_{name} {help}", f"# TYPE flowstore_{name} gauge"]
-        for value, labels in samples.get(name, [(view["facts"].get(name, 0), {})]):
-            pairs = [
-                f'{label}="{text.translate(_LABEL_ESCAPES)}"' for label, text in labels.items()
-            ]
-            braces = f"{{{','.join(pairs)}}}" if pairs else ""
-            lines.append(f"flowstore_{name}{braces} {str(value).removesuffix('+')}")
-    return "\n".join([*lines, ""])
-
-
-_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+        lines[name] = [f"# HELP flowstore_{name} {help}", f"# TYPE flowstore_{name} gauge"]
+    for name, labels, value in _samples(view):
+        pairs = [f'{label}="{text.translate(_LABEL_ESCAPES)}"' for label, text in labels.items()]
+        in_braces = f"{{{','.join(pairs)}}}" if pairs else ""
+        lines[name].append(f"flowstore_{name}{in_braces} {str(value).removesuffix('+')}")
+    return "\n".join([*itertools.chain(*lines.values()), ""])
 
 
 # --- in notebooks ---
@@ -10160,8 +10148,10 @@ def _demo(args: Any) -> int:
             )
             for path in paths:  # of one that is known, no second run begins
                 store.runs.start("demo_file", path, id=path, queue=folder, max_attempts=5)
-        files = _plural(len(paths), "files")
-        print(f"{files} of {folder}, {len(known)} known from before", flush=True)
+        print(
+            f"{_plural(len(paths), 'files')} of {folder}, {len(known)} known from before",
+            flush=True,
+        )
         _demo_run(store, args.store, folder, paths)
         done = _demo_tally(store, paths)
     print(
@@ -10252,9 +10242,10 @@ def _demo_tally(store: Store, paths: list[str]) -> int:
         elif steps == ["measure", "hash", "record"] and rows[item.id] == 1:
             done += 1
         print(line)
-    counted = f"{_plural(len(paths), 'files')}: {done} done exactly once"
-    left = len(paths) - done - dead
-    print(f"{counted}, {_plural(dead, 'dead letters')}, {left} lost; {taken} taken over")
+    print(
+        f"{_plural(len(paths), 'files')}: {done} done exactly once, "
+        f"{_plural(dead, 'dead letters')}, {len(paths) - done - dead} lost; {taken} taken over"
+    )
     return done
 
 
@@ -10299,16 +10290,15 @@ def _tell_end(end: _End) -> None:
 
 def _import_function(text: str) -> Any:
     """The function MODULE:FUNCTION. The current folder is searched, too."""
-    import importlib
+    import pkgutil
 
-    module, _, name = text.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     # The module may import this file by its name: then it gets this copy, with the same errors.
     own = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
     sys.modules.setdefault(own, sys.modules[__name__])
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = pkgutil.resolve_name(text)
     except Exception as error:
         raise SystemExit(_complain(f"{text}: {_error_text(error)}", 2)) from None
     if not callable(function):

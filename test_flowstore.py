@@ -18979,6 +18979,26 @@ def test_steps_show_their_waits_failures_and_lost_attempts(shop: Path) -> None:
     assert re.search(r"charge +\.*x+\.+~+#+ +completed, 3 attempts\n", str(timeline))
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"type": "sleep_started", "step": "s", "until": "tomorrow"},
+        {"type": "sleep_started", "step": "s", "until": "2026-01-01T00:00:00"},
+        {"type": "sleep_started", "step": "s", "until": 5},
+        {"type": "step_completed", "step": "s", "seconds": 1e300},
+        {"type": "step_completed", "step": "s", "seconds": "5"},
+        {"type": "step_failed", "step": ["s"], "seconds": -5},
+    ],
+)
+def test_a_view_draws_events_of_other_programs_whatever_their_fields_mean(
+    store: Store, event: dict[str, Any]
+) -> None:
+    store.events.append("e", "default", event)
+    view = store.state.timeline("e")
+    assert len(view["steps"]) == 1 and "s" in view["steps"][0]["name"]
+    assert "s" in str(view) and cast("Any", view)._repr_html_()
+
+
 def test_nothing_from_the_store_becomes_markup(shop: Path) -> None:
     with flowstore.open(shop, read_only=True) as store:
         reprs: list[Any] = [
