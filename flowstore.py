@@ -10385,13 +10385,14 @@ def _prune(args: Any) -> None:
     age = re.fullmatch(r"([0-9]{1,6})([smhdw])", args.older_than)
     if age is None:
         raise SystemExit(_complain("--older-than: six digits at most and a unit, as in 30d", 2))
-    unit_seconds = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}[age[2]]
-    older_than = timedelta(seconds=int(age[1]) * unit_seconds)
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+    older_than = timedelta(**{units[age[2]]: int(age[1])})
     with _open_existing(args.store) as store:
-        counts = store.prune(older_than, dry_run=True)
+        prune = functools.partial(store._prune, older_than, artifacts=args.artifacts)
+        counts = prune(dry_run=True)
         if not args.dry_run:
             with _progress_bar(sum(counts.values()), "pruned") as progress:
-                counts = store._prune(older_than, progress=progress)
+                counts = prune(progress=progress)
     if args.json:
         print(json.dumps({"store": store.target, "dry_run": args.dry_run, "pruned": counts}))
     else:
@@ -10512,6 +10513,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "target": {"help": "a new one; `copy` also takes one where it was broken off"},
     "-o": {"dest": "output", "help": "default: standard output"},
     "--concurrency": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time"},
+    "--artifacts": {"action": "store_true", "help": "drop artifacts, too, by their last put"},
     "--after": {"type": int, "help": "default: the last that there is"},
     "--dry-run": {"action": "store_true", "help": "only count"},
     "--execution": {},
@@ -10535,7 +10537,7 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int | None], str]] = {
     "serve": (_serve, "store --port"),
     "check": (_check, "store --json"),
     "backup": (_backup, "store target"),
-    "prune": (_prune, "store --json --older-than --dry-run"),
+    "prune": (_prune, "store --json --older-than --dry-run --artifacts"),
     "copy": (_copy_store, "store target"),
     "compact": (_compact, "store"),
 }

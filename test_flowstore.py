@@ -20041,6 +20041,21 @@ def test_prune_from_the_command_line(tmp_path: Path) -> None:
         assert store.events.list_executions() == ["open"] and store.check() == []
 
 
+def test_prune_drops_artifacts_when_it_is_told_to(tmp_path: Path) -> None:
+    then = datetime(2000, 1, 1, tzinfo=UTC)
+    with flowstore.open(tmp_path / "app.db", clock=lambda: then) as store:
+        kept = store.state.put_artifact(b"data").hash
+    prune = ["prune", "app.db", "--older-than", "8w"]
+    assert run(*prune, cwd=tmp_path).stdout == "app.db: dropped nothing\n"
+    dry = run(*prune, "--artifacts", "--dry-run", cwd=tmp_path).stdout
+    assert dry == "app.db: would drop 1 artifact\n"
+    with flowstore.open(tmp_path / "app.db") as store:
+        assert store.state.get_artifact(kept) == b"data"
+    assert run(*prune, "--artifacts", cwd=tmp_path).stdout == "app.db: dropped 1 artifact\n"
+    with flowstore.open(tmp_path / "app.db") as store:
+        assert store.state.get_artifact(kept) is None
+
+
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this platform has no terminals to open")
 def test_prune_shows_a_bar_on_a_terminal_and_clears_it(tmp_path: Path) -> None:
     with flowstore.open(
