@@ -10295,7 +10295,9 @@ def _import_function(text: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     # The module may import this file by its name: then it gets this copy, with the same errors.
-    own = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
+    own = os.path.splitext(os.path.basename(__file__))[0]
+    if __spec__ is not None:
+        own = __spec__.name
     sys.modules.setdefault(own, sys.modules[__name__])
     try:
         function = pkgutil.resolve_name(text)
@@ -10507,20 +10509,61 @@ def _copy_store(args: Any) -> int:
 # The options that argparse takes for each argument, whichever command has it.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "store": {"help": "a database file or URL"},
-    "id": {"nargs": "?", "help": "of an execution, flow or workflow"},
-    "functions": {"nargs": "+", "metavar": "MODULE:FUNCTION", "help": "what runs are to call"},
-    "folder": {"nargs": "?", "default": ".", "help": "200 of its files at most; default: ."},
+    "id": {
+        "nargs": "?",
+        "help": "of an execution, flow or workflow",
+    },
+    "functions": {
+        "nargs": "+",
+        "metavar": "MODULE:FUNCTION",
+        "help": "what runs are to call",
+    },
+    "folder": {
+        "nargs": "?",
+        "default": ".",
+        "help": "200 of its files at most; default: .",
+    },
     "target": {"help": "a new one; `copy` also takes one where it was broken off"},
-    "-o": {"dest": "output", "help": "default: standard output"},
-    "--concurrency": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time"},
-    "--artifacts": {"action": "store_true", "help": "drop artifacts, too, by their last put"},
-    "--after": {"type": int, "help": "default: the last that there is"},
-    "--dry-run": {"action": "store_true", "help": "only count"},
+    "-o": {
+        "dest": "output",
+        "help": "default: standard output",
+    },
+    "--concurrency": {
+        "type": int,
+        "default": 1,
+        "metavar": "N",
+        "help": "runs at a time",
+    },
+    "--artifacts": {
+        "action": "store_true",
+        "help": "drop artifacts, too, by their last put",
+    },
+    "--after": {
+        "type": int,
+        "help": "default: the last that there is",
+    },
+    "--dry-run": {
+        "action": "store_true",
+        "help": "only count",
+    },
     "--execution": {},
-    "--json": {"action": "store_true", "help": "print JSON, for programs"},
-    "--older-than": {"required": True, "help": "as 90s, 45m, 12h, 30d or 8w"},
-    "--port": {"type": int, "default": 8137, "help": "default: 8137; 0: any that is free"},
-    "--store": {"default": "flowstore-demo.db", "help": "default: %(default)s"},
+    "--json": {
+        "action": "store_true",
+        "help": "print JSON, for programs",
+    },
+    "--older-than": {
+        "required": True,
+        "help": "as 90s, 45m, 12h, 30d or 8w",
+    },
+    "--port": {
+        "type": int,
+        "default": 8137,
+        "help": "default: 8137; 0: any that is free",
+    },
+    "--store": {
+        "default": "flowstore-demo.db",
+        "help": "default: %(default)s",
+    },
     "--target": {"help": "try this store (default: a temporary file)"},
     "--tenant": {},
 }
