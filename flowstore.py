@@ -9686,19 +9686,20 @@ _METRICS = {
 }
 
 
-def _samples(view: View) -> Iterator[tuple[str, _Row, Any]]:
+def _samples(view: View) -> Iterator[tuple[str, str, Any]]:
     """The name, the labels and the value of each sample in the overview of a store."""
     for kind in (_EXECUTIONS, _FLOWS, _WORKFLOWS):
         counts = view["counts"][kind.name]
-        yield from ((kind.name, {"status": word}, counts.get(word, 0)) for word in kind.statuses)
+        for status in map(str, kind.statuses):
+            yield kind.name, f'{{status="{status}"}}', counts.get(status, 0)
     for row in view["tables"]["queues"]["rows"]:
-        queue = row["queue"]
-        yield "oldest_pending_seconds", {"queue": queue}, row["oldest_seconds"] or 0
+        queue = f'queue="{row["queue"].translate(_LABEL_ESCAPES)}"'
+        yield "oldest_pending_seconds", f"{{{queue}}}", row["oldest_seconds"] or 0
         for column, status in _QUEUE_COUNTS.items():
-            yield "work_items", {"queue": queue, "status": status}, row[column]
+            yield "work_items", f'{{{queue},status="{status}"}}', row[column]
     for name in ("last_position", "file_bytes", "wal_bytes", "free_bytes"):
-        yield name, {}, view["facts"].get(name, 0)
-    yield "info", {"version": __version__, "sqlite": sqlite3.sqlite_version}, 1
+        yield name, "", view["facts"].get(name, 0)
+    yield "info", f'{{version="{__version__}",sqlite="{sqlite3.sqlite_version}"}}', 1
 
 
 def _render_metrics(view: View) -> str:
@@ -9707,9 +9708,7 @@ def _render_metrics(view: View) -> str:
     for name, help in _METRICS.items():
         lines[name] = [f"# HELP flowstore_{name} {help}", f"# TYPE flowstore_{name} gauge"]
     for name, labels, value in _samples(view):
-        pairs = [f'{label}="{text.translate(_LABEL_ESCAPES)}"' for label, text in labels.items()]
-        in_braces = f"{{{','.join(pairs)}}}" if pairs else ""
-        lines[name].append(f"flowstore_{name}{in_braces} {str(value).removesuffix('+')}")
+        lines[name].append(f"flowstore_{name}{labels} {str(value).removesuffix('+')}")
     return "\n".join([*itertools.chain(*lines.values()), ""])
 
 
@@ -10322,6 +10321,8 @@ def _check(args: Any) -> int:
         except StorageError as error:
             problems = problems or [str(error)]
     problems += health.pop("needs", [])
+    if _parse_target(args.store)[1]:
+        health["sqlite"] = _sqlite_note()
     if args.json:
         report = {"store": store.target, "problems": problems, "health": health}
         print(json.dumps(report))
@@ -10356,7 +10357,7 @@ def _health(overview: View) -> _Row:
     if facts["wal_bytes"] > 4 * _WAL_BOUND:
         size = _format_value(facts["wal_bytes"], "_bytes")
         needs.append(f"the log has {size}: end what has been reading for so long")
-    return health | {"sqlite": _sqlite_note(), "needs": needs}
+    return health | {"needs": needs}
 
 
 def _backup(args: Any) -> None:

@@ -21017,7 +21017,7 @@ def test_no_password_is_told(
     with flowstore.open(target + "&application_name=a%20b") as store, store.transaction() as tx:
         assert "cret" not in store.target + repr(store)
         assert tx.execute("SHOW application_name") == [("a b",)]
-    for command in ("check", "compact"):
+    for command in ("check", "compact", "metrics"):
         assert flowstore.main([command, target]) == 0
     assert flowstore.main(["prune", target, "--older-than", "1d", "--json"]) == 0
     assert "cret" not in "".join(capsys.readouterr())
