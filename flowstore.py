@@ -9052,9 +9052,9 @@ class _ViewReader:
         for kind in kinds:
             counts[kind.name], rows = self.by_status(kind, status)
             if kind is _EXECUTIONS:
-                log = facet._rows(self.tx, _LAST_EVENTS)
+                log = [] if status else facet._rows(self.tx, _LAST_EVENTS)
                 facts |= _log_facts(log)
-                rows = self.last_appended([] if status else log, rows)
+                rows = self.last_appended(log, rows)
             total = len(rows) if len(rows) < _OVERVIEW_ROWS else f"{_OVERVIEW_ROWS}+"
             tables[f"{kind.mapper.kind}s"] = {"rows": rows, "total": total}
         if _WORKFLOWS in kinds:
