@@ -20203,12 +20203,17 @@ def test_a_file_of_version_1_opens_with_all_that_is_in_it_and_todays_tables(tmp_
         assert store.check() == []
     flowstore.open(tmp_path / "new.db").close()
     upgraded, new = sqlite3.connect(tmp_path / "old.db"), sqlite3.connect(tmp_path / "new.db")
-    items = "CREATE TABLE flowstore_work_items"  # columns were added to it
-    assert [sql for sql in schema_cli(upgraded) if not sql.startswith(items)] == [
-        sql for sql in schema_cli(new) if not sql.startswith(items)
+    # Columns were added to these two.
+    grown = ("CREATE TABLE flowstore_work_items", "CREATE TABLE flowstore_artifacts")
+    assert [sql for sql in schema_cli(upgraded) if not sql.startswith(grown)] == [
+        sql for sql in schema_cli(new) if not sql.startswith(grown)
     ]
-    columns = "SELECT name FROM pragma_table_info('flowstore_work_items')"
-    assert {*upgraded.execute(columns)} == {*new.execute(columns), ("dead_lettered_at",)}
+    for table, dropped in (
+        ("flowstore_work_items", {("dead_lettered_at",)}),
+        ("flowstore_artifacts", set()),
+    ):
+        columns = f"SELECT name FROM pragma_table_info('{table}')"
+        assert {*upgraded.execute(columns)} == {*new.execute(columns)} | dropped
     upgraded.close()
     new.close()
 
