@@ -68,7 +68,7 @@ The chapters, each resting only on those above it:
     Runs          durable functions, over the facets above and nothing else
     Store         what open() returns
     Event loop    what open_async() returns: whoever never awaits can skip it
-    Views         what is stored, as text, as HTML and as JSON
+    Views         what is stored, as text, HTML, JSON and metrics
     Command line  what `python flowstore.py --help` lists
     PostgreSQL    a server in place of the file
 """
@@ -8810,7 +8810,7 @@ def open_async(
 
 
 # ==================================================================================================
-# Views: what is stored, to look at: one model of plain values, drawn as text, as HTML and as JSON
+# Views: what is stored, to look at: one model, drawn as text, HTML, JSON and metrics
 # ==================================================================================================
 
 # A view is read in a short time, however much the store holds: counts stop at a bound, lists have a
@@ -9134,7 +9134,7 @@ class _ViewReader:
     def queues(self, now: int) -> list[_Row]:
         """The queues with a policy, or with items that wait, are leased or have ended lately."""
         source = f"flowstore_queues ORDER BY queue_type LIMIT {_QUEUE_LIMIT}"
-        policies = {row["queue_type"]: row for row in self.records(_POLICY, source)}
+        policies = {row.pop("queue_type"): row for row in self.records(_POLICY, source)}
         statuses = {*self.item_statuses()} - {*_NEXT_QUEUE}
         ended = {status: self.last_ended(status) for status in statuses}
         names = itertools.chain(policies, self.busy_queues(), *ended.values())
@@ -9177,6 +9177,8 @@ class _ViewReader:
                     row["status"] = "waiting"
                     row["start_time"] = row["subscribe_as_of"]
                     row["until"] = row["subscription_data"]
+                elif mapper is _DEAD and row["status"] == "pending":
+                    row["due_at"] = row["available_at"]
                 if "status" in row:
                     steps.append(_step_from_row(row, now))
         return View(
@@ -9308,8 +9310,8 @@ _COLUMNS = re.findall(
     """
     queue waiting oldest_seconds leased dead paused max_running rate per_seconds
     sequence timestamp at error_time execution_id id kind step time step_id step_name run_id node_id
-    queue_type task name goal current_step status last_error message attempt retry_count
-    workflow_id events worker_id event_name event_key event until available_at
+    queue_type task name goal current_step status due_at last_error message attempt retry_count
+    workflow_id events worker_id event_name event_key event until
     payload result outcome priority unique_key lease_expires_at dead_lettered_at sleep_until
     tenant_id updated_at complete_time
     """,
