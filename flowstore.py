@@ -10251,14 +10251,12 @@ def _demo_tally(store: Store, paths: list[str]) -> int:
 
 
 # --- work: a process that does runs ---
-def _work(args: Any) -> None:
+def _work(args: Any) -> int:
     """Do the runs of functions until Ctrl-C or SIGTERM, one line for each run that ended."""
     import signal
 
     _shared_path(args.store)
     functions = list(map(_import_function, args.functions))
-    if args.concurrency < 1:
-        raise SystemExit(_complain("--concurrency: a number of 1 or more is needed", 2))
     kinds = {inspect.iscoroutinefunction(function) for function in functions}
     if len(kinds) > 1:
         raise SystemExit(_complain("functions: plain ones or coroutine functions, not both", 2))
@@ -10267,7 +10265,7 @@ def _work(args: Any) -> None:
     # A shell may have told it to ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    with contextlib.suppress(KeyboardInterrupt):
+    try:
         if True in kinds:
             import asyncio
 
@@ -10276,6 +10274,11 @@ def _work(args: Any) -> None:
             with open(args.store) as store:
                 store.runs._on_end = _tell_end
                 store.runs.work(*functions, concurrency=args.concurrency)
+    except KeyboardInterrupt:
+        return 0
+    except InvalidData as error:  # no functions, or no number of threads
+        return _complain(error, 2)
+    return 0
 
 
 async def _work_in_tasks(args: Any, functions: Sequence[Any]) -> None:
@@ -10301,12 +10304,9 @@ def _import_function(text: str) -> Any:
         own = __spec__.name
     sys.modules.setdefault(own, sys.modules[__name__])
     try:
-        function = pkgutil.resolve_name(text)
+        return pkgutil.resolve_name(text)
     except Exception as error:
         raise SystemExit(_complain(f"{text}: {_error_text(error)}", 2)) from None
-    if not callable(function):
-        raise SystemExit(_complain(f"{text}: this is no function", 2))
-    return function
 
 
 # --- check, backup, compact, prune ---
