@@ -9752,8 +9752,7 @@ def _show(args: Any) -> None:
 def _print_metrics(args: Any) -> None:
     """Print counts, ages and sizes in Prometheus' text format."""
     with open(args.store, read_only=True) as store:
-        text = _render_metrics(_read_views(store)[0])
-    sys.stdout.buffer.write(text.encode())
+        print(_render_metrics(_read_views(store)[0]), end="")
 
 
 def _tail(args: Any) -> None:

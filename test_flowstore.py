@@ -761,7 +761,7 @@ def bench_scrape(bench: Bench) -> Measured:
     command = ["metrics", large_store(bench).target]
 
     def scrape_once() -> float:
-        with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())):
+        with contextlib.redirect_stdout(io.StringIO()):
             return elapsed(lambda: flowstore.main(command))
 
     return under(200, "ms", [scrape_once() * 1000 for _ in range(bench.rounds)])
@@ -19570,7 +19570,7 @@ def test_tail_prints_events_as_they_come_until_interrupted(shop: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_met_quietly(shop: Path) -> None:
-    for arguments in (["show", shop], ["report", shop]):
+    for arguments in (["show", shop], ["report", shop], ["metrics", shop]):
         reading, writing = os.pipe()
         os.close(reading)
         done = subprocess.run(
@@ -20135,7 +20135,14 @@ def test_a_wrong_use_of_the_bench_is_refused(
 
 @pytest.mark.parametrize("closed", ["1", "2"])
 @pytest.mark.parametrize(
-    "command", ["show app.db", "report app.db", "check app.db", "prune app.db --older-than 30d"]
+    "command",
+    [
+        "show app.db",
+        "report app.db",
+        "metrics app.db",
+        "check app.db",
+        "prune app.db --older-than 30d",
+    ],
 )
 def test_a_command_does_without_its_closed_output(
     tmp_path: Path, command: str, closed: str
