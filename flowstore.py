@@ -9737,7 +9737,7 @@ for _class in (_Record, _Facet, View):
     _class._repr_html_ = _repr_html_  # type: ignore[union-attr]
 
 
-# --- the commands: show, tail, report, serve ---
+# --- the commands: show, metrics, tail, report, serve ---
 def _show(args: Any) -> None:
     """Print what is in a store, or all about one id."""
     with open(args.store, read_only=True) as store:
