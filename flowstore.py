@@ -8067,7 +8067,7 @@ def _sqlite_note() -> str:
     """The version of SQLite, and what flowstore does about the WAL-reset bug of older ones."""
     version = sqlite3.sqlite_version_info
     is_fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51)
-    if is_fixed or (3, 44, 6) <= version < (3, 45) or version < (3, 7):
+    if is_fixed or (3, 44, 6) <= version < (3, 45):
         return f"SQLite {sqlite3.sqlite_version}"
     return (
         f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug: flowstore checkpoints only while "
@@ -9672,9 +9672,9 @@ _LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 # The help of each metric, by its name. All are gauges.
 _METRICS = {
     "work_items": (
-        f"Work items. At most {_QUEUE_LIMIT} queues are told; in each, at most {_COUNT_BOUND} "
-        f"pending and claimed items are counted, and those of the last {_SETTLED_BOUND} of all "
-        "queues that are completed, failed, dead_lettered."
+        f"Work items of at most {_QUEUE_LIMIT} queues. Pending and claimed ones are counted up to "
+        f"{_COUNT_BOUND} in each queue; completed, failed and dead_lettered ones are counted "
+        f"among the last {_SETTLED_BOUND} of that status in all queues."
     ),
     "oldest_pending_seconds": "How long the oldest item could have been claimed, 0 without one.",
     "executions": f"Executions with a record, at most {_COUNT_BOUND} of a status.",
@@ -10319,8 +10319,8 @@ def _check(args: Any) -> int:
         problems = store.check()
         try:
             health = _health(_read_views(store)[0])
-        except StorageError as error:
-            problems = problems or [str(error)]
+        except Exception as error:  # whatever comes of reading what is damaged
+            problems = problems or [_error_text(error)]
     problems += health.pop("needs", [])
     if _parse_target(args.store)[1]:
         health["sqlite"] = _sqlite_note()

@@ -19978,6 +19978,19 @@ def test_check_names_a_lease_that_no_worker_takes_back(tmp_path: Path) -> None:
     assert re.match(r"the oldest lease expired at .*, in queue q: .*\napp.db: 1 problem\n", said)
 
 
+def test_check_names_what_makes_no_sense_in_the_queue(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "app.db") as store:
+        run_with(store.state, "e")
+        store.state.enqueue_work_item(WorkItem(execution_id="e", queue_type="q"))
+        store.state.claim_work_item("w", ["q"])
+    for value in ("'soon'", "9e300", "-9223372036854775808"):
+        with contextlib.closing(sqlite3.connect(tmp_path / "app.db")) as plain:
+            plain.execute(f"UPDATE flowstore_work_items SET lease_expires_at = {value}")
+            plain.commit()
+        done = run("check", "app.db", cwd=tmp_path, status=1)
+        assert "app.db: 1 problem\n" in done.stdout and done.stderr == ""
+
+
 def test_check_names_a_log_that_nobody_could_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
