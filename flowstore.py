@@ -9329,24 +9329,18 @@ _LETTERS = {
 }
 
 
-class _Bar(NamedTuple):
-    """A part of a step, of the class `what`, on an axis from 0 to 1."""
-
-    what: str
-    start: float
-    end: float
+# The parts of a step: the class, the start and the end of each, on an axis from 0 to 1.
+_Bars: TypeAlias = "list[tuple[str, float, float]]"
 
 
-class _Bars(list[_Bar]):
-    """All parts of a step; as `str()` a line of letters."""
-
-    def __str__(self) -> str:
-        cells = [" "] * _AXIS_WIDTH
-        for what, start, end in self:
-            first = round(start * (_AXIS_WIDTH - 1))
-            last = round(end * (_AXIS_WIDTH - 1))
-            cells[first : last + 1] = _LETTERS[what] * (last + 1 - first)
-        return "".join(cells)
+def _bars_text(bars: _Bars) -> str:
+    """A line of letters."""
+    cells = [" "] * _AXIS_WIDTH
+    for what, start, end in bars:
+        first = round(start * (_AXIS_WIDTH - 1))
+        last = round(end * (_AXIS_WIDTH - 1))
+        cells[first : last + 1] = _LETTERS[what] * (last + 1 - first)
+    return "".join(cells)
 
 
 def _label(name: str) -> str:
@@ -9367,6 +9361,8 @@ def _format_value(value: Any, name: str = "") -> str:
     """A value in one line; the name may end in its unit."""
     if value in _EMPTY:
         return "-"
+    if name == "time":
+        return _bars_text(value)
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
     if type(value) in (int, float):
@@ -9375,7 +9371,7 @@ def _format_value(value: Any, name: str = "") -> str:
         if name.endswith("_seconds"):
             return f"{value:.3g} s" if value < 60 else str(timedelta(seconds=round(value)))
         return f"{value:,}"
-    text = str(value) if isinstance(value, (str, _Bars)) else _json_text(value)
+    text = str(value) if isinstance(value, str) else _json_text(value)
     if name == "event" and isinstance(value, dict):
         members = [f"{key}={_json_text(value[key])}" for key in value if key != "type"]
         text = " ".join([str(value["type"]), *members])
@@ -9428,10 +9424,10 @@ def _chart(view: View) -> _Row:
     length = max(end - start, _MICROSECOND)
     rows = []
     for step in steps:
-        bars = _Bars(
-            _Bar(part["what"], (part["from"] - start) / length, (part["to"] - start) / length)
+        bars = [
+            (part["what"], (part["from"] - start) / length, (part["to"] - start) / length)
             for part in step["parts"]
-        )
+        ]
         attempts = f", {step['attempts']} attempts" if step["attempts"] > 1 else ""
         rows.append({"step": step["name"], "time": bars, "status": step["status"] + attempts})
     title = f"steps from {_format_value(start)} to {_format_value(end)}"
@@ -9572,7 +9568,7 @@ def _chip(status: object) -> object:
 
 def _cell_html(name: str, value: Any, link: str) -> _Html:
     content: object = _format_value(value, name)
-    if isinstance(value, _Bars):
+    if name == "time":
         content = _bars_html(value)
     elif link:
         content = _markup('<a href="{}{}">{}</a>', link, _quote(value), content)
