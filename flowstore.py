@@ -68,7 +68,7 @@ The chapters, each resting only on those above it:
     Runs          durable functions, over the facets above and nothing else
     Store         what open() returns
     Event loop    what open_async() returns: whoever never awaits can skip it
-    Views         what is stored, as text, as HTML and as JSON
+    Views         what is stored, as text, HTML, JSON and metrics
     Command line  what `python flowstore.py --help` lists
     PostgreSQL    a server in place of the file
 """
@@ -2523,11 +2523,14 @@ class _Database:
 
     # --- the whole file ---
     def sizes(self, tx: _Tx) -> dict[str, int]:
-        """Bytes of the database, and of the write-ahead log beside it."""
-        pages = tx.rows("PRAGMA page_count")[0][0]
+        """Bytes of the database, of the write-ahead log beside it, and of pages that are free."""
         page_bytes = tx.rows("PRAGMA page_size")[0][0]
         wal_bytes = 0 if self.path is None else _size_and_mtime(self.path + "-wal")[0]
-        return {"file_bytes": pages * page_bytes, "wal_bytes": wal_bytes}
+        return {
+            "file_bytes": tx.rows("PRAGMA page_count")[0][0] * page_bytes,
+            "wal_bytes": wal_bytes,
+            "free_bytes": tx.rows("PRAGMA freelist_count")[0][0] * page_bytes,
+        }
 
     def copy_to(self, tx: _Tx, path: str) -> None:
         """Copy one state of the database into a new file. In steps: a write does not make it begin
@@ -8060,6 +8063,18 @@ class Store(_StoreBase):
         return _ThreadRunBlock(self.runs, id, workflow_id, input, lease_seconds, wait)
 
 
+def _sqlite_note() -> str:
+    """The version of SQLite, and what flowstore does about the WAL-reset bug of older ones."""
+    version = sqlite3.sqlite_version_info
+    is_fixed = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51)
+    if is_fixed or (3, 44, 6) <= version < (3, 45):
+        return f"SQLite {sqlite3.sqlite_version}"
+    return (
+        f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug: flowstore checkpoints only while "
+        "it holds the write lock; checkpoints by other programs cannot be guarded (README)"
+    )
+
+
 # Statements that find one row for each problem, and the message about it.
 _CHECKS = {
     "PRAGMA foreign_key_check": "{}: row {} refers to a row of {} that is not there",
@@ -8795,13 +8810,14 @@ def open_async(
 
 
 # ==================================================================================================
-# Views: what is stored, to look at: one model of plain values, drawn as text, as HTML and as JSON
+# Views: what is stored, to look at: one model, drawn as text, HTML, JSON and metrics
 # ==================================================================================================
 
 # A view is read in a short time, however much the store holds: counts stop at a bound, lists have a
 # limit, and the database cuts long texts.
 _COUNT_BOUND = 200_000  # counting takes 80 ns per row
-_DEAD_BOUND = 2000  # dead letters that are counted by queue
+_LOG_BOUND = 1000  # newest events from which the throughput and the longest log are told
+_SETTLED_BOUND = 2000  # items of a settled status that are counted by queue
 _QUEUE_LIMIT = 100
 _OVERVIEW_ROWS = 20
 _DETAIL_ROWS = 200
@@ -8929,10 +8945,29 @@ _STATUSES = {status for kind in _KINDS for status in kind.statuses}
 _LONG_CODECS = (_text, _ref, _json, _texts, _json_object)  # of columns with texts of any length
 _CUT = f"""CASE WHEN LENGTH(column) <= {_TEXT_BOUND} THEN column
     ELSE SUBSTR(column, 1, {_TEXT_BOUND}) || '... (cut)' END"""
-_OLDEST = _Sql(f"""SELECT available_at {_IN_QUEUE} AND priority = ? {{tenant}}
-    ORDER BY available_at LIMIT 1""")
-_LAST_EVENTS = _Sql(f"""SELECT execution_id, timestamp, position FROM {_LOG_IN_ORDER}
-    WHERE execution_id <> '' {{tenant}} ORDER BY position DESC LIMIT 1000""")
+_OLDEST = _Sql(f"""SELECT priority, available_at {_IN_QUEUE} AND priority < ? {{tenant}}
+    ORDER BY priority DESC, available_at LIMIT 1""")
+_OLDEST_LEASE = _Sql("""SELECT lease_expires_at FROM flowstore_work_items {by flowstore_leased}
+    WHERE {any_status} = 'claimed' AND {queue_type} = ? {tenant}
+    ORDER BY lease_expires_at LIMIT 1""")
+_LAST_EVENTS = _Sql(f"""SELECT execution_id, timestamp, position, sequence FROM {_LOG_IN_ORDER}
+    WHERE execution_id <> '' {{tenant}} ORDER BY position DESC LIMIT {_LOG_BOUND}""")
+# What waits in the workflows' tables. Each `?` stands for the time in milliseconds.
+_BACKLOG = {
+    "open_subscriptions": """event_subscriptions {by event_subscriptions_open}
+        WHERE terminated_at IS NULL""",
+    "unprocessed_events": "events {by events_runnable} WHERE is_processed = 0",
+    "due_commands": "scheduled_commands {by scheduled_commands_by_time} WHERE execute_time <= ?",
+    "later_commands": "scheduled_commands {by scheduled_commands_by_time} WHERE execute_time > ?",
+}
+# The columns that count the items of a queue, and their statuses.
+_QUEUE_COUNTS = {
+    "waiting": "pending",
+    "leased": "claimed",
+    "dead": "dead_lettered",
+    "completed": "completed",
+    "failed": "failed",
+}
 
 
 def _first_value(row: _Row, *names: str) -> Any:
@@ -8940,27 +8975,18 @@ def _first_value(row: _Row, *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) not in (None, "")), "")
 
 
-def _policy_text(policy: QueuePolicy | None) -> str:
-    """What claims of a queue have to keep to."""
-    if policy is None:
-        return ""
-    limits = []
-    if policy.paused:
-        limits.append("paused")
-    if policy.max_running is not None:
-        limits.append(f"{policy.max_running:,} at once")
-    if policy.rate is not None:
-        limits.append(f"{policy.rate:g} per {policy.per_seconds:g} s")
-    return ", ".join(limits)
-
-
 def _log_facts(log: list[tuple[Any, ...]]) -> _Row:
-    """The last position in the log, and how fast the last events came."""
+    """The last position in the log, how fast the last events came, and the longest log of them."""
     if not log:
         return {}
-    _, end, position = log[0]
-    seconds = _format_value((end - log[-1][1]) / 1e6, "_seconds")
-    return {"last_position": position, "throughput": f"{_plural(len(log), 'events')} in {seconds}"}
+    ids, times, positions, sequences = zip(*log, strict=True)
+    seconds = _format_value((times[0] - times[-1]) / 1e6, "_seconds")
+    length, id = max(zip(sequences, ids, strict=True))
+    return {
+        "last_position": positions[0],
+        "throughput": f"{_plural(len(log), 'events')} in {seconds}",
+        "longest_recent_log": f"{_plural(length, 'events')} of {id}",
+    }
 
 
 @dataclass
@@ -8981,7 +9007,7 @@ class _ViewReader:
         """The number of rows; a text when there are more than the bound."""
         rows = f"SELECT 1 FROM {source} LIMIT {_COUNT_BOUND + 1}"
         count: int = self.value(_statement(f"SELECT COUNT(*) FROM ({rows}) counted"), *params)
-        return count if count <= _COUNT_BOUND else f"{_COUNT_BOUND:,}+"
+        return count if count <= _COUNT_BOUND else f"{_COUNT_BOUND}+"
 
     def records(self, mapper: _Mapper[Any], source: str, *params: Any) -> list[_Row]:
         """Records as dicts. Long texts and JSON are cut; JSON that is cut stays a text."""
@@ -9026,22 +9052,14 @@ class _ViewReader:
         for kind in kinds:
             counts[kind.name], rows = self.by_status(kind, status)
             if kind is _EXECUTIONS:
-                log = facet._rows(self.tx, _LAST_EVENTS)
+                log = [] if status else facet._rows(self.tx, _LAST_EVENTS)
                 facts |= _log_facts(log)
-                rows = self.last_appended([] if status else log, rows)
+                rows = self.last_appended(log, rows)
             total = len(rows) if len(rows) < _OVERVIEW_ROWS else f"{_OVERVIEW_ROWS}+"
             tables[f"{kind.mapper.kind}s"] = {"rows": rows, "total": total}
         if _WORKFLOWS in kinds:
-            commands = "scheduled_commands {by scheduled_commands_by_time} WHERE execute_time"
-            subscriptions = "event_subscriptions {by event_subscriptions_open}"
-            facts |= {
-                "open_subscriptions": self.count(f"{subscriptions} WHERE terminated_at IS NULL"),
-                "unprocessed_events": self.count(
-                    "events {by events_runnable} WHERE is_processed = 0"
-                ),
-                "due_commands": self.count(f"{commands} <= ?", now // 1000),
-                "later_commands": self.count(f"{commands} > ?", now // 1000),
-            }
+            for name, source in _BACKLOG.items():
+                facts[name] = self.count(source, *[now // 1000] * source.count("?"))
         return View(
             kind="overview",
             id=facet._tenant,
@@ -9055,9 +9073,7 @@ class _ViewReader:
         """How many records have each status, and the records that changed last.
 
         Only records of the status `wanted` are listed, and of work items the dead letters."""
-        statuses: Iterable[str] = kind.statuses
-        if kind is _WORK_ITEMS and self.facet._tenant is not None:
-            statuses = _STATUS_INDEX  # a tenant's other items have no index
+        statuses = self.item_statuses() if kind is _WORK_ITEMS else kind.statuses
         order = f"ORDER BY {kind.changed_at} DESC, {kind.mapper.key} DESC LIMIT {_OVERVIEW_ROWS}"
         counts = {}
         rows: list[_Row] = []
@@ -9075,7 +9091,7 @@ class _ViewReader:
 
     def last_appended(self, log: list[tuple[Any, ...]], changed: list[_Row]) -> list[_Row]:
         """The executions of the newest events, then those whose records changed last."""
-        ids = [execution for execution, _, _ in log]
+        ids = [execution for execution, *_ in log]
         ids += [row["execution_id"] for row in changed]
         rows = []
         for id in itertools.islice(dict.fromkeys(ids), _OVERVIEW_ROWS):
@@ -9083,51 +9099,59 @@ class _ViewReader:
             rows.append(row | {"events": self.value(_LOG_LAST, id) or 0})
         return rows
 
-    def queues(self, now: int) -> list[_Row]:
-        """The queues with a policy, or with items that wait, are leased or are dead."""
-        dead_letters = f"{_WORK_ITEMS.source('dead_lettered')} LIMIT {_DEAD_BOUND}"
-        sql = _statement(f"SELECT queue_type FROM {dead_letters}")
-        dead = [queue for (queue,) in self.facet._rows(self.tx, sql)]
-        policies = {
-            policy.queue_type: policy
-            for policy in self.facet._find(
-                self.tx, _POLICY, "ORDER BY queue_type LIMIT ?", _QUEUE_LIMIT
-            )
-        }
-        queues = {*dead, *policies}
-        for following in _NEXT_QUEUE.values():
-            # One seek per queue: the index sorts the items of a status by queue.
-            queue = self.value(following, "")
-            while queue and len(queues) < _QUEUE_LIMIT:
-                queues.add(queue)
-                queue = self.value(following, queue)
-        waiting = f"{_WORK_ITEMS.source('pending')} AND {{queue_type}} = ?"
-        leased = f"{_WORK_ITEMS.source('claimed')} AND {{queue_type}} = ?"
-        rows = []
-        for queue in sorted(queues):
-            dead_count = dead.count(queue)
-            oldest = self.oldest(queue)
-            rows.append(
-                {
-                    "queue": queue,
-                    "waiting": self.count(waiting, queue),
-                    "leased": self.count(leased, queue),
-                    "dead": dead_count if len(dead) < _DEAD_BOUND else f"{dead_count}+",
-                    "oldest_seconds": None if oldest is None else max(0, now - oldest) / 1e6,
-                    "limits": _policy_text(policies.get(queue)),
-                }
-            )
-        return rows
+    def item_statuses(self) -> Iterable[str]:
+        """The statuses by which items are counted: a tenant's other items have no index."""
+        return WorkItemStatus if self.facet._tenant is None else _STATUS_INDEX
 
-    def oldest(self, queue: str) -> int | None:
-        """The time from which the oldest pending item of a queue is available. A seek for each
-        level."""
+    def last_ended(self, status: str) -> Mapping[str, int | str]:
+        """By queue, how many of the items are in it that ended last in this status."""
+        source = f"{_WORK_ITEMS.source(status)} ORDER BY settled_at DESC LIMIT {_SETTLED_BOUND}"
+        rows = self.facet._rows(self.tx, _statement(f"SELECT queue_type FROM {source}"))
+        counts = Counter(queue for (queue,) in rows)
+        if len(rows) < _SETTLED_BOUND:
+            return counts
+        return {queue: f"{count}+" for queue, count in counts.items()}
+
+    def busy_queues(self) -> Iterator[str]:
+        """The queues with pending items, then those with leased ones, by one seek for each.
+
+        The index sorts the items of a status by queue."""
+        for following in _NEXT_QUEUE.values():
+            queue = self.value(following, "")
+            while queue:
+                yield queue
+                queue = self.value(following, queue)
+
+    def oldest_seconds(self, queue: str, now: int) -> float | None:
+        """How long the oldest pending item has been available; a seek for each priority."""
+        priority = _ABOVE_ALL
         times = []
-        level = self.value(_NEXT_LEVEL, queue, _ABOVE_ALL)
-        while level is not None:
-            times.append(self.value(_OLDEST, queue, level))
-            level = self.value(_NEXT_LEVEL, queue, level)
-        return min(times, default=None)
+        while row := self.facet._row(self.tx, _OLDEST, queue, priority):
+            priority, available_at = row
+            times.append(available_at)
+        return max(0, now - min(times)) / 1e6 if times else None
+
+    def queues(self, now: int) -> list[_Row]:
+        """The queues with a policy, or with items that wait, are leased or have ended lately."""
+        source = f"flowstore_queues ORDER BY queue_type LIMIT {_QUEUE_LIMIT}"
+        policies = {row.pop("queue_type"): row for row in self.records(_POLICY, source)}
+        statuses = {*self.item_statuses()} - {*_NEXT_QUEUE}
+        ended = {status: self.last_ended(status) for status in statuses}
+        names = itertools.chain(policies, self.busy_queues(), *ended.values())
+        queues = dict.fromkeys(itertools.islice(names, 3 * _QUEUE_LIMIT))
+        rows = []
+        for queue in sorted(itertools.islice(queues, _QUEUE_LIMIT)):
+            row = {"queue": queue, "oldest_seconds": self.oldest_seconds(queue, now)}
+            for column, status in _QUEUE_COUNTS.items():
+                if status in ended:
+                    row[column] = ended[status].get(queue, 0)
+                elif status in _NEXT_QUEUE:
+                    source = f"{_WORK_ITEMS.source(status)} AND {{queue_type}} = ?"
+                    row[column] = self.count(source, queue)
+            lease = self.value(_OLDEST_LEASE, queue)
+            row["lease_expires_at"] = lease and _datetime_of(lease)
+            rows.append(policies.get(queue, {}) | row)
+        return rows
 
     def detail(self, kind: _Kind, id: str) -> View | None:
         """All about one execution, flow or workflow."""
@@ -9144,18 +9168,19 @@ class _ViewReader:
         for name, (mapper, source) in kind.tables.items():
             rows = self.records(mapper, f"{source} LIMIT {_DETAIL_ROWS}", id)
             rows.reverse()
-            for row in rows:
-                if mapper is _DEAD and row["status"] == "pending" and row["available_at"] > now:
-                    row["comes_back"] = row["available_at"]
             tables[name] = {"total": self.count(source, id), "rows": rows}
             if mapper is _STORED:
                 steps += _steps_from_log(rows, now)
-            steps += [_step_from_row(row, now) for row in rows if "status" in row]
-            if name == "waits":
-                for row in rows:
+            for row in rows:
+                if name == "waits":
+                    row["step_name"] = f"wait {row['execution_pointer_id']}"
+                    row["status"] = "waiting"
+                    row["start_time"] = row["subscribe_as_of"]
                     row["until"] = row["subscription_data"]
-                    changes = [_Change("waiting", row["subscribe_as_of"])]
-                    steps.append(_step(f"wait {row['execution_pointer_id']}", changes, now))
+                elif mapper is _DEAD and row["status"] == "pending":
+                    row["due_at"] = row["available_at"]
+                if "status" in row:
+                    steps.append(_step_from_row(row, now))
         return View(
             kind=kind.mapper.kind,
             id=id,
@@ -9206,11 +9231,7 @@ _STEP_KEYS = re.findall(
 )
 
 
-class _Change(NamedTuple):
-    """A step has another status from a time on."""
-
-    status: str
-    at: datetime
+_Changes: TypeAlias = "list[tuple[str, datetime]]"  # each status, and the time of its begin
 
 
 def _status_class(status: object) -> str:
@@ -9220,47 +9241,48 @@ def _status_class(status: object) -> str:
 
 
 def _step_from_row(row: _Row, now: datetime) -> _Row:
-    """The step that a row stands for: a flow's step, a workflow's pointer, a work item."""
-    names = ("task", "step_name", "node_id", "run_id", "queue_type", "step_id")
+    """The step that a row stands for: a flow's step, a workflow's pointer, a work item, a wait."""
+    name = _first_value(row, "task", "step_name", "node_id", "run_id", "queue_type", "step_id")
     start = _first_value(row, "start_time", "claimed_at", "available_at", "created_at") or now
-    end = _first_value(row, "end_time", "settled_at", "updated_at") or start
     status = row["status"]
-    what = _status_class(status)
-    changes = [_Change(status, start)]
-    if what not in _ONGOING:
-        changes = [_Change("running", start), _Change(status, end)]
+    changes: _Changes = []
     if row.get("claimed_at"):
-        changes.insert(0, _Change("waiting", min(start, row["available_at"])))
-    step = _step(str(_first_value(row, *names)), changes, now)
+        changes.append(("waiting", min(start, row["available_at"])))
+    if _status_class(status) in _ONGOING:
+        changes.append((status, start))
+    else:
+        end = _first_value(row, "end_time", "settled_at", "updated_at") or start
+        changes += [("running", start), (status, end)]
     retries = _first_value(row, "attempt", "retry_count") or 0
-    return step | {"attempts": retries + 1}
+    return _step(str(name), changes, now) | {"attempts": retries + 1}
 
 
 def _steps_from_log(events: list[_Row], now: datetime) -> list[_Row]:
     """The steps that a log tells of, by events such as step_started and tool_call_failed."""
-    changes: dict[str, list[_Change]] = {}
+    changes: dict[str, _Changes] = {}
     for row in events:
         event = row["event"]
         match = isinstance(event, dict) and _STEP_EVENT.fullmatch(event["type"])
-        if match:
-            key = _first_value(event, *_STEP_KEYS)
-            name = f"{match[1]} {key}".strip().removeprefix("step ")
-            at = row["timestamp"]
-            status = match[2]
-            begun = changes.setdefault(name, [])
-            if match[1] == "sleep" and isinstance(event.get("until"), str):
-                begun.append(_Change("waiting", at))
-                at = datetime.fromisoformat(event["until"])
-                status = "completed"
-                if at > now:
-                    continue
-            elif isinstance(event.get("seconds"), (int, float)):
-                begun.append(_Change("started", at - timedelta(seconds=event["seconds"])))
-            begun.append(_Change(status, at))
+        if not match:
+            continue
+        kind, status = match.group(1, 2)
+        name = f"{kind} {_first_value(event, *_STEP_KEYS)}".strip().removeprefix("step ")
+        at = row["timestamp"]
+        begun = changes.setdefault(name, [])
+        # An event of another program may lack these fields, or mean something else by them.
+        with contextlib.suppress(LookupError, TypeError, ValueError, OverflowError):
+            if kind == "sleep":
+                until = datetime.fromisoformat(event["until"])
+                begun.append(("waiting", at))
+                if until <= now:
+                    begun.append(("completed", until))
+                continue
+            begun.append(("started", at - timedelta(seconds=event["seconds"])))
+        begun.append((status, at))
     return [_step(name, changes[name], now) for name in changes]
 
 
-def _step(name: str, changes: list[_Change], now: datetime) -> _Row:
+def _step(name: str, changes: _Changes, now: datetime) -> _Row:
     """A step, with a part between each two of its changes."""
     statuses = [status for status, _ in changes]
     classes = [(_status_class(status), at) for status, at in changes]
@@ -9268,7 +9290,7 @@ def _step(name: str, changes: list[_Change], now: datetime) -> _Row:
     if first not in _ONGOING:
         # The start is not in the log, or lies before the events that are shown.
         classes.insert(0, ("running", start))
-    if _status_class(statuses[-1]) in _ONGOING:
+    if classes[-1][0] in _ONGOING:
         classes.append(("waiting", now))
     parts = []
     for (what, start), (following, end) in itertools.pairwise(classes):
@@ -9286,10 +9308,10 @@ def _step(name: str, changes: list[_Change], now: datetime) -> _Row:
 _COLUMNS = re.findall(
     r"\w+",
     """
-    queue waiting oldest_seconds leased dead limits sequence timestamp at error_time execution_id id
-    kind step time step_id step_name run_id node_id queue_type task name goal current_step status
-    comes_back last_error message attempt retry_count workflow_id events worker_id event_name
-    event_key event until
+    queue waiting oldest_seconds leased dead paused max_running rate per_seconds
+    sequence timestamp at error_time execution_id id kind step time step_id step_name run_id node_id
+    queue_type task name goal current_step status due_at last_error message attempt retry_count
+    workflow_id events worker_id event_name event_key event until
     payload result outcome priority unique_key lease_expires_at dead_lettered_at sleep_until
     tenant_id updated_at complete_time
     """,
@@ -9307,24 +9329,18 @@ _LETTERS = {
 }
 
 
-class _Bar(NamedTuple):
-    """A part of a step, of the class `what`, on an axis from 0 to 1."""
-
-    what: str
-    start: float
-    end: float
+# The parts of a step: the class, the start and the end of each, on an axis from 0 to 1.
+_Bars: TypeAlias = "list[tuple[str, float, float]]"
 
 
-class _Bars(list[_Bar]):
-    """All parts of a step; as `str()` a line of letters."""
-
-    def __str__(self) -> str:
-        cells = [" "] * _AXIS_WIDTH
-        for what, start, end in self:
-            first = round(start * (_AXIS_WIDTH - 1))
-            last = round(end * (_AXIS_WIDTH - 1))
-            cells[first : last + 1] = _LETTERS[what] * (last + 1 - first)
-        return "".join(cells)
+def _bars_text(bars: _Bars) -> str:
+    """A line of letters."""
+    cells = [" "] * _AXIS_WIDTH
+    for what, start, end in bars:
+        first = round(start * (_AXIS_WIDTH - 1))
+        last = round(end * (_AXIS_WIDTH - 1))
+        cells[first : last + 1] = _LETTERS[what] * (last + 1 - first)
+    return "".join(cells)
 
 
 def _label(name: str) -> str:
@@ -9345,6 +9361,8 @@ def _format_value(value: Any, name: str = "") -> str:
     """A value in one line; the name may end in its unit."""
     if value in _EMPTY:
         return "-"
+    if name == "time":
+        return _bars_text(value)
     if isinstance(value, datetime):
         return f"{value:%Y-%m-%d %H:%M:%S}"
     if type(value) in (int, float):
@@ -9353,7 +9371,7 @@ def _format_value(value: Any, name: str = "") -> str:
         if name.endswith("_seconds"):
             return f"{value:.3g} s" if value < 60 else str(timedelta(seconds=round(value)))
         return f"{value:,}"
-    text = str(value) if isinstance(value, (str, _Bars)) else _json_text(value)
+    text = str(value) if isinstance(value, str) else _json_text(value)
     if name == "event" and isinstance(value, dict):
         members = [f"{key}={_json_text(value[key])}" for key in value if key != "type"]
         text = " ".join([str(value["type"]), *members])
@@ -9391,11 +9409,11 @@ def _visible_tables(view: View, limit: int) -> Iterator[tuple[str, list[str], li
 
 def _chart(view: View) -> _Row:
     """The table of the steps on one axis of time, the events first, as marks; {} without any."""
-    steps = view.get("steps", [])
     marks = []
     for row in view["tables"].get("events", {"rows": []})["rows"]:
         at = _first_value(row, "timestamp", "at")
         marks.append({"what": "event", "from": at, "to": at})
+    steps = view.get("steps", [])
     if marks:
         steps = [{"name": "events", "status": "", "parts": marks, "attempts": 0}, *steps]
     if not steps:
@@ -9406,13 +9424,12 @@ def _chart(view: View) -> _Row:
     length = max(end - start, _MICROSECOND)
     rows = []
     for step in steps:
-        bars = _Bars()
-        for part in step["parts"]:
-            left = (part["from"] - start) / length
-            bars.append(_Bar(part["what"], left, (part["to"] - start) / length))
+        bars = [
+            (part["what"], (part["from"] - start) / length, (part["to"] - start) / length)
+            for part in step["parts"]
+        ]
         attempts = f", {step['attempts']} attempts" if step["attempts"] > 1 else ""
-        status = f"{step['status']}{attempts}"
-        rows.append({"step": step["name"], "time": bars, "status": status})
+        rows.append({"step": step["name"], "time": bars, "status": step["status"] + attempts})
     title = f"steps from {_format_value(start)} to {_format_value(end)}"
     return {title: {"rows": rows, "total": len(rows)}}
 
@@ -9551,7 +9568,7 @@ def _chip(status: object) -> object:
 
 def _cell_html(name: str, value: Any, link: str) -> _Html:
     content: object = _format_value(value, name)
-    if isinstance(value, _Bars):
+    if name == "time":
         content = _bars_html(value)
     elif link:
         content = _markup('<a href="{}{}">{}</a>', link, _quote(value), content)
@@ -9567,8 +9584,7 @@ def _bars_html(bars: _Bars) -> _Html:
     for what, start, end in bars:
         width = max(end - start, 0.004)
         rects.append(_markup(rect, what, f"{start * 0.99:.2%}", f"{width * 0.99:.2%}"))
-    names = ", ".join(bar.what for bar in bars[:20])
-    return _markup('<svg role="img" aria-label="{}">{}</svg>', names, rects)
+    return _markup('<svg role="img" aria-label="on the axis of time">{}</svg>', rects)
 
 
 def _html_page(target: str, sections: list[_Html], form: object = "") -> bytes:
@@ -9647,6 +9663,53 @@ button{width:auto}
 rect.waiting{y:7px;height:6px}}"""
 
 
+# --- drawn as metrics ---
+_LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+# The help of each metric, by its name. All are gauges.
+_METRICS = {
+    "work_items": (
+        f"Work items of at most {_QUEUE_LIMIT} queues. Pending and claimed ones are counted up to "
+        f"{_COUNT_BOUND} in each queue; completed, failed and dead_lettered ones are counted "
+        f"among the last {_SETTLED_BOUND} of that status in all queues."
+    ),
+    "oldest_pending_seconds": "How long the oldest item could have been claimed, 0 without one.",
+    "executions": f"Executions with a record, at most {_COUNT_BOUND} of a status.",
+    "flows": f"Flows, at most {_COUNT_BOUND} of a status.",
+    "workflows": f"Workflow instances, at most {_COUNT_BOUND} of a status.",
+    "last_position": "The position of the last event in the log, 0 without one.",
+    "file_bytes": "The database file; the tables on a server.",
+    "wal_bytes": "The write-ahead log; 0 on a server.",
+    "free_bytes": "Pages of the file that are free; 0 on a server.",
+    "info": "The versions of flowstore and SQLite; the value is 1.",
+}
+
+
+def _samples(view: View) -> Iterator[tuple[str, str, Any]]:
+    """The name, the labels and the value of each sample in the overview of a store."""
+    for kind in (_EXECUTIONS, _FLOWS, _WORKFLOWS):
+        counts = view["counts"][kind.name]
+        for status in map(str, kind.statuses):
+            yield kind.name, f'{{status="{status}"}}', counts.get(status, 0)
+    for row in view["tables"]["queues"]["rows"]:
+        queue = f'queue="{row["queue"].translate(_LABEL_ESCAPES)}"'
+        yield "oldest_pending_seconds", f"{{{queue}}}", row["oldest_seconds"] or 0
+        for column, status in _QUEUE_COUNTS.items():
+            yield "work_items", f'{{{queue},status="{status}"}}', row[column]
+    for name in ("last_position", "file_bytes", "wal_bytes", "free_bytes"):
+        yield name, "", view["facts"].get(name, 0)
+    yield "info", f'{{version="{__version__}",sqlite="{sqlite3.sqlite_version}"}}', 1
+
+
+def _render_metrics(view: View) -> str:
+    """The overview of a store in Prometheus' text format."""
+    lines = {}
+    for name, help in _METRICS.items():
+        lines[name] = [f"# HELP flowstore_{name} {help}", f"# TYPE flowstore_{name} gauge"]
+    for name, labels, value in _samples(view):
+        lines[name].append(f"flowstore_{name}{labels} {str(value).removesuffix('+')}")
+    return "\n".join([*itertools.chain(*lines.values()), ""])
+
+
 # --- in notebooks ---
 def _repr_html_(shown: Any) -> str | None:
     """HTML for a notebook; None (it shows the `repr` then) when nothing can be read at once."""
@@ -9670,7 +9733,7 @@ for _class in (_Record, _Facet, View):
     _class._repr_html_ = _repr_html_  # type: ignore[union-attr]
 
 
-# --- the commands: show, tail, report, serve ---
+# --- the commands: show, metrics, tail, report, serve ---
 def _show(args: Any) -> None:
     """Print what is in a store, or all about one id."""
     with open(args.store, read_only=True) as store:
@@ -9680,6 +9743,12 @@ def _show(args: Any) -> None:
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print("\n\n".join(_render_text(view, colour) for view in views))
+
+
+def _print_metrics(args: Any) -> None:
+    """Print counts, ages and sizes in Prometheus' text format."""
+    with open(args.store, read_only=True) as store:
+        print(_render_metrics(_read_views(store)[0]), end="")
 
 
 def _tail(args: Any) -> None:
@@ -9762,6 +9831,7 @@ def _answer(store: Store, request: Any, start: Any) -> list[bytes]:
     query: dict[str, str] = {}
     problem = ""
     sections: list[_Html] = []
+    metrics = ""
     port = request["SERVER_PORT"]
     hosts = [f"{name}:{port}".removesuffix(":80") for name in ("127.0.0.1", "localhost", "[::1]")]
     try:
@@ -9770,6 +9840,8 @@ def _answer(store: Store, request: Any, start: Any) -> list[bytes]:
             problem = "421 Misdirected Request: this page is at 127.0.0.1 alone"
         elif request["REQUEST_METHOD"] not in ("GET", "HEAD"):
             problem = "405 Method Not Allowed: nothing can be changed here"
+        elif request["PATH_INFO"] == "/metrics":
+            metrics = _render_metrics(_read_views(store)[0])
         elif request["PATH_INFO"] != "/":
             problem = "404 Not Found: there is no such page"
         else:
@@ -9785,11 +9857,12 @@ def _answer(store: Store, request: Any, start: Any) -> list[bytes]:
         problem = f"503 Service Unavailable: {error}"
     if problem:
         sections = [_markup("<h2>{}</h2>", problem)]
-    page = _html_page(store.target, sections, _search_form(query))
+    kind = "text/plain; version=0.0.4" if metrics else "text/html"
+    page = metrics.encode() or _html_page(store.target, sections, _search_form(query))
     start(
         problem.partition(":")[0] or "200 OK",
         [
-            ("Content-Type", "text/html; charset=utf-8"),
+            ("Content-Type", f"{kind}; charset=utf-8"),
             ("Content-Length", str(len(page))),
             ("Allow", "GET, HEAD"),
             ("Content-Security-Policy", f"{_content_policy()}; frame-ancestors 'none'"),
@@ -9930,11 +10003,11 @@ def _selftest(args: Any) -> int:
         target = args.target or os.path.join(folder, "selftest.db")
         _shared_path(target)
         with open(target) as store:
+            trial = _Trial(store, target, folder)
             for attempt in _PROMISES:
                 promise = attempt.__doc__ or attempt.__name__  # python -OO drops docstrings
                 try:
-                    note = attempt(_Trial(store, target, folder))
-                    print(f"ok   {promise} ({note})" if note else f"ok   {promise}", flush=True)
+                    print(f"ok   {promise} ({attempt(trial)})", flush=True)
                 except Exception as error:  # the other promises are still worth a try
                     failed += 1
                     reason = " ".join(f"{type(error).__name__} {error}".split())
@@ -9943,35 +10016,12 @@ def _selftest(args: Any) -> int:
     return 1 if failed else 0
 
 
-@dataclass
-class _Trial:
-    """What a promise is tried on: the store, a folder, an execution of its own."""
+class _Trial(NamedTuple):
+    """What a promise is tried on. All that is left in the store are runs that have ended."""
 
     store: Store
     target: str
     folder: str
-    run: str = field(default_factory=new_id)
-
-    def __post_init__(self) -> None:
-        # An ended execution, so that a prune of the user's store takes it away.
-        ended = WorkflowExecution(
-            execution_id=self.run, workflow_id="selftest", status=ExecutionStatus.COMPLETED
-        )
-        self.store.state.create_execution(ended)
-
-    def append(self, text: str) -> None:
-        """Append an event with a text to the log."""
-        self.store.events.append(self.run, "default", {"type": "custom", "text": text})
-
-    def item(self) -> WorkItem:
-        """A work item for the execution, in a queue of its name."""
-        return WorkItem(execution_id=self.run, queue_type=self.run)
-
-    def expect_log(self, *texts: str) -> None:
-        """The log must hold events of these texts, in any order and without a gap."""
-        stored = self.store.events.load_events(self.run)
-        _expect([event.sequence for event in stored], list(range(1, len(texts) + 1)))
-        _expect(sorted(event.event["text"] for event in stored), sorted(texts))
 
 
 def _expect(found: object, wanted: object) -> None:
@@ -9980,140 +10030,100 @@ def _expect(found: object, wanted: object) -> None:
         raise AssertionError(f"found {found!r:.300}, not {wanted!r:.300}")
 
 
+def _run_pids(store: Store, id: str, steps: int, tells: bool = False) -> list[Json]:
+    """The processes that did the steps of a run. Steps that are not recorded are done here."""
+    pids = []
+    with store.run(id, workflow_id="selftest", lease_seconds=1) as run:
+        for number in range(steps):
+            pids.append(run.step(str(number), os.getpid))
+            if tells:
+                print(pids[-1], flush=True)
+    sequences = [event.sequence for event in store.events.load_events(id)]
+    _expect(sequences, list(range(1, steps + 3)))
+    return pids
+
+
+def _selftest_run(target: str, id: str) -> int:
+    """Do steps of a run, and tell of each that is recorded: the process that is killed."""
+    with open(target) as store:
+        _run_pids(store, id, 1_000_000, tells=True)
+    return 0
+
+
 def _try_sqlite(trial: _Trial) -> str:
     """sqlite: its threading mode will do"""
     _expect(sqlite3.threadsafety > 0, True)
-    level = sqlite3.threadsafety
-    return f"{sqlite3.sqlite_version}, level {level}, Python {sys.version.split()[0]}"
+    return f"{_sqlite_note()}; level {sqlite3.threadsafety}, Python {sys.version.split()[0]}"
 
 
 def _try_disk(trial: _Trial) -> str:
     """file: a commit waits until the disk has it"""
     start = time.perf_counter()
-    for _ in range(10):
-        trial.append("event")
-    each = (time.perf_counter() - start) / 10
+    _run_pids(trial.store, new_id(), 10)
+    each = (time.perf_counter() - start) / 12
     return f"synchronous FULL, {each * 1000:.2f} ms each"
 
 
-def _try_threads(trial: _Trial) -> None:
-    """threads: 8 of them do each item once, and append to one log without gap or loss"""
-    from concurrent.futures import ThreadPoolExecutor
+def _try_threads(trial: _Trial) -> str:
+    """threads: 8 of them do each run once, and write their logs without gap or loss"""
+    runs = trial.store.runs
+    done: list[Json] = []
 
-    state: Any = trial.store.state
-    items = [state.enqueue_work_item(trial.item()) for _ in range(40)]
+    def selftest(run: Run, input: Json) -> None:
+        run.step("0", done.append, run.id)
 
-    def work(_: int) -> None:
-        while item := state.claim_work_item("worker", [trial.run]):
-            state.complete_work_item(item)
-            trial.append(item.id)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(work, range(8)))
-    trial.expect_log(*items)
-
-
-def _try_transaction(trial: _Trial) -> None:
-    """transaction: all or nothing, and a nested one alone"""
-    with trial.store.transaction():
-        trial.append("outer")
-        with contextlib.suppress(KeyError), trial.store.transaction():
-            trial.append("nested")
-            raise KeyError
-    trial.expect_log("outer")
-
-
-def _try_lease(trial: _Trial) -> None:
-    """lease: an expired one is taken over, and its fence is refused"""
-    now = datetime.now(UTC)
-    with open(trial.target, backoff=lambda attempt: 0, clock=lambda: now) as store:
-        state: Any = store.state
-        state.enqueue_work_item(trial.item())
-        lost = state.claim_work_item("worker", [trial.run])
-        now += timedelta(days=1)
-        held = state.claim_work_item("worker", [trial.run])
-        with contextlib.suppress(LeaseLost):
-            state.complete_work_item(lost)
-            raise AssertionError("an expired lease was not refused")
-        state.complete_work_item(held)
+    queue = new_id()
+    ids: list[Json] = [runs.start(selftest, queue=queue) for _ in range(40)]
+    runs.work(selftest, concurrency=8, queues=[queue], until_idle=True)
+    for id in ids:
+        _run_pids(trial.store, str(id), 1)
+    _expect(sorted(map(str, done)), ids)
+    return _plural(len(done), "runs")
 
 
 def _try_crash(trial: _Trial) -> str:
-    """crash: what a process was told is stored survives its kill"""
-    told = 0
-    with _start_child("selftest-writer", trial.target, trial.run) as child:
-        for _ in range(20):
-            told = int(child.stdout.readline())
-    stored = trial.store.events.count_events(trial.run)
-    _expect(stored >= told, True)
-    trial.expect_log(*["child"] * stored)
-    return f"killed after {stored} appends"
-
-
-def _selftest_writer(target: str, run: str) -> int:
-    """Append for ever, and print each sequence once it is stored: the process that is killed."""
-    with open(target) as store:
-        while True:
-            sequence = store.events.append(run, "default", {"type": "custom", "text": "child"})
-            print(sequence, flush=True)
-
-
-def _try_run(trial: _Trial) -> None:
-    """run: one that is killed between two steps goes on behind the first"""
+    """crash: what a process was told is stored survives its kill, and its run goes on"""
     id = new_id()
     with _start_child("selftest-run", trial.target, id) as child:
-        child.stdout.readline()
-    with trial.store.run(id, workflow_id="selftest") as run:
-        run.result = [run.step("one", os.getpid), run.step("two", os.getpid)]
-    _expect(run.result, [child.pid, os.getpid()])
-    _expect(trial.store.runs.result(id), run.result)
+        told = [int(child.stdout.readline()) for _ in range(20)]
+    stored = trial.store.events.count_events(id) - 1  # the first tells of the start
+    pids = _run_pids(trial.store, id, stored + 1)
+    _expect(pids, told[:1] * stored + [os.getpid()])
+    return f"killed after {stored} steps"
 
 
-def _selftest_run(target: str, id: str) -> int:
-    """Do the first step of a run, tell of it, and wait: the process that is killed."""
-    with open(target) as store, store.run(id, workflow_id="selftest", lease_seconds=0.5) as run:
-        print(run.step("one", os.getpid), flush=True)
-        return len(sys.stdin.read())
-
-
-def _try_backup(trial: _Trial) -> None:
+def _try_backup(trial: _Trial) -> str:
     """backup: made while the store is in use, it is sound and holds the same"""
     path = os.path.join(trial.folder, "other.db")
     copy = os.path.join(trial.folder, "copy.db")
     with open(path) as store:
-        store.events.append("run", "default", {"type": "custom"})
+        pids = _run_pids(store, "run", 3)
         store.backup(copy)
-    with open(copy, read_only=True) as store:
+    with open(copy) as store:
         _expect(store.check(), [])
-        _expect(store.events.count_events("run"), 1)
+        _expect(_run_pids(store, "run", 3), pids)
+    return f"{os.path.getsize(copy):,} bytes"
 
 
-def _try_fork(trial: _Trial) -> None:
+def _try_fork(trial: _Trial) -> str:
     """fork: both sides go on, and nothing is lost"""
+    id = new_id()
     pid = os.fork()
     if pid == 0:
         try:
-            trial.append("child")
+            _run_pids(trial.store, id, 3)
             os._exit(0)
         finally:
             os._exit(1)  # no `finally` of the parent may run here
-    trial.append("parent")
+    _run_pids(trial.store, new_id(), 3)
     _expect(os.waitpid(pid, 0)[1], 0)
-    trial.expect_log("child", "parent")
+    _expect(_run_pids(trial.store, id, 3), [pid] * 3)
+    return f"process {pid}"
 
 
 # Each tries a promise that may break on one machine alone. Its docstring is what the selftest
 # prints. It returns a note, or raises when the promise is broken.
-_PROMISES: list[Callable[[_Trial], str | None]] = [
-    _try_sqlite,
-    _try_disk,
-    _try_threads,
-    _try_transaction,
-    _try_lease,
-    _try_crash,
-    _try_run,
-    _try_backup,
-]
+_PROMISES = [_try_sqlite, _try_disk, _try_threads, _try_crash, _try_backup]
 if hasattr(os, "fork"):
     _PROMISES.append(_try_fork)
 
@@ -10126,12 +10136,12 @@ def _demo(args: Any) -> int:
     folder = os.path.realpath(args.folder)
     own = os.path.realpath(_shared_path(args.store) or args.store)
     with open(args.store) as store:
-        paths = list(itertools.islice(_demo_files(folder, own), 200))
+        paths = sorted(itertools.islice(_demo_files(folder, own), 200))
+        known = [path for path in paths if store.state.get_work_item(path)]
         with store.transaction() as tx:
             tx.execute(
                 "CREATE TABLE IF NOT EXISTS demo_files (path TEXT, size BIGINT, sha256 TEXT)"
             )
-            known = [path for path in paths if store.state.get_work_item(path)]
             for path in paths:  # of one that is known, no second run begins
                 store.runs.start("demo_file", path, id=path, queue=folder, max_attempts=5)
         print(
@@ -10139,29 +10149,26 @@ def _demo(args: Any) -> int:
             flush=True,
         )
         _demo_run(store, args.store, folder, paths)
-        proven = _demo_table(store, paths)
+        done = _demo_tally(store, paths)
     print(
         "The store stays; files done in it are not read again, even when they have changed: "
         f"delete {store.target} or name another --store to do them again.\n"
         f"To look at it: python {sys.argv[0]} show {store.target} (or report, or serve)"
     )
-    return 0 if proven else 1
+    return 0 if done == len(paths) else 1
 
 
 def _demo_files(folder: str, own: str) -> Iterator[str]:
-    """The paths of the files under the folder, sorted, without hidden ones and the store's own."""
-    for base, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = os.path.join(base, name)
-            if name.startswith(".") or not path.isprintable() or len(path) > 255:
-                continue  # hidden, or no id
-            # A process that closes a file of an open store drops SQLite's locks on it.
-            if os.path.realpath(path).startswith(own):
-                continue
-            # A FIFO or a device is left out. A link to nowhere is not: a worker fails on it.
-            if os.path.isfile(path) or not os.path.exists(path):
-                yield path
+    """The paths of the files under the folder, without hidden ones and the store's own."""
+    import glob
+
+    for path in glob.iglob(os.path.join(glob.escape(folder), "**"), recursive=True):
+        # A process that closes a file of an open store drops SQLite's locks on it.
+        is_own = os.path.realpath(path).startswith(own)
+        # A FIFO or a device is left out. A link to nowhere is not: a worker fails on it.
+        is_file = os.path.isfile(path) or not os.path.exists(path)
+        if is_file and not is_own and path.isprintable() and len(path) < 256:  # as an id has to be
+            yield path
 
 
 def _demo_worker(target: str, folder: str, mode: str) -> int:
@@ -10170,17 +10177,15 @@ def _demo_worker(target: str, folder: str, mode: str) -> int:
     with open(target, lease_seconds=2, backoff=lambda attempt: 0.05) as store:
 
         def demo_file(run: Run, path: str) -> str:
-            try:
-                size = run.step("measure", os.path.getsize, path)
-            finally:
-                if mode == "hold":
-                    print(run.id, flush=True)
-                    sys.stdin.read()  # which ends when the demo does
-            digest = run.step("hash", _demo_hash, path)
+            size = run.step("measure", os.path.getsize, path)
+            if mode == "hold":
+                print(run.id, flush=True)
+                sys.stdin.read()  # which ends when the demo does
+            digest: str = run.step("hash", _demo_hash, path)
             with store.transaction() as tx:  # the row and the record of the step, or neither
                 row = path, size, digest
                 run.step("record", tx.execute, "INSERT INTO demo_files VALUES (?, ?, ?)", row)
-            return str(digest)
+            return digest
 
         worker = f"worker-{os.getpid()}"
         store.runs.work(demo_file, queues=[folder], worker_id=worker, until_idle=mode == "hold")
@@ -10202,9 +10207,8 @@ def _demo_run(store: Store, target: str, folder: str, paths: list[str]) -> None:
     held = state.get_work_item(id)
     print(f"killed {held.worker_id}, seen holding {id} under fence {held.lease_fence}", flush=True)
     start = functools.partial(_start_child, "demo-worker", target, folder, "work")
-    with start(), start(), _progress_bar(len(paths), "files") as progress:
-        for number, path in enumerate(paths):
-            progress(number)
+    with start(), start():
+        for path in paths:
             with contextlib.suppress(RunFailed):
                 store.runs.result(path, timeout=600)
     with contextlib.suppress(LeaseLost):
@@ -10214,15 +10218,14 @@ def _demo_run(store: Store, target: str, folder: str, paths: list[str]) -> None:
     print(f"taken over: {id}, last under fence {fence}; fence {held.lease_fence} is refused now")
 
 
-def _demo_table(store: Store, paths: list[str]) -> bool:
-    """Print what the store tells of each file; True if that proves that each was done once."""
+def _demo_tally(store: Store, paths: list[str]) -> int:
+    """Print what the store tells of the files; how many it proves to be done exactly once."""
     done = dead = taken = 0
     with store.transaction() as tx:
-        recorded = dict(tx.execute("SELECT path, COUNT(*) FROM demo_files GROUP BY path"))
+        rows = Counter(path for (path,) in tx.execute("SELECT path FROM demo_files"))
     for item in filter(None, map(store.state.get_work_item, paths)):
         log = [stored.event for stored in store.events.load_events(item.id)]
         steps = [event["step"] for event in log if event["type"] == "step_completed"]
-        once = steps == ["measure", "hash", "record"] and recorded.get(item.id) == 1
         failures = sum(event["type"] == "step_failed" for event in log)
         lost = item.lease_fence - failures - (item.status == "completed")
         line = f"{item.status:13}  {', '.join(steps):21}  {item.id}"
@@ -10232,12 +10235,14 @@ def _demo_table(store: Store, paths: list[str]) -> bool:
         if item.status == "dead_lettered":
             line += f"  after {item.attempt} tries: {item.last_error}"
             dead += 1
-        done += item.status == "completed" and once
+        elif steps == ["measure", "hash", "record"] and rows[item.id] == 1:
+            done += 1
         print(line)
-    counted = f"{_plural(len(paths), 'files')}: {done} done exactly once"
-    left = len(paths) - done - dead
-    print(f"{counted}, {_plural(dead, 'dead letters')}, {left} lost; {taken} taken over")
-    return done == len(paths)
+    print(
+        f"{_plural(len(paths), 'files')}: {done} done exactly once, "
+        f"{_plural(dead, 'dead letters')}, {len(paths) - done - dead} lost; {taken} taken over"
+    )
+    return done
 
 
 # --- work: a process that does runs ---
@@ -10247,47 +10252,34 @@ def _work(args: Any) -> int:
 
     _shared_path(args.store)
     functions = list(map(_import_function, args.functions))
-    if args.concurrency < 1:
-        raise SystemExit(_complain("--concurrency: a number of 1 or more is needed", 2))
     kinds = {inspect.iscoroutinefunction(function) for function in functions}
     if len(kinds) > 1:
         raise SystemExit(_complain("functions: plain ones or coroutine functions, not both", 2))
-    work = _async_work if True in kinds else _thread_work
     with _open_existing(args.store):
         pass
-    ending: list[Callable[[], object]] = []
+    # A shell may have told it to ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    try:
+        if True in kinds:
+            import asyncio
 
-    def end(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one breaks it off
-        for call in ending:
-            call()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
-    work(args, functions, ending)
+            asyncio.run(_work_in_tasks(args, functions))
+        else:
+            with open(args.store) as store:
+                store.runs._on_end = _tell_end
+                store.runs.work(*functions, concurrency=args.concurrency)
+    except KeyboardInterrupt:
+        return 0
+    except InvalidData as error:  # no functions, or no number of threads
+        return _complain(error, 2)
     return 0
 
 
-def _thread_work(args: Any, functions: Sequence[Any], ending: list[Callable[[], object]]) -> None:
-    stop = threading.Event()
-    ending.append(stop.set)
-    with open(args.store) as store:
+async def _work_in_tasks(args: Any, functions: Sequence[Any]) -> None:
+    async with open_async(args.store) as store:
         store.runs._on_end = _tell_end
-        store.runs.work(*functions, concurrency=args.concurrency, stop=stop)
-
-
-def _async_work(args: Any, functions: Sequence[Any], ending: list[Callable[[], object]]) -> None:
-    import asyncio
-
-    async def work() -> None:
-        stop = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        ending.append(lambda: loop.call_soon_threadsafe(stop.set))
-        async with open_async(args.store) as store:
-            store.runs._on_end = _tell_end
-            await store.runs.work(*functions, concurrency=args.concurrency, stop=stop)
-
-    asyncio.run(work())
+        await store.runs.work(*functions, concurrency=args.concurrency)
 
 
 def _tell_end(end: _End) -> None:
@@ -10297,34 +10289,72 @@ def _tell_end(end: _End) -> None:
 
 def _import_function(text: str) -> Any:
     """The function MODULE:FUNCTION. The current folder is searched, too."""
-    import importlib
+    import pkgutil
 
-    module, _, name = text.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     # The module may import this file by its name: then it gets this copy, with the same errors.
-    own = __spec__.name if __spec__ else os.path.splitext(os.path.basename(__file__))[0]
+    own = os.path.splitext(os.path.basename(__file__))[0]
+    if __spec__ is not None:
+        own = __spec__.name
     sys.modules.setdefault(own, sys.modules[__name__])
     try:
-        function = getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(text)
     except Exception as error:
         raise SystemExit(_complain(f"{text}: {_error_text(error)}", 2)) from None
-    if not callable(function):
-        raise SystemExit(_complain(f"{text}: this is no function", 2))
-    return function
 
 
 # --- check, backup, compact, prune ---
+_LATE = timedelta(hours=1)  # a lease that expired earlier has no worker that would take it back
+
+
 def _check(args: Any) -> int:
-    """Read the whole store and list what is wrong with it."""
+    """Read the whole store; list what is wrong with it or needs a hand, and how it is."""
+    health: _Row = {}
     with open(args.store, read_only=True) as store:
         problems = store.check()
+        try:
+            health = _health(_read_views(store)[0])
+        except Exception as error:  # whatever comes of reading what is damaged
+            problems = problems or [_error_text(error)]
+    problems += health.pop("needs", [])
+    if _parse_target(args.store)[1]:
+        health["sqlite"] = _sqlite_note()
     if args.json:
-        print(json.dumps({"store": store.target, "problems": problems}))
+        report = {"store": store.target, "problems": problems, "health": health}
+        print(json.dumps(report))
     else:
         verdict = _plural(len(problems), "problems") if problems else "sound"
         print(*problems, f"{store.target}: {verdict}", sep="\n")
+        for name, value in health.items():
+            print(f"  {_label(name):20} {_format_value(value, name)}")
     return 1 if problems else 0
+
+
+def _health(overview: View) -> _Row:
+    """How a store is, in facts; `needs` are the sentences on what somebody has to do."""
+    facts = overview["facts"]
+    names = ("file_bytes", "wal_bytes", "free_bytes", "longest_recent_log")
+    health = {name: facts.get(name) for name in names}
+    health["dead_letters"] = overview["counts"]["work items"].get("dead_lettered", 0)
+    needs = []
+    leases = [
+        (row["lease_expires_at"], row["queue"])
+        for row in overview["tables"]["queues"]["rows"]
+        if row["lease_expires_at"]
+    ]
+    if leases:
+        expires_at, queue = min(leases)
+        late = facts["read_at"] - expires_at
+        verb = "expires" if late < timedelta(0) else "expired"
+        lease = f"{verb} at {_format_value(expires_at)}, in queue {queue}"
+        health["oldest_lease"] = lease
+        if late > _LATE:
+            needs.append(f"the oldest lease {lease}: start a worker, or the script again")
+    if facts["wal_bytes"] > 4 * _WAL_BOUND:
+        size = _format_value(facts["wal_bytes"], "_bytes")
+        needs.append(f"the log has {size}: end what has been reading for so long")
+    return health | {"needs": needs}
 
 
 def _backup(args: Any) -> None:
@@ -10355,13 +10385,14 @@ def _prune(args: Any) -> None:
     age = re.fullmatch(r"([0-9]{1,6})([smhdw])", args.older_than)
     if age is None:
         raise SystemExit(_complain("--older-than: six digits at most and a unit, as in 30d", 2))
-    unit_seconds = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}[age[2]]
-    older_than = timedelta(seconds=int(age[1]) * unit_seconds)
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+    older_than = timedelta(**{units[age[2]]: int(age[1])})
     with _open_existing(args.store) as store:
-        counts = store.prune(older_than, dry_run=True)
+        prune = functools.partial(store._prune, older_than, artifacts=args.artifacts)
+        counts = prune(dry_run=True)
         if not args.dry_run:
             with _progress_bar(sum(counts.values()), "pruned") as progress:
-                counts = store._prune(older_than, progress=progress)
+                counts = prune(progress=progress)
     if args.json:
         print(json.dumps({"store": store.target, "dry_run": args.dry_run, "pruned": counts}))
     else:
@@ -10476,19 +10507,61 @@ def _copy_store(args: Any) -> int:
 # The options that argparse takes for each argument, whichever command has it.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "store": {"help": "a database file or URL"},
-    "id": {"nargs": "?", "help": "of an execution, flow or workflow"},
-    "functions": {"nargs": "+", "metavar": "MODULE:FUNCTION", "help": "what runs are to call"},
-    "folder": {"nargs": "?", "default": ".", "help": "200 of its files at most; default: ."},
+    "id": {
+        "nargs": "?",
+        "help": "of an execution, flow or workflow",
+    },
+    "functions": {
+        "nargs": "+",
+        "metavar": "MODULE:FUNCTION",
+        "help": "what runs are to call",
+    },
+    "folder": {
+        "nargs": "?",
+        "default": ".",
+        "help": "200 of its files at most; default: .",
+    },
     "target": {"help": "a new one; `copy` also takes one where it was broken off"},
-    "-o": {"dest": "output", "help": "default: standard output"},
-    "--concurrency": {"type": int, "default": 1, "metavar": "N", "help": "runs at a time"},
-    "--after": {"type": int, "help": "default: the last that there is"},
-    "--dry-run": {"action": "store_true", "help": "only count"},
+    "-o": {
+        "dest": "output",
+        "help": "default: standard output",
+    },
+    "--concurrency": {
+        "type": int,
+        "default": 1,
+        "metavar": "N",
+        "help": "runs at a time",
+    },
+    "--artifacts": {
+        "action": "store_true",
+        "help": "drop artifacts, too, by their last put",
+    },
+    "--after": {
+        "type": int,
+        "help": "default: the last that there is",
+    },
+    "--dry-run": {
+        "action": "store_true",
+        "help": "only count",
+    },
     "--execution": {},
-    "--json": {"action": "store_true", "help": "print JSON, for programs"},
-    "--older-than": {"required": True, "help": "as 90s, 45m, 12h, 30d or 8w"},
-    "--port": {"type": int, "default": 8137, "help": "default: 8137; 0: any that is free"},
-    "--store": {"default": "flowstore-demo.db", "help": "default: %(default)s"},
+    "--json": {
+        "action": "store_true",
+        "help": "print JSON, for programs",
+    },
+    "--older-than": {
+        "required": True,
+        "help": "as 90s, 45m, 12h, 30d or 8w",
+    },
+    "--port": {
+        "type": int,
+        "default": 8137,
+        "help": "default: 8137; 0: any that is free",
+    },
+    "--store": {
+        "default": "flowstore-demo.db",
+        "help": "default: %(default)s",
+    },
     "--target": {"help": "try this store (default: a temporary file)"},
     "--tenant": {},
 }
@@ -10499,12 +10572,13 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int | None], str]] = {
     "demo": (_demo, "folder --store"),
     "work": (_work, "store functions --concurrency"),
     "show": (_show, "store id --json"),
+    "metrics": (_print_metrics, "store"),
     "tail": (_tail, "store --json --execution --tenant --after"),
     "report": (_report, "store id -o"),
     "serve": (_serve, "store --port"),
     "check": (_check, "store --json"),
     "backup": (_backup, "store target"),
-    "prune": (_prune, "store --json --older-than --dry-run"),
+    "prune": (_prune, "store --json --older-than --dry-run --artifacts"),
     "copy": (_copy_store, "store target"),
     "compact": (_compact, "store"),
 }
@@ -10512,7 +10586,6 @@ _COMMANDS: dict[str, tuple[Callable[[Any], int | None], str]] = {
 _CHILDREN: dict[str, Callable[..., int]] = {
     "demo-worker": _demo_worker,
     "selftest-run": _selftest_run,
-    "selftest-writer": _selftest_writer,
 }
 
 # ==================================================================================================
@@ -11058,10 +11131,11 @@ class _PostgresEngine(_Engine):
 
     # --- the whole store ---
     def sizes(self, tx: _Tx) -> dict[str, int]:
-        """Bytes of the tables; the log beside them is the server's."""
+        """Bytes of the tables; the log and the free pages are the server's."""
         sql = """SELECT COALESCE(SUM(pg_total_relation_size(to_regclass(name)))::bigint, 0)
             FROM unnest(?::text[]) name"""
-        return {"file_bytes": tx.rows(sql, list(_TABLE_NAMES))[0][0], "wal_bytes": 0}
+        file_bytes = tx.rows(sql, list(_TABLE_NAMES))[0][0]
+        return {"file_bytes": file_bytes, "wal_bytes": 0, "free_bytes": 0}
 
     def copy_to(self, tx: _Tx, path: str) -> None:
         """A backup is an SQLite file."""

@@ -727,8 +727,8 @@ def bench_keep(bench: Bench) -> Measured:
         return at_99_percent(waits)
 
 
-def bench_look(bench: Bench) -> Measured:
-    store: Any = bench.store("OFF")
+def large_store(bench: Bench) -> Any:
+    store = bench.store("OFF")
     item = flowstore.WorkItem(execution_id="run", queue_type="queue")
     copy_event(store, bench.depth)
     copy_row(
@@ -738,7 +738,13 @@ def bench_look(bench: Bench) -> Measured:
         bench.depth // 5,
         id="id || n",
         status="CASE n % 2 WHEN 0 THEN 'pending' ELSE 'completed' END",
+        settled_at="CASE n % 2 WHEN 1 THEN n END",
     )
+    return store
+
+
+def bench_look(bench: Bench) -> Measured:
+    store = large_store(bench)
 
     def slowest() -> float:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -749,6 +755,16 @@ def bench_look(bench: Bench) -> Measured:
         return max(overview, detail, overview_page, detail_page)
 
     return under(200, "ms", [slowest() * 1000 for _ in range(bench.rounds)])
+
+
+def bench_scrape(bench: Bench) -> Measured:
+    command = ["metrics", large_store(bench).target]
+
+    def scrape_once() -> float:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return elapsed(lambda: flowstore.main(command))
+
+    return under(200, "ms", [scrape_once() * 1000 for _ in range(bench.rounds)])
 
 
 def bench_import(bench: Bench) -> Measured:
@@ -822,6 +838,7 @@ BENCH_ROWS: dict[str, Callable[[Bench], Measured]] = {
     "wake-up of a claim and a tail in other processes, the later one": bench_wake_up,
     "a claim and a tail that wait, the busier one": bench_idle,
     "overview and detail of {} events, text and page, the slowest one": bench_look,
+    "scrape of {} events and a fifth as many items": bench_scrape,
     "import flowstore": bench_import,
 }
 BENCH_ROWS_OF_A_SERVER: dict[str, Callable[[Bench], Measured]] = {
@@ -10427,7 +10444,8 @@ def test_no_statement_scans_a_table_or_sorts(
         if any(
             STATEMENT.match(text) and not re.search("pg_|pragma_|BY INDEX ", text) for text in texts
         ):
-            of_views = name in ("_LAST_EVENTS", "_OLDEST")  # which have a test of their own
+            # These have a test of their own.
+            of_views = name in ("_LAST_EVENTS", "_OLDEST", "_OLDEST_LEASE")
             of_runs = name.startswith(OF_RUNS)
             assert texts & issued or of_views or of_runs, f"{name} is not covered"
             if of_runs:
@@ -19048,6 +19066,26 @@ def test_steps_show_their_waits_failures_and_lost_attempts(shop: Path) -> None:
     assert re.search(r"charge +\.*x+\.+~+#+ +completed, 3 attempts\n", str(timeline))
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"type": "sleep_started", "step": "s", "until": "tomorrow"},
+        {"type": "sleep_started", "step": "s", "until": "2026-01-01T00:00:00"},
+        {"type": "sleep_started", "step": "s", "until": 5},
+        {"type": "step_completed", "step": "s", "seconds": 1e300},
+        {"type": "step_completed", "step": "s", "seconds": "5"},
+        {"type": "step_failed", "step": ["s"], "seconds": -5},
+    ],
+)
+def test_a_view_draws_events_of_other_programs_whatever_their_fields_mean(
+    store: Store, event: dict[str, Any]
+) -> None:
+    store.events.append("e", "default", event)
+    view = store.state.timeline("e")
+    assert len(view["steps"]) == 1 and "s" in view["steps"][0]["name"]
+    assert "s" in str(view) and cast("Any", view)._repr_html_()
+
+
 def test_nothing_from_the_store_becomes_markup(shop: Path) -> None:
     with flowstore.open(shop, read_only=True) as store:
         reprs: list[Any] = [
@@ -19276,7 +19314,7 @@ def test_a_view_cuts_a_reference_that_is_long(tmp_path: Path) -> None:
 
 def test_a_view_counts_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flowstore, "_COUNT_BOUND", 5)
-    monkeypatch.setattr(flowstore, "_DEAD_BOUND", 3)
+    monkeypatch.setattr(flowstore, "_SETTLED_BOUND", 3)
     with flowstore.open(tmp_path / "many.db") as store:
         run_with(store.state, "e")
         for number in range(12):
@@ -19411,6 +19449,182 @@ def test_no_view_reads_more_than_it_shows(
     check_plans(schema, {sql for sql in issued if "EXPLAIN" not in sql})
 
 
+HOSTILE_QUEUE = 'a "queue" \\ of\nlines \\n {le="1"} \u6f22'
+
+
+def scrape(text: str) -> dict[str, dict[tuple[str, ...], float]]:
+    """By metric, the values by labels, as Prometheus' own parser reads them."""
+    parser = pytest.importorskip("prometheus_client.parser")
+    found = {}
+    for family in parser.text_string_to_metric_families(text):
+        assert (family.type, bool(family.documentation)) == ("gauge", True)
+        found[family.name] = {
+            tuple(sample.labels.values()): sample.value for sample in family.samples
+        }
+    return found
+
+
+def rendered_metrics(store: Store) -> str:
+    return flowstore._render_metrics(flowstore._read_views(store)[0])
+
+
+def test_metrics_are_what_the_store_holds_whatever_its_queues_are_called(
+    store: Store, clock: Clock
+) -> None:
+    state: Any = store.state
+    for status in ("running", "running", "failed"):
+        run_with(state, flowstore.new_id(), status=status)
+    run_with(state, "e")
+    for n in range(7):
+        state.enqueue_work_item(WorkItem(id=f"i{n}", execution_id="e", queue_type=HOSTILE_QUEUE))
+    later = clock() + seconds(60)
+    for queue in (HOSTILE_QUEUE, "later"):
+        state.enqueue_work_item(WorkItem(execution_id="e", queue_type=queue, available_at=later))
+    state.claim_work_items("w", [HOSTILE_QUEUE], 3)
+    state.complete_work_item("i0")
+    state.fail_work_item("i1", "no")
+    state.move_to_dead_letter("i6", "no")
+    state.set_queue_policy(flowstore.QueuePolicy(queue_type="idle", paused=True))
+    store.flows.insert(Flow(status=FlowStatus.WAITING))
+    store.workflows.create_new_workflow(WorkflowInstance(workflow_definition_id="d"))
+    store.events.append_batch("e", "default", [EVENT] * 3)
+    clock.advance(5)
+    found = scrape(rendered_metrics(store))
+    stats = store.stats()
+    items = found["flowstore_work_items"]
+    assert {labels: count for labels, count in items.items() if count} == {
+        (queue, status): count
+        for queue, counts in stats["queues"].items()
+        for status, count in counts.items()
+    }
+    assert {queue for queue, _ in items} == {HOSTILE_QUEUE, "later", "idle"}
+    assert len(items) == 3 * len(WorkItemStatus)
+    assert found["flowstore_oldest_pending_seconds"] == {
+        (HOSTILE_QUEUE,): 5,
+        ("later",): 0,
+        ("idle",): 0,
+    }
+    for kind, statuses in (
+        ("executions", flowstore.ExecutionStatus),
+        ("flows", FlowStatus),
+        ("workflows", flowstore.WorkflowStatus),
+    ):
+        assert found[f"flowstore_{kind}"] == {
+            (status,): stats[kind].get(status, 0) for status in statuses
+        }
+    last = store.events.read_all(0)[-1].position
+    assert found["flowstore_last_position"] == {(): last}
+    for name in ("file_bytes", "wal_bytes", "free_bytes"):
+        assert found[f"flowstore_{name}"] == {(): stats[name]}
+    assert found["flowstore_info"] == {(flowstore.__version__, sqlite3.sqlite_version): 1}
+    assert len(found) == 10
+    clock.advance(100)
+    found = scrape(rendered_metrics(store))
+    assert found["flowstore_oldest_pending_seconds"][("later",)] == 45
+
+
+def test_the_metrics_of_an_empty_store_are_there(tmp_path: Path) -> None:
+    flowstore.open(tmp_path / "app.db").close()
+    found = scrape(run("metrics", "app.db", cwd=tmp_path).stdout)
+    assert found["flowstore_last_position"] == {(): 0} and found["flowstore_work_items"] == {}
+    assert set(found["flowstore_executions"].values()) == {0}
+
+
+def test_serve_answers_at_metrics_what_the_command_prints(shop: Path) -> None:
+    printed = run("metrics", shop, cwd=shop.parent).stdout
+    with serving(shop) as address:
+        status, headers, text = ask(address, "/metrics")
+        assert (status, headers["Content-Type"]) == (
+            200,
+            "text/plain; version=0.0.4; charset=utf-8",
+        )
+        assert ask(address, "/metrics", method="HEAD")[::2] == (200, "")
+        assert ask(address, "/metrics", Host="evil.example")[0] == 421
+        assert ask(address, "/metrics", method="POST")[0] == 405
+    ages = re.compile("(?m)^flowstore_(oldest_pending_seconds|wal_bytes).*")
+    assert ages.sub("", text) == ages.sub("", printed)
+    assert scrape(text)["flowstore_work_items"]["mail", "pending"] == 2
+
+
+def test_metrics_say_the_bounds_up_to_which_they_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = run("metrics", tmp_path / "app.db", cwd=tmp_path, status=1).stderr
+    assert "no such file" in text
+    with flowstore.open(tmp_path / "app.db") as store:
+        helps = dict(re.findall(r"# HELP flowstore_(\w+) (.*)", rendered_metrics(store)))
+        bounds = [flowstore._QUEUE_LIMIT, flowstore._COUNT_BOUND, flowstore._SETTLED_BOUND]
+        assert all(str(bound) in helps["work_items"] for bound in bounds)
+        for kind in ("executions", "flows", "workflows"):
+            assert str(flowstore._COUNT_BOUND) in helps[kind]
+        monkeypatch.setattr(flowstore, "_COUNT_BOUND", 2)
+        monkeypatch.setattr(flowstore, "_SETTLED_BOUND", 3)
+        run_with(store.state, "e")
+        for n in range(8):
+            store.flows.insert(Flow())
+            item = WorkItem(id=f"i{n}", execution_id="e", queue_type="q")
+            store.state.enqueue_work_item(item)
+        for n in range(4):
+            store.state.complete_work_item(f"i{n}")
+        found = scrape(rendered_metrics(store))
+    assert found["flowstore_work_items"]["q", "pending"] == 2
+    assert found["flowstore_work_items"]["q", "completed"] == 3
+    assert found["flowstore_flows"][("created",)] == 2
+
+
+def test_a_hundred_queues_are_told_those_with_work_before_those_that_had_some(
+    tmp_path: Path,
+) -> None:
+    with flowstore.open(tmp_path / "app.db", synchronous="OFF") as store, store.transaction():
+        run_with(store.state, "e")
+        for n in range(150):
+            for queue in (f"a{n:03}", f"b{n:03}"):
+                id = store.state.enqueue_work_item(WorkItem(execution_id="e", queue_type=queue))
+                if queue.startswith("a"):
+                    store.state.complete_work_item(id)
+        (view,) = flowstore._read_views(store)
+    queues = [row["queue"] for row in view["tables"]["queues"]["rows"]]
+    assert queues == [f"b{n:03}" for n in range(100)]
+
+
+@pytest.mark.sqlite
+def test_a_scrape_takes_no_more_steps_for_rows_beyond_its_bounds(
+    watched: type[Watched], make_store: Callable[[], Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_COUNT_BOUND", "_SETTLED_BOUND"):
+        monkeypatch.setattr(flowstore, name, 50)
+    store = make_store()
+    run_with(store.state, "run")
+    for status in WorkItemStatus:
+        id = store.state.enqueue_work_item(
+            WorkItem(id=status, execution_id="run", queue_type="queue")
+        )
+        ended = status not in ("pending", "claimed")
+        with store.transaction() as tx:
+            tx.execute(
+                "UPDATE flowstore_work_items SET status = id, settled_at = ?, lease_expires_at = 1 WHERE id = ?",
+                (1 if ended else None, id),
+            )
+    store.flows.insert(Flow(id="flow"))
+    store.workflows.create_new_workflow(
+        WorkflowInstance(id="flow", name="w", workflow_definition_id="d")
+    )
+    store.events.append("run", "default", EVENT)
+    steps = []
+    for step, count in enumerate((1200, 6000)):
+        key = f"'-{step}-' || n"
+        for status in WorkItemStatus:
+            copy_row(store, "flowstore_work_items", f"id = '{status}'", count, id=f"id || {key}")
+        copy_row(store, "flowstore_runs", "execution_id = 'run'", count, execution_id=key)
+        copy_row(store, "flows", "id = 'flow'", count, id=key)
+        copy_row(store, "workflows", "id = 'flow'", count, id=key, name=key)
+        store.events.append_batch("run", "default", [EVENT] * count)
+        steps.append(watched.steps(lambda: rendered_metrics(store)))
+        items = scrape(rendered_metrics(store))["flowstore_work_items"]
+        assert items["queue", "pending"] == items["queue", "completed"] == 50
+    assert 10 < steps[1] < 1.1 * steps[0]
+
+
 def test_tail_prints_events_as_they_come_until_interrupted(shop: Path) -> None:
     command = [
         sys.executable,
@@ -19443,7 +19657,7 @@ def test_tail_prints_events_as_they_come_until_interrupted(shop: Path) -> None:
 
 
 def test_a_reader_that_goes_away_is_met_quietly(shop: Path) -> None:
-    for arguments in (["show", shop], ["report", shop]):
+    for arguments in (["show", shop], ["report", shop], ["metrics", shop]):
         reading, writing = os.pipe()
         os.close(reading)
         done = subprocess.run(
@@ -19797,9 +20011,112 @@ def test_check_backup_and_compact_from_the_command_line(tmp_path: Path) -> None:
     plain.commit()
     plain.close()
     assert re.search(
-        r"'e' has a gap\ncopy.db: 1 problem\n$",
+        r"'e' has a gap\ncopy.db: 1 problem\n  file  ",
         run("check", "copy.db", cwd=tmp_path, status=1).stdout,
     )
+
+
+def test_check_ends_with_lines_of_health(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "app.db") as store:
+        run_with(store.state, "e")
+        store.events.append_batch("e", "default", [EVENT] * 1200)
+        store.events.append("other", "default", EVENT)
+        for n in range(3):
+            store.state.enqueue_work_item(WorkItem(id=f"i{n}", execution_id="e", queue_type="q"))
+        store.state.move_to_dead_letter("i0", "no")
+        for seconds_left in (1000, 500):
+            store.state.claim_work_item("w", ["q"], lease_seconds=seconds_left)
+        stats = store.stats()
+        (item, _) = sorted(
+            store.state.list_work_items(status="claimed"),
+            key=lambda item: str(item.lease_expires_at),
+        )
+        said = run("check", "app.db", cwd=tmp_path).stdout
+        told = json.loads(run("check", "app.db", "--json", cwd=tmp_path).stdout)
+    first = f"{item.lease_expires_at:%Y-%m-%d %H:%M:%S}"
+    assert re.fullmatch(
+        rf"""app.db: sound
+  file +[\d.]+ MB
+  wal +[\d.]+ MB
+  free +[\d.]+ MB
+  longest recent log +1,200 events of e
+  dead letters +1
+  oldest lease +expires at {first}, in queue q
+  sqlite +SQLite {sqlite3.sqlite_version}.*
+""",
+        said,
+    )
+    assert told["problems"] == [] and list(told) == ["store", "problems", "health"]
+    assert {name: told["health"][name] for name in ("file_bytes", "wal_bytes", "free_bytes")} == {
+        name: stats[name] for name in ("file_bytes", "wal_bytes", "free_bytes")
+    }
+    assert told["health"]["dead_letters"] == 1
+
+
+def test_check_names_a_lease_that_no_worker_takes_back(tmp_path: Path) -> None:
+    for hours, status in ((0.5, 0), (3, 1)):
+        then = datetime.now(UTC) - timedelta(hours=hours)
+        with flowstore.open(tmp_path / "app.db", clock=partial(max, then, then)) as store:
+            run_with(store.state, f"e{hours}")
+            store.state.enqueue_work_item(WorkItem(execution_id=f"e{hours}", queue_type="q"))
+            store.state.claim_work_item("w", ["q"])
+        said = run("check", "app.db", cwd=tmp_path, status=status).stdout
+        assert re.search(r"(?m)^  oldest lease +expired at .*, in queue q$", said)
+    assert re.match(r"the oldest lease expired at .*, in queue q: .*\napp.db: 1 problem\n", said)
+
+
+def test_check_names_what_makes_no_sense_in_the_queue(tmp_path: Path) -> None:
+    with flowstore.open(tmp_path / "app.db") as store:
+        run_with(store.state, "e")
+        store.state.enqueue_work_item(WorkItem(execution_id="e", queue_type="q"))
+        store.state.claim_work_item("w", ["q"])
+    for value in ("'soon'", "9e300", "-9223372036854775808"):
+        with contextlib.closing(sqlite3.connect(tmp_path / "app.db")) as plain:
+            plain.execute(f"UPDATE flowstore_work_items SET lease_expires_at = {value}")
+            plain.commit()
+        done = run("check", "app.db", cwd=tmp_path, status=1)
+        assert "app.db: 1 problem\n" in done.stdout and done.stderr == ""
+
+
+def test_check_names_a_log_that_nobody_could_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with flowstore.open(tmp_path / "app.db") as store:
+        store.events.append("e", "default", EVENT)
+        bytes_now = store.stats()["wal_bytes"]
+        for bound, status in ((bytes_now / 4, 0), ((bytes_now - 1) / 4, 1)):
+            monkeypatch.setattr(flowstore, "_WAL_BOUND", bound)
+            assert flowstore.main(["check", str(tmp_path / "app.db")]) == status
+    assert re.search(r"(?m)^the log has .* MB: .*", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", ["check", "selftest"])
+def test_a_sqlite_with_the_wal_reset_bug_is_named_and_is_no_failure(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    flowstore.open(tmp_path / "app.db").close()
+    option = ["--target"] if command == "selftest" else []
+    for version, has_bug in (
+        ((3, 40, 1), True),
+        ((3, 44, 5), True),
+        ((3, 44, 6), False),
+        ((3, 45, 0), True),
+        ((3, 50, 6), True),
+        ((3, 50, 7), False),
+        ((3, 50, 9), False),
+        ((3, 51, 2), True),
+        ((3, 51, 3), False),
+        ((3, 52, 0), False),
+    ):
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+        assert ("WAL-reset bug" in flowstore._sqlite_note()) == has_bug, version
+    for version in ((3, 51, 2), (3, 51, 3)):
+        monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+        assert flowstore.main([command, *option, str(tmp_path / "app.db")]) == 0
+        assert ("WAL-reset bug" in capsys.readouterr().out) == (version == (3, 51, 2))
 
 
 def test_prune_from_the_command_line(tmp_path: Path) -> None:
@@ -19822,6 +20139,21 @@ def test_prune_from_the_command_line(tmp_path: Path) -> None:
     assert done == dry | {"dry_run": False}
     with flowstore.open(tmp_path / "app.db") as store:
         assert store.events.list_executions() == ["open"] and store.check() == []
+
+
+def test_prune_drops_artifacts_when_it_is_told_to(tmp_path: Path) -> None:
+    then = datetime(2000, 1, 1, tzinfo=UTC)
+    with flowstore.open(tmp_path / "app.db", clock=lambda: then) as store:
+        kept = store.state.put_artifact(b"data").hash
+    prune = ["prune", "app.db", "--older-than", "8w"]
+    assert run(*prune, cwd=tmp_path).stdout == "app.db: dropped nothing\n"
+    dry = run(*prune, "--artifacts", "--dry-run", cwd=tmp_path).stdout
+    assert dry == "app.db: would drop 1 artifact\n"
+    with flowstore.open(tmp_path / "app.db") as store:
+        assert store.state.get_artifact(kept) == b"data"
+    assert run(*prune, "--artifacts", cwd=tmp_path).stdout == "app.db: dropped 1 artifact\n"
+    with flowstore.open(tmp_path / "app.db") as store:
+        assert store.state.get_artifact(kept) is None
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="this platform has no terminals to open")
@@ -19903,7 +20235,14 @@ def test_a_wrong_use_of_the_bench_is_refused(
 
 @pytest.mark.parametrize("closed", ["1", "2"])
 @pytest.mark.parametrize(
-    "command", ["show app.db", "report app.db", "check app.db", "prune app.db --older-than 30d"]
+    "command",
+    [
+        "show app.db",
+        "report app.db",
+        "metrics app.db",
+        "check app.db",
+        "prune app.db --older-than 30d",
+    ],
 )
 def test_a_command_does_without_its_closed_output(
     tmp_path: Path, command: str, closed: str
@@ -19971,12 +20310,17 @@ def test_a_file_of_version_1_opens_with_all_that_is_in_it_and_todays_tables(tmp_
         assert store.check() == []
     flowstore.open(tmp_path / "new.db").close()
     upgraded, new = sqlite3.connect(tmp_path / "old.db"), sqlite3.connect(tmp_path / "new.db")
-    items = "CREATE TABLE flowstore_work_items"  # columns were added to it
-    assert [sql for sql in schema_cli(upgraded) if not sql.startswith(items)] == [
-        sql for sql in schema_cli(new) if not sql.startswith(items)
+    # Columns were added to these two.
+    grown = ("CREATE TABLE flowstore_work_items", "CREATE TABLE flowstore_artifacts")
+    assert [sql for sql in schema_cli(upgraded) if not sql.startswith(grown)] == [
+        sql for sql in schema_cli(new) if not sql.startswith(grown)
     ]
-    columns = "SELECT name FROM pragma_table_info('flowstore_work_items')"
-    assert {*upgraded.execute(columns)} == {*new.execute(columns), ("dead_lettered_at",)}
+    for table, dropped in (
+        ("flowstore_work_items", {("dead_lettered_at",)}),
+        ("flowstore_artifacts", set()),
+    ):
+        columns = f"SELECT name FROM pragma_table_info('{table}')"
+        assert {*upgraded.execute(columns)} == {*new.execute(columns)} | dropped
     upgraded.close()
     new.close()
 
@@ -20785,7 +21129,7 @@ def test_no_password_is_told(
     with flowstore.open(target + "&application_name=a%20b") as store, store.transaction() as tx:
         assert "cret" not in store.target + repr(store)
         assert tx.execute("SHOW application_name") == [("a b",)]
-    for command in ("check", "compact"):
+    for command in ("check", "compact", "metrics"):
         assert flowstore.main([command, target]) == 0
     assert flowstore.main(["prune", target, "--older-than", "1d", "--json"]) == 0
     assert "cret" not in "".join(capsys.readouterr())
