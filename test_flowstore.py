@@ -19832,7 +19832,7 @@ def test_the_quickstart_at_the_head_of_the_module_runs() -> None:
 
 
 EXAMPLES = re.findall(
-    r"```python\n(.*?)```\n\nIt prints `(.*?)`", (HERE / "README.md").read_text(), re.DOTALL
+    r"```python\n((?:(?!```).)*)```\n\nIt prints `(.*?)`", (HERE / "README.md").read_text(), re.DOTALL
 )
 
 
@@ -22676,6 +22676,27 @@ def test_bytes_that_are_no_text_are_one_line_on_the_command_line(
 
 
 # --- what the README promises ---
+
+
+def test_the_readme_has_every_public_method_in_a_line_each() -> None:
+    parts: dict[str, type[Any]] = {
+        "store": Store,
+        "store.runs": flowstore.Runs,
+        "run": flowstore.Run,
+        "store.flows": flowstore.FlowStore,
+        "store.events": flowstore.EventStore,
+        "store.state": flowstore.StateBackend,
+        "store.workflows": flowstore.PersistenceProvider,
+    }
+    wanted = set()
+    for part, kind in parts.items():
+        for name in {name for name in dir(kind) if not name.startswith("_")}:
+            if callable(method := getattr(kind, name)):
+                says = " ".join(method.__doc__.split("\n\n")[0].split())
+                wanted.add(f"| `{part}.{name}` | {says} |")
+    lines = (HERE / "README.md").read_text(encoding="utf-8").split("\n")
+    listed = [line for line in lines if line.startswith(("| `store", "| `run."))]
+    assert set(listed) == wanted and len(listed) == len(wanted)
 
 
 def test_each_promise_of_the_readme_names_a_test_that_there_is() -> None:
