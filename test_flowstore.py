@@ -680,6 +680,25 @@ def bench_commands(bench: Bench) -> Measured:
     return bench.compare(ours, Rival("plain FULL", 0.7, bench.plain_inserts("FULL")))
 
 
+def bench_steps(bench: Bench) -> Measured:
+    """Runs of ten steps, started beforehand: their claims, steps and ends, per step."""
+    store = bench.store()
+    result = bench.event["result"]
+
+    def ten_steps(run: flowstore.Run, input: Any) -> None:
+        for number in range(10):
+            run.step(f"step {number}", str, result)
+
+    def ours() -> float:
+        runs = max(2, round(bench.seconds * 100))
+        with store.transaction():
+            for _ in range(runs):
+                store.runs.start(ten_steps)
+        return 10 * runs / elapsed(lambda: store.runs.work(ten_steps, until_idle=True))
+
+    return bench.compare(ours, Rival("plain FULL", 0.7, bench.plain_inserts("FULL")))
+
+
 # --- the whole store ---
 def ended_flows(bench: Bench, store: flowstore.Store) -> None:
     """A tenth of the depth in flows that ended long ago, each with an event."""
@@ -830,6 +849,7 @@ BENCH_ROWS: dict[str, Callable[[Bench], Measured]] = {
         bench_claims, queues="a", changed={"tenant_id": "'other'"}, tenant="default"
     ),
     "process_commands of 500 due, FULL, per command": bench_commands,
+    "a step of a run of ten, 1 worker, FULL": bench_steps,
     "persist_workflow, 1,000 pointers, one changed": bench_persist,
     "4 processes x 4 threads, FULL": bench_processes,
     "iter_events over {} events": bench_iterate,
