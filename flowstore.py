@@ -3258,6 +3258,7 @@ class _Block:
         self.savepoint = ""
         self.earlier_lines = 0  # of the program's log, from before a nested block
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
+        self.undo: list[Callable[[], object]] = []  # is called if the block is rolled back
         self._call: _Call | None = None  # of an outermost block that leads the writer
         self._connection: _Connection | None = None
         self._ref: weakref.ref[_Block] = weakref.ref(self)
@@ -3471,8 +3472,14 @@ class _Block:
             if commit and self._call is not None:
                 self.engine.writer.lead(self._call, self.engine.writer.commit_block)
                 lines = self._call.lines
+            if commit:
+                if self.parent is not None:
+                    self.parent.undo += self.undo
+                self.undo = []
         finally:
             self._unregister()
+            for undo in self.undo:
+                undo()
         _write_lines(lines)
 
     def _unregister(self) -> None:
@@ -4884,15 +4891,15 @@ class _LogFacet(_Facet):
         return self._events_after(tx, execution_id, after, limit)
 
     @_steps
-    def _poll(self, look: Callable[[], Any], seconds: float) -> _Steps[Any]:
-        """Call `look` until it finds something or the seconds are over.
+    def _poll(self, look: Callable[..., Any], seconds: float, *args: Any) -> _Steps[Any]:
+        """Call `look(*args)` until it finds something or the seconds are over.
 
         At each commit of this process, and now and then besides: for other processes' commits, and
         for what becomes due without a commit."""
         deadline = _monotonic() + seconds
         while True:
             commits = self._engine.commits
-            result = yield look()
+            result = yield look(*args)
             left = deadline - _monotonic()
             if result or left <= 0:
                 return result
@@ -6352,6 +6359,8 @@ class Hold(_LeaseKeeper):
             self._state._renew_lease_of(self)
         self._end(kind)
 
+    _enter = __enter__
+
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, RuntimeError):  # not entered, or ended
             self._gate.release()
@@ -6924,44 +6933,41 @@ _RUN_TAKE = _update(
     "AND (status <> 'claimed' OR lease_expires_at <= ?)",
     _ITEM.columns,
 )
+_RUN_FREE = _Sql("""SELECT 1 FROM flowstore_work_items
+    {by sqlite_autoindex_flowstore_work_items_1}
+    WHERE id = ? AND (status <> 'claimed' OR lease_expires_at <= ?) {tenant}""")
 _RUN_STATUS = _update(_RUN, "status = ?, updated_at = ?, completed_at = ?", returning=None)
 _RUN_WAKE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
     SET available_at = ? WHERE id IN (
     SELECT workflow_id FROM event_subscriptions {by event_subscriptions_open}
     WHERE event_name = ? AND event_key = ? AND terminated_at IS NULL)
     AND status = 'pending' AND available_at > ? {tenant}""")
-_LAST_EMITTED = _Sql("""SELECT MAX(event_time) FROM events {by events_processed}
-    WHERE is_processed = 1""")
+_LAST_EMITTED = f"""SELECT COALESCE(MAX(event_time), {_FIRST_TIME})
+    FROM events {{by events_processed}} WHERE is_processed = 1"""
+# The id of a subscription is made of what it is for: so a wait that begins again finds its own.
+_SUBSCRIBE = """INSERT INTO event_subscriptions (id, workflow_id, step_id, execution_pointer_id,
+    event_name, event_key, subscribe_as_of, subscription_data) VALUES (?, ?, 0, ?, ?, ?, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET terminated_at = NULL
+    RETURNING event_subscriptions.subscription_data"""
+_END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
 _END_WAITS = _Sql("""UPDATE event_subscriptions {by event_subscriptions_by_workflow}
     SET terminated_at = ? WHERE workflow_id = ? AND terminated_at IS NULL""")
+# Of an execution: whether it is a run. Then it has an item of its own id and function.
+_IS_RUN = """AND EXISTS (SELECT 1 FROM flowstore_work_items i
+    WHERE i.id = flowstore_runs.execution_id AND i.execution_id = i.id
+    AND i.node_id = flowstore_runs.workflow_id)"""
 
 
 class _Suspended(BaseException):
     """Unwinds the function of a run that waits, or whose worker stops. Only `work` catches it."""
 
 
-class _InTransaction:
-    """An engine that runs operations in an open transaction, so that one can call others."""
-
-    def __init__(self, engine: Any, tx: _Tx) -> None:
-        self._engine = getattr(engine, "engine", engine)  # an event loop's engine has another
-        self._tx = tx
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def run(self, operation: _AnyMethod, facet: Any, /, *args: Any, **kwargs: Any) -> Any:
-        return operation.function(facet, self._tx, *args, **kwargs)
-
-
 def _function_name(function: object) -> str:
-    """The name of a function, or the text given in its place."""
-    name = function
-    if not issubclass(type(function), str):
-        _check_callable(function, "function")
-        name = _read_foreign(lambda one: getattr(one, "__name__", None), function, "function")
-        if type(name) is not str or not name.isidentifier():
-            raise InvalidData("function: it has no plain name: make it by def, or pass a name")
+    """The name of a function, by which workers know its runs."""
+    _check_callable(function, "function")
+    name = _read_foreign(lambda one: getattr(one, "__name__", None), function, "function")
+    if type(name) is not str or not name.isidentifier():
+        raise InvalidData("function: it has no plain name: make it by def, or pass a name")
     return _id(name, "function")
 
 
@@ -6979,36 +6985,56 @@ def _span(value: object, path: str) -> float:
     return float(_number(value, path, "a finite number of seconds, 0 or more", 0))
 
 
-def _iso_time(text: str, path: str) -> int:
-    """The microseconds of a stored time."""
-    return _microseconds(datetime.fromisoformat(text), path)
+class _End(NamedTuple):
+    """How the claim of a run ends: completed, failed, or pending again.
+
+    The detail has the `result` or the `error`. A pending run with an error is tried again, as the
+    queue says. Without, it is given back."""
+
+    item: WorkItem
+    status: ExecutionStatus = ExecutionStatus.PENDING
+    detail: Mapping[str, Any] = types.MappingProxyType({})
+
+
+class _Wait(NamedTuple):
+    """What a step of a run waits for: an event up to a time, or (without its name) the time."""
+
+    step: str
+    until: int
+    event_name: str | None = None
+    event_key: str = ""
 
 
 class _RunFacet(_LogFacet):
     """What the store's runs and a single one have."""
 
-    def _state(self, tx: _Tx) -> StateBackend:
-        return StateBackend(_InTransaction(self._engine, tx))
+    def _do(self, tx: _Tx, operation: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Run an operation of the state backend in the open transaction."""
+        return inspect.unwrap(operation)(StateBackend(self._engine), tx, *args, **options)
 
     def _set_status(self, tx: _Tx, id: str, status: ExecutionStatus) -> None:
         now = tx.now()
         self._run(tx, _RUN_STATUS, status, now, now if status.is_terminal else None, id)
 
+    def _park(self, tx: _Tx, item: WorkItem, until: datetime | None = None) -> None:
+        """Give a run back, for now or until a time."""
+        self._do(tx, StateBackend.park_work_item, item, until=until)
+        self._set_status(tx, item.id, ExecutionStatus.PENDING)
+
     def _check_lease(self, tx: _Tx, item: WorkItem, sql: _Sql = _RUN_LOCK) -> None:
         """Raise LeaseLost or RunCancelled, unless the item is held under its fence."""
         if self._row(tx, sql, item.id, item.lease_fence) is None:
-            record = self._get(tx, _RUN, execution_id=item.id)
-            if record is not None and record.status == "cancelled":
+            if self._get(tx, _RUN, execution_id=item.id, status="cancelled"):
                 raise RunCancelled(item.id)
             raise LeaseLost(item.id)
 
-    def _append(
-        self, tx: _Tx, id: str, tenant: str, event: Mapping[str, Any], step: str = ""
-    ) -> str:
-        """Append an event, once for a step; its text."""
-        text = _json(event, f"step {step!r}")
-        last = self._last_sequence(tx, id) or 0
-        self._append_to(tx, id, tenant, last, text, None, f"step:{step}" if step else None)
+    def _append(self, tx: _Tx, id: str, event: Mapping[str, Any]) -> str:
+        """Append an event to the log of a run, the record of a step once; its text."""
+        step = event.get("step")
+        text = _json(event, "run" if step is None else f"step {step!r}")
+        once = None if step is None or event["type"] == "step_failed" else f"step:{step}"
+        tenant, _, last = _or_not_found(self._row(tx, _LOG_HEAD, id), "execution", id)
+        self._append_to(tx, id, tenant, last or 0, text, None, once)
         return text
 
 
@@ -7026,7 +7052,7 @@ class Run(_RunFacet):
         record: WorkflowExecution,
         item: WorkItem,
         log: Iterable[StoredEvent],
-        stops: Callable[[], bool] | None = None,
+        crew: _Crew | None = None,
     ) -> None:
         super().__init__(engine)
         self.id = record.execution_id
@@ -7034,22 +7060,14 @@ class Run(_RunFacet):
         self.attempt = item.attempt
         self.result: Json = None
         self._item = item
-        self._stops = stops  # of a worker, which parks a run that waits; a block has none
+        self._crew = crew  # of a worker, which parks a run that waits; a block has none
         self._suspended = False
-        self._parks = False  # the wait under way parks the run
-        self._under_way = 0  # functions of steps
-        self._take_again: Callable[[], Any] | None = None  # a completed run, which has no lease
-        self._keep_lease: Callable[[WorkItem], Any]
+        self._take: Callable[[], Any] | None = None  # takes a completed run, which has no lease
+        self._recorded = {stored.id: stored.event for stored in log}
         self._lock = threading.Lock()
-        self._ordinals: dict[str, list[int]] = {}  # by name, the free ones in order
-        # Steps recorded in a transaction (the outermost block), which may yet be rolled back.
-        self._in_blocks: list[tuple[str, weakref.ref[_Block]]] = []
-        self._recorded = {
-            stored.id.removeprefix("step:"): stored.event
-            for stored in log
-            if stored.id is not None and stored.id.startswith("step:")
-        }
-        self._events_had = {event.get("event") for event in self._recorded.values()}
+        self._taken: set[str] = set()  # steps that were asked for, and have not failed
+        self._next: dict[Any, int] = {}  # by name and kinds, an ordinal: those below are taken
+        self._under_way: set[str] = set()  # steps whose function is being called
 
     def __repr__(self) -> str:
         return f"<flowstore.{type(self).__name__} {self.id!r}, attempt {self.attempt}>"
@@ -7065,10 +7083,10 @@ class Run(_RunFacet):
         the function is called again if its process was lost before the record. What the function
         raises is recorded, and goes on. Raises InvalidData for a result that is not JSON."""
         _check_callable(function, "function")
-        step, event = yield from self._begin(name, "step_completed")
+        step, event = self._begin(name, "step_completed")
         if event is not None:
             return event["result"]
-        self._count(1)
+        self._under_way.add(step)
         try:
             yield from self._go_on()
             start = _monotonic()
@@ -7081,14 +7099,15 @@ class Run(_RunFacet):
                 raise
             seconds = round(_monotonic() - start, 6)
             event = {"type": "step_completed", "step": step, "result": result, "seconds": seconds}
-            text = yield self._record(event, step)
+            text = yield self._record(event)
         except BaseException:
             self._release(step)
             raise
         finally:
-            self._count(-1)
-        if (block := self._engine.block()) is not None:
-            self._in_blocks.append((step, block.root._ref))
+            self._under_way.discard(step)
+        block = self._engine.block()
+        if block is not None:
+            block.undo.append(functools.partial(self._release, step))
         return _decode_json(text)["result"]
 
     @_steps
@@ -7096,13 +7115,17 @@ class Run(_RunFacet):
         """Sleep once for that many seconds. Raises StorageError inside one's own transaction.
 
         The time of waking is recorded. A block waits for it. In a worker the run is parked."""
-        now = _microseconds(self._engine.now(), "clock()")
-        yield from self._sleep(name, _time_after(now, _span(seconds, "seconds"), "seconds"))
+        yield self.sleep_until(_datetime_of(self._after(seconds, "seconds")), name=name)
 
     @_steps
     def sleep_until(self, time: datetime, *, name: str = "sleep") -> _Steps[None]:
         """As `sleep`, until a time."""
-        yield from self._sleep(name, _microseconds(time, "time"))
+        until = _microseconds(time, "time")
+        step, event = self._begin(name, "sleep_started")
+        if event is not None:
+            until = _since_epoch(datetime.fromisoformat(event["until"]))
+        if event is None or _datetime_of(until) > self._engine.now():
+            yield from self._wait(_Wait(step, until))
 
     @_steps
     def wait_for(
@@ -7118,83 +7141,51 @@ class Run(_RunFacet):
         It is the first event of that name and key since the run was started that no earlier wait of
         the run has had. A block waits for it. In a worker the run is parked. Raises TimeoutError
         `timeout` seconds after the wait first began, StorageError inside one's own transaction."""
-        self._engine.forbid_inside("run.wait_for()")
-        key = _key(event_name, "event_name"), _key(event_key, "event_key")
-        seconds = _none_or(_span, timeout, "timeout")
-        step, event = yield from self._begin(
-            event_name if name is None else name, "wait_completed", "wait_timed_out"
-        )
+        _key(event_name, "event_name")
+        _key(event_key, "event_key")
+        until = _LAST_TIME if timeout is None else self._after(timeout, "timeout")
+        own_name = event_name if name is None else name
+        step, event = self._begin(own_name, "wait_completed", "wait_timed_out")
         if event is None:
-            attempt = functools.partial(self._try_wait, step, key, seconds)
-            event = yield from self._wait(step, attempt, key)
-            self._events_had.add(event.get("event"))
+            event = yield from self._wait(_Wait(step, until, event_name, event_key))
+            self._recorded[f"step:{step}"] = event
         if event["type"] == "wait_timed_out":
             raise TimeoutError(f"run {self.id!r}: no event came in time for {step!r}")
         return event["data"]
 
     # --- names ---
-    def _begin(self, name: str, *kinds: str) -> _Steps[tuple[str, Any]]:
+    def _begin(self, name: str, *kinds: str) -> tuple[str, Any]:
         """The next step of a name, and its event if it is recorded."""
         if "#" in _text(name, "name", 200, 1):
             raise InvalidData("name: '#' is for the ordinals of steps, leave it out")
-        yield from self._look_back()
+        if "step_completed" not in kinds:
+            self._engine.forbid_inside("a wait of a run")
         with self._lock:
-            free = self._ordinals.setdefault(name, [1])
-            index = 0
+            ordinal = self._next.get((name, kinds), 1)
             while True:
-                ordinal = free[index]
-                if ordinal == free[-1]:
-                    free.append(ordinal + 1)
                 step = name if ordinal == 1 else f"{name}#{ordinal}"
-                event = self._recorded.get(step)
+                event = self._recorded.get(f"step:{step}")
+                ordinal += 1
                 # What another kind of step has recorded is left to that one.
-                if event is None or event["type"] in kinds:
-                    free.remove(ordinal)
+                if step not in self._taken and (event is None or event["type"] in kinds):
+                    self._taken.add(step)
+                    self._next[name, kinds] = ordinal
                     return step, event
-                index += 1
-
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self._under_way += change
 
     def _release(self, step: str) -> None:
         """Let the same name again be this step."""
-        name, _, ordinal = step.partition("#")
         with self._lock:
-            self._ordinals[name] = sorted([*self._ordinals[name], int(ordinal or 1)])
-
-    def _look_back(self) -> _Steps[None]:
-        """Release the steps whose transaction has been rolled back since."""
-        for entry in list(self._in_blocks):
-            step, reference = entry
-            root = reference()
-            is_open = root is not None and root.is_open
-            block = self._engine.block()
-            if is_open and (block is None or block.root is not root):
-                continue  # it is of another thread or task
-            stored = yield self._is_recorded(step)
-            if not stored:
-                self._release(step)
-            if not (stored and is_open):
-                self._in_blocks.remove(entry)
-
-    @_read
-    def _is_recorded(self, tx: _Tx, step: str) -> bool:
-        sql = tx.dialect.resolve(_LOG_BY_EVENT_ID)
-        return tx.row(sql, self.id, f"step:{step}") is not None
+            self._taken.discard(step)
+            self._next.clear()
 
     # --- the lease ---
     def _go_on(self) -> _Steps[None]:
         """Before anything new is done: only in a run that is this worker's, and goes on."""
-        if self._suspended or (self._stops is not None and self._stops()):
+        if self._suspended or (self._crew is not None and self._crew.stops()):
             self._suspended = True
             raise _Suspended
-        if self._take_again is not None:
-            self._item, _, taken = yield self._take_again()
-            if not taken:
-                raise AlreadyRunning(self.id, str(self._item.worker_id))
-            self._take_again = None
-            yield self._keep_lease(self._item)
+        if self._take is not None:
+            yield self._take()
         yield self._look()
 
     @_read
@@ -7202,157 +7193,112 @@ class Run(_RunFacet):
         self._check_lease(tx, self._item, _RUN_LOOK)
 
     @_write_row
-    def _record(self, tx: _Tx, event: Mapping[str, Any], step: str = "") -> str:
+    def _record(self, tx: _Tx, event: Mapping[str, Any]) -> str:
         self._check_lease(tx, self._item)
-        return self._append(tx, self.id, self._item.tenant_id, event, step)
+        return self._append(tx, self.id, event)
 
     # --- waiting ---
-    def _sleep(self, name: str, until: int) -> _Steps[None]:
-        self._engine.forbid_inside("run.sleep()")
-        step, event = yield from self._begin(name, "sleep_started")
-        if event is not None:
-            until = _iso_time(event["until"], "until")
-        if event is None or _datetime_of(until) > self._engine.now():
-            yield from self._wait(step, functools.partial(self._try_sleep, step, until))
+    def _after(self, seconds: object, path: str) -> int:
+        """The time that many seconds from now."""
+        now = _microseconds(self._engine.now(), "clock()")
+        return _time_after(now, _span(seconds, path), path)
 
-    def _wait(
-        self, step: str, attempt: Callable[[], Any], key: tuple[str, str] | None = None
-    ) -> _Steps[Any]:
-        """Attempt to go on, until there is an event that says so. A worker's run is suspended."""
+    def _wait(self, wait: _Wait) -> _Steps[Any]:
+        """Wait; the event that ends the wait.
+
+        A worker's run is suspended. First the steps that are done beside the wait end."""
         try:
             yield from self._go_on()
             while True:
-                # Steps that are done side by side with the wait are to be recorded first.
-                self._parks = self._stops is not None and not self._under_way
-                event, until = yield attempt()
+                parks = self._crew is not None and not self._under_way
+                event, wait = yield self._attempt(wait, parks)
                 if event is not None:
                     return event
-                if self._parks:
+                if parks:
                     self._suspended = True
                     raise _Suspended
-                if self._stops is None:
-                    yield self._poll(functools.partial(self._is_due, until, key), math.inf)
+                if self._crew is None:
+                    yield self._poll(self._is_over, math.inf, wait)
                 else:
-                    yield self._poll(lambda: not self._under_way, math.inf)
+                    yield self._poll(operator.not_, math.inf, self._under_way)
         except BaseException:
-            self._release(step)
+            self._release(wait.step)
             raise
 
-    @_snapshot
-    def _is_due(self, tx: _Tx, until: int | None, key: tuple[str, str] | None) -> bool:
-        """Whether an attempt would now go on, or fail."""
-        if until is not None and tx.now() >= until:
-            return True
-        if key is not None and self._next_event(tx, key, until) is not None:
-            return True
-        return self._row(tx, _RUN_LOOK, self.id, self._item.lease_fence) is None
-
-    def _park(self, tx: _Tx, until: int | None) -> None:
-        if self._parks:
-            due = _datetime_of(_LAST_TIME if until is None else until)
-            self._state(tx).park_work_item(self._item, until=due)
-            self._set_status(tx, self.id, ExecutionStatus.PENDING)
-
     @_write
-    def _try_sleep(self, tx: _Tx, step: str, until: int) -> tuple[Any, int]:
-        event = {"type": "sleep_started", "step": step, "until": _datetime_of(until).isoformat()}
-        self._check_lease(tx, self._item)
-        self._append(tx, self.id, self._item.tenant_id, event, step)
-        if tx.now() >= until:
-            return event, until
-        self._park(tx, until)
-        return None, until
+    def _attempt(self, tx: _Tx, wait: _Wait, parks: bool) -> tuple[Any, _Wait]:
+        """End a wait if it is over, or else park the run; the event, and the wait as it is stored.
 
-    @_write
-    def _try_wait(
-        self, tx: _Tx, step: str, key: tuple[str, str], seconds: float | None
-    ) -> tuple[Any, int | None]:
-        """Look for the event and subscribe to it in one transaction: so none falls between."""
+        The look for the event and the subscription are one transaction: so none falls between."""
         self._check_lease(tx, self._item)
-        now = tx.now()
-        wait = EventSubscription(
-            workflow_id=self.id,
-            step_id=0,
-            execution_pointer_id=step,
-            event_name=key[0],
-            event_key=key[1],
-        )
-        if seconds is not None:
-            end = _datetime_of(_time_after(now, seconds, "timeout"))
-            wait.subscription_data = end.isoformat()
-        same = {name: getattr(wait, name) for name in _WAIT_KEY}
-        begun = self._get(tx, _SUBSCRIPTION, index="event_subscriptions_by_workflow", **same)
-        until = _none_or(_iso_time, (begun or wait).subscription_data, "subscription_data")
-        event: dict[str, Any] = {"type": "wait_completed", "step": step}
-        found = self._next_event(tx, key, until)
-        if found is not None:
-            event |= {"event": found.id, "data": found.event_data}
-        elif until is not None and now >= until:
-            event["type"] = "wait_timed_out"
+        record: dict[str, Any] | None = None
+        if wait.event_name is None:
+            event = self._outcome(tx, wait)
+            until = _datetime_of(wait.until).isoformat()
+            record = {"type": "sleep_started", "step": wait.step, "until": until}
         else:
-            if begun is None:
-                _insert_record(tx, _SUBSCRIPTION, wait)
-            else:
-                self._change(tx, _SUBSCRIPTION, "terminated_at = NULL", begun.id)
-            self._park(tx, until)
-            return None, until
-        if begun is not None:
-            self._change(tx, _SUBSCRIPTION, "terminated_at = ?", begun.id, now)
-        self._append(tx, self.id, self._item.tenant_id, event, step)
-        return event, until
+            wait, id = self._subscribe(tx, wait)
+            event = record = self._outcome(tx, wait)
+            if event is not None:
+                tx.run(_END_WAIT, tx.now(), id)
+        if record is not None:
+            self._append(tx, self.id, record)
+        if event is None and parks:
+            self._park(tx, self._item, _datetime_of(wait.until))
+        return event, wait
 
-    def _next_event(self, tx: _Tx, key: tuple[str, str], until: int | None) -> Event | None:
-        """The first event of a name and key, up to a time, that no wait of the run has had."""
-        limits = self._item.payload["events_after"], _LAST_TIME if until is None else until
+    def _subscribe(self, tx: _Tx, wait: _Wait) -> tuple[_Wait, str]:
+        """Subscribe to the event, or find the subscription: the wait, up to the stored time, and
+        the id."""
+        step, until, *event = wait
+        key = _json([self.id, step, *event], "subscription")
+        id = hashlib.sha256(key.encode()).hexdigest()
+        end = None if until == _LAST_TIME else _json(_datetime_of(until).isoformat(), "until")
+        (stored,) = tx.rows(_SUBSCRIBE, id, self.id, step, *event, tx.now(), end)[0]
+        if stored is not None:
+            until = _since_epoch(datetime.fromisoformat(_decode_json(stored)))
+        return wait._replace(until=until), id
+
+    def _outcome(self, tx: _Tx, wait: _Wait) -> dict[str, Any] | None:
+        """The event that ends a wait now, None while it goes on."""
+        found = self._next_event(tx, wait)
+        if found is not None:
+            event = {"type": "wait_completed", "step": wait.step, "event": found.id}
+            return event | {"data": found.event_data}
+        if tx.now() >= wait.until:
+            return {"type": "wait_timed_out", "step": wait.step}
+        return None
+
+    def _next_event(self, tx: _Tx, wait: _Wait) -> Event | None:
+        """The first event that a wait may have: none that another wait of the run has had."""
+        if wait.event_name is None:
+            return None
+        ends = (one for one in self._recorded.values() if one["type"] == "wait_completed")
+        had = {end["event"] for end in ends}
         events = self._find(
             tx,
             _EVENT,
             "AND event_time > ? AND event_time <= ? ORDER BY event_time, id LIMIT ?",
-            *limits,
-            len(self._events_had) + 1,
+            self._item.payload["events_after"],
+            wait.until,
+            len(had) + 1,
             index="events_by_key",
-            event_name=key[0],
-            event_key=key[1],
+            event_name=wait.event_name,
+            event_key=wait.event_key,
         )
-        return next((event for event in events if event.id not in self._events_had), None)
+        return next((event for event in events if event.id not in had), None)
+
+    @_snapshot
+    def _is_over(self, tx: _Tx, wait: _Wait) -> bool:
+        """Whether another attempt would end the wait. Raises LeaseLost, RunCancelled."""
+        self._check_lease(tx, self._item, _RUN_LOOK)
+        return self._outcome(tx, wait) is not None
 
 
-_WAIT_KEY = ("workflow_id", "execution_pointer_id", "event_name", "event_key")
-
-
-@dataclass(eq=False)
-class _Crew:
-    """What the threads or tasks of one call of `work` share."""
-
-    functions: dict[str, Callable[..., Any]]
-    queues: list[str]
-    worker_id: str
-    stop: Any
-    until_idle: bool
-    interval: float  # seconds between two renewals
-    is_ending: bool = False
-    ended: int = 0
-    under_way: dict[object, WorkItem] = field(default_factory=dict)  # by their thread or task
-
-    def stops(self) -> bool:
-        """Whether no more is to be begun."""
-        return self.is_ending or (self.stop is not None and bool(self.stop.is_set()))
-
-
-class _End(NamedTuple):
-    """The end of a claim of a run: by its last event, by an error, or (neither) given back."""
-
-    item: WorkItem
-    event: dict[str, Any] | None = None
-    error: str | None = None
-    is_final: bool = False  # the error: it ends the run
-
-
-class Runs(_RunFacet):
-    """Durable functions: each named step of a run is done once, whatever becomes of its process."""
+class _RunRecords(_RunFacet):
+    """Runs from outside: their start, result and end, and the events that they wait for."""
 
     _run_type: Any = Run
-    _on_end: Callable[[_End], object] = staticmethod(lambda end: None)  # told of each that ended
 
     def __init__(self, engine: Any, state: StateBackend) -> None:
         super().__init__(engine)
@@ -7379,62 +7325,50 @@ class Runs(_RunFacet):
         A run of that id, name and tenant that is there already is left as it is. Raises
         AlreadyExists where its input differs, for an id that is taken in another way, and for an
         item with that `unique_key`; InvalidData for a function without a plain name."""
-        name = _function_name(function)
-        _json(input, "input")
-        record = WorkflowExecution(workflow_id=name, initial_input=input)
-        record.tenant_id = _id(tenant_id, "tenant_id")
-        if id is not None:
-            record.execution_id = _id(id, "id")
-        item = WorkItem(
-            execution_id="",
-            queue_type=name if queue is None else _id(queue, "queue"),
+        is_name = issubclass(type(function), str)
+        name = _id(function, "function") if is_name else _function_name(function)
+        text = _json(input, "input")
+        record = WorkflowExecution(
+            workflow_id=name,
+            initial_input=input,
+            tenant_id=_id(tenant_id, "tenant_id"),
+            **_without_none(execution_id=_none_or(_id, id, "id")),
+        )
+        known = self._get(tx, _RUN, _IS_RUN, execution_id=record.execution_id)
+        wanted = name, record.tenant_id, _decode_json(text)
+        if known and (known.workflow_id, known.tenant_id, known.initial_input) == wanted:
+            return known.execution_id
+        return self._create(
+            tx,
+            record,
+            name if queue is None else _id(queue, "queue"),
             available_at=available_at,
             max_attempts=max_attempts,
             priority=priority,
-            unique_key=None if unique_key is None else _id(unique_key, "unique_key"),
+            unique_key=_none_or(_id, unique_key, "unique_key"),
         )
-        return self._start(tx, record, item)[0].id
 
-    def _start(
-        self, tx: _Tx, record: WorkflowExecution, item: WorkItem
-    ) -> tuple[WorkItem, WorkflowExecution]:
-        """Start a run, unless it is there; its item and its record."""
-        values = _RUN.encode(record, now=tx.now())
-        found = self._find_run(tx, values["execution_id"])
-        if found is not None:
-            was = found[1]
-            known = was.workflow_id, was.tenant_id, was.initial_input
-            given = values["workflow_id"], values["tenant_id"]
-            if known == (*given, _decode_json(values["initial_input"])):
-                return found
-        if found or tx.row(_EXECUTION_TENANT.all, values["execution_id"]):
-            raise AlreadyExists("execution", values["execution_id"])
-        state = self._state(tx)
-        stored = state.create_execution(record)
-        id = stored.execution_id
-        event = {"type": "execution_started", "input": stored.initial_input}
-        self._append(tx, id, stored.tenant_id, event)
-        item.id = item.execution_id = id
-        item.node_id = stored.workflow_id
-        if not item.payload:
-            # Events are stamped in the order of their commits: those emitted later count.
-            item.payload = {"events_after": self._rows(tx, _LAST_EMITTED)[0][0] or 0}
-        state.enqueue_work_item(item)
-        return self._need_run(tx, id)
+    def _create(self, tx: _Tx, record: WorkflowExecution, queue: str, **options: Any) -> str:
+        """Store a new run: the execution, its first event and its item; the id."""
+        id = record.execution_id
+        if tx.row(_EXECUTION_TENANT.all, id):
+            raise AlreadyExists("execution", id)
+        self._do(tx, StateBackend.create_execution, record)
+        self._append(tx, id, {"type": "execution_started", "input": record.initial_input})
+        # Events are stamped in the order of their commits: those emitted later count.
+        options.setdefault("payload", {"events_after": self._last_emitted(tx)})
+        name = record.workflow_id
+        item = WorkItem(id=id, execution_id=id, node_id=name, queue_type=queue, **options)
+        self._do(tx, StateBackend.enqueue_work_item, item)
+        return id
 
-    def _find_run(self, tx: _Tx, id: str) -> tuple[WorkItem, WorkflowExecution] | None:
-        record = self._get(tx, _RUN, execution_id=id)
-        item = self._get(tx, _ITEM, id=id)
-        if record is None or item is None or item.execution_id != id:
-            return None
-        return (item, record) if item.node_id == record.workflow_id else None
+    @staticmethod
+    def _last_emitted(tx: _Tx) -> int:
+        return int(tx.rows(tx.dialect.resolve(_LAST_EMITTED))[0][0])
 
-    def _need_run(self, tx: _Tx, id: AnyId) -> tuple[WorkItem, WorkflowExecution]:
-        key = _id(id, "id")
-        found = self._find_run(tx, key)
-        if found is None:
-            raise NotFound("execution", key)
-        return found
+    def _need_run(self, tx: _Tx, id: AnyId) -> tuple[WorkflowExecution, WorkItem]:
+        record = self._need(tx, _RUN, _IS_RUN, execution_id=_id(id, "id"))
+        return record, self._need(tx, _ITEM, id=record.execution_id)
 
     # --- ends ---
     @_steps
@@ -7446,62 +7380,82 @@ class Runs(_RunFacet):
         seconds = math.inf if timeout is None else _span(timeout, "timeout")
         if self._engine.block() is not None:
             seconds = 0.0
-        key = _id(id, "id")
-        ended = yield self._poll(functools.partial(self._last_event, key), seconds)
+        ended = yield self._poll(self._last_event, seconds, id)
         if ended is None:
-            raise TimeoutError(f"run {key!r} has not ended in {timeout} seconds")
+            raise TimeoutError(f"run {id!r} has not ended yet")
         return ended["result"]
 
     @_snapshot
-    def _last_event(self, tx: _Tx, id: str) -> dict[str, Any] | None:
+    def _last_event(self, tx: _Tx, id: AnyId) -> dict[str, Any] | None:
         """The event that completed a run, None before its end. Raises RunFailed, RunCancelled."""
-        status = self._need_run(tx, id)[1].status
-        if not status.is_terminal:
+        record, item = self._need_run(tx, id)
+        if not record.status.is_terminal:
             return None
-        if status == "cancelled":
-            raise RunCancelled(id)
-        done = status == "completed"
-        kind = "execution_completed" if done else "execution_failed"
-        log = self._events_after(tx, id, 0)
-        ends = [one.event for one in log if one.event["type"] == kind]
-        last: dict[str, Any] = ends[-1] if ends else {"result": None, "error": ""}
-        if not done:
-            raise RunFailed(id, last["error"])
-        return last
+        if record.status == "cancelled":
+            raise RunCancelled(item.id)
+        if record.status != "completed":
+            raise RunFailed(item.id, item.last_error or "")
+        log = self._events_after(tx, item.id, 0)
+        ends = [one.event for one in log if one.event["type"] == "execution_completed"]
+        return ends[-1] if ends else {"result": None}  # its status was set by hand
 
     def _end(self, tx: _Tx, end: _End) -> bool:
-        """Settle a claim; whether that ended the run. Raises LeaseLost, RunCancelled."""
-        item = end.item
-        event = end.event
-        self._check_lease(tx, item)
-        state = self._state(tx)
-        if event is not None:
-            state.complete_work_item(item)
-            self._set_status(tx, item.id, ExecutionStatus.COMPLETED)
-            self._run(tx, _END_WAITS, tx.now(), item.id)
-        elif end.error is None:
-            state.park_work_item(item)
-            self._set_status(tx, item.id, ExecutionStatus.PENDING)
-            return False
-        elif not end.is_final:
-            return isinstance(state.retry_work_item(item, end.error), DeadLetter)
+        """End the claim of a run; whether the run has ended. Raises LeaseLost, RunCancelled."""
+        self._check_lease(tx, end.item)
+        if end.status.is_terminal:
+            self._finish(tx, end.item.id, end.status, end.detail)
+            return True
+        if end.detail:
+            again = self._do(tx, StateBackend.retry_work_item, end.item, end.detail["error"])
+            return isinstance(again, DeadLetter)
+        self._park(tx, end.item)
+        return False
+
+    def _finish(self, tx: _Tx, id: str, status: ExecutionStatus, detail: Mapping[str, Any]) -> None:
+        """End a run: its item, its record, its waits and its log."""
+        if status == "completed":
+            self._do(tx, StateBackend.complete_work_item, id)
         else:
-            state.fail_work_item(item, end.error)
-            self._set_status(tx, item.id, ExecutionStatus.FAILED)
-            event = {"type": "execution_failed", "error": end.error}
-        self._append(tx, item.id, item.tenant_id, event)
-        return True
+            self._do(tx, StateBackend.fail_work_item, id, detail.get("error", status))
+        self._set_status(tx, id, status)
+        self._run(tx, _END_WAITS, tx.now(), id)
+        self._append(tx, id, {"type": f"execution_{status}", **detail})
+
+    @_write_row
+    def _end_block(self, tx: _Tx, end: _End) -> None:
+        self._end(tx, end)
 
     @_write
     def cancel(self, tx: _Tx, id: AnyId) -> None:
         """Cancel a run; one that has ended is left as it is. Raises NotFound."""
-        item, record = self._need_run(tx, id)
-        if record.status.is_terminal:
-            return
-        self._state(tx).fail_work_item(item.id, "cancelled")
-        self._set_status(tx, item.id, ExecutionStatus.CANCELLED)
-        self._run(tx, _END_WAITS, tx.now(), item.id)
-        self._append(tx, item.id, record.tenant_id, {"type": "execution_cancelled"})
+        record, item = self._need_run(tx, id)
+        if not record.status.is_terminal:
+            self._finish(tx, item.id, ExecutionStatus.CANCELLED, {})
+
+    @_write
+    def fork(self, tx: _Tx, id: AnyId, *, before: str, new_id: AnyId | None = None) -> str:
+        """A new run of the same function and input, that goes on before the step `before`; its id.
+
+        It has done the steps, sleeps and waits that the run had recorded before that step (`NAME`
+        or `NAME#2`). Raises NotFound for an unknown run or step, AlreadyExists."""
+        record, item = self._need_run(tx, id)
+        step = _text(before, "before")
+        log = self._events_after(tx, item.id, 0)
+        kept = list(itertools.takewhile(lambda one: one.event.get("step") != step, log))
+        if len(kept) == len(log):
+            raise NotFound("step", step)
+        copy = WorkflowExecution(
+            workflow_id=record.workflow_id,
+            initial_input=record.initial_input,
+            tenant_id=record.tenant_id,
+            **_without_none(execution_id=_none_or(_id, new_id, "new_id")),
+        )
+        options = {name: getattr(item, name) for name in ("max_attempts", "priority", "payload")}
+        self._create(tx, copy, item.queue_type, **options)
+        for stored in kept:
+            if stored.id is not None and stored.id.startswith("step:"):
+                self._append(tx, copy.execution_id, stored.event)
+        return copy.execution_id
 
     # --- events ---
     @_write
@@ -7510,8 +7464,7 @@ class Runs(_RunFacet):
         _json({"data": data}, "event")
         now = tx.now()
         # Later than the event before, whatever the clock did: waits take events in this order.
-        last = self._rows(tx, _LAST_EMITTED)[0][0]
-        stamp = now if last is None else min(max(now, last + 1), _LAST_TIME)
+        stamp = min(max(now, self._last_emitted(tx) + 1), _LAST_TIME)
         event = Event(
             event_name=event_name,
             event_key=event_key,
@@ -7523,138 +7476,187 @@ class Runs(_RunFacet):
         self._run(tx, _RUN_WAKE, now, stored.event_name, stored.event_key, now)
         return stored.id
 
-    @_write
-    def fork(self, tx: _Tx, id: AnyId, *, before: str, new_id: AnyId | None = None) -> str:
-        """A new run of the same function and input, that goes on before the step `before`; its id.
 
-        It has done the steps, sleeps and waits that the run had recorded before that step (`NAME`
-        or `NAME#2`). Raises NotFound for an unknown run or step, AlreadyExists."""
-        item, record = self._need_run(tx, id)
-        log = self._events_after(tx, item.id, 0)
-        step = _text(before, "before")
-        ends = [index for index, one in enumerate(log) if one.event.get("step") == step]
-        if not ends:
-            raise NotFound("step", step)
-        copy = WorkflowExecution(
-            workflow_id=record.workflow_id,
-            initial_input=record.initial_input,
-            tenant_id=record.tenant_id,
-        )
-        if new_id is not None:
-            copy.execution_id = _id(new_id, "new_id")
-        if tx.row(_EXECUTION_TENANT.all, copy.execution_id):
-            raise AlreadyExists("execution", copy.execution_id)
-        again = WorkItem(
-            execution_id="",
-            queue_type=item.queue_type,
-            max_attempts=item.max_attempts,
-            priority=item.priority,
-            payload=item.payload,
-        )
-        self._start(tx, copy, again)
-        for one in log[: ends[0]]:
-            if one.id is not None and one.id.startswith("step:"):
-                name = one.id.removeprefix("step:")
-                self._append(tx, copy.execution_id, record.tenant_id, one.event, name)
-        return copy.execution_id
+@dataclass(eq=False)
+class _RunBlock:
+    """A run that is done by the block of a `with` statement, which keeps its lease."""
 
-    # --- blocks ---
+    runs: Any
+    id: Any
+    workflow_id: Any
+    input: Json
+    lease: Any
+    wait: float | None
+    run: Any = None
+    hold: Any = None
+    # No other block has this name: steps side by side may take a completed run again.
+    worker_id: str = field(default_factory=lambda: f"process {os.getpid()}, block {new_id()}")
+
+
+class _BlockRuns(_RunRecords):
+    """Runs that are done by the block of a `with` statement."""
+
     @_steps
     def _enter(self, block: _RunBlock) -> _Steps[Run]:
         """Begin or take a run for a block. Raises AlreadyRunning."""
         self._engine.forbid_inside("store.run()")
-        id, workflow_id, input, lease, wait = block.arguments
-        seconds = _none_or(_span, wait, "wait")
-        arguments = _id(id, "id"), _id(workflow_id, "workflow_id"), input, self._lease(lease)
+        block.id = _id(block.id, "id")
+        block.workflow_id = _id(block.workflow_id, "workflow_id")
+        block.lease = self._lease(block.lease)
+        wait = _none_or(_span, block.wait, "wait")
         deadline: float | None = None
         while True:
-            item, record, taken = yield self._take(*arguments, False)
+            record, item = yield self._take(block)
+            taken = item.worker_id == block.worker_id
             if taken or record.status == "completed":
                 break
-            if seconds is None:
+            if deadline is None:
                 left = (item.lease_expires_at - self._engine.now()).total_seconds()
-                seconds = max(0.0, left) + 1
-            deadline = deadline or _monotonic() + seconds
+                deadline = _monotonic() + (max(0.0, left) + 1 if wait is None else wait)
             if deadline <= _monotonic():
-                raise AlreadyRunning(arguments[0], item.worker_id)
-            look = functools.partial(self._is_free, arguments[0])
-            yield self._poll(look, deadline - _monotonic())
+                raise AlreadyRunning(block.id, item.worker_id)
+            yield self._poll(self._is_free, deadline - _monotonic(), block.id)
         try:
             if taken:
-                yield block.keep_lease(item)
+                yield self._keep_lease(block, item)
             log = yield self._read_chunk(item.id, 0, _INT_MAX)
         except BaseException:
             with contextlib.suppress(FlowStoreError):
                 yield self._end_block(_End(item))
             raise
-        run: Run = self._run_type(self._engine, record, item, log)
+        block.run = run = self._run_type(self._engine, record, item, log)
         if not taken:
-            done = [one.event for one in log if one.event["type"] == "execution_completed"]
-            run.result = done[-1]["result"] if done else None
-            run._take_again = functools.partial(self._take, *arguments, True)
-            run._keep_lease = block.keep_lease
-        return run
+            ended = yield self._last_event(block.id)
+            run.result = ended and ended["result"]
+            run._take = functools.partial(self._take_completed, block)
+        return cast("Run", run)
 
     @_write
     def _take(
-        self, tx: _Tx, id: str, workflow_id: str, input: Json, lease: float, again: bool
-    ) -> tuple[WorkItem, WorkflowExecution, bool]:
-        """Begin a run or go on with it; its item, its record, and whether it is the caller's.
+        self, tx: _Tx, block: _RunBlock, again: bool = False
+    ) -> tuple[WorkflowExecution, WorkItem]:
+        """Begin a run or go on with it, unless another worker has it; its record and its item.
 
         A completed one is begun again only if `again`."""
-        now = tx.now()
-        found = self._find_run(tx, id)
-        if found is not None and input is None:
-            input = found[1].initial_input
-        record = WorkflowExecution(
-            execution_id=id,
-            workflow_id=workflow_id,
-            initial_input=input,
-            tenant_id=found[1].tenant_id if found else DEFAULT_TENANT,
-        )
-        own = WorkItem(execution_id="", queue_type=_BLOCK_QUEUE, max_attempts=2**31 - 1)
-        item, record = self._start(tx, record, own)
+        id = block.id
+        known = self._get(tx, _RUN, _IS_RUN, execution_id=id)
+        input = block.input
+        if known and input is None:
+            input = known.initial_input
+        wanted = block.workflow_id, _decode_json(_json(input, "input"))
+        if known is None or (known.workflow_id, known.initial_input) != wanted:
+            new = WorkflowExecution(
+                execution_id=id, workflow_id=block.workflow_id, initial_input=input
+            )
+            self._create(tx, new, _BLOCK_QUEUE, max_attempts=2**31 - 1)
+        record, item = self._need_run(tx, id)
         if record.status == "cancelled":
             raise RunCancelled(id)
-        if record.status == "completed" and not again:
-            return item, record, False
-        expires = _time_after(now, lease, "lease_seconds")
-        row = self._row(tx, _RUN_TAKE, f"process {os.getpid()}", now, expires, id, now)
-        if row is None:
-            return item, record, False
-        self._set_status(tx, id, ExecutionStatus.RUNNING)
-        return _ITEM.decode(row), record, True
+        if again or record.status != "completed":
+            now = tx.now()
+            expires = _time_after(now, block.lease, "lease_seconds")
+            row = self._row(tx, _RUN_TAKE, block.worker_id, now, expires, id, now)
+            if row is not None:
+                self._set_status(tx, id, ExecutionStatus.RUNNING)
+                item = _ITEM.decode(row)
+        return record, item
 
     @_read
     def _is_free(self, tx: _Tx, id: str) -> bool:
-        item = self._need_run(tx, id)[0]
-        return bool((item.lease_expires_at or _EPOCH) <= self._engine.now())
+        return self._row(tx, _RUN_FREE, id, tx.now()) is not None
 
     @_steps
-    def _leave(self, run: Run, error: BaseException | None) -> _Steps[None]:
+    def _take_completed(self, block: _RunBlock) -> _Steps[None]:
+        """Take the completed run of a block, for a step that is not recorded yet."""
+        _, item = yield self._take(block, True)
+        if item.worker_id != block.worker_id:
+            raise AlreadyRunning(block.id, item.worker_id)
+        block.run._item = item
+        block.run._take = None
+        yield self._keep_lease(block, item)
+
+    def _keep_lease(self, block: _RunBlock, item: WorkItem) -> Any:
+        block.hold = self._queue.hold(item, lease_seconds=block.lease)
+        return block.hold._enter()
+
+    @_steps
+    def _leave(self, block: _RunBlock, error: BaseException | None) -> _Steps[None]:
         """End the run of a block."""
-        if run._take_again is not None:
+        run = block.run
+        if run._take is not None:
             return  # it was complete, and nothing was added
+        end = _End(run._item)
+        failed = functools.partial(_End, run._item, ExecutionStatus.FAILED)
+        if error is None:
+            end = _End(run._item, ExecutionStatus.COMPLETED, {"result": run.result})
+        elif isinstance(error, Exception):
+            end = failed({"error": _error_text(error)})
         try:
-            event = None
-            if error is None:
-                event = {"type": "execution_completed", "result": run.result}
-                _json(event, "run")
-        except InvalidData as unfit:
-            yield self._end_block(_End(run._item, None, _error_text(unfit), True))
+            yield self._end_block(end)
+        except InvalidData as unfit:  # the result is not JSON
+            yield self._end_block(failed({"error": _error_text(unfit)}))
             raise
-        text = _error_text(error) if isinstance(error, Exception) else None
-        try:
-            yield self._end_block(_End(run._item, event, text, True))
         except FlowStoreError:
             if error is None:
                 raise  # else the error of the block says more
 
-    @_write_row
-    def _end_block(self, tx: _Tx, end: _End) -> None:
-        self._end(tx, end)
 
-    # --- workers ---
+class _ThreadRunBlock(_RunBlock):
+    """`with store.run(id) as run:` a run that is done by this thread."""
+
+    def __enter__(self) -> Run:
+        return cast("Run", self.runs._enter(self))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
+    ) -> None:
+        try:
+            self.runs._leave(self, error)
+        finally:
+            if self.hold is not None:  # a lost lease was told of by now
+                self.hold.__exit__(LeaseLost, None, None)
+
+
+class _Crew:
+    """What the threads or tasks of one call of `work` share."""
+
+    def __init__(
+        self,
+        runs: Runs,
+        functions: Sequence[Any],
+        concurrency: Any,
+        queues: Any,
+        worker_id: Any,
+        stop: Any,
+        until_idle: Any,
+    ) -> None:
+        runs._engine.forbid_inside("runs.work()")
+        self.functions = {_function_name(function): function for function in functions}
+        if not 0 < len(self.functions) == len(functions):
+            raise InvalidData("functions: at least one is needed, and no two of one name")
+        _int(concurrency, "concurrency", 1)
+        if stop is not None and not hasattr(type(stop), "is_set"):
+            raise InvalidData(f"stop: an Event is needed, not {type(stop).__name__}")
+        names = self.functions if queues is None else _check_list(queues, "queues")
+        self.queues = [_id(name, "queues") for name in names]
+        self.worker_id = _none_or(_id, worker_id, "worker_id") or f"process {os.getpid()}"
+        self.stop = stop
+        self.until_idle = _bool(until_idle, "until_idle")
+        self.interval = max(0.01, runs._lease(None) / 3)  # seconds between two renewals
+        self.is_ending = False
+        self.ended = 0
+        self.under_way: dict[object, WorkItem] = {}  # by their thread or task
+
+    def stops(self) -> bool:
+        """Whether no more is to be begun."""
+        return self.is_ending or (self.stop is not None and bool(self.stop.is_set()))
+
+
+class Runs(_BlockRuns):
+    """Durable functions: each named step of a run is done once, whatever becomes of its process."""
+
+    _on_end: Callable[[_End], object] = staticmethod(lambda end: None)  # told of each that ended
+
     def work(
         self,
         *functions: Callable[..., Any],
@@ -7672,26 +7674,24 @@ class Runs(_RunFacet):
         alone. Raises InvalidData, StorageError inside one's own transaction."""
         from concurrent.futures import ThreadPoolExecutor, wait
 
-        crew = self._make_crew(functions, concurrency, queues, worker_id, stop, until_idle)
+        crew = _Crew(self, functions, concurrency, queues, worker_id, stop, until_idle)
         pool = ThreadPoolExecutor(concurrency, "flowstore-run")
-        interrupt: BaseException | None = None
+        serving = [pool.submit(self._serve, crew) for _ in range(concurrency)]
+
+        def keep_leases() -> None:
+            # Not by join(): in Python 3.11 it takes a thread for ended after Ctrl-C.
+            while wait(serving, timeout=crew.interval).not_done:
+                self._renew(crew)
+
         try:
-            serving = [pool.submit(self._serve, crew) for _ in range(concurrency)]
-            while not all(future.done() for future in serving):
-                # Not by join(): in Python 3.11 it takes a thread for ended after Ctrl-C.
-                try:
-                    wait(serving, timeout=crew.interval)
-                    self._renew(crew)
-                except BaseException as error:
-                    if interrupt is not None:
-                        raise
-                    interrupt = error
-                    crew.is_ending = True
+            keep_leases()
+        except BaseException:  # Ctrl-C; another one does not wait for the steps under way
+            crew.is_ending = True
+            keep_leases()
+            raise
         finally:
             crew.is_ending = True
             pool.shutdown(wait=False)
-        if interrupt is not None:
-            raise interrupt
         for future in serving:
             future.result()
         return crew.ended
@@ -7700,111 +7700,80 @@ class Runs(_RunFacet):
         """The thread or task that does a run."""
         return threading.get_ident()
 
-    def _make_crew(
-        self,
-        functions: Sequence[Callable[..., Any]],
-        concurrency: int,
-        queues: Collection[AnyId] | None,
-        worker_id: AnyId | None,
-        stop: object,
-        until_idle: bool,
-    ) -> _Crew:
-        self._engine.forbid_inside("runs.work()")
-        by_name: dict[str, Callable[..., Any]] = {}
-        for function in functions:
-            _check_callable(function, "functions")
-            name = _function_name(function)
-            if name in by_name:
-                raise InvalidData(f"functions: there are two of the name {name!r}")
-            by_name[name] = function
-        if not by_name:
-            raise InvalidData("functions: at least one is needed")
-        _int(concurrency, "concurrency", 1)
-        _bool(until_idle, "until_idle")
-        if stop is not None and not hasattr(stop, "is_set"):
-            raise InvalidData(f"stop: an Event is needed, not {type(stop).__name__}")
-        worker = f"process {os.getpid()}" if worker_id is None else _id(worker_id, "worker_id")
-        names = [
-            _id(name, "queues")
-            for name in (list(by_name) if queues is None else _check_list(queues, "queues"))
-        ]
-        interval = max(0.01, self._lease(None) / 3)
-        return _Crew(by_name, names, worker, stop, until_idle, interval)
-
     @_steps
     def _serve(self, crew: _Crew) -> _Steps[None]:
         """Do one run after another, in a thread or a task."""
+        end: _End | None = None
         try:
-            yield from self._do_runs(crew)
+            while True:
+                try:
+                    ended, claimed, others_wait = yield self._end_and_claim(crew, end)
+                except StoreBusy:
+                    continue  # nothing was written
+                if end is not None and ended:
+                    crew.ended += 1
+                    self._on_end(end)
+                end = None
+                if claimed is not None:
+                    end = yield from self._do_run(crew, *claimed)
+                elif crew.until_idle or crew.stops():
+                    return
+                else:
+                    # The items of others would be found again and again.
+                    seconds = 1.0 if others_wait else math.inf
+                    yield self._poll(self._has_work, seconds, crew, others_wait)
         except BaseException:
             crew.is_ending = True
             raise
 
-    def _do_runs(self, crew: _Crew) -> _Steps[None]:
+    def _do_run(self, crew: _Crew, record: WorkflowExecution, item: WorkItem) -> _Steps[_End]:
+        """Call the function of a run; how its claim ends."""
+        log = yield self._read_chunk(item.id, 0, _INT_MAX)
+        run = self._run_type(self._engine, record, item, log, crew)
         owner = self._owner()
-        end: _End | None = None
-        while True:
-            try:
-                ended, claimed, others_wait = yield self._end_and_claim(crew, end)
-            except StoreBusy:
-                continue  # nothing was written
-            if end is not None and ended:
-                crew.ended += 1
-                self._on_end(end)
-            end = None
-            if claimed is None:
-                if crew.until_idle or crew.stops():
-                    return
-                look = functools.partial(self._has_work, crew, others_wait)
-                # The items of others would be found again and again.
-                yield self._poll(look, 1.0 if others_wait else math.inf)
-                continue
-            item, record = claimed
-            log = yield self._read_chunk(item.id, 0, _INT_MAX)
-            run = self._run_type(self._engine, record, item, log, crew.stops)
-            crew.under_way[owner] = item
-            end = _End(item)  # given back, where nothing else is said
-            try:
-                result = yield crew.functions[record.workflow_id](run, run.input)
-                event = {"type": "execution_completed", "result": result}
-                _json(event, "function")  # here, or the worker would end with it
-                end = _End(item, event)
-            except _Suspended:
-                pass
-            except Exception as error:
-                end = _End(item, None, _error_text(error))
-            except BaseException:
-                with contextlib.suppress(FlowStoreError):  # what leaves the function says more
-                    yield self._end_block(end)
-                raise
-            finally:
-                del crew.under_way[owner]
+        crew.under_way[owner] = item
+        try:
+            result = yield crew.functions[record.workflow_id](run, run.input)
+            end = _End(item, ExecutionStatus.COMPLETED, {"result": result})
+            _json(end.detail, "run")  # here, or the worker would end with it
+            return end
+        except _Suspended:
+            return _End(item)
+        except Exception as error:
+            return _End(item, detail={"error": _error_text(error)})
+        except BaseException:
+            with contextlib.suppress(FlowStoreError):  # what leaves the function says more
+                yield self._end_block(_End(item))
+            raise
+        finally:
+            del crew.under_way[owner]
 
     @_write_row
     def _end_and_claim(
         self, tx: _Tx, crew: _Crew, end: _End | None
-    ) -> tuple[bool, tuple[WorkItem, WorkflowExecution] | None, bool]:
-        """In one transaction, end a run and claim the next: whether the first has ended, the item
-        and the record of the second, and whether runs of other functions are in the queues."""
-        state = self._state(tx)
+    ) -> tuple[bool, tuple[WorkflowExecution, WorkItem] | None, bool]:
+        """In one transaction, end a run and claim the next: whether the first has ended, the record
+        and the item of the second, and whether runs of other functions are in the queues."""
         ended = False
         if end is not None:
             with contextlib.suppress(LeaseLost, RunCancelled):
                 ended = self._end(tx, end)
-        if crew.stops():
-            return ended, None, False
-        others = []
+        lease = self._lease(None)
+        others: list[WorkItem] = []
         claimed = None
-        while claimed is None and (item := state.claim_work_item(crew.worker_id, crew.queues)):
-            found = self._find_run(tx, item.id)
-            if found is not None and item.node_id in crew.functions:
-                claimed = found
+        while claimed is None and not crew.stops():
+            items = self._do(tx, StateBackend._claim, crew.worker_id, crew.queues, lease, 1)
+            if not items:
+                break
+            item = items[0]
+            record = self._get(tx, _RUN, _IS_RUN, execution_id=item.id)
+            if record is not None and record.workflow_id in crew.functions:
+                claimed = record, item
+                self._set_status(tx, item.id, ExecutionStatus.RUNNING)
             else:
                 others.append(item)
         for item in others:
-            state.park_work_item(item, until=item.available_at)
-        if claimed is not None:
-            self._set_status(tx, claimed[0].id, ExecutionStatus.RUNNING)
+            self._do(tx, StateBackend.park_work_item, item, until=item.available_at)
         return ended, claimed, bool(others)
 
     def _has_work(self, crew: _Crew, others_wait: bool) -> Any:
@@ -7814,52 +7783,10 @@ class Runs(_RunFacet):
     @_steps
     def _renew(self, crew: _Crew) -> _Steps[None]:
         """Renew the leases of the runs under way, except of those with an open transaction."""
-        busy = self._engine.has_block
-        items = [item for owner, item in list(crew.under_way.items()) if not busy(owner)]
-        with contextlib.suppress(StorageError):  # the next renewal may succeed
-            yield self._renew_leases(items)
-
-    @_write_row
-    def _renew_leases(self, tx: _Tx, items: list[WorkItem]) -> None:
-        expires = _time_after(tx.now(), self._lease(None), "lease_seconds")
-        for item in items:  # one that is lost is left: its run finds out
-            self._row(tx, _RENEW, expires, item.id, item.lease_fence, None)
-
-
-class _RunBlock:
-    """A run that is done by the block of a `with` statement, which keeps its lease."""
-
-    run: Any
-    hold: Any = None
-
-    def __init__(self, runs: Any, *arguments: Any) -> None:
-        self.runs = runs
-        self.arguments = arguments
-
-    def keep_lease(self, item: WorkItem) -> Any:
-        """Have the lease renewed while the block runs."""
-        raise NotImplementedError
-
-
-class _ThreadRunBlock(_RunBlock):
-    """`with store.run(id) as run:` a run that is done by this thread."""
-
-    def __enter__(self) -> Run:
-        self.run = self.runs._enter(self)
-        return cast("Run", self.run)
-
-    def keep_lease(self, item: WorkItem) -> None:
-        self.hold = self.runs._queue.hold(item, lease_seconds=self.arguments[3])
-        self.hold.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
-    ) -> None:
-        try:
-            self.runs._leave(self.run, error)
-        finally:
-            if self.hold is not None:  # a lost lease was told of by now
-                self.hold.__exit__(LeaseLost, None, None)
+        for owner, item in list(crew.under_way.items()):
+            if not self._engine.has_block(owner):
+                with contextlib.suppress(FlowStoreError):  # the run finds out, or the next renewal
+                    yield self._queue.renew_lease(item)
 
 
 # ==================================================================================================
@@ -8618,6 +8545,8 @@ class AsyncHold(_LeaseKeeper):
         self._task = engine.loop.create_task(self._keep()) if engine.block() is None else None
         return self
 
+    _enter = __aenter__
+
     async def _keep(self) -> None:
         import asyncio
 
@@ -8665,7 +8594,7 @@ class AsyncRuns(_AsyncFacet, Runs):
         """`Runs.work` with `concurrency` tasks. When `stop` is set, they are cancelled."""
         import asyncio
 
-        crew = self._make_crew(functions, concurrency, queues, worker_id, stop, until_idle)
+        crew = _Crew(self, functions, concurrency, queues, worker_id, stop, until_idle)
 
         create_task = self._engine.loop.create_task
         tasks = [create_task(self._serve(crew)) for _ in range(concurrency)]
@@ -8696,18 +8625,13 @@ class _TaskRunBlock(_RunBlock):
     """`async with store.run(id) as run:` a run that is done by this task."""
 
     async def __aenter__(self) -> AsyncRun:
-        self.run = await self.runs._enter(self)
-        return cast("AsyncRun", self.run)
-
-    async def keep_lease(self, item: WorkItem) -> None:
-        self.hold = self.runs._queue.hold(item, lease_seconds=self.arguments[3])
-        await self.hold.__aenter__()
+        return cast("AsyncRun", await self.runs._enter(self))
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
     ) -> None:
         try:
-            await self.runs._leave(self.run, error)
+            await self.runs._leave(self, error)
         finally:
             if self.hold is not None:  # a lost lease was told of by now
                 await self.hold.__aexit__(LeaseLost, None, None)
@@ -10283,7 +10207,7 @@ async def _work_in_tasks(args: Any, functions: Sequence[Any]) -> None:
 
 
 def _tell_end(end: _End) -> None:
-    outcome = "completed" if end.error is None else f"failed: {end.error}"
+    outcome = f"failed: {end.detail['error']}" if "error" in end.detail else "completed"
     print(" ".join(f"{end.item.id}  {end.item.node_id} {outcome}".splitlines()), flush=True)
 
 

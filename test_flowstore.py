@@ -15079,15 +15079,12 @@ def run_status(store: Store, run_id: str) -> tuple[str, str]:
     return str(record.status), str(look(store, run_id).status)
 
 
-class Abandoned(flowstore._RunBlock):
-    """A block whose lease nobody renews."""
-
-    def keep_lease(self, item: WorkItem) -> None: ...
-
-
 def abandoned(store: Store, run_id: str) -> flowstore.Run:
-    """A run that a process has begun, and will never end."""
-    return store.runs._enter(Abandoned(store.runs, run_id, "script", None, None, None))
+    """A run that a process has begun, and will never end: nobody renews its lease."""
+    block = flowstore._RunBlock(store.runs, run_id, "script", None, None, None)
+    run = store.runs._enter(block)
+    block.hold.__exit__(LeaseLost, None, None)
+    return run
 
 
 def lost_block(store: Store, run_id: str, *steps: str) -> None:
