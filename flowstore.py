@@ -1315,6 +1315,10 @@ def _seconds(value: object, path: str) -> float:
     return max(0.0, float(_number(value, path, "a finite number of seconds")))
 
 
+# A span in seconds: below 0 it is refused.
+_span = functools.partial(_number, needed="a finite number of seconds, 0 or more", least=0)
+
+
 def _microseconds(value: object, path: str) -> int:
     """The microseconds from the epoch to an aware datetime."""
     time = _check_type(datetime, value, path, "an aware datetime")
@@ -1455,6 +1459,15 @@ def _check_callable(value: object, path: str) -> None:
 def _none_or(check: Callable[[Any, str], R], value: object, path: str) -> R | None:
     """A value as `check` makes it, None for None."""
     return None if value is None else check(value, path)
+
+
+def _error_text(error: BaseException) -> str:
+    """An error as text that can be stored."""
+    try:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    except Exception:  # its own code failed
+        text = type(error).__name__
+    return text.replace("\0", "").encode(errors="backslashreplace").decode()
 
 
 # How a field goes into its column, and comes out of it, by the field's annotation.
@@ -4164,7 +4177,7 @@ class _Facet:
     def _lease(self, lease_seconds: float | None) -> float:
         if lease_seconds is None:
             return self._engine.options.lease_seconds  # type: ignore[no-any-return]
-        return _number(lease_seconds, "lease_seconds", "a finite number of seconds, 0 or more", 0)
+        return _span(lease_seconds, "lease_seconds")
 
     def _prune_rule(
         self,
@@ -6924,19 +6937,28 @@ _RUN_LOOK = _Sql("""SELECT tenant_id FROM flowstore_work_items
     {by sqlite_autoindex_flowstore_work_items_1}
     WHERE id = ? AND status = 'claimed' AND lease_fence = ? {tenant}""")
 _RUN_LOCK = _Sql(f"{_RUN_LOOK.text} {{for_update}}")
+_RUN_FREE = _Sql("""SELECT id FROM flowstore_work_items
+    {by sqlite_autoindex_flowstore_work_items_1}
+    WHERE id = ? AND (status <> 'claimed' OR lease_expires_at <= ?) {tenant}""")
 # An attempt counts that failed, or whose process was lost.
 _RUN_TAKE = _update(
     _ITEM,
     """status = 'claimed', worker_id = ?, claimed_at = ?, lease_expires_at = ?, settled_at = NULL,
     lease_fence = lease_fence + 1,
     attempt = attempt + CASE WHEN status IN ('claimed', 'failed') THEN 1 ELSE 0 END""",
-    "AND (status <> 'claimed' OR lease_expires_at <= ?)",
+    "AND (status <> 'claimed' OR lease_expires_at <= ?) AND (status <> 'completed' OR ?)",
     _ITEM.columns,
 )
-_RUN_FREE = _Sql("""SELECT 1 FROM flowstore_work_items
-    {by sqlite_autoindex_flowstore_work_items_1}
-    WHERE id = ? AND (status <> 'claimed' OR lease_expires_at <= ?) {tenant}""")
-_RUN_STATUS = _update(_RUN, "status = ?, updated_at = ?, completed_at = ?", returning=None)
+_RUN_STATUS = _update(
+    _RUN,
+    """status = ?, updated_at = ?,
+    completed_at = CASE WHEN ? IN ('pending', 'running') THEN NULL ELSE ? END""",
+    returning=None,
+)
+# Whether an execution is a run: then it has an item of its own id and function.
+_IS_RUN = """AND EXISTS (SELECT 1 FROM flowstore_work_items i
+    WHERE i.id = flowstore_runs.execution_id AND i.execution_id = i.id
+    AND i.node_id = flowstore_runs.workflow_id)"""
 _RUN_WAKE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
     SET available_at = ? WHERE id IN (
     SELECT workflow_id FROM event_subscriptions {by event_subscriptions_open}
@@ -6944,18 +6966,14 @@ _RUN_WAKE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_w
     AND status = 'pending' AND available_at > ? {tenant}""")
 _LAST_EMITTED = f"""SELECT COALESCE(MAX(event_time), {_FIRST_TIME})
     FROM events {{by events_processed}} WHERE is_processed = 1"""
-# The id of a subscription is made of what it is for: so a wait that begins again finds its own.
+# A wait that begins again has its old subscription and end, perhaps for another event.
 _SUBSCRIBE = """INSERT INTO event_subscriptions (id, workflow_id, step_id, execution_pointer_id,
     event_name, event_key, subscribe_as_of, subscription_data) VALUES (?, ?, 0, ?, ?, ?, ?, ?)
-    ON CONFLICT (id) DO UPDATE SET terminated_at = NULL
-    RETURNING event_subscriptions.subscription_data"""
+    ON CONFLICT (id) DO UPDATE SET terminated_at = NULL, event_name = excluded.event_name,
+    event_key = excluded.event_key RETURNING event_subscriptions.subscription_data"""
 _END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
-_END_WAITS = _Sql("""UPDATE event_subscriptions {by event_subscriptions_by_workflow}
-    SET terminated_at = ? WHERE workflow_id = ? AND terminated_at IS NULL""")
-# Of an execution: whether it is a run. Then it has an item of its own id and function.
-_IS_RUN = """AND EXISTS (SELECT 1 FROM flowstore_work_items i
-    WHERE i.id = flowstore_runs.execution_id AND i.execution_id = i.id
-    AND i.node_id = flowstore_runs.workflow_id)"""
+_END_WAITS = """UPDATE event_subscriptions {by event_subscriptions_by_workflow}
+    SET terminated_at = ? WHERE workflow_id = ? AND terminated_at IS NULL"""
 
 
 class _Suspended(BaseException):
@@ -6971,28 +6989,14 @@ def _function_name(function: object) -> str:
     return _id(name, "function")
 
 
-def _error_text(error: BaseException) -> str:
-    """An error as text that can be stored."""
-    try:
-        text = f"{type(error).__name__}: {error}".removesuffix(": ")
-    except Exception:  # its own code failed
-        text = type(error).__name__
-    return text.replace("\0", "").encode(errors="backslashreplace").decode()
-
-
-def _span(value: object, path: str) -> float:
-    """A span in seconds; InvalidData below 0."""
-    return float(_number(value, path, "a finite number of seconds, 0 or more", 0))
-
-
 class _End(NamedTuple):
-    """How the claim of a run ends: completed, failed, or pending again.
+    """How the claim of a run ends: "completed", "failed", or "pending" again.
 
     The detail has the `result` or the `error`. A pending run with an error is tried again, as the
     queue says. Without, it is given back."""
 
     item: WorkItem
-    status: ExecutionStatus = ExecutionStatus.PENDING
+    status: str = "pending"
     detail: Mapping[str, Any] = types.MappingProxyType({})
 
 
@@ -7012,14 +7016,8 @@ class _RunFacet(_LogFacet):
         """Run an operation of the state backend in the open transaction."""
         return inspect.unwrap(operation)(StateBackend(self._engine), tx, *args, **options)
 
-    def _set_status(self, tx: _Tx, id: str, status: ExecutionStatus) -> None:
-        now = tx.now()
-        self._run(tx, _RUN_STATUS, status, now, now if status.is_terminal else None, id)
-
-    def _park(self, tx: _Tx, item: WorkItem, until: datetime | None = None) -> None:
-        """Give a run back, for now or until a time."""
-        self._do(tx, StateBackend.park_work_item, item, until=until)
-        self._set_status(tx, item.id, ExecutionStatus.PENDING)
+    def _set_status(self, tx: _Tx, id: str, status: str) -> None:
+        self._run(tx, _RUN_STATUS, status, tx.now(), status, tx.now(), id)
 
     def _check_lease(self, tx: _Tx, item: WorkItem, sql: _Sql = _RUN_LOCK) -> None:
         """Raise LeaseLost or RunCancelled, unless the item is held under its fence."""
@@ -7031,9 +7029,9 @@ class _RunFacet(_LogFacet):
     def _append(self, tx: _Tx, id: str, event: Mapping[str, Any]) -> str:
         """Append an event to the log of a run, the record of a step once; its text."""
         step = event.get("step")
-        text = _json(event, "run" if step is None else f"step {step!r}")
-        once = None if step is None or event["type"] == "step_failed" else f"step:{step}"
-        tenant, _, last = _or_not_found(self._row(tx, _LOG_HEAD, id), "execution", id)
+        text = _json(event, f"step {step!r}" if step else "run")
+        once = f"step:{step}" if step and event["type"] != "step_failed" else None
+        tenant, _, last = self._rows(tx, _LOG_HEAD, id)[0]
         self._append_to(tx, id, tenant, last or 0, text, None, once)
         return text
 
@@ -7062,7 +7060,7 @@ class Run(_RunFacet):
         self._item = item
         self._crew = crew  # of a worker, which parks a run that waits; a block has none
         self._suspended = False
-        self._take: Callable[[], Any] | None = None  # takes a completed run, which has no lease
+        self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
         self._recorded = {stored.id: stored.event for stored in log}
         self._lock = threading.Lock()
         self._taken: set[str] = set()  # steps that were asked for, and have not failed
@@ -7141,8 +7139,8 @@ class Run(_RunFacet):
         It is the first event of that name and key since the run was started that no earlier wait of
         the run has had. A block waits for it. In a worker the run is parked. Raises TimeoutError
         `timeout` seconds after the wait first began, StorageError inside one's own transaction."""
-        _key(event_name, "event_name")
-        _key(event_key, "event_key")
+        event_name = _key(event_name, "event_name")
+        event_key = _key(event_key, "event_key")
         until = _LAST_TIME if timeout is None else self._after(timeout, "timeout")
         own_name = event_name if name is None else name
         step, event = self._begin(own_name, "wait_completed", "wait_timed_out")
@@ -7182,10 +7180,10 @@ class Run(_RunFacet):
     def _go_on(self) -> _Steps[None]:
         """Before anything new is done: only in a run that is this worker's, and goes on."""
         if self._suspended or (self._crew is not None and self._crew.stops()):
-            self._suspended = True
             raise _Suspended
         if self._take is not None:
-            yield self._take()
+            _, self._item = yield from self._take()
+            self._take = None
         yield self._look()
 
     @_read
@@ -7217,13 +7215,17 @@ class Run(_RunFacet):
                 if parks:
                     self._suspended = True
                     raise _Suspended
-                if self._crew is None:
-                    yield self._poll(self._is_over, math.inf, wait)
-                else:
-                    yield self._poll(operator.not_, math.inf, self._under_way)
+                yield self._poll(self._is_over, math.inf, wait)
         except BaseException:
             self._release(wait.step)
             raise
+
+    @_snapshot
+    def _is_over(self, tx: _Tx, wait: _Wait) -> bool:
+        """Whether another attempt would end the wait or park the run. Raises LeaseLost."""
+        self._check_lease(tx, self._item, _RUN_LOOK)
+        may_park = self._crew is not None and not self._under_way
+        return may_park or self._outcome(tx, wait) is not None
 
     @_write
     def _attempt(self, tx: _Tx, wait: _Wait, parks: bool) -> tuple[Any, _Wait]:
@@ -7231,68 +7233,38 @@ class Run(_RunFacet):
 
         The look for the event and the subscription are one transaction: so none falls between."""
         self._check_lease(tx, self._item)
-        record: dict[str, Any] | None = None
-        if wait.event_name is None:
-            event = self._outcome(tx, wait)
-            until = _datetime_of(wait.until).isoformat()
-            record = {"type": "sleep_started", "step": wait.step, "until": until}
-        else:
-            wait, id = self._subscribe(tx, wait)
-            event = record = self._outcome(tx, wait)
-            if event is not None:
-                tx.run(_END_WAIT, tx.now(), id)
-        if record is not None:
-            self._append(tx, self.id, record)
+        step, until, name, key = wait
+        id = f"{len(step)}:{step}:{self.id}"
+        if name is not None:
+            subscription = id, self.id, step, name, key, tx.now(), str(until)
+            (stored,) = tx.rows(_SUBSCRIBE, *subscription)[0]
+            wait = wait._replace(until=int(stored))
+        event = self._outcome(tx, wait)
+        end = _datetime_of(wait.until)
+        if name is None:
+            start = {"type": "sleep_started", "step": step, "until": end.isoformat()}
+            self._append(tx, self.id, start)
+        elif event is not None:
+            self._append(tx, self.id, event)
+            tx.run(_END_WAIT, tx.now(), id)
         if event is None and parks:
-            self._park(tx, self._item, _datetime_of(wait.until))
+            self._do(tx, StateBackend.park_work_item, self._item, until=end)
+            self._set_status(tx, self.id, "pending")
         return event, wait
-
-    def _subscribe(self, tx: _Tx, wait: _Wait) -> tuple[_Wait, str]:
-        """Subscribe to the event, or find the subscription: the wait, up to the stored time, and
-        the id."""
-        step, until, *event = wait
-        key = _json([self.id, step, *event], "subscription")
-        id = hashlib.sha256(key.encode()).hexdigest()
-        end = None if until == _LAST_TIME else _json(_datetime_of(until).isoformat(), "until")
-        (stored,) = tx.rows(_SUBSCRIBE, id, self.id, step, *event, tx.now(), end)[0]
-        if stored is not None:
-            until = _since_epoch(datetime.fromisoformat(_decode_json(stored)))
-        return wait._replace(until=until), id
 
     def _outcome(self, tx: _Tx, wait: _Wait) -> dict[str, Any] | None:
         """The event that ends a wait now, None while it goes on."""
-        found = self._next_event(tx, wait)
-        if found is not None:
-            event = {"type": "wait_completed", "step": wait.step, "event": found.id}
-            return event | {"data": found.event_data}
-        if tx.now() >= wait.until:
-            return {"type": "wait_timed_out", "step": wait.step}
-        return None
-
-    def _next_event(self, tx: _Tx, wait: _Wait) -> Event | None:
-        """The first event that a wait may have: none that another wait of the run has had."""
-        if wait.event_name is None:
-            return None
-        ends = (one for one in self._recorded.values() if one["type"] == "wait_completed")
-        had = {end["event"] for end in ends}
-        events = self._find(
-            tx,
-            _EVENT,
-            "AND event_time > ? AND event_time <= ? ORDER BY event_time, id LIMIT ?",
-            self._item.payload["events_after"],
-            wait.until,
-            len(had) + 1,
-            index="events_by_key",
-            event_name=wait.event_name,
-            event_key=wait.event_key,
-        )
-        return next((event for event in events if event.id not in had), None)
-
-    @_snapshot
-    def _is_over(self, tx: _Tx, wait: _Wait) -> bool:
-        """Whether another attempt would end the wait. Raises LeaseLost, RunCancelled."""
-        self._check_lease(tx, self._item, _RUN_LOOK)
-        return self._outcome(tx, wait) is not None
+        step, until, name, key = wait
+        if name is not None:
+            had = {str(one.get("event")) for one in self._recorded.values()}
+            rest = "AND event_time > ? AND event_time <= ? ORDER BY event_time, id LIMIT ?"
+            limits = self._item.payload["events_after"], until, len(had) + 1
+            where = {"event_name": name, "event_key": key}
+            for event in self._find(tx, _EVENT, rest, *limits, index="events_by_key", **where):
+                if event.id not in had:
+                    end = {"type": "wait_completed", "step": step, "event": event.id}
+                    return end | {"data": event.event_data}
+        return {"type": "wait_timed_out", "step": step} if tx.now() >= until else None
 
 
 class _RunRecords(_RunFacet):
@@ -7327,38 +7299,46 @@ class _RunRecords(_RunFacet):
         item with that `unique_key`; InvalidData for a function without a plain name."""
         is_name = issubclass(type(function), str)
         name = _id(function, "function") if is_name else _function_name(function)
-        text = _json(input, "input")
-        record = WorkflowExecution(
-            workflow_id=name,
-            initial_input=input,
-            tenant_id=_id(tenant_id, "tenant_id"),
-            **_without_none(execution_id=_none_or(_id, id, "id")),
-        )
-        known = self._get(tx, _RUN, _IS_RUN, execution_id=record.execution_id)
-        wanted = name, record.tenant_id, _decode_json(text)
-        if known and (known.workflow_id, known.tenant_id, known.initial_input) == wanted:
-            return known.execution_id
-        return self._create(
+        fields = {
+            "workflow_id": name,
+            "initial_input": _decode_json(_json(input, "input")),
+            "tenant_id": _id(tenant_id, "tenant_id"),
+        }
+        return self._start(
             tx,
-            record,
-            name if queue is None else _id(queue, "queue"),
+            _none_or(_id, id, "id"),
+            fields,
+            queue_type=name if queue is None else _id(queue, "queue"),
             available_at=available_at,
             max_attempts=max_attempts,
             priority=priority,
             unique_key=_none_or(_id, unique_key, "unique_key"),
         )
 
-    def _create(self, tx: _Tx, record: WorkflowExecution, queue: str, **options: Any) -> str:
-        """Store a new run: the execution, its first event and its item; the id."""
+    def _start(
+        self,
+        tx: _Tx,
+        id: str | None,
+        fields: dict[str, Any],
+        payload: Json = None,
+        **options: Any,
+    ) -> str:
+        """Store a new run: its execution, the first event, and an item with these options; its id.
+
+        One of that id with these fields is left as it is. With a payload it has to be new."""
+        known = None if id is None else self._get(tx, _RUN, _IS_RUN, execution_id=id)
+        if known and payload is None and fields.items() <= vars(known).items():
+            return known.execution_id
+        given = {"initial_input": None} | fields
+        record = WorkflowExecution(**given, **_without_none(execution_id=id))
         id = record.execution_id
         if tx.row(_EXECUTION_TENANT.all, id):
             raise AlreadyExists("execution", id)
         self._do(tx, StateBackend.create_execution, record)
         self._append(tx, id, {"type": "execution_started", "input": record.initial_input})
+        item = WorkItem(id=id, execution_id=id, node_id=record.workflow_id, **options)
         # Events are stamped in the order of their commits: those emitted later count.
-        options.setdefault("payload", {"events_after": self._last_emitted(tx)})
-        name = record.workflow_id
-        item = WorkItem(id=id, execution_id=id, node_id=name, queue_type=queue, **options)
+        item.payload = payload or {"events_after": self._last_emitted(tx)}
         self._do(tx, StateBackend.enqueue_work_item, item)
         return id
 
@@ -7399,38 +7379,61 @@ class _RunRecords(_RunFacet):
         ends = [one.event for one in log if one.event["type"] == "execution_completed"]
         return ends[-1] if ends else {"result": None}  # its status was set by hand
 
+    @_write_row
+    def _end_and_claim(self, tx: _Tx, crew: _Crew | None, end: _End | None) -> Any:
+        """In one transaction, end the claim of a run, and claim one for a crew: whether the first
+        run has ended, record and item of the second, and whether there are runs for others.
+
+        Raises LeaseLost, RunCancelled."""
+        ended = end is not None and self._end(tx, end)
+        lease = self._lease(None)
+        others: list[WorkItem] = []
+        claimed = None
+        while crew is not None and claimed is None and not crew.stops():
+            items = self._do(tx, StateBackend._claim, crew.worker_id, crew.queues, lease, 1)
+            if not items:
+                break
+            item = items[0]
+            record = self._get(tx, _RUN, _IS_RUN, execution_id=item.id)
+            if record is not None and record.workflow_id in crew.functions:
+                claimed = record, item
+                self._set_status(tx, item.id, "running")
+            else:
+                others.append(item)
+        for item in others:
+            self._do(tx, StateBackend.park_work_item, item, until=item.available_at)
+        return ended, claimed, bool(others)
+
     def _end(self, tx: _Tx, end: _End) -> bool:
         """End the claim of a run; whether the run has ended. Raises LeaseLost, RunCancelled."""
-        self._check_lease(tx, end.item)
-        if end.status.is_terminal:
-            self._finish(tx, end.item.id, end.status, end.detail)
+        item, status, detail = end
+        self._check_lease(tx, item)
+        if status != "pending":
+            self._finish(tx, item.id, status, detail)
             return True
-        if end.detail:
-            again = self._do(tx, StateBackend.retry_work_item, end.item, end.detail["error"])
+        if detail:
+            again = self._do(tx, StateBackend.retry_work_item, item, detail["error"])
             return isinstance(again, DeadLetter)
-        self._park(tx, end.item)
+        self._do(tx, StateBackend.park_work_item, item)
+        self._set_status(tx, item.id, status)
         return False
 
-    def _finish(self, tx: _Tx, id: str, status: ExecutionStatus, detail: Mapping[str, Any]) -> None:
+    def _finish(self, tx: _Tx, id: str, status: str, detail: Mapping[str, Any]) -> None:
         """End a run: its item, its record, its waits and its log."""
         if status == "completed":
             self._do(tx, StateBackend.complete_work_item, id)
         else:
             self._do(tx, StateBackend.fail_work_item, id, detail.get("error", status))
         self._set_status(tx, id, status)
-        self._run(tx, _END_WAITS, tx.now(), id)
+        tx.run(tx.dialect.resolve(_END_WAITS), tx.now(), id)
         self._append(tx, id, {"type": f"execution_{status}", **detail})
-
-    @_write_row
-    def _end_block(self, tx: _Tx, end: _End) -> None:
-        self._end(tx, end)
 
     @_write
     def cancel(self, tx: _Tx, id: AnyId) -> None:
         """Cancel a run; one that has ended is left as it is. Raises NotFound."""
         record, item = self._need_run(tx, id)
         if not record.status.is_terminal:
-            self._finish(tx, item.id, ExecutionStatus.CANCELLED, {})
+            self._finish(tx, item.id, "cancelled", {})
 
     @_write
     def fork(self, tx: _Tx, id: AnyId, *, before: str, new_id: AnyId | None = None) -> str:
@@ -7444,18 +7447,24 @@ class _RunRecords(_RunFacet):
         kept = list(itertools.takewhile(lambda one: one.event.get("step") != step, log))
         if len(kept) == len(log):
             raise NotFound("step", step)
-        copy = WorkflowExecution(
-            workflow_id=record.workflow_id,
-            initial_input=record.initial_input,
-            tenant_id=record.tenant_id,
-            **_without_none(execution_id=_none_or(_id, new_id, "new_id")),
+        fields = {
+            "workflow_id": record.workflow_id,
+            "initial_input": record.initial_input,
+            "tenant_id": record.tenant_id,
+        }
+        copy = self._start(
+            tx,
+            _none_or(_id, new_id, "new_id"),
+            fields,
+            queue_type=item.queue_type,
+            max_attempts=item.max_attempts,
+            priority=item.priority,
+            payload=item.payload,
         )
-        options = {name: getattr(item, name) for name in ("max_attempts", "priority", "payload")}
-        self._create(tx, copy, item.queue_type, **options)
         for stored in kept:
             if stored.id is not None and stored.id.startswith("step:"):
-                self._append(tx, copy.execution_id, stored.event)
-        return copy.execution_id
+                self._append(tx, copy, stored.event)
+        return copy
 
     # --- events ---
     @_write
@@ -7498,86 +7507,68 @@ class _BlockRuns(_RunRecords):
 
     @_steps
     def _enter(self, block: _RunBlock) -> _Steps[Run]:
-        """Begin or take a run for a block. Raises AlreadyRunning."""
+        """Begin a run for a block, or go on with it. Raises AlreadyRunning."""
         self._engine.forbid_inside("store.run()")
         block.id = _id(block.id, "id")
         block.workflow_id = _id(block.workflow_id, "workflow_id")
         block.lease = self._lease(block.lease)
-        wait = _none_or(_span, block.wait, "wait")
-        deadline: float | None = None
-        while True:
-            record, item = yield self._take(block)
-            taken = item.worker_id == block.worker_id
-            if taken or record.status == "completed":
-                break
-            if deadline is None:
-                left = (item.lease_expires_at - self._engine.now()).total_seconds()
-                deadline = _monotonic() + (max(0.0, left) + 1 if wait is None else wait)
-            if deadline <= _monotonic():
-                raise AlreadyRunning(block.id, item.worker_id)
-            yield self._poll(self._is_free, deadline - _monotonic(), block.id)
+        block.wait = _none_or(_span, block.wait, "wait")
+        record, item = yield from self._hold(block)
         try:
-            if taken:
-                yield self._keep_lease(block, item)
             log = yield self._read_chunk(item.id, 0, _INT_MAX)
         except BaseException:
             with contextlib.suppress(FlowStoreError):
-                yield self._end_block(_End(item))
+                yield self._end_and_claim(None, _End(item))
             raise
-        block.run = run = self._run_type(self._engine, record, item, log)
-        if not taken:
+        run: Run = self._run_type(self._engine, record, item, log)
+        block.run = run
+        if block.hold is None:
             ended = yield self._last_event(block.id)
             run.result = ended and ended["result"]
-            run._take = functools.partial(self._take_completed, block)
-        return cast("Run", run)
+            run._take = functools.partial(self._hold, block, True)
+        return run
+
+    def _hold(self, block: _RunBlock, again: bool = False) -> _Steps[Any]:
+        """Take the run of a block and keep its lease; its record and its item.
+
+        A completed run is taken only if `again`. Raises AlreadyRunning."""
+        while True:
+            record, item = yield self._take(block, again)
+            if item.worker_id == block.worker_id:
+                block.hold = self._queue.hold(item, lease_seconds=block.lease)
+                yield block.hold._enter()
+                return record, item
+            if record.status == "completed":
+                return record, item
+            if block.wait is None:
+                left = item.lease_expires_at - self._engine.now()
+                block.wait = max(0.0, left.total_seconds()) + 1
+            start = _monotonic()
+            if not (yield self._poll(self._is_free, block.wait, block.id)):
+                raise AlreadyRunning(block.id, item.worker_id)
+            block.wait -= _monotonic() - start
 
     @_write
-    def _take(
-        self, tx: _Tx, block: _RunBlock, again: bool = False
-    ) -> tuple[WorkflowExecution, WorkItem]:
-        """Begin a run or go on with it, unless another worker has it; its record and its item.
-
-        A completed one is begun again only if `again`."""
+    def _take(self, tx: _Tx, block: _RunBlock, again: bool) -> Any:
+        """Begin a run or go on with it, unless another worker has it; its record and its item."""
         id = block.id
-        known = self._get(tx, _RUN, _IS_RUN, execution_id=id)
-        input = block.input
-        if known and input is None:
-            input = known.initial_input
-        wanted = block.workflow_id, _decode_json(_json(input, "input"))
-        if known is None or (known.workflow_id, known.initial_input) != wanted:
-            new = WorkflowExecution(
-                execution_id=id, workflow_id=block.workflow_id, initial_input=input
-            )
-            self._create(tx, new, _BLOCK_QUEUE, max_attempts=2**31 - 1)
+        input = _decode_json(_json(block.input, "input"))
+        fields = _without_none(workflow_id=block.workflow_id, initial_input=input)
+        self._start(tx, id, fields, queue_type=_BLOCK_QUEUE, max_attempts=2**31 - 1)
         record, item = self._need_run(tx, id)
         if record.status == "cancelled":
             raise RunCancelled(id)
-        if again or record.status != "completed":
-            now = tx.now()
-            expires = _time_after(now, block.lease, "lease_seconds")
-            row = self._row(tx, _RUN_TAKE, block.worker_id, now, expires, id, now)
-            if row is not None:
-                self._set_status(tx, id, ExecutionStatus.RUNNING)
-                item = _ITEM.decode(row)
+        now = tx.now()
+        expires = _time_after(now, block.lease, "lease_seconds")
+        row = self._row(tx, _RUN_TAKE, block.worker_id, now, expires, id, now, again)
+        if row is not None:
+            self._set_status(tx, id, "running")
+            item = _ITEM.decode(row)
         return record, item
 
     @_read
     def _is_free(self, tx: _Tx, id: str) -> bool:
         return self._row(tx, _RUN_FREE, id, tx.now()) is not None
-
-    @_steps
-    def _take_completed(self, block: _RunBlock) -> _Steps[None]:
-        """Take the completed run of a block, for a step that is not recorded yet."""
-        _, item = yield self._take(block, True)
-        if item.worker_id != block.worker_id:
-            raise AlreadyRunning(block.id, item.worker_id)
-        block.run._item = item
-        block.run._take = None
-        yield self._keep_lease(block, item)
-
-    def _keep_lease(self, block: _RunBlock, item: WorkItem) -> Any:
-        block.hold = self._queue.hold(item, lease_seconds=block.lease)
-        return block.hold._enter()
 
     @_steps
     def _leave(self, block: _RunBlock, error: BaseException | None) -> _Steps[None]:
@@ -7586,19 +7577,17 @@ class _BlockRuns(_RunRecords):
         if run._take is not None:
             return  # it was complete, and nothing was added
         end = _End(run._item)
-        failed = functools.partial(_End, run._item, ExecutionStatus.FAILED)
         if error is None:
-            end = _End(run._item, ExecutionStatus.COMPLETED, {"result": run.result})
+            end = _End(run._item, "completed", {"result": run.result})
         elif isinstance(error, Exception):
-            end = failed({"error": _error_text(error)})
+            end = _End(run._item, "failed", {"error": _error_text(error)})
         try:
-            yield self._end_block(end)
-        except InvalidData as unfit:  # the result is not JSON
-            yield self._end_block(failed({"error": _error_text(unfit)}))
-            raise
-        except FlowStoreError:
-            if error is None:
-                raise  # else the error of the block says more
+            yield self._end_and_claim(None, end)
+        except FlowStoreError as problem:
+            if error is None:  # else the error of the block says more
+                if isinstance(problem, InvalidData):  # the result is not JSON
+                    yield self._leave(block, problem)
+                raise
 
 
 class _ThreadRunBlock(_RunBlock):
@@ -7607,9 +7596,7 @@ class _ThreadRunBlock(_RunBlock):
     def __enter__(self) -> Run:
         return cast("Run", self.runs._enter(self))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
-    ) -> None:
+    def __exit__(self, kind: object, error: Any, traceback: object) -> None:
         try:
             self.runs._leave(self, error)
         finally:
@@ -7710,6 +7697,9 @@ class Runs(_BlockRuns):
                     ended, claimed, others_wait = yield self._end_and_claim(crew, end)
                 except StoreBusy:
                     continue  # nothing was written
+                except (LeaseLost, RunCancelled):
+                    end = None
+                    continue
                 if end is not None and ended:
                     crew.ended += 1
                     self._on_end(end)
@@ -7718,10 +7708,10 @@ class Runs(_BlockRuns):
                     end = yield from self._do_run(crew, *claimed)
                 elif crew.until_idle or crew.stops():
                     return
+                elif others_wait:  # their items would be found again and again
+                    yield self._poll(crew.stops, 1.0)
                 else:
-                    # The items of others would be found again and again.
-                    seconds = 1.0 if others_wait else math.inf
-                    yield self._poll(self._has_work, seconds, crew, others_wait)
+                    yield self._poll(self._has_work, math.inf, crew)
         except BaseException:
             crew.is_ending = True
             raise
@@ -7734,7 +7724,7 @@ class Runs(_BlockRuns):
         crew.under_way[owner] = item
         try:
             result = yield crew.functions[record.workflow_id](run, run.input)
-            end = _End(item, ExecutionStatus.COMPLETED, {"result": result})
+            end = _End(item, "completed", {"result": result})
             _json(end.detail, "run")  # here, or the worker would end with it
             return end
         except _Suspended:
@@ -7743,42 +7733,14 @@ class Runs(_BlockRuns):
             return _End(item, detail={"error": _error_text(error)})
         except BaseException:
             with contextlib.suppress(FlowStoreError):  # what leaves the function says more
-                yield self._end_block(_End(item))
+                yield self._end_and_claim(None, _End(item))
             raise
         finally:
             del crew.under_way[owner]
 
-    @_write_row
-    def _end_and_claim(
-        self, tx: _Tx, crew: _Crew, end: _End | None
-    ) -> tuple[bool, tuple[WorkflowExecution, WorkItem] | None, bool]:
-        """In one transaction, end a run and claim the next: whether the first has ended, the record
-        and the item of the second, and whether runs of other functions are in the queues."""
-        ended = False
-        if end is not None:
-            with contextlib.suppress(LeaseLost, RunCancelled):
-                ended = self._end(tx, end)
-        lease = self._lease(None)
-        others: list[WorkItem] = []
-        claimed = None
-        while claimed is None and not crew.stops():
-            items = self._do(tx, StateBackend._claim, crew.worker_id, crew.queues, lease, 1)
-            if not items:
-                break
-            item = items[0]
-            record = self._get(tx, _RUN, _IS_RUN, execution_id=item.id)
-            if record is not None and record.workflow_id in crew.functions:
-                claimed = record, item
-                self._set_status(tx, item.id, ExecutionStatus.RUNNING)
-            else:
-                others.append(item)
-        for item in others:
-            self._do(tx, StateBackend.park_work_item, item, until=item.available_at)
-        return ended, claimed, bool(others)
-
-    def _has_work(self, crew: _Crew, others_wait: bool) -> Any:
+    def _has_work(self, crew: _Crew) -> Any:
         """Whether to look for a run again."""
-        return crew.stops() or (not others_wait and self._queue._claimable(crew.queues))
+        return crew.stops() or self._queue._claimable(crew.queues)
 
     @_steps
     def _renew(self, crew: _Crew) -> _Steps[None]:
@@ -8627,9 +8589,7 @@ class _TaskRunBlock(_RunBlock):
     async def __aenter__(self) -> AsyncRun:
         return cast("AsyncRun", await self.runs._enter(self))
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
-    ) -> None:
+    async def __aexit__(self, kind: object, error: Any, traceback: object) -> None:
         try:
             await self.runs._leave(self, error)
         finally:
@@ -9100,7 +9060,9 @@ class _ViewReader:
                     row["step_name"] = f"wait {row['execution_pointer_id']}"
                     row["status"] = "waiting"
                     row["start_time"] = row["subscribe_as_of"]
-                    row["until"] = row["subscription_data"]
+                    until = row["subscription_data"]  # a host's has other data
+                    if type(until) is int and _FIRST_TIME <= until < _LAST_TIME:
+                        row["until"] = _datetime_of(until)
                 elif mapper is _DEAD and row["status"] == "pending":
                     row["due_at"] = row["available_at"]
                 if "status" in row:

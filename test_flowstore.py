@@ -16216,7 +16216,7 @@ def test_views_show_a_runs_steps_and_what_it_waits_for(store: Store, clock: Cloc
     assert steps["wait approved"]["status"] == "waiting"
     (wait,) = view["tables"]["waits"]["rows"]
     assert (wait["event_name"], wait["event_key"]) == ("approved", id)
-    assert datetime.fromisoformat(wait["until"]) == START + seconds(3660)
+    assert wait["until"] == START + seconds(3660)
     assert "approved" in str(view)
     store.runs.cancel(id)
     assert store.state.timeline(id)["tables"]["waits"]["rows"] == []
