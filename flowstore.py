@@ -7154,7 +7154,8 @@ class Run(_RunFacet):
     # --- names ---
     def _begin(self, name: str, *kinds: str) -> tuple[str, Any]:
         """The next step of a name, and its event if it is recorded."""
-        if "#" in _text(name, "name", 200, 1):
+        name = _text(name, "name", 200, 1)
+        if "#" in name:
             raise InvalidData("name: '#' is for the ordinals of steps, leave it out")
         if "step_completed" not in kinds:
             self._engine.forbid_inside("a wait of a run")
@@ -7442,7 +7443,7 @@ class _RunRecords(_RunFacet):
         It has done the steps, sleeps and waits that the run had recorded before that step (`NAME`
         or `NAME#2`). Raises NotFound for an unknown run or step, AlreadyExists."""
         record, item = self._need_run(tx, id)
-        step = _text(before, "before")
+        step = _key(before, "before")
         log = self._events_after(tx, item.id, 0)
         kept = list(itertools.takewhile(lambda one: one.event.get("step") != step, log))
         if len(kept) == len(log):

@@ -4674,6 +4674,12 @@ def stock(store: Store) -> Things:
         workflows.create_event(record("Event", id=id, is_processed=id == "done"))
     workflows.schedule_command(record("ScheduledCommand"))
     workflows.persist_errors([record("ExecutionError")])
+    with store.run("done") as run:
+        run.result = run.step("one", str, 1)
+    store.runs.start("under_way", id="r")
+    assert store.state.claim_work_item("w", ["under_way"], lease_seconds=500)
+    store.runs.start(do_nothing, id="due")
+    store.runs.emit("approved", "r", 7)
     return things
 
 
@@ -4863,6 +4869,26 @@ SURFACE: dict[str, Row] = {
     "workflows.persist_errors": row("errors", lambda a: ([record("ExecutionError")],)),
     "workflows.list_errors": row("workflow_id, limit=100, offset=0", lambda a: ("w", 9, 0)),
     "workflows.ensure_store_exists": row(),
+    "runs.start": row(
+        "function, input=None, *, id=None, queue=None, available_at=None, max_attempts=3, priority=0, unique_key=None, "
+        "tenant_id='default'",
+        lambda a: ("f", [1], new_id(), "queue", LATE, 3, 0, "k", "default"), lambda a: (do_nothing, None, "due"),
+        max_attempts=NO_ATTEMPT, priority=[-101, 101],
+    ),
+    "runs.work": row(
+        "*functions, concurrency=1, queues=None, worker_id=None, stop=None, until_idle=False",
+        lambda a: ([do_nothing], 1, None, "w", None, True), concurrency=[0, -1],
+    ),
+    "runs.result": row("id, *, timeout=None", lambda a: ("done", 0.0), timeout=[-1, float("inf")]),
+    "runs.emit": row("event_name, event_key='', data=None", lambda a: ("n", "k", 1)),
+    "runs.cancel": row("id", lambda a: ("due",)),
+    "runs.fork": row("id, *, before, new_id=None", lambda a: ("done", "one", new_id())),
+    "run.step": row("name, function, /, *args, **kwargs", lambda a: ("s", str)),
+    "run.sleep": row("seconds, *, name='sleep'", lambda a: (0.0, "n"), seconds=[-1, *ENDLESS]),
+    "run.sleep_until": row("time, *, name='sleep'", lambda a: (START, "n")),
+    "run.wait_for": row(
+        "event_name, event_key='', *, timeout=None, name=None", lambda a: ("approved", "r", 0.0, "n"), timeout=[-1, *ENDLESS],
+    ),
     "store.run": row(
         "id, *, workflow_id='script', input=None, lease_seconds=None, wait=None", lambda a: ("run", "script", 1, 9, 0),
         lease_seconds=ENDLESS, wait=[-1, float("inf")],
@@ -4887,6 +4913,8 @@ CLASSES: dict[str, type] = {
     "events": EventStore,
     "state": StateBackend,
     "workflows": PersistenceProvider,
+    "runs": flowstore.Runs,
+    "run": flowstore.Run,
     "store": Store,
     "tx": flowstore.Transaction,
     "view": flowstore.View,
@@ -4910,13 +4938,27 @@ def public_signature(name: str) -> inspect.Signature:
     return shown.replace(parameters=[*shown.parameters.values()][1:])
 
 
+def passed(name: str, arguments: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments as they are passed: by position, those that can be passed in no other way."""
+    named = dict(arguments)
+    if name == "run.step":
+        return [named.pop("name"), named.pop("function")], named
+    return named.pop("*functions", []), named
+
+
 def invoke(store: Any, name: str, arguments: dict[str, Any]) -> Any:
     """Call a method of a store, or of a view of one tenant; what is yielded is listed, what is entered left again."""
     facet, method = name.split(".")
     with contextlib.ExitStack() as stack:
         if facet == "tx":
             store = stack.enter_context(store.transaction())
-        found = getattr(getattr(store, facet, store), method)(**arguments)
+        of = getattr(store, facet, store)
+        if facet == "run":  # the stocked one that is under way
+            item = store.state.get_work_item("r")
+            log = store.events.load_events("r")
+            of = flowstore.Run(store._engine, store.state.get_execution("r"), item, log)
+        unnamed, named = passed(name, arguments)
+        found = getattr(of, method)(*unnamed, **named)
         if method in ("hold", "transaction", "run"):
             entered = stack.enter_context(found)
             return entered.id if method == "run" else entered
@@ -4986,6 +5028,8 @@ def fits_one(kind: str, value: Any) -> bool:
             return hasattr(type(value), "__iter__") and not is_a((str, bytes))
         case "os.PathLike":
             return hasattr(type(value), "__fspath__")
+        case "threading.Event":
+            return hasattr(type(value), "is_set")
         case "Any":
             return True
     own: type = getattr(flowstore, kind)
@@ -5030,7 +5074,10 @@ def hostile_arguments(name: str, things: Things) -> Iterator[tuple[str, dict[str
     row = SURFACE[name]
     for argument, parameter in public_signature(name).parameters.items():
         annotation = parameter.annotation + " | None" * (argument == "limit")  # None is all
-        if annotation.startswith("Callable"):
+        if annotation.startswith("Callable") or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
             continue  # the user's own code: it fails as Python's own error, once it would be called
         if name.startswith("tx.") or argument in ("default", "initial"):
             annotation = (
@@ -5047,7 +5094,16 @@ def hostile_arguments(name: str, things: Things) -> Iterator[tuple[str, dict[str
                 (field == "id" and name.endswith("new_workflow"))  # an empty one is none yet
                 or (field != argument and (annotation == "AnyItem" or name in OF_CLAIMS))
             )  # of a claim, its id and its fence are read
-            if argument not in ("timeout", "wait") or bad:  # which may be for ever
+            may_last = argument in (
+                "timeout",
+                "wait",
+                "until_idle",
+                "concurrency",
+                "seconds",
+                "time",
+            )
+            may_last = may_last or name == "run.wait_for"
+            if bad or not may_last:
                 yield field, row.arguments(things) | {argument: value}, bad and not taken
 
 
@@ -15827,11 +15883,11 @@ def test_emit_races_wait_for_and_no_event_is_missed(make_store: MakeStore) -> No
     stop = threading.Event()
     worker = Caller(lambda: store.runs.work(wait, stop=stop, concurrency=2))
     ids = []
-    for n in range(40):
-        ids.append(store.runs.start(wait, id=f"r{n}"))
-        time.sleep(random.random() * 0.004)
+    for n in range(200):
+        ids.append(again(partial(store.runs.start, wait, id=f"r{n}")))
+        time.sleep(random.random() * 0.003)
         again(partial(store.runs.emit, "e", f"r{n}", n))
-    assert [store.runs.result(id, timeout=60) for id in ids] == list(range(40))
+    assert [store.runs.result(id, timeout=60) for id in ids] == list(range(200))
     stop.set()
     worker.outcome()
 
@@ -17908,10 +17964,16 @@ async def invoke_async(store: Any, name: str, arguments: dict[str, Any]) -> Any:
     async with contextlib.AsyncExitStack() as stack:
         if facet == "tx":
             store = await stack.enter_async_context(store.transaction())
-        bound = getattr(getattr(store, facet, store), method)
+        of = getattr(store, facet, store)
+        if facet == "run":
+            item = await store.state.get_work_item("r")
+            log = await store.events.load_events("r")
+            of = flowstore.AsyncRun(store._engine, await store.state.get_execution("r"), item, log)
+        bound = getattr(of, method)
         assert [*inspect.signature(bound).parameters] == [*public_signature(name).parameters]
         assert inspect.getdoc(bound)
-        found = bound(**arguments)
+        unnamed, named = passed(name, arguments)
+        found = bound(*unnamed, **named)
         assert inspect.iscoroutine(found) is (name not in NOT_AWAITED)  # what create_task takes
         if inspect.isasyncgen(found):
             return [each async for each in found]
