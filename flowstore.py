@@ -7142,8 +7142,9 @@ class Run(_RunFacet):
         event_name = _key(event_name, "event_name")
         event_key = _key(event_key, "event_key")
         until = _LAST_TIME if timeout is None else self._after(timeout, "timeout")
-        own_name = event_name if name is None else name
-        step, event = self._begin(own_name, "wait_completed", "wait_timed_out")
+        step, event = self._begin(
+            event_name if name is None else name, "wait_completed", "wait_timed_out"
+        )
         if event is None:
             event = yield from self._wait(_Wait(step, until, event_name, event_key))
             self._recorded[f"step:{step}"] = event
@@ -7258,10 +7259,18 @@ class Run(_RunFacet):
         step, until, name, key = wait
         if name is not None:
             had = {str(one.get("event")) for one in self._recorded.values()}
-            rest = "AND event_time > ? AND event_time <= ? ORDER BY event_time, id LIMIT ?"
-            limits = self._item.payload["events_after"], until, len(had) + 1
-            where = {"event_name": name, "event_key": key}
-            for event in self._find(tx, _EVENT, rest, *limits, index="events_by_key", **where):
+            events = self._find(
+                tx,
+                _EVENT,
+                "AND event_time > ? AND event_time <= ? ORDER BY event_time, id LIMIT ?",
+                self._item.payload["events_after"],
+                until,
+                len(had) + 1,
+                index="events_by_key",
+                event_name=name,
+                event_key=key,
+            )
+            for event in events:
                 if event.id not in had:
                     end = {"type": "wait_completed", "step": step, "event": event.id}
                     return end | {"data": event.event_data}
@@ -7309,7 +7318,7 @@ class _RunRecords(_RunFacet):
             tx,
             _none_or(_id, id, "id"),
             fields,
-            queue_type=name if queue is None else _id(queue, "queue"),
+            queue_type=_none_or(_id, queue, "queue") or name,
             available_at=available_at,
             max_attempts=max_attempts,
             priority=priority,
@@ -7536,8 +7545,9 @@ class _BlockRuns(_RunRecords):
         while True:
             record, item = yield self._take(block, again)
             if item.worker_id == block.worker_id:
-                block.hold = self._queue.hold(item, lease_seconds=block.lease)
-                yield block.hold._enter()
+                if block.hold is None:
+                    block.hold = self._queue.hold(item, lease_seconds=block.lease)
+                    yield block.hold._enter()
                 return record, item
             if record.status == "completed":
                 return record, item
@@ -7643,7 +7653,7 @@ class _Crew:
 class Runs(_BlockRuns):
     """Durable functions: each named step of a run is done once, whatever becomes of its process."""
 
-    _on_end: Callable[[_End], object] = staticmethod(lambda end: None)  # told of each that ended
+    _on_end: Callable[[Any], object] = staticmethod(lambda end: None)  # told of each that ended
 
     def work(
         self,
@@ -7701,7 +7711,7 @@ class Runs(_BlockRuns):
                 except (LeaseLost, RunCancelled):
                     end = None
                     continue
-                if end is not None and ended:
+                if ended:
                     crew.ended += 1
                     self._on_end(end)
                 end = None

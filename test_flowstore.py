@@ -16028,6 +16028,18 @@ def test_a_task_does_its_steps_once(in_loop: Loop) -> None:
     assert sorted(done) == [0, 1, 2, 3, 4, 9]
 
 
+def test_new_steps_of_a_completed_run_may_be_done_side_by_side(in_loop: Loop) -> None:
+    async def main(store: flowstore.AsyncStore) -> None:
+        async with store.run("a") as run:
+            await run.step("old", str)
+        async with store.run("a") as run:
+            steps = [run.step(f"new{n}", asyncio.sleep, 0, n) for n in range(4)]
+            run.result = await asyncio.gather(*steps)
+        assert await store.runs.result("a") == [0, 1, 2, 3]
+
+    in_loop(main)
+
+
 def test_a_cancelled_task_gives_its_run_back(in_loop: Loop) -> None:
     async def main(store: flowstore.AsyncStore) -> None:
         async def block() -> None:
