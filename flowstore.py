@@ -7674,7 +7674,7 @@ class Runs(_BlockRuns):
 
         crew = _Crew(self, functions, concurrency, queues, worker_id, stop, until_idle)
         pool = ThreadPoolExecutor(concurrency, "flowstore-run")
-        serving = [pool.submit(self._serve, crew) for _ in range(concurrency)]
+        serving: list[Any] = []
 
         def keep_leases() -> None:
             # Not by join(): in Python 3.11 it takes a thread for ended after Ctrl-C.
@@ -7682,6 +7682,7 @@ class Runs(_BlockRuns):
                 self._renew(crew)
 
         try:
+            serving.extend(pool.submit(self._serve, crew) for _ in range(concurrency))
             keep_leases()
         except BaseException:  # Ctrl-C; another one does not wait for the steps under way
             crew.is_ending = True

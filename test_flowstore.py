@@ -15677,7 +15677,7 @@ def test_a_long_step_keeps_its_lease(make_store: MakeStore) -> None:
 
     def seven() -> int:
         begun.set()
-        time.sleep(2)
+        time.sleep(1.3)  # two leases
         return 7
 
     def slow(run: Any, input: Any) -> int:
@@ -15698,7 +15698,7 @@ def test_a_long_block_keeps_its_lease(make_store: MakeStore) -> None:
     store = make_store()
 
     def press() -> None:
-        for _ in range(60):
+        for _ in range(40):
             time.sleep(0.02)
             again(store.state.reclaim_expired_leases)
 
