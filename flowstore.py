@@ -7147,7 +7147,6 @@ class Run(_RunFacet):
         )
         if event is None:
             event = yield from self._wait(_Wait(step, until, event_name, event_key))
-            self._recorded[f"step:{step}"] = event
         if event["type"] == "wait_timed_out":
             raise TimeoutError(f"run {self.id!r}: no event came in time for {step!r}")
         return event["data"]
@@ -7219,6 +7218,8 @@ class Run(_RunFacet):
                     raise _Suspended
                 yield self._poll(self._is_over, math.inf, wait)
         except BaseException:
+            if wait.event_name is not None:
+                self._recorded.pop(f"step:{wait.step}", None)  # it may have been rolled back
             self._release(wait.step)
             raise
 
@@ -7249,6 +7250,8 @@ class Run(_RunFacet):
         elif event is not None:
             self._append(tx, self.id, event)
             tx.run(_END_WAIT, tx.now(), id)
+            # Now already: a wait beside this one, perhaps in the same group, takes another event.
+            self._recorded[f"step:{step}"] = event
         if event is None and parks:
             self._do(tx, StateBackend.park_work_item, self._item, until=end)
             self._set_status(tx, self.id, "pending")
@@ -7258,7 +7261,8 @@ class Run(_RunFacet):
         """The event that ends a wait now, None while it goes on."""
         step, until, name, key = wait
         if name is not None:
-            had = {str(one.get("event")) for one in self._recorded.values()}
+            others = [one for id, one in list(self._recorded.items()) if id != f"step:{step}"]
+            had = {one["event"] for one in others if one["type"] == "wait_completed"}
             events = self._find(
                 tx,
                 _EVENT,

@@ -16040,6 +16040,17 @@ def test_new_steps_of_a_completed_run_may_be_done_side_by_side(in_loop: Loop) ->
     in_loop(main)
 
 
+def test_waits_side_by_side_have_an_event_each(in_loop: Loop) -> None:
+    async def main(store: flowstore.AsyncStore) -> None:
+        async with store.run("a") as run:
+            for number in range(4):
+                await store.runs.emit("e", data=number)
+            waits = [run.wait_for("e", name=f"w{n}") for n in range(4)]
+            assert sorted(await asyncio.gather(*waits)) == [0, 1, 2, 3]
+
+    in_loop(main)
+
+
 def test_a_cancelled_task_gives_its_run_back(in_loop: Loop) -> None:
     async def main(store: flowstore.AsyncStore) -> None:
         async def block() -> None:
