@@ -7418,6 +7418,11 @@ class _RunRecords(_RunFacet):
             self._do(tx, StateBackend.park_work_item, item, until=item.available_at)
         return ended, claimed, bool(others)
 
+    def _give_back(self, item: WorkItem) -> _Steps[None]:
+        """Give a claim back after an error, which says more than one of the store's."""
+        with contextlib.suppress(FlowStoreError):
+            yield self._end_and_claim(None, _End(item))
+
     def _end(self, tx: _Tx, end: _End) -> bool:
         """End the claim of a run; whether the run has ended. Raises LeaseLost, RunCancelled."""
         item, status, detail = end
@@ -7531,8 +7536,7 @@ class _BlockRuns(_RunRecords):
         try:
             log = yield self._read_chunk(item.id, 0, _INT_MAX)
         except BaseException:
-            with contextlib.suppress(FlowStoreError):
-                yield self._end_and_claim(None, _End(item))
+            yield from self._give_back(item)
             raise
         run: Run = self._run_type(self._engine, record, item, log)
         block.run = run
@@ -7551,7 +7555,11 @@ class _BlockRuns(_RunRecords):
             if item.worker_id == block.worker_id:
                 if block.hold is None:
                     block.hold = self._queue.hold(item, lease_seconds=block.lease)
-                    yield block.hold._enter()
+                    try:
+                        yield block.hold._enter()
+                    except BaseException:
+                        yield from self._give_back(item)
+                        raise
                 return record, item
             if record.status == "completed":
                 return record, item
@@ -7748,8 +7756,7 @@ class Runs(_BlockRuns):
         except Exception as error:
             return _End(item, detail={"error": _error_text(error)})
         except BaseException:
-            with contextlib.suppress(FlowStoreError):  # what leaves the function says more
-                yield self._end_and_claim(None, _End(item))
+            yield from self._give_back(item)
             raise
         finally:
             del crew.under_way[owner]

@@ -15231,6 +15231,19 @@ def test_ctrl_c_breaks_a_block_off_and_the_next_goes_on_at_once(store: Store, ca
     assert calls == [1]
 
 
+def test_ctrl_c_while_a_block_begins_gives_its_run_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(hold: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flowstore.Hold, "_enter", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.run("a").__enter__()
+    assert run_status(store, "a") == ("pending", "pending")
+
+
 def test_a_run_that_another_is_doing_is_already_running(store: Store) -> None:
     with store.run("a"):
         with pytest.raises(flowstore.AlreadyRunning) as caught, store.run("a", wait=0):
