@@ -1315,6 +1315,10 @@ def _seconds(value: object, path: str) -> float:
     return max(0.0, float(_number(value, path, "a finite number of seconds")))
 
 
+# A span in seconds: below 0 it is refused.
+_span = functools.partial(_number, needed="a finite number of seconds, 0 or more", least=0)
+
+
 def _microseconds(value: object, path: str) -> int:
     """The microseconds from the epoch to an aware datetime."""
     time = _check_type(datetime, value, path, "an aware datetime")
@@ -1455,6 +1459,15 @@ def _check_callable(value: object, path: str) -> None:
 def _none_or(check: Callable[[Any, str], R], value: object, path: str) -> R | None:
     """A value as `check` makes it, None for None."""
     return None if value is None else check(value, path)
+
+
+def _error_text(error: BaseException) -> str:
+    """An error as text that can be stored."""
+    try:
+        text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    except Exception:  # its own code failed
+        text = type(error).__name__
+    return text.replace("\0", "").encode(errors="backslashreplace").decode()
 
 
 # How a field goes into its column, and comes out of it, by the field's annotation.
@@ -3258,6 +3271,7 @@ class _Block:
         self.savepoint = ""
         self.earlier_lines = 0  # of the program's log, from before a nested block
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
+        self.undo: list[Callable[[], object]] = []  # is called if the block is rolled back
         self._call: _Call | None = None  # of an outermost block that leads the writer
         self._connection: _Connection | None = None
         self._ref: weakref.ref[_Block] = weakref.ref(self)
@@ -3471,8 +3485,14 @@ class _Block:
             if commit and self._call is not None:
                 self.engine.writer.lead(self._call, self.engine.writer.commit_block)
                 lines = self._call.lines
+            if commit:
+                if self.parent is not None:
+                    self.parent.undo += self.undo
+                self.undo = []
         finally:
             self._unregister()
+            for undo in self.undo:
+                undo()
         _write_lines(lines)
 
     def _unregister(self) -> None:
@@ -4157,7 +4177,7 @@ class _Facet:
     def _lease(self, lease_seconds: float | None) -> float:
         if lease_seconds is None:
             return self._engine.options.lease_seconds  # type: ignore[no-any-return]
-        return _number(lease_seconds, "lease_seconds", "a finite number of seconds, 0 or more", 0)
+        return _span(lease_seconds, "lease_seconds")
 
     def _prune_rule(
         self,
@@ -4884,15 +4904,15 @@ class _LogFacet(_Facet):
         return self._events_after(tx, execution_id, after, limit)
 
     @_steps
-    def _poll(self, look: Callable[[], Any], seconds: float) -> _Steps[Any]:
-        """Call `look` until it finds something or the seconds are over.
+    def _poll(self, look: Callable[..., Any], seconds: float, *args: Any) -> _Steps[Any]:
+        """Call `look(*args)` until it finds something or the seconds are over.
 
         At each commit of this process, and now and then besides: for other processes' commits, and
         for what becomes due without a commit."""
         deadline = _monotonic() + seconds
         while True:
             commits = self._engine.commits
-            result = yield look()
+            result = yield look(*args)
             left = deadline - _monotonic()
             if result or left <= 0:
                 return result
@@ -6352,6 +6372,8 @@ class Hold(_LeaseKeeper):
             self._state._renew_lease_of(self)
         self._end(kind)
 
+    _enter = __enter__
+
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, RuntimeError):  # not entered, or ended
             self._gate.release()
@@ -6915,100 +6937,102 @@ _RUN_LOOK = _Sql("""SELECT tenant_id FROM flowstore_work_items
     {by sqlite_autoindex_flowstore_work_items_1}
     WHERE id = ? AND status = 'claimed' AND lease_fence = ? {tenant}""")
 _RUN_LOCK = _Sql(f"{_RUN_LOOK.text} {{for_update}}")
+_RUN_FREE = _Sql("""SELECT id FROM flowstore_work_items
+    {by sqlite_autoindex_flowstore_work_items_1}
+    WHERE id = ? AND (status <> 'claimed' OR lease_expires_at <= ?) {tenant}""")
 # An attempt counts that failed, or whose process was lost.
 _RUN_TAKE = _update(
     _ITEM,
     """status = 'claimed', worker_id = ?, claimed_at = ?, lease_expires_at = ?, settled_at = NULL,
     lease_fence = lease_fence + 1,
     attempt = attempt + CASE WHEN status IN ('claimed', 'failed') THEN 1 ELSE 0 END""",
-    "AND (status <> 'claimed' OR lease_expires_at <= ?)",
+    "AND (status <> 'claimed' OR lease_expires_at <= ?) AND (status <> 'completed' OR ?)",
     _ITEM.columns,
 )
-_RUN_STATUS = _update(_RUN, "status = ?, updated_at = ?, completed_at = ?", returning=None)
+_RUN_STATUS = _update(
+    _RUN,
+    """status = ?, updated_at = ?,
+    completed_at = CASE WHEN ? IN ('pending', 'running') THEN NULL ELSE ? END""",
+    returning=None,
+)
+# Whether an execution is a run: then it has an item of its own id and function.
+_IS_RUN = """AND EXISTS (SELECT 1 FROM flowstore_work_items i
+    WHERE i.id = flowstore_runs.execution_id AND i.execution_id = i.id
+    AND i.node_id = flowstore_runs.workflow_id)"""
 _RUN_WAKE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
     SET available_at = ? WHERE id IN (
     SELECT workflow_id FROM event_subscriptions {by event_subscriptions_open}
     WHERE event_name = ? AND event_key = ? AND terminated_at IS NULL)
     AND status = 'pending' AND available_at > ? {tenant}""")
-_LAST_EMITTED = _Sql("""SELECT MAX(event_time) FROM events {by events_processed}
-    WHERE is_processed = 1""")
-_END_WAITS = _Sql("""UPDATE event_subscriptions {by event_subscriptions_by_workflow}
-    SET terminated_at = ? WHERE workflow_id = ? AND terminated_at IS NULL""")
+_LAST_EMITTED = f"""SELECT COALESCE(MAX(event_time), {_FIRST_TIME})
+    FROM events {{by events_processed}} WHERE is_processed = 1"""
+# A wait that begins again has its old subscription and end, perhaps for another event.
+_SUBSCRIBE = """INSERT INTO event_subscriptions (id, workflow_id, step_id, execution_pointer_id,
+    event_name, event_key, subscribe_as_of, subscription_data) VALUES (?, ?, 0, ?, ?, ?, ?, ?)
+    ON CONFLICT (id) DO UPDATE SET terminated_at = NULL, event_name = excluded.event_name,
+    event_key = excluded.event_key RETURNING event_subscriptions.subscription_data"""
+_END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
+_END_WAITS = """UPDATE event_subscriptions {by event_subscriptions_by_workflow}
+    SET terminated_at = ? WHERE workflow_id = ? AND terminated_at IS NULL"""
 
 
 class _Suspended(BaseException):
     """Unwinds the function of a run that waits, or whose worker stops. Only `work` catches it."""
 
 
-class _InTransaction:
-    """An engine that runs operations in an open transaction, so that one can call others."""
-
-    def __init__(self, engine: Any, tx: _Tx) -> None:
-        self._engine = getattr(engine, "engine", engine)  # an event loop's engine has another
-        self._tx = tx
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def run(self, operation: _AnyMethod, facet: Any, /, *args: Any, **kwargs: Any) -> Any:
-        return operation.function(facet, self._tx, *args, **kwargs)
-
-
 def _function_name(function: object) -> str:
-    """The name of a function, or the text given in its place."""
-    name = function
-    if not issubclass(type(function), str):
-        _check_callable(function, "function")
-        name = _read_foreign(lambda one: getattr(one, "__name__", None), function, "function")
-        if type(name) is not str or not name.isidentifier():
-            raise InvalidData("function: it has no plain name: make it by def, or pass a name")
+    """The name of a function, by which workers know its runs."""
+    _check_callable(function, "function")
+    name = _read_foreign(lambda one: getattr(one, "__name__", None), function, "function")
+    if type(name) is not str or not name.isidentifier():
+        raise InvalidData("function: it has no plain name: make it by def, or pass a name")
     return _id(name, "function")
 
 
-def _error_text(error: BaseException) -> str:
-    """An error as text that can be stored."""
-    try:
-        text = f"{type(error).__name__}: {error}".removesuffix(": ")
-    except Exception:  # its own code failed
-        text = type(error).__name__
-    return text.replace("\0", "").encode(errors="backslashreplace").decode()
+class _End(NamedTuple):
+    """How the claim of a run ends: "completed", "failed", or "pending" again.
+
+    The detail has the `result` or the `error`. A pending run with an error is tried again, as the
+    queue says. Without, it is given back."""
+
+    item: WorkItem
+    status: str = "pending"
+    detail: Mapping[str, Any] = types.MappingProxyType({})
 
 
-def _span(value: object, path: str) -> float:
-    """A span in seconds; InvalidData below 0."""
-    return float(_number(value, path, "a finite number of seconds, 0 or more", 0))
+class _Wait(NamedTuple):
+    """What a step of a run waits for: an event up to a time, or (without its name) the time."""
 
-
-def _iso_time(text: str, path: str) -> int:
-    """The microseconds of a stored time."""
-    return _microseconds(datetime.fromisoformat(text), path)
+    step: str
+    until: int
+    event_name: str | None = None
+    event_key: str = ""
 
 
 class _RunFacet(_LogFacet):
     """What the store's runs and a single one have."""
 
-    def _state(self, tx: _Tx) -> StateBackend:
-        return StateBackend(_InTransaction(self._engine, tx))
+    def _do(self, tx: _Tx, operation: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """Run an operation of the state backend in the open transaction."""
+        return inspect.unwrap(operation)(StateBackend(self._engine), tx, *args, **options)
 
-    def _set_status(self, tx: _Tx, id: str, status: ExecutionStatus) -> None:
-        now = tx.now()
-        self._run(tx, _RUN_STATUS, status, now, now if status.is_terminal else None, id)
+    def _set_status(self, tx: _Tx, id: str, status: str) -> None:
+        self._run(tx, _RUN_STATUS, status, tx.now(), status, tx.now(), id)
 
     def _check_lease(self, tx: _Tx, item: WorkItem, sql: _Sql = _RUN_LOCK) -> None:
         """Raise LeaseLost or RunCancelled, unless the item is held under its fence."""
         if self._row(tx, sql, item.id, item.lease_fence) is None:
-            record = self._get(tx, _RUN, execution_id=item.id)
-            if record is not None and record.status == "cancelled":
+            if self._get(tx, _RUN, execution_id=item.id, status="cancelled"):
                 raise RunCancelled(item.id)
             raise LeaseLost(item.id)
 
-    def _append(
-        self, tx: _Tx, id: str, tenant: str, event: Mapping[str, Any], step: str = ""
-    ) -> str:
-        """Append an event, once for a step; its text."""
-        text = _json(event, f"step {step!r}")
-        last = self._last_sequence(tx, id) or 0
-        self._append_to(tx, id, tenant, last, text, None, f"step:{step}" if step else None)
+    def _append(self, tx: _Tx, id: str, event: Mapping[str, Any]) -> str:
+        """Append an event to the log of a run, the record of a step once; its text."""
+        step = event.get("step")
+        text = _json(event, f"step {step!r}" if step else "run")
+        once = f"step:{step}" if step and event["type"] != "step_failed" else None
+        tenant, _, last = self._rows(tx, _LOG_HEAD, id)[0]
+        self._append_to(tx, id, tenant, last or 0, text, None, once)
         return text
 
 
@@ -7026,7 +7050,7 @@ class Run(_RunFacet):
         record: WorkflowExecution,
         item: WorkItem,
         log: Iterable[StoredEvent],
-        stops: Callable[[], bool] | None = None,
+        crew: _Crew | None = None,
     ) -> None:
         super().__init__(engine)
         self.id = record.execution_id
@@ -7034,22 +7058,14 @@ class Run(_RunFacet):
         self.attempt = item.attempt
         self.result: Json = None
         self._item = item
-        self._stops = stops  # of a worker, which parks a run that waits; a block has none
+        self._crew = crew  # of a worker, which parks a run that waits; a block has none
         self._suspended = False
-        self._parks = False  # the wait under way parks the run
-        self._under_way = 0  # functions of steps
-        self._take_again: Callable[[], Any] | None = None  # a completed run, which has no lease
-        self._keep_lease: Callable[[WorkItem], Any]
+        self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
+        self._recorded = {stored.id: stored.event for stored in log}
         self._lock = threading.Lock()
-        self._ordinals: dict[str, list[int]] = {}  # by name, the free ones in order
-        # Steps recorded in a transaction (the outermost block), which may yet be rolled back.
-        self._in_blocks: list[tuple[str, weakref.ref[_Block]]] = []
-        self._recorded = {
-            stored.id.removeprefix("step:"): stored.event
-            for stored in log
-            if stored.id is not None and stored.id.startswith("step:")
-        }
-        self._events_had = {event.get("event") for event in self._recorded.values()}
+        self._taken: set[str] = set()  # steps that were asked for, and have not failed
+        self._next: dict[Any, int] = {}  # by name and kinds, an ordinal: those below are taken
+        self._under_way: set[str] = set()  # steps whose function is being called
 
     def __repr__(self) -> str:
         return f"<flowstore.{type(self).__name__} {self.id!r}, attempt {self.attempt}>"
@@ -7065,10 +7081,10 @@ class Run(_RunFacet):
         the function is called again if its process was lost before the record. What the function
         raises is recorded, and goes on. Raises InvalidData for a result that is not JSON."""
         _check_callable(function, "function")
-        step, event = yield from self._begin(name, "step_completed")
+        step, event = self._begin(name, "step_completed")
         if event is not None:
             return event["result"]
-        self._count(1)
+        self._under_way.add(step)
         try:
             yield from self._go_on()
             start = _monotonic()
@@ -7081,14 +7097,15 @@ class Run(_RunFacet):
                 raise
             seconds = round(_monotonic() - start, 6)
             event = {"type": "step_completed", "step": step, "result": result, "seconds": seconds}
-            text = yield self._record(event, step)
+            text = yield self._record(event)
         except BaseException:
             self._release(step)
             raise
         finally:
-            self._count(-1)
-        if (block := self._engine.block()) is not None:
-            self._in_blocks.append((step, block.root._ref))
+            self._under_way.discard(step)
+        block = self._engine.block()
+        if block is not None:
+            block.undo.append(functools.partial(self._release, step))
         return _decode_json(text)["result"]
 
     @_steps
@@ -7096,13 +7113,17 @@ class Run(_RunFacet):
         """Sleep once for that many seconds. Raises StorageError inside one's own transaction.
 
         The time of waking is recorded. A block waits for it. In a worker the run is parked."""
-        now = _microseconds(self._engine.now(), "clock()")
-        yield from self._sleep(name, _time_after(now, _span(seconds, "seconds"), "seconds"))
+        yield self.sleep_until(_datetime_of(self._after(seconds, "seconds")), name=name)
 
     @_steps
     def sleep_until(self, time: datetime, *, name: str = "sleep") -> _Steps[None]:
         """As `sleep`, until a time."""
-        yield from self._sleep(name, _microseconds(time, "time"))
+        until = _microseconds(time, "time")
+        step, event = self._begin(name, "sleep_started")
+        if event is not None:
+            until = _since_epoch(datetime.fromisoformat(event["until"]))
+        if event is None or _datetime_of(until) > self._engine.now():
+            yield from self._wait(_Wait(step, until))
 
     @_steps
     def wait_for(
@@ -7118,83 +7139,52 @@ class Run(_RunFacet):
         It is the first event of that name and key since the run was started that no earlier wait of
         the run has had. A block waits for it. In a worker the run is parked. Raises TimeoutError
         `timeout` seconds after the wait first began, StorageError inside one's own transaction."""
-        self._engine.forbid_inside("run.wait_for()")
-        key = _key(event_name, "event_name"), _key(event_key, "event_key")
-        seconds = _none_or(_span, timeout, "timeout")
-        step, event = yield from self._begin(
+        event_name = _key(event_name, "event_name")
+        event_key = _key(event_key, "event_key")
+        until = _LAST_TIME if timeout is None else self._after(timeout, "timeout")
+        step, event = self._begin(
             event_name if name is None else name, "wait_completed", "wait_timed_out"
         )
         if event is None:
-            attempt = functools.partial(self._try_wait, step, key, seconds)
-            event = yield from self._wait(step, attempt, key)
-            self._events_had.add(event.get("event"))
+            event = yield from self._wait(_Wait(step, until, event_name, event_key))
         if event["type"] == "wait_timed_out":
             raise TimeoutError(f"run {self.id!r}: no event came in time for {step!r}")
         return event["data"]
 
     # --- names ---
-    def _begin(self, name: str, *kinds: str) -> _Steps[tuple[str, Any]]:
+    def _begin(self, name: str, *kinds: str) -> tuple[str, Any]:
         """The next step of a name, and its event if it is recorded."""
-        if "#" in _text(name, "name", 200, 1):
+        name = _text(name, "name", 200, 1)
+        if "#" in name:
             raise InvalidData("name: '#' is for the ordinals of steps, leave it out")
-        yield from self._look_back()
+        if "step_completed" not in kinds:
+            self._engine.forbid_inside("a wait of a run")
         with self._lock:
-            free = self._ordinals.setdefault(name, [1])
-            index = 0
+            ordinal = self._next.get((name, kinds), 1)
             while True:
-                ordinal = free[index]
-                if ordinal == free[-1]:
-                    free.append(ordinal + 1)
                 step = name if ordinal == 1 else f"{name}#{ordinal}"
-                event = self._recorded.get(step)
+                event = self._recorded.get(f"step:{step}")
+                ordinal += 1
                 # What another kind of step has recorded is left to that one.
-                if event is None or event["type"] in kinds:
-                    free.remove(ordinal)
+                if step not in self._taken and (event is None or event["type"] in kinds):
+                    self._taken.add(step)
+                    self._next[name, kinds] = ordinal
                     return step, event
-                index += 1
-
-    def _count(self, change: int) -> None:
-        with self._lock:
-            self._under_way += change
 
     def _release(self, step: str) -> None:
         """Let the same name again be this step."""
-        name, _, ordinal = step.partition("#")
         with self._lock:
-            self._ordinals[name] = sorted([*self._ordinals[name], int(ordinal or 1)])
-
-    def _look_back(self) -> _Steps[None]:
-        """Release the steps whose transaction has been rolled back since."""
-        for entry in list(self._in_blocks):
-            step, reference = entry
-            root = reference()
-            is_open = root is not None and root.is_open
-            block = self._engine.block()
-            if is_open and (block is None or block.root is not root):
-                continue  # it is of another thread or task
-            stored = yield self._is_recorded(step)
-            if not stored:
-                self._release(step)
-            if not (stored and is_open):
-                self._in_blocks.remove(entry)
-
-    @_read
-    def _is_recorded(self, tx: _Tx, step: str) -> bool:
-        sql = tx.dialect.resolve(_LOG_BY_EVENT_ID)
-        return tx.row(sql, self.id, f"step:{step}") is not None
+            self._taken.discard(step)
+            self._next.clear()
 
     # --- the lease ---
     def _go_on(self) -> _Steps[None]:
         """Before anything new is done: only in a run that is this worker's, and goes on."""
-        if self._suspended or (self._stops is not None and self._stops()):
-            self._suspended = True
+        if self._suspended or (self._crew is not None and self._crew.stops()):
             raise _Suspended
-        if self._take_again is not None:
-            self._item, _, taken = yield self._take_again()
-            if not taken:
-                raise AlreadyRunning(self.id, str(self._item.worker_id))
-            self._take_again = None
-            yield self._keep_lease(self._item)
+        if self._take is not None:
+            _, self._item = yield from self._take()
+            self._take = None
         yield self._look()
 
     @_read
@@ -7202,157 +7192,99 @@ class Run(_RunFacet):
         self._check_lease(tx, self._item, _RUN_LOOK)
 
     @_write_row
-    def _record(self, tx: _Tx, event: Mapping[str, Any], step: str = "") -> str:
+    def _record(self, tx: _Tx, event: Mapping[str, Any]) -> str:
         self._check_lease(tx, self._item)
-        return self._append(tx, self.id, self._item.tenant_id, event, step)
+        return self._append(tx, self.id, event)
 
     # --- waiting ---
-    def _sleep(self, name: str, until: int) -> _Steps[None]:
-        self._engine.forbid_inside("run.sleep()")
-        step, event = yield from self._begin(name, "sleep_started")
-        if event is not None:
-            until = _iso_time(event["until"], "until")
-        if event is None or _datetime_of(until) > self._engine.now():
-            yield from self._wait(step, functools.partial(self._try_sleep, step, until))
+    def _after(self, seconds: object, path: str) -> int:
+        """The time that many seconds from now."""
+        now = _microseconds(self._engine.now(), "clock()")
+        return _time_after(now, _span(seconds, path), path)
 
-    def _wait(
-        self, step: str, attempt: Callable[[], Any], key: tuple[str, str] | None = None
-    ) -> _Steps[Any]:
-        """Attempt to go on, until there is an event that says so. A worker's run is suspended."""
+    def _wait(self, wait: _Wait) -> _Steps[Any]:
+        """Wait; the event that ends the wait.
+
+        A worker's run is suspended. First the steps that are done beside the wait end."""
         try:
             yield from self._go_on()
             while True:
-                # Steps that are done side by side with the wait are to be recorded first.
-                self._parks = self._stops is not None and not self._under_way
-                event, until = yield attempt()
+                parks = self._crew is not None and not self._under_way
+                event, wait = yield self._attempt(wait, parks)
                 if event is not None:
                     return event
-                if self._parks:
+                if parks:
                     self._suspended = True
                     raise _Suspended
-                if self._stops is None:
-                    yield self._poll(functools.partial(self._is_due, until, key), math.inf)
-                else:
-                    yield self._poll(lambda: not self._under_way, math.inf)
+                yield self._poll(self._is_over, math.inf, wait)
         except BaseException:
-            self._release(step)
+            if wait.event_name is not None:
+                self._recorded.pop(f"step:{wait.step}", None)  # it may have been rolled back
+            self._release(wait.step)
             raise
 
     @_snapshot
-    def _is_due(self, tx: _Tx, until: int | None, key: tuple[str, str] | None) -> bool:
-        """Whether an attempt would now go on, or fail."""
-        if until is not None and tx.now() >= until:
-            return True
-        if key is not None and self._next_event(tx, key, until) is not None:
-            return True
-        return self._row(tx, _RUN_LOOK, self.id, self._item.lease_fence) is None
-
-    def _park(self, tx: _Tx, until: int | None) -> None:
-        if self._parks:
-            due = _datetime_of(_LAST_TIME if until is None else until)
-            self._state(tx).park_work_item(self._item, until=due)
-            self._set_status(tx, self.id, ExecutionStatus.PENDING)
+    def _is_over(self, tx: _Tx, wait: _Wait) -> bool:
+        """Whether another attempt would end the wait or park the run. Raises LeaseLost."""
+        self._check_lease(tx, self._item, _RUN_LOOK)
+        may_park = self._crew is not None and not self._under_way
+        return may_park or self._outcome(tx, wait) is not None
 
     @_write
-    def _try_sleep(self, tx: _Tx, step: str, until: int) -> tuple[Any, int]:
-        event = {"type": "sleep_started", "step": step, "until": _datetime_of(until).isoformat()}
+    def _attempt(self, tx: _Tx, wait: _Wait, parks: bool) -> tuple[Any, _Wait]:
+        """End a wait if it is over, or else park the run; the event, and the wait as it is stored.
+
+        The look for the event and the subscription are one transaction: so none falls between."""
         self._check_lease(tx, self._item)
-        self._append(tx, self.id, self._item.tenant_id, event, step)
-        if tx.now() >= until:
-            return event, until
-        self._park(tx, until)
-        return None, until
+        step, until, name, key = wait
+        id = f"{len(step)}:{step}:{self.id}"
+        if name is not None:
+            subscription = id, self.id, step, name, key, tx.now(), str(until)
+            (stored,) = tx.rows(_SUBSCRIBE, *subscription)[0]
+            wait = wait._replace(until=int(stored))
+        event = self._outcome(tx, wait)
+        end = _datetime_of(wait.until)
+        if name is None:
+            start = {"type": "sleep_started", "step": step, "until": end.isoformat()}
+            self._append(tx, self.id, start)
+        elif event is not None:
+            self._append(tx, self.id, event)
+            tx.run(_END_WAIT, tx.now(), id)
+            # Now already: a wait beside this one, perhaps in the same group, takes another event.
+            self._recorded[f"step:{step}"] = event
+        if event is None and parks:
+            self._do(tx, StateBackend.park_work_item, self._item, until=end)
+            self._set_status(tx, self.id, "pending")
+        return event, wait
 
-    @_write
-    def _try_wait(
-        self, tx: _Tx, step: str, key: tuple[str, str], seconds: float | None
-    ) -> tuple[Any, int | None]:
-        """Look for the event and subscribe to it in one transaction: so none falls between."""
-        self._check_lease(tx, self._item)
-        now = tx.now()
-        wait = EventSubscription(
-            workflow_id=self.id,
-            step_id=0,
-            execution_pointer_id=step,
-            event_name=key[0],
-            event_key=key[1],
-        )
-        if seconds is not None:
-            end = _datetime_of(_time_after(now, seconds, "timeout"))
-            wait.subscription_data = end.isoformat()
-        same = {name: getattr(wait, name) for name in _WAIT_KEY}
-        begun = self._get(tx, _SUBSCRIPTION, index="event_subscriptions_by_workflow", **same)
-        until = _none_or(_iso_time, (begun or wait).subscription_data, "subscription_data")
-        event: dict[str, Any] = {"type": "wait_completed", "step": step}
-        found = self._next_event(tx, key, until)
-        if found is not None:
-            event |= {"event": found.id, "data": found.event_data}
-        elif until is not None and now >= until:
-            event["type"] = "wait_timed_out"
-        else:
-            if begun is None:
-                _insert_record(tx, _SUBSCRIPTION, wait)
-            else:
-                self._change(tx, _SUBSCRIPTION, "terminated_at = NULL", begun.id)
-            self._park(tx, until)
-            return None, until
-        if begun is not None:
-            self._change(tx, _SUBSCRIPTION, "terminated_at = ?", begun.id, now)
-        self._append(tx, self.id, self._item.tenant_id, event, step)
-        return event, until
-
-    def _next_event(self, tx: _Tx, key: tuple[str, str], until: int | None) -> Event | None:
-        """The first event of a name and key, up to a time, that no wait of the run has had."""
-        limits = self._item.payload["events_after"], _LAST_TIME if until is None else until
-        events = self._find(
-            tx,
-            _EVENT,
-            "AND event_time > ? AND event_time <= ? ORDER BY event_time, id LIMIT ?",
-            *limits,
-            len(self._events_had) + 1,
-            index="events_by_key",
-            event_name=key[0],
-            event_key=key[1],
-        )
-        return next((event for event in events if event.id not in self._events_had), None)
+    def _outcome(self, tx: _Tx, wait: _Wait) -> dict[str, Any] | None:
+        """The event that ends a wait now, None while it goes on."""
+        step, until, name, key = wait
+        if name is not None:
+            others = [one for id, one in list(self._recorded.items()) if id != f"step:{step}"]
+            had = {one["event"] for one in others if one["type"] == "wait_completed"}
+            events = self._find(
+                tx,
+                _EVENT,
+                "AND event_time > ? AND event_time <= ? ORDER BY event_time, id LIMIT ?",
+                self._item.payload["events_after"],
+                until,
+                len(had) + 1,
+                index="events_by_key",
+                event_name=name,
+                event_key=key,
+            )
+            for event in events:
+                if event.id not in had:
+                    end = {"type": "wait_completed", "step": step, "event": event.id}
+                    return end | {"data": event.event_data}
+        return {"type": "wait_timed_out", "step": step} if tx.now() >= until else None
 
 
-_WAIT_KEY = ("workflow_id", "execution_pointer_id", "event_name", "event_key")
-
-
-@dataclass(eq=False)
-class _Crew:
-    """What the threads or tasks of one call of `work` share."""
-
-    functions: dict[str, Callable[..., Any]]
-    queues: list[str]
-    worker_id: str
-    stop: Any
-    until_idle: bool
-    interval: float  # seconds between two renewals
-    is_ending: bool = False
-    ended: int = 0
-    under_way: dict[object, WorkItem] = field(default_factory=dict)  # by their thread or task
-
-    def stops(self) -> bool:
-        """Whether no more is to be begun."""
-        return self.is_ending or (self.stop is not None and bool(self.stop.is_set()))
-
-
-class _End(NamedTuple):
-    """The end of a claim of a run: by its last event, by an error, or (neither) given back."""
-
-    item: WorkItem
-    event: dict[str, Any] | None = None
-    error: str | None = None
-    is_final: bool = False  # the error: it ends the run
-
-
-class Runs(_RunFacet):
-    """Durable functions: each named step of a run is done once, whatever becomes of its process."""
+class _RunRecords(_RunFacet):
+    """Runs from outside: their start, result and end, and the events that they wait for."""
 
     _run_type: Any = Run
-    _on_end: Callable[[_End], object] = staticmethod(lambda end: None)  # told of each that ended
 
     def __init__(self, engine: Any, state: StateBackend) -> None:
         super().__init__(engine)
@@ -7379,62 +7311,58 @@ class Runs(_RunFacet):
         A run of that id, name and tenant that is there already is left as it is. Raises
         AlreadyExists where its input differs, for an id that is taken in another way, and for an
         item with that `unique_key`; InvalidData for a function without a plain name."""
-        name = _function_name(function)
-        _json(input, "input")
-        record = WorkflowExecution(workflow_id=name, initial_input=input)
-        record.tenant_id = _id(tenant_id, "tenant_id")
-        if id is not None:
-            record.execution_id = _id(id, "id")
-        item = WorkItem(
-            execution_id="",
-            queue_type=name if queue is None else _id(queue, "queue"),
+        is_name = issubclass(type(function), str)
+        name = _id(function, "function") if is_name else _function_name(function)
+        fields = {
+            "workflow_id": name,
+            "initial_input": _decode_json(_json(input, "input")),
+            "tenant_id": _id(tenant_id, "tenant_id"),
+        }
+        return self._start(
+            tx,
+            _none_or(_id, id, "id"),
+            fields,
+            queue_type=_none_or(_id, queue, "queue") or name,
             available_at=available_at,
             max_attempts=max_attempts,
             priority=priority,
-            unique_key=None if unique_key is None else _id(unique_key, "unique_key"),
+            unique_key=_none_or(_id, unique_key, "unique_key"),
         )
-        return self._start(tx, record, item)[0].id
 
     def _start(
-        self, tx: _Tx, record: WorkflowExecution, item: WorkItem
-    ) -> tuple[WorkItem, WorkflowExecution]:
-        """Start a run, unless it is there; its item and its record."""
-        values = _RUN.encode(record, now=tx.now())
-        found = self._find_run(tx, values["execution_id"])
-        if found is not None:
-            was = found[1]
-            known = was.workflow_id, was.tenant_id, was.initial_input
-            given = values["workflow_id"], values["tenant_id"]
-            if known == (*given, _decode_json(values["initial_input"])):
-                return found
-        if found or tx.row(_EXECUTION_TENANT.all, values["execution_id"]):
-            raise AlreadyExists("execution", values["execution_id"])
-        state = self._state(tx)
-        stored = state.create_execution(record)
-        id = stored.execution_id
-        event = {"type": "execution_started", "input": stored.initial_input}
-        self._append(tx, id, stored.tenant_id, event)
-        item.id = item.execution_id = id
-        item.node_id = stored.workflow_id
-        if not item.payload:
-            # Events are stamped in the order of their commits: those emitted later count.
-            item.payload = {"events_after": self._rows(tx, _LAST_EMITTED)[0][0] or 0}
-        state.enqueue_work_item(item)
-        return self._need_run(tx, id)
+        self,
+        tx: _Tx,
+        id: str | None,
+        fields: dict[str, Any],
+        payload: Json = None,
+        **options: Any,
+    ) -> str:
+        """Store a new run: its execution, the first event, and an item with these options; its id.
 
-    def _find_run(self, tx: _Tx, id: str) -> tuple[WorkItem, WorkflowExecution] | None:
-        record = self._get(tx, _RUN, execution_id=id)
-        item = self._get(tx, _ITEM, id=id)
-        if record is None or item is None or item.execution_id != id:
-            return None
-        return (item, record) if item.node_id == record.workflow_id else None
+        One of that id with these fields is left as it is. With a payload it has to be new."""
+        known = None if id is None else self._get(tx, _RUN, _IS_RUN, execution_id=id)
+        if known and payload is None and fields.items() <= vars(known).items():
+            return known.execution_id
+        given = {"initial_input": None} | fields
+        record = WorkflowExecution(**given, **_without_none(execution_id=id))
+        id = record.execution_id
+        if tx.row(_EXECUTION_TENANT.all, id):
+            raise AlreadyExists("execution", id)
+        self._do(tx, StateBackend.create_execution, record)
+        self._append(tx, id, {"type": "execution_started", "input": record.initial_input})
+        item = WorkItem(id=id, execution_id=id, node_id=record.workflow_id, **options)
+        # Events are stamped in the order of their commits: those emitted later count.
+        item.payload = payload or {"events_after": self._last_emitted(tx)}
+        self._do(tx, StateBackend.enqueue_work_item, item)
+        return id
 
-    def _need_run(self, tx: _Tx, id: AnyId) -> tuple[WorkItem, WorkflowExecution]:
-        key = _id(id, "id")
-        found = self._find_run(tx, key)
-        if found is None:
-            raise NotFound("execution", key)
-        return found
+    @staticmethod
+    def _last_emitted(tx: _Tx) -> int:
+        return int(tx.rows(tx.dialect.resolve(_LAST_EMITTED))[0][0])
+
+    def _need_run(self, tx: _Tx, id: AnyId) -> tuple[WorkflowExecution, WorkItem]:
+        record = self._need(tx, _RUN, _IS_RUN, execution_id=_id(id, "id"))
+        return record, self._need(tx, _ITEM, id=record.execution_id)
 
     # --- ends ---
     @_steps
@@ -7446,62 +7374,116 @@ class Runs(_RunFacet):
         seconds = math.inf if timeout is None else _span(timeout, "timeout")
         if self._engine.block() is not None:
             seconds = 0.0
-        key = _id(id, "id")
-        ended = yield self._poll(functools.partial(self._last_event, key), seconds)
+        ended = yield self._poll(self._last_event, seconds, id)
         if ended is None:
-            raise TimeoutError(f"run {key!r} has not ended in {timeout} seconds")
+            raise TimeoutError(f"run {id!r} has not ended yet")
         return ended["result"]
 
     @_snapshot
-    def _last_event(self, tx: _Tx, id: str) -> dict[str, Any] | None:
+    def _last_event(self, tx: _Tx, id: AnyId) -> dict[str, Any] | None:
         """The event that completed a run, None before its end. Raises RunFailed, RunCancelled."""
-        status = self._need_run(tx, id)[1].status
-        if not status.is_terminal:
+        record, item = self._need_run(tx, id)
+        if not record.status.is_terminal:
             return None
-        if status == "cancelled":
-            raise RunCancelled(id)
-        done = status == "completed"
-        kind = "execution_completed" if done else "execution_failed"
-        log = self._events_after(tx, id, 0)
-        ends = [one.event for one in log if one.event["type"] == kind]
-        last: dict[str, Any] = ends[-1] if ends else {"result": None, "error": ""}
-        if not done:
-            raise RunFailed(id, last["error"])
-        return last
+        if record.status == "cancelled":
+            raise RunCancelled(item.id)
+        if record.status != "completed":
+            raise RunFailed(item.id, item.last_error or "")
+        log = self._events_after(tx, item.id, 0)
+        ends = [one.event for one in log if one.event["type"] == "execution_completed"]
+        return ends[-1] if ends else {"result": None}  # its status was set by hand
+
+    @_write_row
+    def _end_and_claim(self, tx: _Tx, crew: _Crew | None, end: _End | None) -> Any:
+        """In one transaction, end the claim of a run, and claim one for a crew: whether the first
+        run has ended, record and item of the second, and whether there are runs for others.
+
+        Raises LeaseLost, RunCancelled."""
+        ended = end is not None and self._end(tx, end)
+        lease = self._lease(None)
+        others: list[WorkItem] = []
+        claimed = None
+        while crew is not None and claimed is None and not crew.stops():
+            items = self._do(tx, StateBackend._claim, crew.worker_id, crew.queues, lease, 1)
+            if not items:
+                break
+            item = items[0]
+            record = self._get(tx, _RUN, _IS_RUN, execution_id=item.id)
+            if record is not None and record.workflow_id in crew.functions:
+                claimed = record, item
+                self._set_status(tx, item.id, "running")
+            else:
+                others.append(item)
+        for item in others:
+            self._do(tx, StateBackend.park_work_item, item, until=item.available_at)
+        return ended, claimed, bool(others)
+
+    def _give_back(self, item: WorkItem) -> _Steps[None]:
+        """Give a claim back after an error, which says more than one of the store's."""
+        with contextlib.suppress(FlowStoreError):
+            yield self._end_and_claim(None, _End(item))
 
     def _end(self, tx: _Tx, end: _End) -> bool:
-        """Settle a claim; whether that ended the run. Raises LeaseLost, RunCancelled."""
-        item = end.item
-        event = end.event
+        """End the claim of a run; whether the run has ended. Raises LeaseLost, RunCancelled."""
+        item, status, detail = end
         self._check_lease(tx, item)
-        state = self._state(tx)
-        if event is not None:
-            state.complete_work_item(item)
-            self._set_status(tx, item.id, ExecutionStatus.COMPLETED)
-            self._run(tx, _END_WAITS, tx.now(), item.id)
-        elif end.error is None:
-            state.park_work_item(item)
-            self._set_status(tx, item.id, ExecutionStatus.PENDING)
-            return False
-        elif not end.is_final:
-            return isinstance(state.retry_work_item(item, end.error), DeadLetter)
+        if status != "pending":
+            self._finish(tx, item.id, status, detail)
+            return True
+        if detail:
+            again = self._do(tx, StateBackend.retry_work_item, item, detail["error"])
+            return isinstance(again, DeadLetter)
+        self._do(tx, StateBackend.park_work_item, item)
+        self._set_status(tx, item.id, status)
+        return False
+
+    def _finish(self, tx: _Tx, id: str, status: str, detail: Mapping[str, Any]) -> None:
+        """End a run: its item, its record, its waits and its log."""
+        if status == "completed":
+            self._do(tx, StateBackend.complete_work_item, id)
         else:
-            state.fail_work_item(item, end.error)
-            self._set_status(tx, item.id, ExecutionStatus.FAILED)
-            event = {"type": "execution_failed", "error": end.error}
-        self._append(tx, item.id, item.tenant_id, event)
-        return True
+            self._do(tx, StateBackend.fail_work_item, id, detail.get("error", status))
+        self._set_status(tx, id, status)
+        tx.run(tx.dialect.resolve(_END_WAITS), tx.now(), id)
+        self._append(tx, id, {"type": f"execution_{status}", **detail})
 
     @_write
     def cancel(self, tx: _Tx, id: AnyId) -> None:
         """Cancel a run; one that has ended is left as it is. Raises NotFound."""
-        item, record = self._need_run(tx, id)
-        if record.status.is_terminal:
-            return
-        self._state(tx).fail_work_item(item.id, "cancelled")
-        self._set_status(tx, item.id, ExecutionStatus.CANCELLED)
-        self._run(tx, _END_WAITS, tx.now(), item.id)
-        self._append(tx, item.id, record.tenant_id, {"type": "execution_cancelled"})
+        record, item = self._need_run(tx, id)
+        if not record.status.is_terminal:
+            self._finish(tx, item.id, "cancelled", {})
+
+    @_write
+    def fork(self, tx: _Tx, id: AnyId, *, before: str, new_id: AnyId | None = None) -> str:
+        """A new run of the same function and input, that goes on before the step `before`; its id.
+
+        It has done the steps, sleeps and waits that the run had recorded before that step (`NAME`
+        or `NAME#2`). Raises NotFound for an unknown run or step, AlreadyExists."""
+        record, item = self._need_run(tx, id)
+        step = _key(before, "before")
+        log = self._events_after(tx, item.id, 0)
+        kept = list(itertools.takewhile(lambda one: one.event.get("step") != step, log))
+        if len(kept) == len(log):
+            raise NotFound("step", step)
+        fields = {
+            "workflow_id": record.workflow_id,
+            "initial_input": record.initial_input,
+            "tenant_id": record.tenant_id,
+        }
+        copy = self._start(
+            tx,
+            _none_or(_id, new_id, "new_id"),
+            fields,
+            queue_type=item.queue_type,
+            max_attempts=item.max_attempts,
+            priority=item.priority,
+            payload=item.payload,
+        )
+        for stored in kept:
+            if stored.id is not None and stored.id.startswith("step:"):
+                self._append(tx, copy, stored.event)
+        return copy
 
     # --- events ---
     @_write
@@ -7510,8 +7492,7 @@ class Runs(_RunFacet):
         _json({"data": data}, "event")
         now = tx.now()
         # Later than the event before, whatever the clock did: waits take events in this order.
-        last = self._rows(tx, _LAST_EMITTED)[0][0]
-        stamp = now if last is None else min(max(now, last + 1), _LAST_TIME)
+        stamp = min(max(now, self._last_emitted(tx) + 1), _LAST_TIME)
         event = Event(
             event_name=event_name,
             event_key=event_key,
@@ -7523,138 +7504,169 @@ class Runs(_RunFacet):
         self._run(tx, _RUN_WAKE, now, stored.event_name, stored.event_key, now)
         return stored.id
 
-    @_write
-    def fork(self, tx: _Tx, id: AnyId, *, before: str, new_id: AnyId | None = None) -> str:
-        """A new run of the same function and input, that goes on before the step `before`; its id.
 
-        It has done the steps, sleeps and waits that the run had recorded before that step (`NAME`
-        or `NAME#2`). Raises NotFound for an unknown run or step, AlreadyExists."""
-        item, record = self._need_run(tx, id)
-        log = self._events_after(tx, item.id, 0)
-        step = _text(before, "before")
-        ends = [index for index, one in enumerate(log) if one.event.get("step") == step]
-        if not ends:
-            raise NotFound("step", step)
-        copy = WorkflowExecution(
-            workflow_id=record.workflow_id,
-            initial_input=record.initial_input,
-            tenant_id=record.tenant_id,
-        )
-        if new_id is not None:
-            copy.execution_id = _id(new_id, "new_id")
-        if tx.row(_EXECUTION_TENANT.all, copy.execution_id):
-            raise AlreadyExists("execution", copy.execution_id)
-        again = WorkItem(
-            execution_id="",
-            queue_type=item.queue_type,
-            max_attempts=item.max_attempts,
-            priority=item.priority,
-            payload=item.payload,
-        )
-        self._start(tx, copy, again)
-        for one in log[: ends[0]]:
-            if one.id is not None and one.id.startswith("step:"):
-                name = one.id.removeprefix("step:")
-                self._append(tx, copy.execution_id, record.tenant_id, one.event, name)
-        return copy.execution_id
+@dataclass(eq=False)
+class _RunBlock:
+    """A run that is done by the block of a `with` statement, which keeps its lease."""
 
-    # --- blocks ---
+    runs: Any
+    id: Any
+    workflow_id: Any
+    input: Json
+    lease: Any
+    wait: float | None
+    run: Any = None
+    hold: Any = None
+    # No other block has this name: steps side by side may take a completed run again.
+    worker_id: str = field(default_factory=lambda: f"process {os.getpid()}, block {new_id()}")
+
+
+class _BlockRuns(_RunRecords):
+    """Runs that are done by the block of a `with` statement."""
+
     @_steps
     def _enter(self, block: _RunBlock) -> _Steps[Run]:
-        """Begin or take a run for a block. Raises AlreadyRunning."""
+        """Begin a run for a block, or go on with it. Raises AlreadyRunning."""
         self._engine.forbid_inside("store.run()")
-        id, workflow_id, input, lease, wait = block.arguments
-        seconds = _none_or(_span, wait, "wait")
-        arguments = _id(id, "id"), _id(workflow_id, "workflow_id"), input, self._lease(lease)
-        deadline: float | None = None
-        while True:
-            item, record, taken = yield self._take(*arguments, False)
-            if taken or record.status == "completed":
-                break
-            if seconds is None:
-                left = (item.lease_expires_at - self._engine.now()).total_seconds()
-                seconds = max(0.0, left) + 1
-            deadline = deadline or _monotonic() + seconds
-            if deadline <= _monotonic():
-                raise AlreadyRunning(arguments[0], item.worker_id)
-            look = functools.partial(self._is_free, arguments[0])
-            yield self._poll(look, deadline - _monotonic())
+        block.id = _id(block.id, "id")
+        block.workflow_id = _id(block.workflow_id, "workflow_id")
+        block.lease = self._lease(block.lease)
+        block.wait = _none_or(_span, block.wait, "wait")
+        record, item = yield from self._hold(block)
         try:
-            if taken:
-                yield block.keep_lease(item)
             log = yield self._read_chunk(item.id, 0, _INT_MAX)
         except BaseException:
-            with contextlib.suppress(FlowStoreError):
-                yield self._end_block(_End(item))
+            yield from self._give_back(item)
             raise
         run: Run = self._run_type(self._engine, record, item, log)
-        if not taken:
-            done = [one.event for one in log if one.event["type"] == "execution_completed"]
-            run.result = done[-1]["result"] if done else None
-            run._take_again = functools.partial(self._take, *arguments, True)
-            run._keep_lease = block.keep_lease
+        block.run = run
+        if block.hold is None:
+            ended = yield self._last_event(block.id)
+            run.result = ended and ended["result"]
+            run._take = functools.partial(self._hold, block, True)
         return run
 
-    @_write
-    def _take(
-        self, tx: _Tx, id: str, workflow_id: str, input: Json, lease: float, again: bool
-    ) -> tuple[WorkItem, WorkflowExecution, bool]:
-        """Begin a run or go on with it; its item, its record, and whether it is the caller's.
+    def _hold(self, block: _RunBlock, again: bool = False) -> _Steps[Any]:
+        """Take the run of a block and keep its lease; its record and its item.
 
-        A completed one is begun again only if `again`."""
-        now = tx.now()
-        found = self._find_run(tx, id)
-        if found is not None and input is None:
-            input = found[1].initial_input
-        record = WorkflowExecution(
-            execution_id=id,
-            workflow_id=workflow_id,
-            initial_input=input,
-            tenant_id=found[1].tenant_id if found else DEFAULT_TENANT,
-        )
-        own = WorkItem(execution_id="", queue_type=_BLOCK_QUEUE, max_attempts=2**31 - 1)
-        item, record = self._start(tx, record, own)
+        A completed run is taken only if `again`. Raises AlreadyRunning."""
+        while True:
+            record, item = yield self._take(block, again)
+            if item.worker_id == block.worker_id:
+                if block.hold is None:
+                    block.hold = self._queue.hold(item, lease_seconds=block.lease)
+                    try:
+                        yield block.hold._enter()
+                    except BaseException:
+                        yield from self._give_back(item)
+                        raise
+                return record, item
+            if record.status == "completed":
+                return record, item
+            if block.wait is None:
+                left = item.lease_expires_at - self._engine.now()
+                block.wait = max(0.0, left.total_seconds()) + 1
+            start = _monotonic()
+            if not (yield self._poll(self._is_free, block.wait, block.id)):
+                raise AlreadyRunning(block.id, item.worker_id)
+            block.wait -= _monotonic() - start
+
+    @_write
+    def _take(self, tx: _Tx, block: _RunBlock, again: bool) -> Any:
+        """Begin a run or go on with it, unless another worker has it; its record and its item."""
+        id = block.id
+        input = _decode_json(_json(block.input, "input"))
+        fields = _without_none(workflow_id=block.workflow_id, initial_input=input)
+        self._start(tx, id, fields, queue_type=_BLOCK_QUEUE, max_attempts=2**31 - 1)
+        record, item = self._need_run(tx, id)
         if record.status == "cancelled":
             raise RunCancelled(id)
-        if record.status == "completed" and not again:
-            return item, record, False
-        expires = _time_after(now, lease, "lease_seconds")
-        row = self._row(tx, _RUN_TAKE, f"process {os.getpid()}", now, expires, id, now)
-        if row is None:
-            return item, record, False
-        self._set_status(tx, id, ExecutionStatus.RUNNING)
-        return _ITEM.decode(row), record, True
+        now = tx.now()
+        expires = _time_after(now, block.lease, "lease_seconds")
+        row = self._row(tx, _RUN_TAKE, block.worker_id, now, expires, id, now, again)
+        if row is not None:
+            self._set_status(tx, id, "running")
+            item = _ITEM.decode(row)
+        return record, item
 
     @_read
     def _is_free(self, tx: _Tx, id: str) -> bool:
-        item = self._need_run(tx, id)[0]
-        return bool((item.lease_expires_at or _EPOCH) <= self._engine.now())
+        return self._row(tx, _RUN_FREE, id, tx.now()) is not None
 
     @_steps
-    def _leave(self, run: Run, error: BaseException | None) -> _Steps[None]:
+    def _leave(self, block: _RunBlock, error: BaseException | None) -> _Steps[None]:
         """End the run of a block."""
-        if run._take_again is not None:
+        run = block.run
+        if run._take is not None:
             return  # it was complete, and nothing was added
+        end = _End(run._item)
+        if error is None:
+            end = _End(run._item, "completed", {"result": run.result})
+        elif isinstance(error, Exception):
+            end = _End(run._item, "failed", {"error": _error_text(error)})
         try:
-            event = None
-            if error is None:
-                event = {"type": "execution_completed", "result": run.result}
-                _json(event, "run")
-        except InvalidData as unfit:
-            yield self._end_block(_End(run._item, None, _error_text(unfit), True))
-            raise
-        text = _error_text(error) if isinstance(error, Exception) else None
+            yield self._end_and_claim(None, end)
+        except FlowStoreError as problem:
+            if error is None:  # else the error of the block says more
+                if isinstance(problem, InvalidData):  # the result is not JSON
+                    yield self._leave(block, problem)
+                raise
+
+
+class _ThreadRunBlock(_RunBlock):
+    """`with store.run(id) as run:` a run that is done by this thread."""
+
+    def __enter__(self) -> Run:
+        return cast("Run", self.runs._enter(self))
+
+    def __exit__(self, kind: object, error: Any, traceback: object) -> None:
         try:
-            yield self._end_block(_End(run._item, event, text, True))
-        except FlowStoreError:
-            if error is None:
-                raise  # else the error of the block says more
+            self.runs._leave(self, error)
+        finally:
+            if self.hold is not None:  # a lost lease was told of by now
+                self.hold.__exit__(LeaseLost, None, None)
 
-    @_write_row
-    def _end_block(self, tx: _Tx, end: _End) -> None:
-        self._end(tx, end)
 
-    # --- workers ---
+class _Crew:
+    """What the threads or tasks of one call of `work` share."""
+
+    def __init__(
+        self,
+        runs: Runs,
+        functions: Sequence[Any],
+        concurrency: Any,
+        queues: Any,
+        worker_id: Any,
+        stop: Any,
+        until_idle: Any,
+    ) -> None:
+        runs._engine.forbid_inside("runs.work()")
+        self.functions = {_function_name(function): function for function in functions}
+        if not 0 < len(self.functions) == len(functions):
+            raise InvalidData("functions: at least one is needed, and no two of one name")
+        _int(concurrency, "concurrency", 1)
+        if stop is not None and not hasattr(type(stop), "is_set"):
+            raise InvalidData(f"stop: an Event is needed, not {type(stop).__name__}")
+        names = self.functions if queues is None else _check_list(queues, "queues")
+        self.queues = [_id(name, "queues") for name in names]
+        self.worker_id = _none_or(_id, worker_id, "worker_id") or f"process {os.getpid()}"
+        self.stop = stop
+        self.until_idle = _bool(until_idle, "until_idle")
+        self.interval = max(0.01, runs._lease(None) / 3)  # seconds between two renewals
+        self.is_ending = False
+        self.ended = 0
+        self.under_way: dict[object, WorkItem] = {}  # by their thread or task
+
+    def stops(self) -> bool:
+        """Whether no more is to be begun."""
+        return self.is_ending or (self.stop is not None and bool(self.stop.is_set()))
+
+
+class Runs(_BlockRuns):
+    """Durable functions: each named step of a run is done once, whatever becomes of its process."""
+
+    _on_end: Callable[[Any], object] = staticmethod(lambda end: None)  # told of each that ended
+
     def work(
         self,
         *functions: Callable[..., Any],
@@ -7672,26 +7684,25 @@ class Runs(_RunFacet):
         alone. Raises InvalidData, StorageError inside one's own transaction."""
         from concurrent.futures import ThreadPoolExecutor, wait
 
-        crew = self._make_crew(functions, concurrency, queues, worker_id, stop, until_idle)
+        crew = _Crew(self, functions, concurrency, queues, worker_id, stop, until_idle)
         pool = ThreadPoolExecutor(concurrency, "flowstore-run")
-        interrupt: BaseException | None = None
+        serving: list[Any] = []
+
+        def keep_leases() -> None:
+            # Not by join(): in Python 3.11 it takes a thread for ended after Ctrl-C.
+            while wait(serving, timeout=crew.interval).not_done:
+                self._renew(crew)
+
         try:
-            serving = [pool.submit(self._serve, crew) for _ in range(concurrency)]
-            while not all(future.done() for future in serving):
-                # Not by join(): in Python 3.11 it takes a thread for ended after Ctrl-C.
-                try:
-                    wait(serving, timeout=crew.interval)
-                    self._renew(crew)
-                except BaseException as error:
-                    if interrupt is not None:
-                        raise
-                    interrupt = error
-                    crew.is_ending = True
+            serving.extend(pool.submit(self._serve, crew) for _ in range(concurrency))
+            keep_leases()
+        except BaseException:  # Ctrl-C; another one does not wait for the steps under way
+            crew.is_ending = True
+            keep_leases()
+            raise
         finally:
             crew.is_ending = True
             pool.shutdown(wait=False)
-        if interrupt is not None:
-            raise interrupt
         for future in serving:
             future.result()
         return crew.ended
@@ -7700,166 +7711,67 @@ class Runs(_RunFacet):
         """The thread or task that does a run."""
         return threading.get_ident()
 
-    def _make_crew(
-        self,
-        functions: Sequence[Callable[..., Any]],
-        concurrency: int,
-        queues: Collection[AnyId] | None,
-        worker_id: AnyId | None,
-        stop: object,
-        until_idle: bool,
-    ) -> _Crew:
-        self._engine.forbid_inside("runs.work()")
-        by_name: dict[str, Callable[..., Any]] = {}
-        for function in functions:
-            _check_callable(function, "functions")
-            name = _function_name(function)
-            if name in by_name:
-                raise InvalidData(f"functions: there are two of the name {name!r}")
-            by_name[name] = function
-        if not by_name:
-            raise InvalidData("functions: at least one is needed")
-        _int(concurrency, "concurrency", 1)
-        _bool(until_idle, "until_idle")
-        if stop is not None and not hasattr(stop, "is_set"):
-            raise InvalidData(f"stop: an Event is needed, not {type(stop).__name__}")
-        worker = f"process {os.getpid()}" if worker_id is None else _id(worker_id, "worker_id")
-        names = [
-            _id(name, "queues")
-            for name in (list(by_name) if queues is None else _check_list(queues, "queues"))
-        ]
-        interval = max(0.01, self._lease(None) / 3)
-        return _Crew(by_name, names, worker, stop, until_idle, interval)
-
     @_steps
     def _serve(self, crew: _Crew) -> _Steps[None]:
         """Do one run after another, in a thread or a task."""
+        end: _End | None = None
         try:
-            yield from self._do_runs(crew)
+            while True:
+                try:
+                    ended, claimed, others_wait = yield self._end_and_claim(crew, end)
+                except StoreBusy:
+                    continue  # nothing was written
+                except (LeaseLost, RunCancelled):
+                    end = None
+                    continue
+                if ended:
+                    crew.ended += 1
+                    self._on_end(end)
+                end = None
+                if claimed is not None:
+                    end = yield from self._do_run(crew, *claimed)
+                elif crew.until_idle or crew.stops():
+                    return
+                elif others_wait:  # their items would be found again and again
+                    yield self._poll(crew.stops, 1.0)
+                else:
+                    yield self._poll(self._has_work, math.inf, crew)
         except BaseException:
             crew.is_ending = True
             raise
 
-    def _do_runs(self, crew: _Crew) -> _Steps[None]:
+    def _do_run(self, crew: _Crew, record: WorkflowExecution, item: WorkItem) -> _Steps[_End]:
+        """Call the function of a run; how its claim ends."""
+        log = yield self._read_chunk(item.id, 0, _INT_MAX)
+        run = self._run_type(self._engine, record, item, log, crew)
         owner = self._owner()
-        end: _End | None = None
-        while True:
-            try:
-                ended, claimed, others_wait = yield self._end_and_claim(crew, end)
-            except StoreBusy:
-                continue  # nothing was written
-            if end is not None and ended:
-                crew.ended += 1
-                self._on_end(end)
-            end = None
-            if claimed is None:
-                if crew.until_idle or crew.stops():
-                    return
-                look = functools.partial(self._has_work, crew, others_wait)
-                # The items of others would be found again and again.
-                yield self._poll(look, 1.0 if others_wait else math.inf)
-                continue
-            item, record = claimed
-            log = yield self._read_chunk(item.id, 0, _INT_MAX)
-            run = self._run_type(self._engine, record, item, log, crew.stops)
-            crew.under_way[owner] = item
-            end = _End(item)  # given back, where nothing else is said
-            try:
-                result = yield crew.functions[record.workflow_id](run, run.input)
-                event = {"type": "execution_completed", "result": result}
-                _json(event, "function")  # here, or the worker would end with it
-                end = _End(item, event)
-            except _Suspended:
-                pass
-            except Exception as error:
-                end = _End(item, None, _error_text(error))
-            except BaseException:
-                with contextlib.suppress(FlowStoreError):  # what leaves the function says more
-                    yield self._end_block(end)
-                raise
-            finally:
-                del crew.under_way[owner]
+        crew.under_way[owner] = item
+        try:
+            result = yield crew.functions[record.workflow_id](run, run.input)
+            end = _End(item, "completed", {"result": result})
+            _json(end.detail, "run")  # here, or the worker would end with it
+            return end
+        except _Suspended:
+            return _End(item)
+        except Exception as error:
+            return _End(item, detail={"error": _error_text(error)})
+        except BaseException:
+            yield from self._give_back(item)
+            raise
+        finally:
+            del crew.under_way[owner]
 
-    @_write_row
-    def _end_and_claim(
-        self, tx: _Tx, crew: _Crew, end: _End | None
-    ) -> tuple[bool, tuple[WorkItem, WorkflowExecution] | None, bool]:
-        """In one transaction, end a run and claim the next: whether the first has ended, the item
-        and the record of the second, and whether runs of other functions are in the queues."""
-        state = self._state(tx)
-        ended = False
-        if end is not None:
-            with contextlib.suppress(LeaseLost, RunCancelled):
-                ended = self._end(tx, end)
-        if crew.stops():
-            return ended, None, False
-        others = []
-        claimed = None
-        while claimed is None and (item := state.claim_work_item(crew.worker_id, crew.queues)):
-            found = self._find_run(tx, item.id)
-            if found is not None and item.node_id in crew.functions:
-                claimed = found
-            else:
-                others.append(item)
-        for item in others:
-            state.park_work_item(item, until=item.available_at)
-        if claimed is not None:
-            self._set_status(tx, claimed[0].id, ExecutionStatus.RUNNING)
-        return ended, claimed, bool(others)
-
-    def _has_work(self, crew: _Crew, others_wait: bool) -> Any:
+    def _has_work(self, crew: _Crew) -> Any:
         """Whether to look for a run again."""
-        return crew.stops() or (not others_wait and self._queue._claimable(crew.queues))
+        return crew.stops() or self._queue._claimable(crew.queues)
 
     @_steps
     def _renew(self, crew: _Crew) -> _Steps[None]:
         """Renew the leases of the runs under way, except of those with an open transaction."""
-        busy = self._engine.has_block
-        items = [item for owner, item in list(crew.under_way.items()) if not busy(owner)]
-        with contextlib.suppress(StorageError):  # the next renewal may succeed
-            yield self._renew_leases(items)
-
-    @_write_row
-    def _renew_leases(self, tx: _Tx, items: list[WorkItem]) -> None:
-        expires = _time_after(tx.now(), self._lease(None), "lease_seconds")
-        for item in items:  # one that is lost is left: its run finds out
-            self._row(tx, _RENEW, expires, item.id, item.lease_fence, None)
-
-
-class _RunBlock:
-    """A run that is done by the block of a `with` statement, which keeps its lease."""
-
-    run: Any
-    hold: Any = None
-
-    def __init__(self, runs: Any, *arguments: Any) -> None:
-        self.runs = runs
-        self.arguments = arguments
-
-    def keep_lease(self, item: WorkItem) -> Any:
-        """Have the lease renewed while the block runs."""
-        raise NotImplementedError
-
-
-class _ThreadRunBlock(_RunBlock):
-    """`with store.run(id) as run:` a run that is done by this thread."""
-
-    def __enter__(self) -> Run:
-        self.run = self.runs._enter(self)
-        return cast("Run", self.run)
-
-    def keep_lease(self, item: WorkItem) -> None:
-        self.hold = self.runs._queue.hold(item, lease_seconds=self.arguments[3])
-        self.hold.__enter__()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
-    ) -> None:
-        try:
-            self.runs._leave(self.run, error)
-        finally:
-            if self.hold is not None:  # a lost lease was told of by now
-                self.hold.__exit__(LeaseLost, None, None)
+        for owner, item in list(crew.under_way.items()):
+            if not self._engine.has_block(owner):
+                with contextlib.suppress(FlowStoreError):  # the run finds out, or the next renewal
+                    yield self._queue.renew_lease(item)
 
 
 # ==================================================================================================
@@ -8618,6 +8530,8 @@ class AsyncHold(_LeaseKeeper):
         self._task = engine.loop.create_task(self._keep()) if engine.block() is None else None
         return self
 
+    _enter = __aenter__
+
     async def _keep(self) -> None:
         import asyncio
 
@@ -8665,7 +8579,7 @@ class AsyncRuns(_AsyncFacet, Runs):
         """`Runs.work` with `concurrency` tasks. When `stop` is set, they are cancelled."""
         import asyncio
 
-        crew = self._make_crew(functions, concurrency, queues, worker_id, stop, until_idle)
+        crew = _Crew(self, functions, concurrency, queues, worker_id, stop, until_idle)
 
         create_task = self._engine.loop.create_task
         tasks = [create_task(self._serve(crew)) for _ in range(concurrency)]
@@ -8696,18 +8610,11 @@ class _TaskRunBlock(_RunBlock):
     """`async with store.run(id) as run:` a run that is done by this task."""
 
     async def __aenter__(self) -> AsyncRun:
-        self.run = await self.runs._enter(self)
-        return cast("AsyncRun", self.run)
+        return cast("AsyncRun", await self.runs._enter(self))
 
-    async def keep_lease(self, item: WorkItem) -> None:
-        self.hold = self.runs._queue.hold(item, lease_seconds=self.arguments[3])
-        await self.hold.__aenter__()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
-    ) -> None:
+    async def __aexit__(self, kind: object, error: Any, traceback: object) -> None:
         try:
-            await self.runs._leave(self.run, error)
+            await self.runs._leave(self, error)
         finally:
             if self.hold is not None:  # a lost lease was told of by now
                 await self.hold.__aexit__(LeaseLost, None, None)
@@ -9176,7 +9083,9 @@ class _ViewReader:
                     row["step_name"] = f"wait {row['execution_pointer_id']}"
                     row["status"] = "waiting"
                     row["start_time"] = row["subscribe_as_of"]
-                    row["until"] = row["subscription_data"]
+                    until = row["subscription_data"]  # a host's has other data
+                    if type(until) is int and _FIRST_TIME <= until < _LAST_TIME:
+                        row["until"] = _datetime_of(until)
                 elif mapper is _DEAD and row["status"] == "pending":
                     row["due_at"] = row["available_at"]
                 if "status" in row:
@@ -10283,7 +10192,7 @@ async def _work_in_tasks(args: Any, functions: Sequence[Any]) -> None:
 
 
 def _tell_end(end: _End) -> None:
-    outcome = "completed" if end.error is None else f"failed: {end.error}"
+    outcome = f"failed: {end.detail['error']}" if "error" in end.detail else "completed"
     print(" ".join(f"{end.item.id}  {end.item.node_id} {outcome}".splitlines()), flush=True)
 
 

@@ -680,6 +680,25 @@ def bench_commands(bench: Bench) -> Measured:
     return bench.compare(ours, Rival("plain FULL", 0.7, bench.plain_inserts("FULL")))
 
 
+def bench_steps(bench: Bench) -> Measured:
+    """Runs of ten steps, started beforehand: their claims, steps and ends, per step."""
+    store = bench.store()
+    result = bench.event["result"]
+
+    def ten_steps(run: flowstore.Run, input: Any) -> None:
+        for number in range(10):
+            run.step(f"step {number}", str, result)
+
+    def ours() -> float:
+        runs = max(2, round(bench.seconds * 100))
+        with store.transaction():
+            for _ in range(runs):
+                store.runs.start(ten_steps)
+        return 10 * runs / elapsed(lambda: store.runs.work(ten_steps, until_idle=True))
+
+    return bench.compare(ours, Rival("plain FULL", 0.7, bench.plain_inserts("FULL")))
+
+
 # --- the whole store ---
 def ended_flows(bench: Bench, store: flowstore.Store) -> None:
     """A tenth of the depth in flows that ended long ago, each with an event."""
@@ -830,6 +849,7 @@ BENCH_ROWS: dict[str, Callable[[Bench], Measured]] = {
         bench_claims, queues="a", changed={"tenant_id": "'other'"}, tenant="default"
     ),
     "process_commands of 500 due, FULL, per command": bench_commands,
+    "a step of a run of ten, 1 worker, FULL": bench_steps,
     "persist_workflow, 1,000 pointers, one changed": bench_persist,
     "4 processes x 4 threads, FULL": bench_processes,
     "iter_events over {} events": bench_iterate,
@@ -4654,6 +4674,12 @@ def stock(store: Store) -> Things:
         workflows.create_event(record("Event", id=id, is_processed=id == "done"))
     workflows.schedule_command(record("ScheduledCommand"))
     workflows.persist_errors([record("ExecutionError")])
+    with store.run("done") as run:
+        run.result = run.step("one", str, 1)
+    store.runs.start("under_way", id="r")
+    assert store.state.claim_work_item("w", ["under_way"], lease_seconds=500)
+    store.runs.start(do_nothing, id="due")
+    store.runs.emit("approved", "r", 7)
     return things
 
 
@@ -4843,6 +4869,26 @@ SURFACE: dict[str, Row] = {
     "workflows.persist_errors": row("errors", lambda a: ([record("ExecutionError")],)),
     "workflows.list_errors": row("workflow_id, limit=100, offset=0", lambda a: ("w", 9, 0)),
     "workflows.ensure_store_exists": row(),
+    "runs.start": row(
+        "function, input=None, *, id=None, queue=None, available_at=None, max_attempts=3, priority=0, unique_key=None, "
+        "tenant_id='default'",
+        lambda a: ("f", [1], new_id(), "queue", LATE, 3, 0, "k", "default"), lambda a: (do_nothing, None, "due"),
+        max_attempts=NO_ATTEMPT, priority=[-101, 101],
+    ),
+    "runs.work": row(
+        "*functions, concurrency=1, queues=None, worker_id=None, stop=None, until_idle=False",
+        lambda a: ([do_nothing], 1, None, "w", None, True), concurrency=[0, -1],
+    ),
+    "runs.result": row("id, *, timeout=None", lambda a: ("done", 0.0), timeout=[-1, float("inf")]),
+    "runs.emit": row("event_name, event_key='', data=None", lambda a: ("n", "k", 1)),
+    "runs.cancel": row("id", lambda a: ("due",)),
+    "runs.fork": row("id, *, before, new_id=None", lambda a: ("done", "one", new_id())),
+    "run.step": row("name, function, /, *args, **kwargs", lambda a: ("s", str)),
+    "run.sleep": row("seconds, *, name='sleep'", lambda a: (0.0, "n"), seconds=[-1, *ENDLESS]),
+    "run.sleep_until": row("time, *, name='sleep'", lambda a: (START, "n")),
+    "run.wait_for": row(
+        "event_name, event_key='', *, timeout=None, name=None", lambda a: ("approved", "r", 0.0, "n"), timeout=[-1, *ENDLESS],
+    ),
     "store.run": row(
         "id, *, workflow_id='script', input=None, lease_seconds=None, wait=None", lambda a: ("run", "script", 1, 9, 0),
         lease_seconds=ENDLESS, wait=[-1, float("inf")],
@@ -4867,6 +4913,8 @@ CLASSES: dict[str, type] = {
     "events": EventStore,
     "state": StateBackend,
     "workflows": PersistenceProvider,
+    "runs": flowstore.Runs,
+    "run": flowstore.Run,
     "store": Store,
     "tx": flowstore.Transaction,
     "view": flowstore.View,
@@ -4890,13 +4938,27 @@ def public_signature(name: str) -> inspect.Signature:
     return shown.replace(parameters=[*shown.parameters.values()][1:])
 
 
+def passed(name: str, arguments: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments as they are passed: by position, those that can be passed in no other way."""
+    named = dict(arguments)
+    if name == "run.step":
+        return [named.pop("name"), named.pop("function")], named
+    return named.pop("*functions", []), named
+
+
 def invoke(store: Any, name: str, arguments: dict[str, Any]) -> Any:
     """Call a method of a store, or of a view of one tenant; what is yielded is listed, what is entered left again."""
     facet, method = name.split(".")
     with contextlib.ExitStack() as stack:
         if facet == "tx":
             store = stack.enter_context(store.transaction())
-        found = getattr(getattr(store, facet, store), method)(**arguments)
+        of = getattr(store, facet, store)
+        if facet == "run":  # the stocked one that is under way
+            item = store.state.get_work_item("r")
+            log = store.events.load_events("r")
+            of = flowstore.Run(store._engine, store.state.get_execution("r"), item, log)
+        unnamed, named = passed(name, arguments)
+        found = getattr(of, method)(*unnamed, **named)
         if method in ("hold", "transaction", "run"):
             entered = stack.enter_context(found)
             return entered.id if method == "run" else entered
@@ -4966,6 +5028,8 @@ def fits_one(kind: str, value: Any) -> bool:
             return hasattr(type(value), "__iter__") and not is_a((str, bytes))
         case "os.PathLike":
             return hasattr(type(value), "__fspath__")
+        case "threading.Event":
+            return hasattr(type(value), "is_set")
         case "Any":
             return True
     own: type = getattr(flowstore, kind)
@@ -5010,7 +5074,10 @@ def hostile_arguments(name: str, things: Things) -> Iterator[tuple[str, dict[str
     row = SURFACE[name]
     for argument, parameter in public_signature(name).parameters.items():
         annotation = parameter.annotation + " | None" * (argument == "limit")  # None is all
-        if annotation.startswith("Callable"):
+        if annotation.startswith("Callable") or parameter.kind in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        ):
             continue  # the user's own code: it fails as Python's own error, once it would be called
         if name.startswith("tx.") or argument in ("default", "initial"):
             annotation = (
@@ -5027,7 +5094,16 @@ def hostile_arguments(name: str, things: Things) -> Iterator[tuple[str, dict[str
                 (field == "id" and name.endswith("new_workflow"))  # an empty one is none yet
                 or (field != argument and (annotation == "AnyItem" or name in OF_CLAIMS))
             )  # of a claim, its id and its fence are read
-            if argument not in ("timeout", "wait") or bad:  # which may be for ever
+            may_last = argument in (
+                "timeout",
+                "wait",
+                "until_idle",
+                "concurrency",
+                "seconds",
+                "time",
+            )
+            may_last = may_last or name == "run.wait_for"
+            if bad or not may_last:
                 yield field, row.arguments(things) | {argument: value}, bad and not taken
 
 
@@ -15059,15 +15135,12 @@ def run_status(store: Store, run_id: str) -> tuple[str, str]:
     return str(record.status), str(look(store, run_id).status)
 
 
-class Abandoned(flowstore._RunBlock):
-    """A block whose lease nobody renews."""
-
-    def keep_lease(self, item: WorkItem) -> None: ...
-
-
 def abandoned(store: Store, run_id: str) -> flowstore.Run:
-    """A run that a process has begun, and will never end."""
-    return store.runs._enter(Abandoned(store.runs, run_id, "script", None, None, None))
+    """A run that a process has begun, and will never end: nobody renews its lease."""
+    block = flowstore._RunBlock(store.runs, run_id, "script", None, None, None)
+    run = store.runs._enter(block)
+    block.hold.__exit__(LeaseLost, None, None)
+    return run
 
 
 def lost_block(store: Store, run_id: str, *steps: str) -> None:
@@ -15156,6 +15229,19 @@ def test_ctrl_c_breaks_a_block_off_and_the_next_goes_on_at_once(store: Store, ca
         assert run.attempt == 0
         run.step("one", calls, 2)
     assert calls == [1]
+
+
+def test_ctrl_c_while_a_block_begins_gives_its_run_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(hold: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flowstore.Hold, "_enter", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.run("a").__enter__()
+    assert run_status(store, "a") == ("pending", "pending")
 
 
 def test_a_run_that_another_is_doing_is_already_running(store: Store) -> None:
@@ -15604,7 +15690,7 @@ def test_a_long_step_keeps_its_lease(make_store: MakeStore) -> None:
 
     def seven() -> int:
         begun.set()
-        time.sleep(2)
+        time.sleep(1.3)  # two leases
         return 7
 
     def slow(run: Any, input: Any) -> int:
@@ -15625,7 +15711,7 @@ def test_a_long_block_keeps_its_lease(make_store: MakeStore) -> None:
     store = make_store()
 
     def press() -> None:
-        for _ in range(60):
+        for _ in range(40):
             time.sleep(0.02)
             again(store.state.reclaim_expired_leases)
 
@@ -15810,11 +15896,11 @@ def test_emit_races_wait_for_and_no_event_is_missed(make_store: MakeStore) -> No
     stop = threading.Event()
     worker = Caller(lambda: store.runs.work(wait, stop=stop, concurrency=2))
     ids = []
-    for n in range(40):
-        ids.append(store.runs.start(wait, id=f"r{n}"))
-        time.sleep(random.random() * 0.004)
+    for n in range(200):
+        ids.append(again(partial(store.runs.start, wait, id=f"r{n}")))
+        time.sleep(random.random() * 0.003)
         again(partial(store.runs.emit, "e", f"r{n}", n))
-    assert [store.runs.result(id, timeout=60) for id in ids] == list(range(40))
+    assert [store.runs.result(id, timeout=60) for id in ids] == list(range(200))
     stop.set()
     worker.outcome()
 
@@ -15953,6 +16039,29 @@ def test_a_task_does_its_steps_once(in_loop: Loop) -> None:
 
     in_loop(main)
     assert sorted(done) == [0, 1, 2, 3, 4, 9]
+
+
+def test_new_steps_of_a_completed_run_may_be_done_side_by_side(in_loop: Loop) -> None:
+    async def main(store: flowstore.AsyncStore) -> None:
+        async with store.run("a") as run:
+            await run.step("old", str)
+        async with store.run("a") as run:
+            steps = [run.step(f"new{n}", asyncio.sleep, 0, n) for n in range(4)]
+            run.result = await asyncio.gather(*steps)
+        assert await store.runs.result("a") == [0, 1, 2, 3]
+
+    in_loop(main)
+
+
+def test_waits_side_by_side_have_an_event_each(in_loop: Loop) -> None:
+    async def main(store: flowstore.AsyncStore) -> None:
+        async with store.run("a") as run:
+            for number in range(4):
+                await store.runs.emit("e", data=number)
+            waits = [run.wait_for("e", name=f"w{n}") for n in range(4)]
+            assert sorted(await asyncio.gather(*waits)) == [0, 1, 2, 3]
+
+    in_loop(main)
 
 
 def test_a_cancelled_task_gives_its_run_back(in_loop: Loop) -> None:
@@ -16199,7 +16308,7 @@ def test_views_show_a_runs_steps_and_what_it_waits_for(store: Store, clock: Cloc
     assert steps["wait approved"]["status"] == "waiting"
     (wait,) = view["tables"]["waits"]["rows"]
     assert (wait["event_name"], wait["event_key"]) == ("approved", id)
-    assert datetime.fromisoformat(wait["until"]) == START + seconds(3660)
+    assert wait["until"] == START + seconds(3660)
     assert "approved" in str(view)
     store.runs.cancel(id)
     assert store.state.timeline(id)["tables"]["waits"]["rows"] == []
@@ -17891,10 +18000,16 @@ async def invoke_async(store: Any, name: str, arguments: dict[str, Any]) -> Any:
     async with contextlib.AsyncExitStack() as stack:
         if facet == "tx":
             store = await stack.enter_async_context(store.transaction())
-        bound = getattr(getattr(store, facet, store), method)
+        of = getattr(store, facet, store)
+        if facet == "run":
+            item = await store.state.get_work_item("r")
+            log = await store.events.load_events("r")
+            of = flowstore.AsyncRun(store._engine, await store.state.get_execution("r"), item, log)
+        bound = getattr(of, method)
         assert [*inspect.signature(bound).parameters] == [*public_signature(name).parameters]
         assert inspect.getdoc(bound)
-        found = bound(**arguments)
+        unnamed, named = passed(name, arguments)
+        found = bound(*unnamed, **named)
         assert inspect.iscoroutine(found) is (name not in NOT_AWAITED)  # what create_task takes
         if inspect.isasyncgen(found):
             return [each async for each in found]
