@@ -19947,7 +19947,9 @@ def test_the_quickstart_at_the_head_of_the_module_runs() -> None:
 
 
 EXAMPLES = re.findall(
-    r"```python\n((?:(?!```).)*)```\n\nIt prints `(.*?)`", (HERE / "README.md").read_text(), re.DOTALL
+    r"```python\n((?:(?!```).)*)```\n\nIt prints `(.*?)`",
+    (HERE / "README.md").read_text(),
+    re.DOTALL,
 )
 
 
