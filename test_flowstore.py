@@ -13651,14 +13651,17 @@ with flowstore.open(sys.argv[1], synchronous="OFF", lease_seconds=1, backoff=lam
 
 
 @needs_kill
-def test_max_running_is_kept_by_threads_and_processes_that_are_killed(target: str) -> None:
+@pytest.mark.parametrize("limits", [{"max_running": 3}, {"rate": 20.0, "per_seconds": 0.1}])
+def test_max_running_and_rate_are_kept_by_threads_and_processes_that_are_killed(
+    target: str, limits: dict[str, Any]
+) -> None:
     if target == ":memory:":
         return  # other processes cannot see it
     with flowstore.open(target, synchronous="OFF", lease_seconds=1, backoff=lambda _: 0) as store:
         with store.transaction() as tx:
             tx.execute("CREATE TABLE seen (n INTEGER)")
         create(store)
-        store.state.set_queue_policy(flowstore.QueuePolicy(queue_type="q", max_running=3))
+        store.state.set_queue_policy(QueuePolicy(queue_type="q", **limits))
         store.state.enqueue_work_items(
             [WorkItem(execution_id="e1", queue_type="q", max_attempts=1000) for _ in range(300)]
         )
@@ -13688,7 +13691,17 @@ def test_max_running_is_kept_by_threads_and_processes_that_are_killed(target: st
                 child.communicate()
         with store.transaction() as tx:
             [(most, count)] = tx.execute("SELECT MAX(n), COUNT(*) FROM seen")
-        assert most <= 3 and count > 50
+        assert count > 50
+        if "max_running" in limits:
+            assert most <= 3
+            return
+        items = store.state.list_work_items(status="completed", limit=300)
+        times = sorted(item.claimed_at for item in items if item.claimed_at is not None)
+        assert len(times) > 250
+        for earlier, later in itertools.combinations(range(len(times)), 2):
+            # A claim has its time before it waits for the policy: that is as many as there are callers.
+            filled = 20 + (times[later] - times[earlier]) / timedelta(seconds=0.1) * 20 + 7
+            assert later - earlier < filled, "more than the bucket and what has filled it since"
 
 
 @pytest.mark.sqlite
