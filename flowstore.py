@@ -5463,13 +5463,15 @@ def _of_ids(count: int, sql: str, returning: str = "") -> _Sql:
     return _statement(f"{sql} AND id IN ({', '.join('?' * count)}) {returning}")
 
 
+_ID_AND_FENCE = operator.attrgetter("id", "lease_fence")
+
+
 def _id_and_fence(item: object, fence: object = None) -> tuple[str, int | None]:
     """The id of an item given as such or by its id, and the fence to check: by default its own."""
     kind = type(item)
     if kind is WorkItem or issubclass(kind, (WorkItem, DeadLetter)):
-        read = operator.attrgetter("id", "lease_fence")
-        item, own_fence = _read_foreign(read, item, "item_id", WorkItem)
-        if fence is None and issubclass(kind, WorkItem):
+        item, own_fence = _read_foreign(_ID_AND_FENCE, item, "item_id", WorkItem)
+        if fence is None and (kind is WorkItem or issubclass(kind, WorkItem)):
             fence = own_fence
     if fence is not None:
         fence = _int(fence, "lease_fence")
@@ -5556,11 +5558,11 @@ class _Items(_StateFacet):
         """Run an UPDATE with a condition; the row that it returns.
 
         Where the condition does not hold, raise NotFound (no such item) or LeaseLost."""
-        row = self._row(tx, sql, *values)
-        if row is None:
+        rows = self._rows(tx, sql, *values)
+        if not rows:
             self._need(tx, _ITEM, id=item_id)
             raise LeaseLost(item_id)
-        return row
+        return rows[0]
 
 
 class _Claims(_Items):
@@ -5620,13 +5622,15 @@ class _Claims(_Items):
             queues.append(_id(name, f"queue_types[{index}]"))
         queues = list(dict.fromkeys(queues))
         lease = self._lease(lease_seconds)
-        deadline = _monotonic() + _seconds(wait, "wait")
+        seconds = _seconds(wait, "wait")
         items: list[WorkItem] = yield self._claim(worker, queues, lease, limit)
+        if items or not (seconds and limit and queues):
+            return items
         # An idle waiter looks with reads: it leaves the writer to others. In a block it does not
         # wait: the block would not see what others commit.
         look = functools.partial(self._claimable, queues)
-        waits = bool(limit and queues)
-        while waits and not items and deadline > _monotonic() and self._engine.block() is None:
+        deadline = _monotonic() + seconds
+        while not items and deadline > _monotonic() and self._engine.block() is None:
             if (yield self._poll(look, deadline - _monotonic())):
                 items = yield self._claim(worker, queues, lease, limit)
         return items
@@ -5642,9 +5646,9 @@ class _Claims(_Items):
                 places = *queues, *queues, now, *queues, *queues, now
             else:
                 places = *queues, now, *queues, now, now
-            row = self._row(tx, _claim_sql(len(queues)), *values, *places)
-            if row is not None:
-                return [_ITEM.decode(row)]
+            rows = self._rows(tx, _claim_sql(len(queues)), *values, *places)
+            if rows:
+                return _ITEM.decode_all(rows)
         policies = self._policies(tx, queues)
         if policies:  # other claims of these queues wait until this one ends
             policies = self._policies(tx, queues, "{for_update}")
@@ -5657,26 +5661,27 @@ class _Claims(_Items):
         # if there is no other item, wait for it.
         available = _AVAILABLE_LOCKED
         claimed: list[WorkItem] = []
+        counts = Counter[str]()  # of those, by queue
         while len(claimed) < limit:
             most = min(limit - len(claimed), _BATCH)
             heads: list[tuple[Any, ...]] = []
             for queue in queues:
-                heads += self._heads(tx, available, queue, now, min(most, room[queue]))
+                left = min(most, room[queue] - counts[queue])
+                heads += self._heads(tx, available, queue, now, left)
             ids = [id for _, _, id in sorted(heads)[:most]]
             if ids:
                 sql = _of_ids(len(ids), _LEASE, f"RETURNING {_ITEM.columns}")
-                leased = map(_ITEM.decode, self._rows(tx, sql, *values, *ids))
-                for item in sorted(leased, key=lambda item: ids.index(item.id)):
-                    claimed.append(item)
-                    room[item.queue_type] -= 1
+                leased = _ITEM.decode_all(self._rows(tx, sql, *values, *ids))
+                by_id = {item.id: item for item in leased}
+                claimed += [by_id[id] for id in ids if id in by_id]
+                counts = Counter(item.queue_type for item in claimed)
             elif claimed or available is _AVAILABLE or self._engine.max_writers == 1:
                 break
             else:
                 available = _AVAILABLE
         for queue, (policy, full_at) in policies.items():
-            count = sum(item.queue_type == queue for item in claimed)
-            if policy.rate is not None and count:
-                spent = count * policy.per_seconds * 1e6 / policy.rate
+            if policy.rate is not None and counts[queue]:
+                spent = counts[queue] * policy.per_seconds * 1e6 / policy.rate
                 tx.run(_POLICY_SPEND, max(full_at, now) + spent, queue)
         return claimed
 
@@ -5758,6 +5763,24 @@ class _Claims(_Items):
         return room
 
 
+# An item is put in like this, whatever its record says.
+_NOT_CLAIMED = {
+    "lease_fence": 0,
+    "status": "pending",
+    "lease_expires_at": None,
+    "worker_id": None,
+    "last_error": None,
+    "claimed_at": None,
+    "settled_at": None,
+}
+
+
+def _conflict(value: object) -> str:
+    if _text(value, "on_conflict") not in ("raise", "keep", "replace"):
+        raise InvalidData('on_conflict: "raise", "keep" or "replace" is needed')
+    return str(value)
+
+
 class _WorkQueue(_Items):
     """What is done with items: they are put in, renewed, settled, retried, parked or given up."""
 
@@ -5771,16 +5794,17 @@ class _WorkQueue(_Items):
         returns that item's id; "replace" gives it the new payload, priority and `available_at` if
         it is pending, and returns its id. Raises NotFound for an unknown execution, AlreadyExists
         for an id that any item has or had, and for a key."""
-        return self._enqueue(tx, item, on_conflict, "", {})
+        return self._enqueue(tx, item, _conflict(on_conflict), "", {})
 
     @_write
     def enqueue_work_items(
         self, tx: _Tx, items: Sequence[WorkItem], *, on_conflict: str = "raise"
     ) -> list[str]:
         """`enqueue_work_item` for each of the items, all of them or none; their ids."""
+        conflict = _conflict(on_conflict)
         tenants: dict[str, str] = {}
         return [
-            self._enqueue(tx, item, on_conflict, f"items[{index}]", tenants)
+            self._enqueue(tx, item, conflict, f"items[{index}]", tenants)
             for index, item in enumerate(_check_list(items, "items", "a list of work items"))
         ]
 
@@ -5788,24 +5812,14 @@ class _WorkQueue(_Items):
         self, tx: _Tx, item: WorkItem, on_conflict: str, path: str, tenants: dict[str, str]
     ) -> str:
         """Put one item in. `tenants` has those of the executions that are known already."""
-        if _text(on_conflict, "on_conflict") not in ("raise", "keep", "replace"):
-            raise InvalidData('on_conflict: "raise", "keep" or "replace" is needed')
         values = _ITEM.encode(item, path, tx.now())
         if item.available_at is None:
             values["available_at"] = values["created_at"]
         execution = values["execution_id"]
         if execution not in tenants:
             tenants[execution] = self._tenant_of(tx, execution)
-        values |= {
-            "lease_fence": 0,
-            "status": "pending",
-            "tenant_id": tenants[execution],
-            "lease_expires_at": None,
-            "worker_id": None,
-            "last_error": None,
-            "claimed_at": None,
-            "settled_at": None,
-        }
+        values |= _NOT_CLAIMED
+        values["tenant_id"] = tenants[execution]
         holder = self._key_holder(tx, values)
         if holder is not None:
             id, status = holder
@@ -5915,7 +5929,7 @@ class _WorkQueue(_Items):
         With a fence (or the claimed item itself), the item has to be claimed under that fence.
         Without, any item but a dead letter is settled. Else LeaseLost, and nothing is changed.
         Raises NotFound."""
-        return self._settle(tx, WorkItemStatus.COMPLETED, item_id, lease_fence)
+        return self._settle(tx, "completed", item_id, lease_fence)
 
     @_write_one
     def fail_work_item(
@@ -5925,12 +5939,12 @@ class _WorkQueue(_Items):
 
         The item stays failed until `retry_work_item` is called. Conditions and errors are those of
         `complete_work_item`."""
-        return self._settle(tx, WorkItemStatus.FAILED, item_id, lease_fence, _text(error, "error"))
+        return self._settle(tx, "failed", item_id, lease_fence, _text(error, "error"))
 
     def _settle(
         self,
         tx: _Tx,
-        status: WorkItemStatus,
+        status: str,
         item_id: AnyItem,
         lease_fence: object,
         error: str | None = None,
@@ -6087,7 +6101,7 @@ class _WorkQueue(_Items):
         if effect is not None and effect_key is None:
             raise InvalidData("effect: it is found again by its effect_key: give one")
         text = _event_text(event, "event")
-        status = WorkItemStatus.FAILED if _bool(failed, "failed") else WorkItemStatus.COMPLETED
+        status = "failed" if _bool(failed, "failed") else "completed"
         fence = _int(_id_and_fence(item_id, lease_fence)[1], "lease_fence")
         item = self._settle(tx, status, item_id, fence)
         execution = item.execution_id
