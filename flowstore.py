@@ -2839,8 +2839,13 @@ class _Writer(_CallQueue):
                     self._pause_for_others(call)
                 if keep:
                     kept = True
-                elif self.queue and _monotonic() > self.next_yield:
-                    self._yield_to_other_processes()
+                elif self.queue:
+                    if _monotonic() > self.next_yield:
+                        self._yield_to_other_processes()
+                else:
+                    with self.mutex:
+                        if not self.queue:  # the usual case: nothing is left to do below
+                            self.leader = None
         finally:
             struck: BaseException | None = None
             while not kept:
