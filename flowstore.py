@@ -5463,11 +5463,6 @@ def _claim_sql(queues: int) -> _Sql:
     return _Sql(f"{_LEASE} AND id = ({head}) AND NOT ({obstacle}) RETURNING {_ITEM.columns}")
 
 
-def _of_ids(count: int, sql: str, returning: str = "") -> _Sql:
-    """A statement with a condition on that many ids."""
-    return _statement(f"{sql} AND id IN ({', '.join('?' * count)}) {returning}")
-
-
 _ID_AND_FENCE = operator.attrgetter("id", "lease_fence")
 
 
@@ -5559,6 +5554,19 @@ class _Items(_StateFacet):
             whole._append_to(tx, changed.id, changed.tenant_id, last, text)
         return item
 
+    def _change_items(
+        self, tx: _Tx, changes: str, values: Sequence[Any], ids: Sequence[str]
+    ) -> dict[str, WorkItem]:
+        """Run an UPDATE with a condition for these ids; the items that it changed, by their ids."""
+        changed = {}
+        for start in range(0, len(ids), _BATCH):
+            some = ids[start : start + _BATCH]
+            marks = ", ".join("?" * len(some))
+            sql = _statement(f"{changes} AND id IN ({marks}) RETURNING {_ITEM.columns}")
+            for item in _ITEM.decode_all(self._rows(tx, sql, *values, *some)):
+                changed[item.id] = item
+        return changed
+
     def _change_item(self, tx: _Tx, sql: _Sql, item_id: str, *values: Any) -> tuple[Any, ...]:
         """Run an UPDATE with a condition; the row that it returns.
 
@@ -5568,6 +5576,14 @@ class _Items(_StateFacet):
             self._need(tx, _ITEM, id=item_id)
             raise LeaseLost(item_id)
         return rows[0]
+
+
+class _QueueLimit(NamedTuple):
+    """What the policy of a queue allows now."""
+
+    room: int  # how many items may be claimed
+    interval: float  # microseconds in which the bucket gets one claim more; 0 without a rate
+    full_at: float  # when the bucket is full
 
 
 class _Claims(_Items):
@@ -5622,10 +5638,7 @@ class _Claims(_Items):
         if type(names) is not list:
             _check_type((list, tuple, set, frozenset), names, "queue_types", "a list of queues")
             names = _read_foreign(list, names, "queue_types")
-        queues: list[str] = []
-        for index, name in enumerate(names):
-            queues.append(_id(name, f"queue_types[{index}]"))
-        queues = list(dict.fromkeys(queues))
+        queues = list({_id(name, f"queue_types[{index}]"): 0 for index, name in enumerate(names)})
         lease = self._lease(lease_seconds)
         seconds = _seconds(wait, "wait")
         items: list[WorkItem] = yield self._claim(worker, queues, lease, limit)
@@ -5654,40 +5667,34 @@ class _Claims(_Items):
             rows = self._rows(tx, _claim_sql(len(queues)), *values, *places)
             if rows:
                 return _ITEM.decode_all(rows)
-        policies = self._policies(tx, queues)
-        if policies:  # other claims of these queues wait until this one ends
-            policies = self._policies(tx, queues, "{for_update}")
-        room = dict.fromkeys(queues, limit)
+        limits = self._limits(tx, queues, now)
         for queue in queues:
             self._reclaim(tx, queue, now, _RECLAIMED_PER_CLAIM)
-            if queue in policies:
-                room[queue] = self._room(tx, *policies[queue], now)
+        if limits:  # other claims of these queues wait until this one ends
+            limits = self._limits(tx, queues, now, "{for_update}")
+        room = dict.fromkeys(queues, limit) | {queue: each.room for queue, each in limits.items()}
         # An item that another transaction is claiming is skipped first. That claim may be undone:
         # if there is no other item, wait for it.
         available = _AVAILABLE_LOCKED
         claimed: list[WorkItem] = []
         counts = Counter[str]()  # of those, by queue
         while len(claimed) < limit:
-            most = min(limit - len(claimed), _BATCH)
             heads: list[tuple[Any, ...]] = []
             for queue in queues:
-                left = min(most, room[queue] - counts[queue])
+                left = min(limit - len(claimed), room[queue] - counts[queue])
                 heads += self._heads(tx, available, queue, now, left)
-            ids = [id for _, _, id in sorted(heads)[:most]]
+            ids = [id for _, _, id in sorted(heads)[: limit - len(claimed)]]
             if ids:
-                sql = _of_ids(len(ids), _LEASE, f"RETURNING {_ITEM.columns}")
-                leased = _ITEM.decode_all(self._rows(tx, sql, *values, *ids))
-                by_id = {item.id: item for item in leased}
-                claimed += [by_id[id] for id in ids if id in by_id]
+                leased = self._change_items(tx, _LEASE, values, ids)
+                claimed += [leased[id] for id in ids if id in leased]
                 counts = Counter(item.queue_type for item in claimed)
             elif claimed or available is _AVAILABLE or self._engine.max_writers == 1:
                 break
             else:
                 available = _AVAILABLE
-        for queue, (policy, full_at) in policies.items():
-            if policy.rate is not None and counts[queue]:
-                spent = counts[queue] * policy.per_seconds * 1e6 / policy.rate
-                tx.run(_POLICY_SPEND, max(full_at, now) + spent, queue)
+        for queue, (_, interval, full_at) in limits.items():
+            if interval and counts[queue]:
+                tx.run(_POLICY_SPEND, full_at + counts[queue] * interval, queue)
         return claimed
 
     def _heads(
@@ -5708,12 +5715,12 @@ class _Claims(_Items):
     def _claimable(self, tx: _Tx, queues: list[str]) -> bool:
         """Whether a claim would find an item or an expired lease."""
         now = tx.now()
-        policies = self._policies(tx, queues)
+        limits = self._limits(tx, queues, now)
         for queue in queues:
             if tx.row(tx.dialect.resolve(f"SELECT 1 {_EXPIRED} LIMIT 1"), queue, now):
                 return True
-            room = self._room(tx, *policies[queue], now) if queue in policies else 1
-            if room > 0 and self._heads(tx, _AVAILABLE, queue, now, 1):
+            has_room = queue not in limits or limits[queue].room > 0
+            if has_room and self._heads(tx, _AVAILABLE, queue, now, 1):
                 return True
         return False
 
@@ -5742,30 +5749,26 @@ class _Claims(_Items):
         return self._find(tx, _POLICY, "ORDER BY queue_type")
 
     @staticmethod
-    def _policies(
-        tx: _Tx, queues: list[str], lock: str = ""
-    ) -> dict[str, tuple[QueuePolicy, float]]:
-        """The policies of these queues, each with the time at which its bucket is full."""
+    def _limits(tx: _Tx, queues: list[str], now: int, lock: str = "") -> dict[str, _QueueLimit]:
+        """What the policies of these queues allow now."""
         marks = ", ".join("?" * len(queues)) or "NULL"
-        sql = f"""SELECT full_at, {_POLICY.columns} FROM flowstore_queues
-            WHERE queue_type IN ({marks}) ORDER BY queue_type {lock}"""
+        sql = f"""SELECT queue_type, paused, max_running, rate, per_seconds, full_at
+            FROM flowstore_queues WHERE queue_type IN ({marks}) ORDER BY queue_type {lock}"""
+        limits = {}
         rows = tx.rows(tx.dialect.resolve(sql), *queues)
-        return {row[1]: (_POLICY.decode(row[1:]), row[0]) for row in rows}
-
-    @staticmethod
-    def _room(tx: _Tx, policy: QueuePolicy, full_at: float, now: int) -> int:
-        """How many items of a queue may be claimed now."""
-        room = 0 if policy.paused else _INT_MAX
-        if policy.max_running is not None:
-            # Counted in the index, never kept beside it: a crash leaves no wrong number.
-            most = policy.max_running
-            count = tx.rows(tx.dialect.resolve(_LEASE_COUNT), policy.queue_type, most)[0][0]
-            room = min(room, most - count)
-        if policy.rate is not None:
-            interval = policy.per_seconds * 1e6 / policy.rate
-            missing = max(0.0, full_at - now) / interval
-            room = min(room, int(max(1.0, policy.rate) - missing))
-        return room
+        for queue, paused, max_running, rate, per_seconds, full_at in rows:
+            room = 0 if paused else _INT_MAX
+            if max_running is not None:
+                # Counted in the index, never kept beside it: a crash leaves no wrong number.
+                leases = tx.rows(tx.dialect.resolve(_LEASE_COUNT), queue, max_running)[0][0]
+                room = min(room, max_running - leases)
+            interval = 0.0
+            if rate is not None:
+                interval = per_seconds * 1e6 / rate
+                missing = max(0.0, full_at - now) / interval
+                room = min(room, int(max(1.0, rate) - missing))
+            limits[queue] = _QueueLimit(room, interval, max(full_at, now))
+        return limits
 
 
 # An item is put in like this, whatever its record says.
@@ -5778,12 +5781,6 @@ _NOT_CLAIMED = {
     "claimed_at": None,
     "settled_at": None,
 }
-
-
-def _conflict(value: object) -> str:
-    if _text(value, "on_conflict") not in ("raise", "keep", "replace"):
-        raise InvalidData('on_conflict: "raise", "keep" or "replace" is needed')
-    return str(value)
 
 
 class _WorkQueue(_Items):
@@ -5799,44 +5796,45 @@ class _WorkQueue(_Items):
         returns that item's id; "replace" gives it the new payload, priority and `available_at` if
         it is pending, and returns its id. Raises NotFound for an unknown execution, AlreadyExists
         for an id that any item has or had, and for a key."""
-        return self._enqueue(tx, item, _conflict(on_conflict), "", {})
+        return self._enqueue(tx, {"": item}, on_conflict)[0]
 
     @_write
     def enqueue_work_items(
         self, tx: _Tx, items: Sequence[WorkItem], *, on_conflict: str = "raise"
     ) -> list[str]:
         """`enqueue_work_item` for each of the items, all of them or none; their ids."""
-        conflict = _conflict(on_conflict)
-        tenants: dict[str, str] = {}
-        return [
-            self._enqueue(tx, item, conflict, f"items[{index}]", tenants)
-            for index, item in enumerate(_check_list(items, "items", "a list of work items"))
-        ]
+        members = enumerate(_check_list(items, "items", "a list of work items"))
+        return self._enqueue(tx, {f"items[{index}]": item for index, item in members}, on_conflict)
 
-    def _enqueue(
-        self, tx: _Tx, item: WorkItem, on_conflict: str, path: str, tenants: dict[str, str]
-    ) -> str:
-        """Put one item in. `tenants` has those of the executions that are known already."""
-        values = _ITEM.encode(item, path, tx.now())
-        if item.available_at is None:
-            values["available_at"] = values["created_at"]
-        execution = values["execution_id"]
-        if execution not in tenants:
-            tenants[execution] = self._tenant_of(tx, execution)
-        values |= _NOT_CLAIMED
-        values["tenant_id"] = tenants[execution]
-        holder = self._key_holder(tx, values)
-        if holder is not None:
-            id, status = holder
-            if on_conflict == "raise" or (on_conflict == "replace" and status != "pending"):
+    def _enqueue(self, tx: _Tx, items: Mapping[str, WorkItem], on_conflict: str) -> list[str]:
+        """Put items in, which are given by their paths; their ids."""
+        if _text(on_conflict, "on_conflict") not in ("raise", "keep", "replace"):
+            raise InvalidData('on_conflict: "raise", "keep" or "replace" is needed')
+        now = tx.now()
+        tenants: dict[str, str] = {}
+        ids = []
+        for path, item in items.items():
+            values = _ITEM.encode(item, path, now)
+            if item.available_at is None:
+                values["available_at"] = values["created_at"]
+            execution = values["execution_id"]
+            if execution not in tenants:
+                tenants[execution] = self._tenant_of(tx, execution)
+            values |= _NOT_CLAIMED
+            values["tenant_id"] = tenants[execution]
+            id = values["id"]
+            holder = self._key_holder(tx, values)
+            if holder is not None:
+                id, status = holder
+                if on_conflict == "replace" and status == "pending":
+                    changes = values["available_at"], values["payload"], values["priority"], id
+                    self._run(tx, _REPLACE, *changes)
+                elif on_conflict != "keep":
+                    raise AlreadyExists("work item", id)
+            elif not tx.run(_ITEM.insert, *values.values()):
                 raise AlreadyExists("work item", id)
-            if on_conflict == "replace":
-                changes = values["available_at"], values["payload"], values["priority"], id
-                self._row(tx, _REPLACE, *changes)
-            return str(id)
-        if not tx.run(_ITEM.insert, *values.values()):
-            raise AlreadyExists("work item", values["id"])
-        return str(values["id"])
+            ids.append(id)
+        return ids
 
     @_read
     def get_work_item(self, tx: _Tx, item_id: AnyItem) -> WorkItem | None:
@@ -6022,20 +6020,13 @@ class _WorkQueue(_Items):
             if id in fences:
                 raise LeaseLost(id)
             fences[id] = cast("int", fence)
-        ids = list(fences)
-        ended: dict[str, WorkItem] = {}
-        for start in range(0, len(ids), _BATCH):
-            some = ids[start : start + _BATCH]
-            sql = _of_ids(len(some), _COMPLETE, f"RETURNING {_ITEM.columns}")
-            for row in self._rows(tx, sql, tx.now(), *some):
-                item = _ITEM.decode(row)
-                ended[item.id] = item
+        ended = self._change_items(tx, _COMPLETE, (tx.now(),), list(fences))
         for id, fence in fences.items():
             if id not in ended:
                 self._need(tx, _ITEM, id=id)
             if id not in ended or ended[id].lease_fence != fence:
                 raise LeaseLost(id)  # with which nothing of this is stored
-        return [ended[id] for id in ids]
+        return [ended[id] for id in fences]
 
     @_write
     def reclaim_expired_leases(self, tx: _Tx) -> ReclaimResult:
