@@ -4170,10 +4170,11 @@ class _Facet:
         order: str,
         limit: int | None = None,
         offset: int = 0,
+        condition: str = "",
         **where: Any,
     ) -> list[T]:
         page = _limit(limit), _count(offset, "offset")
-        rest = f"ORDER BY {order} LIMIT ? OFFSET ?"
+        rest = f"{condition} ORDER BY {order} LIMIT ? OFFSET ?"
         return self._find(tx, mapper, rest, *page, index=index, **where)
 
     def _get(self, tx: _Tx, mapper: _Mapper[T], rest: str = "", **where: Any) -> T | None:
@@ -5400,8 +5401,7 @@ _GIVE_UP = _update(
 _KEY_HOLDER = """SELECT id, status FROM flowstore_work_items {by flowstore_unique_keys}
     WHERE tenant_id = ? AND queue_type = ? AND {unique_key} = {given_key}
     AND settled_at IS NULL {for_update}"""
-_DEAD_LETTERS = """AND {status} = 'dead_lettered' AND settled_at IS NOT NULL
-    ORDER BY settled_at DESC, id DESC LIMIT ? OFFSET ?"""
+_DEAD_LETTERS = "AND {status} = 'dead_lettered' AND settled_at IS NOT NULL"
 _NEXT_QUEUE = {
     status: _Sql(f"""SELECT queue_type FROM flowstore_work_items {{by {_STATUS_INDEX[status]}}}
         WHERE {{{column}}} = '{status}' AND {{queue_type}} > ? {{tenant}}
@@ -5586,6 +5586,9 @@ class _QueueLimit(NamedTuple):
     full_at: float  # when the bucket is full
 
 
+_NO_LIMIT = _QueueLimit(_INT_MAX, 0, 0)
+
+
 class _Claims(_Items):
     """How items are handed out: claims, and the policies that they keep to."""
 
@@ -5672,7 +5675,6 @@ class _Claims(_Items):
             self._reclaim(tx, queue, now, _RECLAIMED_PER_CLAIM)
         if limits:  # other claims of these queues wait until this one ends
             limits = self._limits(tx, queues, now, "{for_update}")
-        room = dict.fromkeys(queues, limit) | {queue: each.room for queue, each in limits.items()}
         # An item that another transaction is claiming is skipped first. That claim may be undone:
         # if there is no other item, wait for it.
         available = _AVAILABLE_LOCKED
@@ -5681,8 +5683,8 @@ class _Claims(_Items):
         while len(claimed) < limit:
             heads: list[tuple[Any, ...]] = []
             for queue in queues:
-                left = min(limit - len(claimed), room[queue] - counts[queue])
-                heads += self._heads(tx, available, queue, now, left)
+                room = limits.get(queue, _NO_LIMIT).room - counts[queue]
+                heads += self._heads(tx, available, queue, now, min(limit - len(claimed), room))
             ids = [id for _, _, id in sorted(heads)[: limit - len(claimed)]]
             if ids:
                 leased = self._change_items(tx, _LEASE, values, ids)
@@ -5719,8 +5721,7 @@ class _Claims(_Items):
         for queue in queues:
             if tx.row(tx.dialect.resolve(f"SELECT 1 {_EXPIRED} LIMIT 1"), queue, now):
                 return True
-            has_room = queue not in limits or limits[queue].room > 0
-            if has_room and self._heads(tx, _AVAILABLE, queue, now, 1):
+            if self._heads(tx, _AVAILABLE, queue, now, min(1, limits.get(queue, _NO_LIMIT).room)):
                 return True
         return False
 
@@ -5864,9 +5865,7 @@ class _WorkQueue(_Items):
                 condition += " AND settled_at IS NOT NULL"
         if execution_id is not None:
             index = "flowstore_items_by_execution"
-        page = _limit(limit), _count(offset, "offset")
-        rest = f"{condition} ORDER BY id LIMIT ? OFFSET ?"
-        return self._find(tx, _ITEM, rest, *page, index=index, **filters)
+        return self._page(tx, _ITEM, index, "id", limit, offset, condition, **filters)
 
     @_write_one
     def renew_lease(
@@ -6000,9 +5999,7 @@ class _WorkQueue(_Items):
         LeaseLost unless it is claimed (under the fence, if there is one), NotFound, InvalidData."""
         if delay is not None and until is not None:
             raise InvalidData("until: give a delay or a time, not both")
-        due = tx.now()
-        if delay is not None:
-            due = _time_after(due, _seconds(delay, "delay"), "delay")
+        due = _time_after(tx.now(), _none_or(_seconds, delay, "delay") or 0, "delay")
         if until is not None:
             due = _microseconds(until, "until")
         id, fence = _id_and_fence(item_id, lease_fence)
@@ -6059,8 +6056,9 @@ class _WorkQueue(_Items):
     @_read
     def list_dead_letters(self, tx: _Tx, limit: int = 100, offset: int = 0) -> list[DeadLetter]:
         """Dead letters, newest first."""
-        page = _limit(limit), _count(offset, "offset")
-        return self._find(tx, _DEAD, _DEAD_LETTERS, *page, index=_STATUS_INDEX["dead_lettered"])
+        index = _STATUS_INDEX["dead_lettered"]
+        order = "settled_at DESC, id DESC"
+        return self._page(tx, _DEAD, index, order, limit, offset, _DEAD_LETTERS)
 
     @_write
     def requeue_dead_letter(self, tx: _Tx, item_id: AnyItem | DeadLetter) -> WorkItem:
