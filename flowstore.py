@@ -4825,8 +4825,11 @@ _LOG_HEAD = _Sql(f"""SELECT tenant_id,
     (SELECT l.sequence FROM flowstore_log l {{by {_LOG_KEY}}} WHERE l.execution_id = e.execution_id
     ORDER BY l.sequence DESC LIMIT 1)
     FROM flowstore_executions e WHERE execution_id = ? {{tenant}}""")
+# An event without an id is given "": for None, sqlite3 would look for an adapter, and not find one,
+# in as much time as it takes to bind all the others.
 _LOG_INSERT = """INSERT INTO flowstore_log
-    (execution_id, sequence, tenant_id, event, timestamp, event_id) VALUES (?, ?, ?, ?, ?, ?)"""
+    (execution_id, sequence, tenant_id, event, timestamp, event_id)
+    VALUES (?, ?, ?, ?, ?, NULLIF(?, ''))"""
 _LOG_BY_EVENT_ID = """SELECT sequence FROM flowstore_log {by flowstore_log_by_event_id}
     WHERE execution_id = ? AND event_id = ?"""
 _LOG_IN_ORDER = "flowstore_log {by_key|flowstore_log_by_tenant}"
@@ -4903,7 +4906,7 @@ class _LogFacet(_Facet):
             expected = _int(expected, "expected_sequence", 0)
             if last != expected:
                 raise SequenceConflict(execution_id, expected, last)
-        tx.run(_LOG_INSERT, execution_id, last + 1, tenant_id, event, tx.now(), event_id)
+        tx.run(_LOG_INSERT, execution_id, last + 1, tenant_id, event, tx.now(), event_id or "")
         return last + 1
 
     def _events_after(
@@ -4990,7 +4993,7 @@ class EventStore(_LogFacet):
         first = self._append_to(tx, *log, texts[0], expected_sequence)
         now = tx.now()
         rest = enumerate(texts[1:], first + 1)
-        rows = [(execution, sequence, tenant, text, now, None) for sequence, text in rest]
+        rows = [(execution, sequence, tenant, text, now, "") for sequence, text in rest]
         tx.run_many(_LOG_INSERT, rows)
         return first
 
@@ -5368,11 +5371,13 @@ _RENEW = _update(
     AND worker_id = COALESCE(?, worker_id)""",
 )
 _UNDER_FENCE = "AND status <> 'dead_lettered' AND lease_fence = COALESCE(?, lease_fence)"
-_SETTLE = _update(
+_HELD = f"{_UNDER_FENCE} AND status = COALESCE(?, status)"
+_SETTLED = "lease_expires_at = NULL, settled_at = COALESCE(settled_at, ?)"
+_COMPLETE = _update(_ITEM, f"status = 'completed', {_SETTLED}", _HELD, _ITEM.columns)
+_FAIL = _update(
     _ITEM,
-    """settled_at = COALESCE(settled_at, ?), last_error = COALESCE(?, last_error), status = ?,
-    lease_expires_at = NULL""",
-    f"{_UNDER_FENCE} AND status = COALESCE(?, status)",
+    f"status = 'failed', {_SETTLED}, last_error = COALESCE(?, last_error)",
+    _HELD,
     _ITEM.columns,
 )
 _SET_PENDING = "status = 'pending', settled_at = NULL, worker_id = NULL, lease_expires_at = NULL"
@@ -5433,7 +5438,7 @@ _LEASE_COUNT = """SELECT COUNT(*) FROM (SELECT 1 FROM flowstore_work_items {by f
     WHERE {any_status} = 'claimed' AND {queue_type} = ? LIMIT ?) leased"""
 _LEASE = """UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, claimed_at = ?,
     lease_expires_at = ?, lease_fence = lease_fence + 1 WHERE {status} = 'pending' {tenant}"""
-_COMPLETE = """UPDATE flowstore_work_items SET status = 'completed', settled_at = ?,
+_COMPLETE_MANY = """UPDATE flowstore_work_items SET status = 'completed', settled_at = ?,
     lease_expires_at = NULL WHERE {status} = 'claimed' {tenant}"""
 _POLICY_WRITE = _POLICY.upsert("queue_type")
 _POLICY_SPEND = "UPDATE flowstore_queues SET full_at = ? WHERE queue_type = ?"
@@ -5489,7 +5494,7 @@ class _Items(_StateFacet):
     @staticmethod
     def _key_holder(tx: _Tx, item: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """Id and status of the item that has this item's unique key, None without one."""
-        if item["unique_key"] is None:
+        if not item["unique_key"]:
             return None
         values = item["tenant_id"], item["queue_type"], item["unique_key"]
         return tx.row(tx.dialect.resolve(_KEY_HOLDER), *values)
@@ -5772,16 +5777,12 @@ class _Claims(_Items):
         return limits
 
 
-# An item is put in like this, whatever its record says.
-_NOT_CLAIMED = {
-    "lease_fence": 0,
-    "status": "pending",
-    "lease_expires_at": None,
-    "worker_id": None,
-    "last_error": None,
-    "claimed_at": None,
-    "settled_at": None,
-}
+# An item that is put in is pending, whatever its record says. Without a key it is given "".
+_ENQUEUED = """execution_id, node_id, queue_type, payload, attempt, max_attempts, id, created_at,
+    available_at, tenant_id, priority, unique_key"""
+_ENQUEUE = f"""INSERT INTO flowstore_work_items (lease_fence, status, {_ENQUEUED})
+    VALUES (0, 'pending', {"?, " * 11} NULLIF(?, '')) ON CONFLICT DO NOTHING"""
+_enqueued_values = operator.itemgetter(*re.findall(r"\w+", _ENQUEUED))
 
 
 class _WorkQueue(_Items):
@@ -5821,8 +5822,8 @@ class _WorkQueue(_Items):
             execution = values["execution_id"]
             if execution not in tenants:
                 tenants[execution] = self._tenant_of(tx, execution)
-            values |= _NOT_CLAIMED
             values["tenant_id"] = tenants[execution]
+            values["unique_key"] = values["unique_key"] or ""
             id = values["id"]
             holder = self._key_holder(tx, values)
             if holder is not None:
@@ -5832,7 +5833,7 @@ class _WorkQueue(_Items):
                     self._run(tx, _REPLACE, *changes)
                 elif on_conflict != "keep":
                     raise AlreadyExists("work item", id)
-            elif not tx.run(_ITEM.insert, *values.values()):
+            elif not tx.run(_ENQUEUE, *_enqueued_values(values)):
                 raise AlreadyExists("work item", id)
             ids.append(id)
         return ids
@@ -5931,7 +5932,7 @@ class _WorkQueue(_Items):
         With a fence (or the claimed item itself), the item has to be claimed under that fence.
         Without, any item but a dead letter is settled. Else LeaseLost, and nothing is changed.
         Raises NotFound."""
-        return self._settle(tx, "completed", item_id, lease_fence)
+        return self._settle(tx, _COMPLETE, item_id, lease_fence)
 
     @_write_one
     def fail_work_item(
@@ -5941,20 +5942,14 @@ class _WorkQueue(_Items):
 
         The item stays failed until `retry_work_item` is called. Conditions and errors are those of
         `complete_work_item`."""
-        return self._settle(tx, "failed", item_id, lease_fence, _text(error, "error"))
+        return self._settle(tx, _FAIL, item_id, lease_fence, _text(error, "error"))
 
     def _settle(
-        self,
-        tx: _Tx,
-        status: str,
-        item_id: AnyItem,
-        lease_fence: object,
-        error: str | None = None,
+        self, tx: _Tx, sql: _Sql, item_id: AnyItem, lease_fence: object, *error: str | None
     ) -> WorkItem:
         id, fence = _id_and_fence(item_id, lease_fence)
         needed = None if fence is None else "claimed"
-        values = tx.now(), error, status, id, fence, needed
-        return _ITEM.decode(self._change_item(tx, _SETTLE, id, *values))
+        return _ITEM.decode(self._change_item(tx, sql, id, tx.now(), *error, id, fence, needed))
 
     @_write_row
     def retry_work_item(
@@ -6017,7 +6012,7 @@ class _WorkQueue(_Items):
             if id in fences:
                 raise LeaseLost(id)
             fences[id] = cast("int", fence)
-        ended = self._change_items(tx, _COMPLETE, (tx.now(),), list(fences))
+        ended = self._change_items(tx, _COMPLETE_MANY, (tx.now(),), list(fences))
         for id, fence in fences.items():
             if id not in ended:
                 self._need(tx, _ITEM, id=id)
@@ -6095,9 +6090,11 @@ class _WorkQueue(_Items):
         if effect is not None and effect_key is None:
             raise InvalidData("effect: it is found again by its effect_key: give one")
         text = _event_text(event, "event")
-        status = "failed" if _bool(failed, "failed") else "completed"
         fence = _int(_id_and_fence(item_id, lease_fence)[1], "lease_fence")
-        item = self._settle(tx, status, item_id, fence)
+        if _bool(failed, "failed"):
+            item = self._settle(tx, _FAIL, item_id, fence, None)
+        else:
+            item = self._settle(tx, _COMPLETE, item_id, fence)
         execution = item.execution_id
         tenant = item.tenant_id
         last = self._last_sequence(tx, execution) or 0
