@@ -2839,13 +2839,11 @@ class _Writer(_CallQueue):
                     self._pause_for_others(call)
                 if keep:
                     kept = True
-                elif self.queue:
-                    if _monotonic() > self.next_yield:
-                        self._yield_to_other_processes()
-                else:
+                elif not self.queue:  # the usual case: nothing is left to do below
                     with self.mutex:
-                        if not self.queue:  # the usual case: nothing is left to do below
-                            self.leader = None
+                        self.leader = call if self.queue else None
+                elif _monotonic() > self.next_yield:
+                    self._yield_to_other_processes()
         finally:
             struck: BaseException | None = None
             while not kept:
