@@ -1589,36 +1589,50 @@ class _Mapper(Generic[T]):
         if type(record) is not self.record:
             _check_type(self.record, record, argument)
         fields = _read_foreign(self._read, record, argument, self.record)
-        prefix = path and f"{path}."
-        values: dict[str, Any] = {}
-        for (column, encode), value in zip(self.codecs.items(), fields, strict=True):
-            if value is None and column in self._nullable:
-                values[column] = now if column in _CLOCK_COLUMNS else None
-            else:
-                values[column] = encode(value, f"{prefix}{column}")
+        values: dict[str, Any] = self._encode_fields(now, path and f"{path}.", *fields)
         return values
 
     def decode(self, row: Iterable[Any]) -> T:
         """The record of one row, whose values are in the order of `columns`."""
-        values = list(row)
+        record = object.__new__(self.record)
         try:
-            for index, decode in self._decoders:
-                value = values[index]
-                if value is None:
-                    continue
-                # Times are the most frequent: without the call.
-                if decode is _datetime_of:
-                    values[index] = _EPOCH + timedelta(microseconds=value)
-                else:
-                    values[index] = decode(value)
+            # Not by __init__, which takes half the time of loading a log.
+            record.__dict__.update(self._decode_fields(*row))
         except (ValueError, TypeError, OverflowError, KeyError) as error:
             raise StoreCorrupt(
                 f"a stored {self.record.__name__} cannot be read: {error!r}"
             ) from error
-        record = object.__new__(self.record)
-        # Not by __init__, which takes half the time of loading a log.
-        record.__dict__.update(zip(self.fields, values, strict=True))
         return record
+
+    @functools.cached_property
+    def _encode_fields(self) -> Any:
+        """A function from the fields' values to those of the columns."""
+        members = []
+        for name, column in zip(self.fields, self.codecs, strict=True):
+            value = f"codecs[{column!r}]({name}, prefix + {column!r})"
+            if column in self._nullable:
+                empty = "now" if column in _CLOCK_COLUMNS else None
+                value = f"{empty} if {name} is None else {value}"
+            members.append(f"{column!r}: {value}")
+        return self._compile("now, prefix, ", members, codecs=self.codecs)
+
+    @functools.cached_property
+    def _decode_fields(self) -> Any:
+        """A function from the values of a row to those of the fields."""
+        members = [f"{name!r}: {name}" for name in self.fields]
+        for index, decode in self._decoders:
+            name = self.fields[index]
+            value = f"decoders[{index}]({name})"
+            if decode is _datetime_of:  # the most frequent: without the call
+                value = f"epoch + timedelta(0, 0, {name})"
+            members[index] = f"{name!r}: None if {name} is None else {value}"
+        decoders = dict(self._decoders)
+        return self._compile("", members, decoders=decoders, epoch=_EPOCH, timedelta=timedelta)
+
+    def _compile(self, more: str, members: list[str], **names: Any) -> Any:
+        """A function that makes a dict of the fields: a loop over them takes twice as long."""
+        text = f"lambda {more}{', '.join(self.fields)}: {{{', '.join(members)}}}"
+        return eval(text, names)
 
     def maybe(self, row: Iterable[Any] | None) -> T | None:
         """The record of a row, None without one."""
@@ -2825,7 +2839,10 @@ class _Writer(_CallQueue):
                     self._pause_for_others(call)
                 if keep:
                     kept = True
-                elif self.queue and _monotonic() > self.next_yield:
+                elif not self.queue:  # the usual case: nothing is left to do below
+                    with self.mutex:
+                        self.leader = call if self.queue else None
+                elif _monotonic() > self.next_yield:
                     self._yield_to_other_processes()
         finally:
             struck: BaseException | None = None
@@ -4151,10 +4168,11 @@ class _Facet:
         order: str,
         limit: int | None = None,
         offset: int = 0,
+        condition: str = "",
         **where: Any,
     ) -> list[T]:
         page = _limit(limit), _count(offset, "offset")
-        rest = f"ORDER BY {order} LIMIT ? OFFSET ?"
+        rest = f"{condition} ORDER BY {order} LIMIT ? OFFSET ?"
         return self._find(tx, mapper, rest, *page, index=index, **where)
 
     def _get(self, tx: _Tx, mapper: _Mapper[T], rest: str = "", **where: Any) -> T | None:
@@ -4805,8 +4823,11 @@ _LOG_HEAD = _Sql(f"""SELECT tenant_id,
     (SELECT l.sequence FROM flowstore_log l {{by {_LOG_KEY}}} WHERE l.execution_id = e.execution_id
     ORDER BY l.sequence DESC LIMIT 1)
     FROM flowstore_executions e WHERE execution_id = ? {{tenant}}""")
+# An event without an id is given "": for None, sqlite3 would look for an adapter, and not find one,
+# in as much time as it takes to bind all the others.
 _LOG_INSERT = """INSERT INTO flowstore_log
-    (execution_id, sequence, tenant_id, event, timestamp, event_id) VALUES (?, ?, ?, ?, ?, ?)"""
+    (execution_id, sequence, tenant_id, event, timestamp, event_id)
+    VALUES (?, ?, ?, ?, ?, NULLIF(?, ''))"""
 _LOG_BY_EVENT_ID = """SELECT sequence FROM flowstore_log {by flowstore_log_by_event_id}
     WHERE execution_id = ? AND event_id = ?"""
 _LOG_IN_ORDER = "flowstore_log {by_key|flowstore_log_by_tenant}"
@@ -4883,7 +4904,7 @@ class _LogFacet(_Facet):
             expected = _int(expected, "expected_sequence", 0)
             if last != expected:
                 raise SequenceConflict(execution_id, expected, last)
-        tx.run(_LOG_INSERT, execution_id, last + 1, tenant_id, event, tx.now(), event_id)
+        tx.run(_LOG_INSERT, execution_id, last + 1, tenant_id, event, tx.now(), event_id or "")
         return last + 1
 
     def _events_after(
@@ -4970,7 +4991,7 @@ class EventStore(_LogFacet):
         first = self._append_to(tx, *log, texts[0], expected_sequence)
         now = tx.now()
         rest = enumerate(texts[1:], first + 1)
-        rows = [(execution, sequence, tenant, text, now, None) for sequence, text in rest]
+        rows = [(execution, sequence, tenant, text, now, "") for sequence, text in rest]
         tx.run_many(_LOG_INSERT, rows)
         return first
 
@@ -5348,11 +5369,13 @@ _RENEW = _update(
     AND worker_id = COALESCE(?, worker_id)""",
 )
 _UNDER_FENCE = "AND status <> 'dead_lettered' AND lease_fence = COALESCE(?, lease_fence)"
-_SETTLE = _update(
+_HELD = f"{_UNDER_FENCE} AND status = COALESCE(?, status)"
+_SETTLED = "lease_expires_at = NULL, settled_at = COALESCE(settled_at, ?)"
+_COMPLETE = _update(_ITEM, f"status = 'completed', {_SETTLED}", _HELD, _ITEM.columns)
+_FAIL = _update(
     _ITEM,
-    """settled_at = COALESCE(settled_at, ?), last_error = COALESCE(?, last_error), status = ?,
-    lease_expires_at = NULL""",
-    f"{_UNDER_FENCE} AND status = COALESCE(?, status)",
+    f"status = 'failed', {_SETTLED}, last_error = COALESCE(?, last_error)",
+    _HELD,
     _ITEM.columns,
 )
 _SET_PENDING = "status = 'pending', settled_at = NULL, worker_id = NULL, lease_expires_at = NULL"
@@ -5381,8 +5404,7 @@ _GIVE_UP = _update(
 _KEY_HOLDER = """SELECT id, status FROM flowstore_work_items {by flowstore_unique_keys}
     WHERE tenant_id = ? AND queue_type = ? AND {unique_key} = {given_key}
     AND settled_at IS NULL {for_update}"""
-_DEAD_LETTERS = """AND {status} = 'dead_lettered' AND settled_at IS NOT NULL
-    ORDER BY settled_at DESC, id DESC LIMIT ? OFFSET ?"""
+_DEAD_LETTERS = "AND {status} = 'dead_lettered' AND settled_at IS NOT NULL"
 _NEXT_QUEUE = {
     status: _Sql(f"""SELECT queue_type FROM flowstore_work_items {{by {_STATUS_INDEX[status]}}}
         WHERE {{{column}}} = '{status}' AND {{queue_type}} > ? {{tenant}}
@@ -5414,7 +5436,7 @@ _LEASE_COUNT = """SELECT COUNT(*) FROM (SELECT 1 FROM flowstore_work_items {by f
     WHERE {any_status} = 'claimed' AND {queue_type} = ? LIMIT ?) leased"""
 _LEASE = """UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, claimed_at = ?,
     lease_expires_at = ?, lease_fence = lease_fence + 1 WHERE {status} = 'pending' {tenant}"""
-_COMPLETE = """UPDATE flowstore_work_items SET status = 'completed', settled_at = ?,
+_COMPLETE_MANY = """UPDATE flowstore_work_items SET status = 'completed', settled_at = ?,
     lease_expires_at = NULL WHERE {status} = 'claimed' {tenant}"""
 _POLICY_WRITE = _POLICY.upsert("queue_type")
 _POLICY_SPEND = "UPDATE flowstore_queues SET full_at = ? WHERE queue_type = ?"
@@ -5444,18 +5466,15 @@ def _claim_sql(queues: int) -> _Sql:
     return _Sql(f"{_LEASE} AND id = ({head}) AND NOT ({obstacle}) RETURNING {_ITEM.columns}")
 
 
-def _of_ids(count: int, sql: str, returning: str = "") -> _Sql:
-    """A statement with a condition on that many ids."""
-    return _statement(f"{sql} AND id IN ({', '.join('?' * count)}) {returning}")
+_ID_AND_FENCE = operator.attrgetter("id", "lease_fence")
 
 
 def _id_and_fence(item: object, fence: object = None) -> tuple[str, int | None]:
     """The id of an item given as such or by its id, and the fence to check: by default its own."""
     kind = type(item)
     if kind is WorkItem or issubclass(kind, (WorkItem, DeadLetter)):
-        read = operator.attrgetter("id", "lease_fence")
-        item, own_fence = _read_foreign(read, item, "item_id", WorkItem)
-        if fence is None and issubclass(kind, WorkItem):
+        item, own_fence = _read_foreign(_ID_AND_FENCE, item, "item_id", WorkItem)
+        if fence is None and (kind is WorkItem or issubclass(kind, WorkItem)):
             fence = own_fence
     if fence is not None:
         fence = _int(fence, "lease_fence")
@@ -5473,7 +5492,7 @@ class _Items(_StateFacet):
     @staticmethod
     def _key_holder(tx: _Tx, item: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """Id and status of the item that has this item's unique key, None without one."""
-        if item["unique_key"] is None:
+        if not item["unique_key"]:
             return None
         values = item["tenant_id"], item["queue_type"], item["unique_key"]
         return tx.row(tx.dialect.resolve(_KEY_HOLDER), *values)
@@ -5538,15 +5557,39 @@ class _Items(_StateFacet):
             whole._append_to(tx, changed.id, changed.tenant_id, last, text)
         return item
 
+    def _change_items(
+        self, tx: _Tx, changes: str, values: Sequence[Any], ids: Sequence[str]
+    ) -> dict[str, WorkItem]:
+        """Run an UPDATE with a condition for these ids; the items that it changed, by their ids."""
+        changed = {}
+        for start in range(0, len(ids), _BATCH):
+            some = ids[start : start + _BATCH]
+            marks = ", ".join("?" * len(some))
+            sql = _statement(f"{changes} AND id IN ({marks}) RETURNING {_ITEM.columns}")
+            for item in _ITEM.decode_all(self._rows(tx, sql, *values, *some)):
+                changed[item.id] = item
+        return changed
+
     def _change_item(self, tx: _Tx, sql: _Sql, item_id: str, *values: Any) -> tuple[Any, ...]:
         """Run an UPDATE with a condition; the row that it returns.
 
         Where the condition does not hold, raise NotFound (no such item) or LeaseLost."""
-        row = self._row(tx, sql, *values)
-        if row is None:
+        rows = self._rows(tx, sql, *values)
+        if not rows:
             self._need(tx, _ITEM, id=item_id)
             raise LeaseLost(item_id)
-        return row
+        return rows[0]
+
+
+class _QueueLimit(NamedTuple):
+    """What the policy of a queue allows now."""
+
+    room: int  # how many items may be claimed
+    interval: float  # microseconds in which the bucket gets one claim more; 0 without a rate
+    full_at: float  # when the bucket is full
+
+
+_NO_LIMIT = _QueueLimit(_INT_MAX, 0, 0)
 
 
 class _Claims(_Items):
@@ -5601,18 +5644,17 @@ class _Claims(_Items):
         if type(names) is not list:
             _check_type((list, tuple, set, frozenset), names, "queue_types", "a list of queues")
             names = _read_foreign(list, names, "queue_types")
-        queues: list[str] = []
-        for index, name in enumerate(names):
-            queues.append(_id(name, f"queue_types[{index}]"))
-        queues = list(dict.fromkeys(queues))
+        queues = list({_id(name, f"queue_types[{index}]"): 0 for index, name in enumerate(names)})
         lease = self._lease(lease_seconds)
-        deadline = _monotonic() + _seconds(wait, "wait")
+        seconds = _seconds(wait, "wait")
         items: list[WorkItem] = yield self._claim(worker, queues, lease, limit)
+        if items or not (seconds and limit and queues):
+            return items
         # An idle waiter looks with reads: it leaves the writer to others. In a block it does not
         # wait: the block would not see what others commit.
         look = functools.partial(self._claimable, queues)
-        waits = bool(limit and queues)
-        while waits and not items and deadline > _monotonic() and self._engine.block() is None:
+        deadline = _monotonic() + seconds
+        while not items and deadline > _monotonic() and self._engine.block() is None:
             if (yield self._poll(look, deadline - _monotonic())):
                 items = yield self._claim(worker, queues, lease, limit)
         return items
@@ -5628,42 +5670,36 @@ class _Claims(_Items):
                 places = *queues, *queues, now, *queues, *queues, now
             else:
                 places = *queues, now, *queues, now, now
-            row = self._row(tx, _claim_sql(len(queues)), *values, *places)
-            if row is not None:
-                return [_ITEM.decode(row)]
-        policies = self._policies(tx, queues)
-        if policies:  # other claims of these queues wait until this one ends
-            policies = self._policies(tx, queues, "{for_update}")
-        room = dict.fromkeys(queues, limit)
+            rows = self._rows(tx, _claim_sql(len(queues)), *values, *places)
+            if rows:
+                return _ITEM.decode_all(rows)
+        limits = self._limits(tx, queues, now)
         for queue in queues:
             self._reclaim(tx, queue, now, _RECLAIMED_PER_CLAIM)
-            if queue in policies:
-                room[queue] = self._room(tx, *policies[queue], now)
+        if limits:  # other claims of these queues wait until this one ends
+            limits = self._limits(tx, queues, now, "{for_update}")
         # An item that another transaction is claiming is skipped first. That claim may be undone:
         # if there is no other item, wait for it.
         available = _AVAILABLE_LOCKED
         claimed: list[WorkItem] = []
+        counts = Counter[str]()  # of those, by queue
         while len(claimed) < limit:
-            most = min(limit - len(claimed), _BATCH)
             heads: list[tuple[Any, ...]] = []
             for queue in queues:
-                heads += self._heads(tx, available, queue, now, min(most, room[queue]))
-            ids = [id for _, _, id in sorted(heads)[:most]]
+                room = limits.get(queue, _NO_LIMIT).room - counts[queue]
+                heads += self._heads(tx, available, queue, now, min(limit - len(claimed), room))
+            ids = [id for _, _, id in sorted(heads)[: limit - len(claimed)]]
             if ids:
-                sql = _of_ids(len(ids), _LEASE, f"RETURNING {_ITEM.columns}")
-                leased = map(_ITEM.decode, self._rows(tx, sql, *values, *ids))
-                for item in sorted(leased, key=lambda item: ids.index(item.id)):
-                    claimed.append(item)
-                    room[item.queue_type] -= 1
+                leased = self._change_items(tx, _LEASE, values, ids)
+                claimed += [leased[id] for id in ids if id in leased]
+                counts = Counter(item.queue_type for item in claimed)
             elif claimed or available is _AVAILABLE or self._engine.max_writers == 1:
                 break
             else:
                 available = _AVAILABLE
-        for queue, (policy, full_at) in policies.items():
-            count = sum(item.queue_type == queue for item in claimed)
-            if policy.rate is not None and count:
-                spent = count * policy.per_seconds * 1e6 / policy.rate
-                tx.run(_POLICY_SPEND, max(full_at, now) + spent, queue)
+        for queue, (_, interval, full_at) in limits.items():
+            if interval and counts[queue]:
+                tx.run(_POLICY_SPEND, full_at + counts[queue] * interval, queue)
         return claimed
 
     def _heads(
@@ -5684,12 +5720,11 @@ class _Claims(_Items):
     def _claimable(self, tx: _Tx, queues: list[str]) -> bool:
         """Whether a claim would find an item or an expired lease."""
         now = tx.now()
-        policies = self._policies(tx, queues)
+        limits = self._limits(tx, queues, now)
         for queue in queues:
             if tx.row(tx.dialect.resolve(f"SELECT 1 {_EXPIRED} LIMIT 1"), queue, now):
                 return True
-            room = self._room(tx, *policies[queue], now) if queue in policies else 1
-            if room > 0 and self._heads(tx, _AVAILABLE, queue, now, 1):
+            if self._heads(tx, _AVAILABLE, queue, now, min(1, limits.get(queue, _NO_LIMIT).room)):
                 return True
         return False
 
@@ -5718,30 +5753,34 @@ class _Claims(_Items):
         return self._find(tx, _POLICY, "ORDER BY queue_type")
 
     @staticmethod
-    def _policies(
-        tx: _Tx, queues: list[str], lock: str = ""
-    ) -> dict[str, tuple[QueuePolicy, float]]:
-        """The policies of these queues, each with the time at which its bucket is full."""
+    def _limits(tx: _Tx, queues: list[str], now: int, lock: str = "") -> dict[str, _QueueLimit]:
+        """What the policies of these queues allow now."""
         marks = ", ".join("?" * len(queues)) or "NULL"
-        sql = f"""SELECT full_at, {_POLICY.columns} FROM flowstore_queues
-            WHERE queue_type IN ({marks}) ORDER BY queue_type {lock}"""
+        sql = f"""SELECT queue_type, paused, max_running, rate, per_seconds, full_at
+            FROM flowstore_queues WHERE queue_type IN ({marks}) ORDER BY queue_type {lock}"""
+        limits = {}
         rows = tx.rows(tx.dialect.resolve(sql), *queues)
-        return {row[1]: (_POLICY.decode(row[1:]), row[0]) for row in rows}
+        for queue, paused, max_running, rate, per_seconds, full_at in rows:
+            room = 0 if paused else _INT_MAX
+            if max_running is not None:
+                # Counted in the index, never kept beside it: a crash leaves no wrong number.
+                leases = tx.rows(tx.dialect.resolve(_LEASE_COUNT), queue, max_running)[0][0]
+                room = min(room, max_running - leases)
+            interval = 0.0
+            if rate is not None:
+                interval = per_seconds * 1e6 / rate
+                missing = max(0.0, full_at - now) / interval
+                room = min(room, int(max(1.0, rate) - missing))
+            limits[queue] = _QueueLimit(room, interval, max(full_at, now))
+        return limits
 
-    @staticmethod
-    def _room(tx: _Tx, policy: QueuePolicy, full_at: float, now: int) -> int:
-        """How many items of a queue may be claimed now."""
-        room = 0 if policy.paused else _INT_MAX
-        if policy.max_running is not None:
-            # Counted in the index, never kept beside it: a crash leaves no wrong number.
-            most = policy.max_running
-            count = tx.rows(tx.dialect.resolve(_LEASE_COUNT), policy.queue_type, most)[0][0]
-            room = min(room, most - count)
-        if policy.rate is not None:
-            interval = policy.per_seconds * 1e6 / policy.rate
-            missing = max(0.0, full_at - now) / interval
-            room = min(room, int(max(1.0, policy.rate) - missing))
-        return room
+
+# An item that is put in is pending, whatever its record says. Without a key it is given "".
+_ENQUEUED = """execution_id, node_id, queue_type, payload, attempt, max_attempts, id, created_at,
+    available_at, tenant_id, priority, unique_key"""
+_ENQUEUE = f"""INSERT INTO flowstore_work_items (lease_fence, status, {_ENQUEUED})
+    VALUES (0, 'pending', {"?, " * 11} NULLIF(?, '')) ON CONFLICT DO NOTHING"""
+_enqueued_values = operator.itemgetter(*re.findall(r"\w+", _ENQUEUED))
 
 
 class _WorkQueue(_Items):
@@ -5757,53 +5796,45 @@ class _WorkQueue(_Items):
         returns that item's id; "replace" gives it the new payload, priority and `available_at` if
         it is pending, and returns its id. Raises NotFound for an unknown execution, AlreadyExists
         for an id that any item has or had, and for a key."""
-        return self._enqueue(tx, item, on_conflict, "", {})
+        return self._enqueue(tx, {"": item}, on_conflict)[0]
 
     @_write
     def enqueue_work_items(
         self, tx: _Tx, items: Sequence[WorkItem], *, on_conflict: str = "raise"
     ) -> list[str]:
         """`enqueue_work_item` for each of the items, all of them or none; their ids."""
-        tenants: dict[str, str] = {}
-        return [
-            self._enqueue(tx, item, on_conflict, f"items[{index}]", tenants)
-            for index, item in enumerate(_check_list(items, "items", "a list of work items"))
-        ]
+        members = enumerate(_check_list(items, "items", "a list of work items"))
+        return self._enqueue(tx, {f"items[{index}]": item for index, item in members}, on_conflict)
 
-    def _enqueue(
-        self, tx: _Tx, item: WorkItem, on_conflict: str, path: str, tenants: dict[str, str]
-    ) -> str:
-        """Put one item in. `tenants` has those of the executions that are known already."""
+    def _enqueue(self, tx: _Tx, items: Mapping[str, WorkItem], on_conflict: str) -> list[str]:
+        """Put items in, which are given by their paths; their ids."""
         if _text(on_conflict, "on_conflict") not in ("raise", "keep", "replace"):
             raise InvalidData('on_conflict: "raise", "keep" or "replace" is needed')
-        values = _ITEM.encode(item, path, tx.now())
-        if item.available_at is None:
-            values["available_at"] = values["created_at"]
-        execution = values["execution_id"]
-        if execution not in tenants:
-            tenants[execution] = self._tenant_of(tx, execution)
-        values |= {
-            "lease_fence": 0,
-            "status": "pending",
-            "tenant_id": tenants[execution],
-            "lease_expires_at": None,
-            "worker_id": None,
-            "last_error": None,
-            "claimed_at": None,
-            "settled_at": None,
-        }
-        holder = self._key_holder(tx, values)
-        if holder is not None:
-            id, status = holder
-            if on_conflict == "raise" or (on_conflict == "replace" and status != "pending"):
+        now = tx.now()
+        tenants: dict[str, str] = {}
+        ids = []
+        for path, item in items.items():
+            values = _ITEM.encode(item, path, now)
+            if item.available_at is None:
+                values["available_at"] = values["created_at"]
+            execution = values["execution_id"]
+            if execution not in tenants:
+                tenants[execution] = self._tenant_of(tx, execution)
+            values["tenant_id"] = tenants[execution]
+            values["unique_key"] = values["unique_key"] or ""
+            id = values["id"]
+            holder = self._key_holder(tx, values)
+            if holder is not None:
+                id, status = holder
+                if on_conflict == "replace" and status == "pending":
+                    changes = values["available_at"], values["payload"], values["priority"], id
+                    self._run(tx, _REPLACE, *changes)
+                elif on_conflict != "keep":
+                    raise AlreadyExists("work item", id)
+            elif not tx.run(_ENQUEUE, *_enqueued_values(values)):
                 raise AlreadyExists("work item", id)
-            if on_conflict == "replace":
-                changes = values["available_at"], values["payload"], values["priority"], id
-                self._row(tx, _REPLACE, *changes)
-            return str(id)
-        if not tx.run(_ITEM.insert, *values.values()):
-            raise AlreadyExists("work item", values["id"])
-        return str(values["id"])
+            ids.append(id)
+        return ids
 
     @_read
     def get_work_item(self, tx: _Tx, item_id: AnyItem) -> WorkItem | None:
@@ -5833,9 +5864,7 @@ class _WorkQueue(_Items):
                 condition += " AND settled_at IS NOT NULL"
         if execution_id is not None:
             index = "flowstore_items_by_execution"
-        page = _limit(limit), _count(offset, "offset")
-        rest = f"{condition} ORDER BY id LIMIT ? OFFSET ?"
-        return self._find(tx, _ITEM, rest, *page, index=index, **filters)
+        return self._page(tx, _ITEM, index, "id", limit, offset, condition, **filters)
 
     @_write_one
     def renew_lease(
@@ -5901,7 +5930,7 @@ class _WorkQueue(_Items):
         With a fence (or the claimed item itself), the item has to be claimed under that fence.
         Without, any item but a dead letter is settled. Else LeaseLost, and nothing is changed.
         Raises NotFound."""
-        return self._settle(tx, WorkItemStatus.COMPLETED, item_id, lease_fence)
+        return self._settle(tx, _COMPLETE, item_id, lease_fence)
 
     @_write_one
     def fail_work_item(
@@ -5911,20 +5940,14 @@ class _WorkQueue(_Items):
 
         The item stays failed until `retry_work_item` is called. Conditions and errors are those of
         `complete_work_item`."""
-        return self._settle(tx, WorkItemStatus.FAILED, item_id, lease_fence, _text(error, "error"))
+        return self._settle(tx, _FAIL, item_id, lease_fence, _text(error, "error"))
 
     def _settle(
-        self,
-        tx: _Tx,
-        status: WorkItemStatus,
-        item_id: AnyItem,
-        lease_fence: object,
-        error: str | None = None,
+        self, tx: _Tx, sql: _Sql, item_id: AnyItem, lease_fence: object, *error: str | None
     ) -> WorkItem:
         id, fence = _id_and_fence(item_id, lease_fence)
         needed = None if fence is None else "claimed"
-        values = tx.now(), error, status, id, fence, needed
-        return _ITEM.decode(self._change_item(tx, _SETTLE, id, *values))
+        return _ITEM.decode(self._change_item(tx, sql, id, tx.now(), *error, id, fence, needed))
 
     @_write_row
     def retry_work_item(
@@ -5969,9 +5992,7 @@ class _WorkQueue(_Items):
         LeaseLost unless it is claimed (under the fence, if there is one), NotFound, InvalidData."""
         if delay is not None and until is not None:
             raise InvalidData("until: give a delay or a time, not both")
-        due = tx.now()
-        if delay is not None:
-            due = _time_after(due, _seconds(delay, "delay"), "delay")
+        due = _time_after(tx.now(), _none_or(_seconds, delay, "delay") or 0, "delay")
         if until is not None:
             due = _microseconds(until, "until")
         id, fence = _id_and_fence(item_id, lease_fence)
@@ -5989,20 +6010,13 @@ class _WorkQueue(_Items):
             if id in fences:
                 raise LeaseLost(id)
             fences[id] = cast("int", fence)
-        ids = list(fences)
-        ended: dict[str, WorkItem] = {}
-        for start in range(0, len(ids), _BATCH):
-            some = ids[start : start + _BATCH]
-            sql = _of_ids(len(some), _COMPLETE, f"RETURNING {_ITEM.columns}")
-            for row in self._rows(tx, sql, tx.now(), *some):
-                item = _ITEM.decode(row)
-                ended[item.id] = item
+        ended = self._change_items(tx, _COMPLETE_MANY, (tx.now(),), list(fences))
         for id, fence in fences.items():
             if id not in ended:
                 self._need(tx, _ITEM, id=id)
             if id not in ended or ended[id].lease_fence != fence:
                 raise LeaseLost(id)  # with which nothing of this is stored
-        return [ended[id] for id in ids]
+        return [ended[id] for id in fences]
 
     @_write
     def reclaim_expired_leases(self, tx: _Tx) -> ReclaimResult:
@@ -6035,8 +6049,9 @@ class _WorkQueue(_Items):
     @_read
     def list_dead_letters(self, tx: _Tx, limit: int = 100, offset: int = 0) -> list[DeadLetter]:
         """Dead letters, newest first."""
-        page = _limit(limit), _count(offset, "offset")
-        return self._find(tx, _DEAD, _DEAD_LETTERS, *page, index=_STATUS_INDEX["dead_lettered"])
+        index = _STATUS_INDEX["dead_lettered"]
+        order = "settled_at DESC, id DESC"
+        return self._page(tx, _DEAD, index, order, limit, offset, _DEAD_LETTERS)
 
     @_write
     def requeue_dead_letter(self, tx: _Tx, item_id: AnyItem | DeadLetter) -> WorkItem:
@@ -6073,9 +6088,11 @@ class _WorkQueue(_Items):
         if effect is not None and effect_key is None:
             raise InvalidData("effect: it is found again by its effect_key: give one")
         text = _event_text(event, "event")
-        status = WorkItemStatus.FAILED if _bool(failed, "failed") else WorkItemStatus.COMPLETED
         fence = _int(_id_and_fence(item_id, lease_fence)[1], "lease_fence")
-        item = self._settle(tx, status, item_id, fence)
+        if _bool(failed, "failed"):
+            item = self._settle(tx, _FAIL, item_id, fence, None)
+        else:
+            item = self._settle(tx, _COMPLETE, item_id, fence)
         execution = item.execution_id
         tenant = item.tenant_id
         last = self._last_sequence(tx, execution) or 0
