@@ -907,6 +907,11 @@ class ExecutionError(_Record, frozen=True):
 _SCHEMA_VERSION = 2
 
 
+# When a token was revoked or expired, whichever was first.
+_INVALID_SINCE = """CASE WHEN expires_at < revoked_at THEN expires_at
+    ELSE COALESCE(revoked_at, expires_at) END"""
+
+
 class _Dialect:
     """What the markers in our tables and statements stand for in one engine."""
 
@@ -934,6 +939,7 @@ _SQLITE = _Dialect(
     tenant_status="status",  # what {status} is in a statement for one tenant
     any_status="status",  # what it is for all tenants, in either
     queue_type="queue_type",
+    invalid_since=_INVALID_SINCE,
     unique_key="unique_key",
     given_key="?",
     # In statements alone.
@@ -994,6 +1000,7 @@ CREATE TABLE flowstore_tokens (
     id TEXT PRIMARY KEY, name TEXT NOT NULL, role TEXT NOT NULL, hash TEXT NOT NULL UNIQUE,
     created_at INTEGER NOT NULL, expires_at INTEGER, revoked_at INTEGER, tenant_id TEXT NOT NULL);
 CREATE INDEX flowstore_tokens_by_time ON flowstore_tokens (created_at, id);
+CREATE INDEX flowstore_tokens_by_end ON flowstore_tokens (({invalid_since}), id);
 CREATE INDEX flowstore_tokens_by_tenant ON flowstore_tokens (tenant_id, created_at, id);
 CREATE TABLE flowstore_executions (
     execution_id TEXT PRIMARY KEY, tenant_id TEXT NOT NULL,
@@ -1115,6 +1122,7 @@ _UPGRADES: dict[int, str] = {
         ALTER TABLE flowstore_artifacts ADD COLUMN put_at INTEGER NOT NULL DEFAULT {{now}};
         CREATE INDEX flowstore_artifacts_by_time
             ON flowstore_artifacts (put_at, tenant_id, hash);
+        CREATE INDEX flowstore_tokens_by_end ON flowstore_tokens (({{invalid_since}}), id);
         UPDATE flowstore_work_items SET settled_at = COALESCE(dead_lettered_at, available_at)
             WHERE status IN ('completed', 'failed', 'dead_lettered');
         DROP INDEX flowstore_pending;
@@ -1679,8 +1687,8 @@ _ERROR = _Mapper(ExecutionError, "execution_errors", "error")
 # ==================================================================================================
 
 _IDLE_READERS = 8
-# A log with that many frames is checkpointed. It begins anew then, in the same bytes: while the log
-# still grows, each fsync writes the file's size too, and takes twice as long.
+# A log with that many frames is checkpointed, and then overwritten from its start. A growing log
+# costs twice as much per fsync, since the file's size is written too.
 _WAL_FRAMES = 1000
 _MAX_PATH_BYTES = 504  # SQLite has room for 512, with "-journal" at the end
 _MAX_NAME_BYTES = 255  # of a file system, with the suffix that SQLite adds
@@ -1736,8 +1744,11 @@ def _log(level: int, message: str, *args: object) -> None:
             logger.log(level, message, *args)
 
 
-def _write_lines(lines: Iterable[tuple[Any, ...]]) -> None:
-    """Write the lines of a transaction. Where nothing is held: handlers may call the store."""
+_Line: TypeAlias = "tuple[Any, ...]"  # of the program's log: level, message, arguments
+
+
+def _write_lines(lines: Iterable[_Line]) -> None:
+    """Write lines to the program's log. The caller holds nothing: handlers may call the store."""
     for line in lines:
         _log(*line)
 
@@ -1781,7 +1792,7 @@ class _Tx:
         self.dialect = dialect
         self.db = db  # an sqlite3.Connection, or what is used like one
         self.file_id: tuple[int, ...] = ()  # of the database file, if its connections are counted
-        self.lines: list[tuple[Any, ...]] = []  # of the program's log, written after the commit
+        self.lines: list[_Line] = []  # of the program's log, written after the commit
         self._clock = clock
 
     def rows(self, sql: str, *params: Any) -> list[tuple[Any, ...]]:
@@ -1818,11 +1829,11 @@ class _Tx:
             raise _failure(error) from error
 
     def warn(self, message: str, *args: object) -> None:
-        """Write a warning to the program's log, if this is committed, and after it."""
+        """Write a warning to the program's log, once this transaction has committed."""
         self.lines.append((_WARNING, message, *args))
 
-    def take_lines(self) -> list[tuple[Any, ...]]:
-        """The lines to be written, which are written by the caller."""
+    def take_lines(self) -> list[_Line]:
+        """Take the lines; the caller writes them."""
         lines = self.lines
         self.lines = []
         return lines
@@ -2437,13 +2448,13 @@ class _Database:
                     self.pause(since + self.options.busy_timeout)
         finally:
             if since:
-                self.log_wait(since)
+                _write_lines(self.wait_lines(since))
 
-    def log_wait(self, since: float) -> None:
-        """Tell of a call that has waited for the file, if that took more than a second."""
+    def wait_lines(self, since: float) -> list[_Line]:
+        """A line about a call that has waited for the file, if that took more than a second."""
         seconds = _monotonic() - since
-        if seconds > 1:
-            _log(_WARNING, "%s: a call waited %.1f s for another process", self.target, seconds)
+        line = _WARNING, "%s: a call waited %.1f s for another process", self.target, seconds
+        return [line] if seconds > 1 else []
 
     # --- opening ---
     def prepare(self, connection: _Connection) -> None:
@@ -2476,10 +2487,12 @@ class _Database:
                 )
             tx.run("BEGIN IMMEDIATE")
             try:
+                tx.lines.clear()
                 self._build(tx, self._version(tx))
                 tx.run("COMMIT")
             finally:
                 tx.rollback()
+            _write_lines(tx.take_lines())
             if not tx.file_id:  # it was not in WAL mode when it was opened: open it as it is now
                 connection.close()
                 connection.use()
@@ -2545,7 +2558,9 @@ class _Database:
             tx.run("INSERT INTO flowstore_meta (key, value) VALUES ('schema', ?)", number)
             _add_tenant(tx, DEFAULT_TENANT)
         else:
-            _log(_INFO, "%s: upgraded from version %d to %s", self.target, version, number)
+            tx.lines.append(
+                (_INFO, "%s: upgraded from version %d to %s", self.target, version, number)
+            )
         tx.run("UPDATE flowstore_meta SET value = ? WHERE key = 'schema'", number)
 
     # --- the whole file ---
@@ -2616,7 +2631,7 @@ class _Call(SimpleNamespace):
     file_is_busy = False  # as leader: another process has the file
     runs_alone = False  # it failed in another's group by a foreign error: its own thread runs it
     waits_since = 0.0  # as leader: when it first found that another process has the file
-    lines: Sequence[tuple[Any, ...]] = ()  # of the program's log, about what was committed
+    lines: Sequence[_Line] = ()  # of the program's log, about what was committed
 
     def run(self, tx: _Tx) -> Any:
         """Run the operation in an open transaction, if the facet's tenant may."""
@@ -2675,7 +2690,8 @@ class _Checkpointer:
                 complete = self._copy_log()
         except (StorageError, OSError):
             return  # no commit depends on it: the next checkpoint tries again
-        self.wait_at_bytes = _WAL_BOUND
+        if complete:
+            self.wait_at_bytes = _WAL_BOUND
         if waits and (not complete or self.drain_seconds >= 1):
             self.wait_at_bytes = size + _WAL_BOUND
         if not complete:
@@ -2892,8 +2908,8 @@ class _Writer(_CallQueue):
                     struck = error
             if self.engine.closed and not kept:
                 self.engine.close_connection(self.connection)
-            if call.waits_since:
-                self.engine.log_wait(call.waits_since)
+            if call.waits_since and not kept:
+                _write_lines(self.engine.wait_lines(call.waits_since))
             if struck is not None:
                 raise struck
 
@@ -2937,7 +2953,8 @@ class _Writer(_CallQueue):
             ):
                 self.checkpointer.checkpoint(tx)
             if writes and engine.retention is not None and engine.retention.is_due(tx):
-                engine.retention.sweep(tx)
+                engine.retention.sweep(tx, functools.partial(tx.run, "COMMIT"))
+                tx.db.execute("BEGIN IMMEDIATE")
         except (sqlite3.Error, StoreBusy) as error:
             failure = _failure(error) if isinstance(error, sqlite3.Error) else error
             if not isinstance(failure, StoreBusy):
@@ -2983,9 +3000,10 @@ class _Writer(_CallQueue):
         try:
             tx.run("SAVEPOINT flowstore_group")  # the group begins again here, and keeps the file
             savepoints = False
+            lines = len(tx.lines)
             while not self._run_group(tx, leader, savepoints):
                 tx.run("ROLLBACK TO flowstore_group")
-                tx.lines.clear()
+                del tx.lines[lines:]
                 savepoints = True
             self._commit(tx, leader)
         except StorageError as error:  # it ended the transaction, which is that of all of them
@@ -3101,6 +3119,9 @@ class _Writer(_CallQueue):
         """Begin the transaction of a block that leads; False when another process has the file."""
         with self.connection.lock:
             tx = self._begin(call, writes)
+            if tx is not None and call.waits_since:
+                tx.lines += self.engine.wait_lines(call.waits_since)
+                call.waits_since = 0.0
         return tx is not None
 
     def commit_block(self, call: _Call) -> bool:
@@ -3262,10 +3283,11 @@ class Transaction:
 
 
 class _Nested(NamedTuple):
-    """A block nested in an outermost one, and its savepoint."""
+    """A block nested in an outermost one, its savepoint, and how many lines of the log it found."""
 
     block: weakref.ref[_Block]
     savepoint: str
+    lines: int
 
 
 class _Block:
@@ -3286,7 +3308,6 @@ class _Block:
         self.parent: _Block | None = None
         self.nested: list[_Nested] = []  # of an outermost block: open blocks, the innermost last
         self.savepoint = ""
-        self.earlier_lines = 0  # of the program's log, from before a nested block
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
         self.undo: list[Callable[[], object]] = []  # is called if the block is rolled back
         self._call: _Call | None = None  # of an outermost block that leads the writer
@@ -3327,9 +3348,8 @@ class _Block:
                 self._connection = connection
                 # A new name: the savepoint of a block whose end never ran may still be there.
                 self.savepoint = f"flowstore_{new_id()[24:]}"
-                self.earlier_lines = len(tx.lines)
                 tx.run(f"SAVEPOINT {self.savepoint}")
-                self.root.nested.append(_Nested(self._ref, self.savepoint))
+                self.root.nested.append(_Nested(self._ref, self.savepoint, len(tx.lines)))
         self.begun = True
 
     def _begin_transaction(self, deadline: float) -> None:
@@ -3390,6 +3410,9 @@ class _Block:
         self.engine.refuse_closed()
         if not self.is_open:
             raise _TransactionEnded
+        call = self.root._call
+        if call is not None and self.engine.writer.leader is not call:
+            raise _TransactionEnded  # a signal handler's call, while the block ends
         tx = self.connection.use()
         if not tx.db.in_transaction:
             raise StorageError(
@@ -3399,7 +3422,7 @@ class _Block:
         while nested and nested[-1].block() is None:  # its end never ran
             with contextlib.suppress(StorageError):  # or only its RELEASE did
                 tx.run(f"ROLLBACK TO {nested[-1].savepoint}")
-            nested.pop()
+            del tx.lines[nested.pop().lines :]
         innermost = nested[-1].block() if nested else self.root
         if innermost is not self:
             raise StorageError(
@@ -3485,7 +3508,7 @@ class _Block:
 
     def finish(self, commit: bool) -> None:
         """Commit or roll back. After any error too, the writer goes to others."""
-        lines: Sequence[tuple[Any, ...]] = ()
+        lines: Sequence[_Line] = ()
         try:
             with self.connection.lock:
                 tx = self.tx()
@@ -3494,7 +3517,7 @@ class _Block:
                 if self.parent is not None:
                     if not commit:
                         tx.run(f"ROLLBACK TO {self.savepoint}")
-                        del tx.lines[self.earlier_lines :]
+                        del tx.lines[self.root.nested[-1].lines :]
                     tx.run(f"RELEASE {self.savepoint}")
                 elif commit and self._call is None:
                     self.engine.commit_on_reader(tx)
@@ -3987,9 +4010,8 @@ class _Engine(_Database):
         """Close every connection; waiting calls are woken with StoreClosed, an open transaction is
         rolled back."""
         self.refuse_unprepared_fork()
-        if not self.closed:
-            _log(_INFO, "%s: closed", self.target)
         with self.mutex:
+            was_open = not self.closed
             self.closed = True
             self.pool.keeps_idle = False
             for call in self.writer.queue:
@@ -4001,6 +4023,8 @@ class _Engine(_Database):
         connections.sort(key=lambda one: one is self.writer.connection)
         for connection in connections:
             self.close_connection(connection)
+        if was_open:
+            _log(_INFO, "%s: closed", self.target)
 
     @staticmethod
     def close_connection(connection: _Connection) -> None:
@@ -4207,7 +4231,8 @@ class _Facet:
     ) -> _Steps[int]:
         """Drop, in short transactions, what a rule names and ended before a time; how many went.
 
-        With `whole` each goes in one transaction, however large: it may still be in use."""
+        With `whole` each goes in one transaction, however large: what may still be in use must not
+        be half gone."""
         gone = 0
         kept = Counter[str]()
         cursor: _PruneCursor | None = (0,)
@@ -4275,7 +4300,9 @@ def _or_not_found(thing: T | None, kind: str, id: str) -> T:
 
 # --- pruning ---
 _PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
-_SWEPT_AT_MOST = 1000  # rows that go with one commit
+_SWEPT_AT_FIRST = 50  # rows in one sweep of `keep=`
+_SWEPT_AT_MOST = 2000
+_SWEEP_SECONDS = 0.01
 _PRUNE_LINE = "prune: %d %s went, kept %s"
 # SQLite's names for the indexes of UNIQUE (execution_id, sequence) and PRIMARY KEY (execution_id,
 # at_sequence).
@@ -4313,11 +4340,11 @@ class _PruneRule(NamedTuple):
     """What a prune drops of one kind: a row of a table by its key, its parts before it."""
 
     table: str
-    key: str  # one column; or several, of a thing without parts
+    key: str  # one column, or several (only where there are no parts)
     sources: tuple[_PruneSource, ...]
     parts: tuple[_PrunePart, ...] = ()
     mark: str = ""  # run when not all rows of a thing fitted into the transaction
-    unless: str = ""  # selects a row for a thing that has ended but stays
+    unless: str = ""  # a SELECT that finds a row if the thing stays though it has ended
     at_once: int = 0  # rows in one transaction, if fewer than usual
 
 
@@ -4383,7 +4410,7 @@ def _holders(
 
 def _holder_sql(keys: _ForeignKeys, rule: _PruneRule, table: str) -> str:
     """SQL for a row of `table` that has the rule's key: the name of a table that refers to the
-    thing, '' when it stays for another reason, or NULL."""
+    thing; '' if the rule's `unless` keeps it; NULL if it may go."""
     owners = {rule.table: rule.key} | {part.table: part.owner for part in rule.parts}
     cases = f" WHEN EXISTS ({rule.unless}) THEN ''" if rule.unless else ""
     for part, owner in owners.items():
@@ -4470,7 +4497,8 @@ def _prune_step(
     room: int = 0,
     whole: bool = False,
 ) -> _PruneStep:
-    """Drop what a rule names, from the cursor on, until so many rows went (0: as the rule says)."""
+    """Drop what a rule names, from the cursor on, until `room` rows went; with 0, as many as the
+    rule allows."""
     room = room or rule.at_once or _PRUNED_AT_ONCE
     # Each part of a thing costs a statement, even if there is no row of it.
     most = room // (1 + len(rule.parts)) or 1
@@ -4497,59 +4525,80 @@ def _drop_whole(tx: _Tx, rule: _PruneRule, id: str, keys: _ForeignKeys) -> str |
     """Drop a thing, unless something refers to it: the name of that."""
     sql = f"SELECT {_holder_sql(keys, rule, rule.table)} FROM {rule.table} WHERE {rule.key} = ?"
     holder: str | None = tx.rows(sql, id)[0][0]
-    return holder or _drop_or_keep(tx, rule, (id,), _INT_MAX, keys)[2]
+    return _drop_or_keep(tx, rule, (id,), _INT_MAX, keys)[2] if holder is None else holder
 
 
 class _Retention:
-    """What `keep=` of open() does: once a second, a write that commits anyway also drops a few rows
-    of what ended long ago."""
+    """What `keep=` of open() does: once a second, a call that writes first drops some rows of what
+    ended long ago, in a commit of its own, so that no failure of that is the call's."""
 
     def __init__(self, foreign_keys: str, keep: int) -> None:
         self.foreign_keys = foreign_keys
         self.keep = keep  # microseconds
         self.swept_at = 0  # by the store's clock
-        self.room = _PRUNED_AT_ONCE  # rows of the next sweep
-        # Where the next sweep goes on.
-        self.kind = 0
-        self.cursor: _PruneCursor = (0,)
+        self.room = _SWEPT_AT_FIRST  # rows of the next sweep
+        self.kind = 0  # the rule with which the next sweep begins
+        self.cursors: dict[str, _PruneCursor] = {}  # by kind, where the next sweep goes on
 
     def is_due(self, tx: _Tx) -> bool:
-        """Whether it is time for a sweep; if so, it is the caller's."""
-        now = tx.now()
-        if 0 <= now - self.swept_at < 1_000_000:
-            return False
-        self.swept_at = now
-        return True
+        """Whether it is time for a sweep. If so, the caller has to do it: the next is due a second
+        later."""
+        with contextlib.suppress(Exception):  # of the program's clock
+            now = tx.now()
+            if not 0 <= now - self.swept_at < 1_000_000:
+                self.swept_at = now
+                return True
+        return False
 
-    def sweep(self, tx: _Tx) -> None:
-        """Drop some rows in the open transaction; if that fails, nothing, and the call goes on.
-
-        StoreBusy when the database has ended the transaction: it can begin again."""
+    def sweep(self, tx: _Tx, commit: Callable[[], object]) -> None:
+        """Drop some rows in the open transaction, and commit; or roll back, if that fails."""
+        start = _monotonic()
+        lines = len(tx.lines)
         try:
-            _Block._in_savepoint(tx, lambda: self._drop(tx))
-        except StorageError as error:
-            if not tx.db.in_transaction:
-                raise StoreBusy("the database ended the transaction") from error
+            is_full = self._drop(tx, start)
+            commit()
+        except FlowStoreError as error:
+            del tx.lines[lines:]
+            tx.warn("keep= could drop nothing: %s", error)
+            with contextlib.suppress(StorageError):
+                tx.rollback()
+            return
+        # What a row costs depends on the user's tables too, so the room follows the time.
+        seconds = _monotonic() - start
+        if seconds > 2 * _SWEEP_SECONDS:
+            self.room = max(1, self.room // 2)
+        elif is_full:
+            self.room = min(2 * self.room, _SWEPT_AT_MOST)
 
-    def _drop(self, tx: _Tx) -> None:
-        """Go through the kinds, until the room is used up or each was looked at."""
+    def _drop(self, tx: _Tx, start: float) -> bool:
+        """Go through the kinds, until the room or the time is used up; whether that was so."""
         keys = _foreign_keys(tx, self.foreign_keys)
+        before = max(_FIRST_TIME, self.swept_at - self.keep)
         room = self.room
         rules = list(_PRUNED.items())
         for _ in rules:
             kind, rule = rules[self.kind]
-            before = max(_FIRST_TIME, self.swept_at - self.keep)
-            step = _prune_step(tx, keys, rule, before, self.cursor, room)
-            if step.gone:
-                tx.lines.append((_INFO, _PRUNE_LINE, step.gone, kind, dict(step.kept)))
-            room -= step.rows
-            self.cursor = step.cursor or (0,)
-            if step.cursor is not None or room <= 0:
-                # More has ended than fits: let the next sweep have more room.
-                self.room = min(2 * self.room, _SWEPT_AT_MOST)
-                return
+            while True:
+                cursor = self.cursors.pop(kind, (0,))
+                drop = functools.partial(_prune_step, tx, keys, rule, before, cursor, room)
+                try:
+                    step = _Block._in_savepoint(tx, drop)
+                except StorageError as error:
+                    if not tx.db.in_transaction:
+                        raise
+                    tx.warn("keep= could drop no %s: %s", kind, error)
+                    break
+                room -= step.rows
+                if step.gone:
+                    tx.lines.append((_INFO, _PRUNE_LINE, step.gone, kind, dict(step.kept)))
+                if step.cursor is not None:
+                    self.cursors[kind] = step.cursor
+                if room <= 0 or _monotonic() - start > _SWEEP_SECONDS:
+                    return True
+                if step.cursor is None:
+                    break
             self.kind = (self.kind + 1) % len(rules)
-        self.room = _PRUNED_AT_ONCE
+        return False
 
 
 # The rules, in this order: things that may belong to others come first, and are counted under their
@@ -4571,10 +4620,7 @@ _PRUNED: dict[str, _PruneRule] = {
         "events", "events_processed", "event_time", "is_processed = 1 AND event_time < ?"
     ),
     "tokens": _rule_without_parts(
-        "flowstore_tokens",
-        "flowstore_tokens_by_time",
-        "created_at",
-        "created_at <= ? AND (revoked_at < ? OR expires_at < ?)",
+        "flowstore_tokens", "flowstore_tokens_by_end", _INVALID_SINCE, f"{_INVALID_SINCE} < ?"
     ),
     "workflows": _PruneRule(
         "workflows",
@@ -5543,7 +5589,7 @@ class _Items(_StateFacet):
         """Let the record of a run stand as its item does: a dead letter is a run that failed."""
         changed: Any = item
         if isinstance(item, DeadLetter):
-            tx.warn("work item %s is a dead letter: %s", changed.id, changed.last_error)
+            tx.warn("work item %s is a dead letter: %.200r", changed.id, changed.last_error)
         if changed.id != changed.execution_id:
             return item
         whole = _LogFacet(self._engine)  # a reclaim is of all tenants
@@ -10561,6 +10607,7 @@ _POSTGRES = _Dialect(
     tenant_status="('' || status)",
     any_status="(status || '')",
     queue_type="(queue_type || '')",
+    invalid_since=_INVALID_SINCE,
     unique_key="md5(unique_key)",  # an index entry of 2,700 bytes holds two ids
     given_key="md5(?)",
     in_order=f"""AND (position < {_first_number("pg_snapshot_xmin(pg_current_snapshot())")}
@@ -10936,6 +10983,7 @@ class _PostgresEngine(_Engine):
             for table, column in _NUMBERED_COLUMNS:
                 tx.run(f"ALTER TABLE {table} ALTER {column} SET DEFAULT {_NEXT_NUMBER(base)}")
         tx.run("COMMIT")
+        _write_lines(tx.take_lines())
 
     def _names(self, tx: _Tx) -> set[str]:
         sql = "SELECT relname::text FROM pg_class WHERE relnamespace = to_regnamespace(?)"
@@ -10968,8 +11016,11 @@ class _PostgresEngine(_Engine):
         operation = call.operation
         begins_in = 2 if operation.one and call.facet._tenant is None else 0
 
+        tx.lines.clear()
+        if operation.writes:
+            self._sweep(tx)
+
         def run_once() -> Any:
-            tx.lines.clear()
             if operation.row:
                 tx.db.begin("READ COMMITTED", begins_in)
             elif operation.writes:
@@ -10979,8 +11030,6 @@ class _PostgresEngine(_Engine):
             result = call.run(tx)
             if operation.writes:
                 self.commit_on_reader(tx)
-                if self.retention is not None and self.retention.is_due(tx):
-                    self._sweep(tx, self.retention)
                 call.lines = tx.take_lines()
             return result
 
@@ -10997,19 +11046,23 @@ class _PostgresEngine(_Engine):
         except FlowStoreError as error:
             raise StorageError(_IN_DOUBT) from error
 
-    def _sweep(self, tx: _Tx, retention: _Retention) -> None:
-        """Drop what has ended long ago, in a transaction behind that of a call.
+    def _sweep(self, tx: _Tx) -> None:
+        """Drop what ended long ago, if it is time, in a transaction before that of the caller.
 
-        It may lose against another one: the next is a second later."""
-        with contextlib.suppress(StorageError):
-            tx.db.begin("SERIALIZABLE")
-            retention.sweep(tx)
-            self.commit_on_reader(tx)
+        If it would have to wait for another transaction, or loses against one, the next sweep tries
+        again."""
+        if self.retention is not None and self.retention.is_due(tx):
+            with contextlib.suppress(StorageError):
+                tx.db.begin("SERIALIZABLE")
+                tx.run("SET LOCAL lock_timeout = 10")
+                self.retention.sweep(tx, functools.partial(self.commit_on_reader, tx))
 
     def begin_on_reader(self, tx: _Tx, read_only: bool = True) -> None:
         """Begin the transaction of a block. One that loses against another is StoreBusy, and run
         again."""
         tx.lines.clear()
+        if not read_only:
+            self._sweep(tx)
         tx.db.begin("" if read_only or self.options.read_only else "SERIALIZABLE")
 
     def commit_on_reader(self, tx: _Tx) -> None:

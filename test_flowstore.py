@@ -17483,9 +17483,8 @@ def test_keep_drops_a_few_rows_at_a_time_and_at_most_once_a_second(
             store.events.append("heartbeat", "default", EVENT)
             left.append(store.stats()["tables"]["flows"])
             clock.advance(0.1)
-    assert max(before - after for before, after in itertools.pairwise(left)) <= 1000
+    assert max(before - after for before, after in itertools.pairwise(left)) <= 2000
     assert left[1::3][:3] == left[2::3][:3] == left[3::3][:3]
-    assert len(left) < 60, "the more has ended, the more goes with one commit"
 
 
 @pytest.mark.parametrize("keep", [timedelta(0), timedelta(seconds=-5), timedelta(days=-999999999)])
@@ -17498,7 +17497,7 @@ def test_a_keep_below_zero_counts_as_zero_and_reads_drop_nothing(
     assert store.flows.get(flow.id) is not None and store.flows.list_by_owner("") == [flow]
     with store.transaction(read_only=True):
         assert store.flows.get(flow.id) == flow
-    beat(store, clock)
+    beat(store, clock, 20)
     assert store.flows.get(flow.id) is None
 
 
@@ -17509,22 +17508,20 @@ def test_keep_is_a_timedelta(path: Path, keep: Any) -> None:
     assert not path.exists()
 
 
-@pytest.mark.parametrize("target", [":memory:", "app.db"])
-def test_keep_goes_with_a_block_and_comes_back_with_its_rollback(
-    target: str, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [None, ZeroDivisionError])
+def test_keep_goes_before_a_block_and_stays_so_when_that_rolls_back(
+    make_store: MakeStore, clock: Clock, error: type[Exception] | None
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    with flowstore.open(target, clock=clock, keep=timedelta(0)) as store:
-        flow = store.flows.insert(Flow(status=FlowStatus.FAILED))
+    store = make_store(clock=clock, keep=timedelta(0))
+    store.flows.insert(Flow(id="old", status=FlowStatus.FAILED))
+    for _ in range(20):
         clock.advance(2)
-        with pytest.raises(ZeroDivisionError), store.transaction():
-            assert store.flows.get(flow.id) is None
-            raise ZeroDivisionError
-        assert store.flows.get(flow.id) == flow
-        clock.advance(1)
-        with store.transaction():
-            pass
-        assert store.flows.get(flow.id) is None
+        with contextlib.suppress(ZeroDivisionError), store.transaction():
+            store.flows.insert(Flow())
+            if error is not None:
+                raise error
+    assert store.flows.get("old") is None
+    assert store.stats()["tables"]["flows"] == (0 if error else 20)
 
 
 @pytest.mark.parametrize("harm", ["ABORT", "ROLLBACK"])
@@ -17532,6 +17529,8 @@ def test_a_sweep_that_fails_harms_no_call(path: Path, clock: Clock, harm: str) -
     with flowstore.open(path, clock=clock, keep=timedelta(0)) as store:
         for number in range(2):
             store.flows.insert(Flow(id=str(number), status=FlowStatus.FAILED))
+        event = Event(event_name="n", event_key="k", event_time=START - timedelta(days=1))
+        store.workflows.mark_event_processed(store.workflows.create_event(event))
         with store.transaction() as tx:
             tx.execute(
                 f"""CREATE TRIGGER harm BEFORE DELETE ON flows WHEN old.id = '1'
@@ -17540,7 +17539,9 @@ def test_a_sweep_that_fails_harms_no_call(path: Path, clock: Clock, harm: str) -
         for turn in range(1, 4):
             clock.advance(2)
             assert store.events.append("run", "default", EVENT) == turn
-        assert [store.flows.get(id) is None for id in "01"] == [False, False]
+        assert store.flows.get("1") is not None
+        if harm == "ABORT":
+            assert store.stats()["tables"]["events"] == 0, "what is of another kind has gone"
         with store.transaction() as tx:
             tx.execute("DROP TRIGGER harm")
         beat(store, clock, 2)
@@ -17576,6 +17577,79 @@ def test_a_job_queue_on_one_endless_execution_stays_as_small_as_its_backlog(
                 sizes.append(store.stats()["file_bytes"] + store.stats()["wal_bytes"])
         assert store.stats()["tables"]["flowstore_work_items"] <= 210
         assert sizes[-1] <= sizes[0] * 1.1
+
+
+def test_a_sweep_whose_commit_fails_is_not_the_failure_of_the_call(
+    path: Path, clock: Clock
+) -> None:
+    with flowstore.open(path, clock=clock, keep=timedelta(0)) as store:
+        store.flows.insert(Flow(id="f", status=FlowStatus.FAILED))
+        with store.transaction() as tx:
+            tx.execute(
+                """CREATE TABLE invoices (flow TEXT DEFAULT 'none' REFERENCES flows (id)
+                ON DELETE SET DEFAULT DEFERRABLE INITIALLY DEFERRED)"""
+            )
+            tx.execute("INSERT INTO invoices VALUES ('f')")
+        beat(store, clock, 3)
+        assert store.events.count_events("heartbeat") == 3 and store.flows.get("f") is not None
+
+
+def test_a_sweep_takes_less_at_a_time_where_the_users_tables_make_it_slow(
+    path: Path, clock: Clock
+) -> None:
+    with flowstore.open(path, clock=clock, synchronous="OFF", keep=timedelta(0)) as store:
+        with store.transaction() as tx:
+            tx.execute(
+                "CREATE TABLE invoices (flow TEXT REFERENCES flows (id))"
+            )  # without an index
+            tx.execute(
+                """INSERT INTO invoices WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL
+                SELECT n + 1 FROM n WHERE n < 20000) SELECT NULL FROM n"""
+            )
+            for _ in range(500):
+                store.flows.insert(Flow(status=FlowStatus.FAILED))
+        beat(store, clock, 5)
+        assert store._engine.retention is not None and store._engine.retention.room < 50
+        assert 0 < store.stats()["tables"]["flows"] < 500
+
+
+def test_a_clock_that_raises_stops_no_call_that_needs_none(make_store: MakeStore) -> None:
+    times = [datetime(2030, 1, 1, tzinfo=UTC)]
+
+    def clock() -> datetime:
+        return times[0]
+
+    store = make_store(clock=clock, keep=timedelta(0))
+    event = store.workflows.create_event(Event(event_name="n", event_key="k"))
+    times.clear()
+    store.workflows.mark_event_processed(event)
+    assert store.workflows.get_event(event).is_processed
+
+
+@pytest.mark.sqlite
+def test_a_signal_handlers_call_while_a_block_ends_is_no_part_of_anothers_block(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store()
+    refused: list[Any] = []
+    unregister = flowstore._Block._unregister
+
+    def interrupted(block: Any) -> None:
+        """What a signal handler does between the end of the lead and that of the block."""
+        monkeypatch.undo()
+        refused.append(Caller(partial(store.flows.insert, Flow(id="other"))).outcome())
+        with pytest.raises(StorageError):
+            store.flows.insert(Flow(id="handler"))
+        unregister(block)
+
+    monkeypatch.setattr(flowstore._Block, "_unregister", interrupted)
+    with store.transaction():
+        store.flows.insert(Flow(id="block"))
+    assert [store.flows.get(id) is None for id in ("block", "other", "handler")] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_an_async_store_keeps_too(path: Path, clock: Clock) -> None:
@@ -17761,15 +17835,24 @@ def test_a_wait_of_more_than_a_second_for_another_process_is_warned_of(
                 store.events.append("e", "default", EVENT)
             assert warnings_of(caplog) == []
     with flowstore.open(path) as store:
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as plain:
-            plain.execute("BEGIN IMMEDIATE")
-            with ThreadPoolExecutor(1) as pool:
-                appending = pool.submit(store.events.append, "e", "default", EVENT)
-                time.sleep(1.2)  # what is measured is this very time
-                plain.execute("ROLLBACK")
-                assert appending.result() == 2
-        [line] = warnings_of(caplog)
-        assert str(path) in line
+
+        def append() -> int:
+            return store.events.append("e", "default", EVENT)
+
+        def append_in_block() -> int:
+            with store.transaction():
+                return append()
+
+        for number, call in enumerate([append, append_in_block]):
+            with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as plain:
+                plain.execute("BEGIN IMMEDIATE")
+                with ThreadPoolExecutor(1) as pool:
+                    appending = pool.submit(call)
+                    time.sleep(1.2)  # what is measured is this very time
+                    plain.execute("ROLLBACK")
+                    assert appending.result() == 2 + number
+            [line] = warnings_of(caplog)
+            assert str(path) in line
 
 
 def test_a_log_that_a_reader_keeps_over_its_bound_is_warned_of(
