@@ -2914,7 +2914,22 @@ class _Writer(_CallQueue):
                 raise struck
 
     def _pause_for_others(self, call: _Call) -> None:
-        """As leader, while another process has the file: wait a little."""
+        """As leader, while another process has the file: wait a little.
+
+        StorageError at once if it is this thread's own transaction, of another store."""
+        for reference in _blocks.get():
+            block = reference()
+            if (
+                block is not None
+                and block.is_open
+                and not block.read_only
+                and block.thread == threading.get_ident()
+                and block.engine.path == self.engine.path
+            ):
+                raise StorageError(
+                    "this thread has a transaction open on the same file in another store, and "
+                    "could only wait for itself: use one store for both"
+                )
         now = _monotonic()
         call.deadline = call.deadline or now + self.engine.options.busy_timeout
         call.waits_since = call.waits_since or now
@@ -7410,7 +7425,13 @@ class _RunRecords(_RunFacet):
         record = WorkflowExecution(**given, **_without_none(execution_id=id))
         id = record.execution_id
         if tx.row(_EXECUTION_TENANT.all, id):
-            raise AlreadyExists("execution", id)
+            taken = AlreadyExists("execution", id)
+            if known and payload is None:
+                taken.add_note(
+                    "The run of this id has another input, function or tenant: give another id, "
+                    "or (to go on with it, whatever its input) leave out the input."
+                )
+            raise taken
         self._do(tx, StateBackend.create_execution, record)
         self._append(tx, id, {"type": "execution_started", "input": record.initial_input})
         item = WorkItem(id=id, execution_id=id, node_id=record.workflow_id, **options)
@@ -8045,8 +8066,8 @@ def _sqlite_note() -> str:
     if is_fixed or (3, 44, 6) <= version < (3, 45):
         return f"SQLite {sqlite3.sqlite_version}"
     return (
-        f"SQLite {sqlite3.sqlite_version} has the WAL-reset bug: flowstore checkpoints only while "
-        "it holds the write lock; checkpoints by other programs cannot be guarded (README)"
+        f"SQLite {sqlite3.sqlite_version}, with the WAL-reset bug: flowstore itself is safe, since "
+        "it checkpoints only under the write lock; other programs' checkpoints are not (README)"
     )
 
 
@@ -10145,6 +10166,13 @@ def _demo_files(folder: str, own: str) -> Iterator[str]:
 
 def _demo_worker(target: str, folder: str, mode: str) -> int:
     """Do files until this is killed: between two steps of the first one, if the mode is "hold"."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        os.read(sys.stdin.fileno(), 1)  # which ends when the demo does, even if it is killed
+        ended.set()
+
+    threading.Thread(target=watch, daemon=True).start()
     # The lease is short, because somebody is watching.
     with open(target, lease_seconds=2, backoff=lambda attempt: 0.05) as store:
 
@@ -10152,7 +10180,7 @@ def _demo_worker(target: str, folder: str, mode: str) -> int:
             size = run.step("measure", os.path.getsize, path)
             if mode == "hold":
                 print(run.id, flush=True)
-                sys.stdin.read()  # which ends when the demo does
+                ended.wait()
             digest: str = run.step("hash", _demo_hash, path)
             with store.transaction() as tx:  # the row and the record of the step, or neither
                 row = path, size, digest
@@ -10160,7 +10188,9 @@ def _demo_worker(target: str, folder: str, mode: str) -> int:
             return digest
 
         worker = f"worker-{os.getpid()}"
-        store.runs.work(demo_file, queues=[folder], worker_id=worker, until_idle=mode == "hold")
+        store.runs.work(
+            demo_file, queues=[folder], worker_id=worker, stop=ended, until_idle=mode == "hold"
+        )
     return 0
 
 
@@ -10263,6 +10293,10 @@ def _import_function(text: str) -> Any:
     """The function MODULE:FUNCTION. The current folder is searched, too."""
     import pkgutil
 
+    if re.search(r"[/\\]|\.py(:|$)", text) or text.count(":") != 1:
+        raise SystemExit(
+            _complain(f"{text}: MODULE:FUNCTION is needed, as jobs:import_file for jobs.py", 2)
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     # The module may import this file by its name: then it gets this copy, with the same errors.

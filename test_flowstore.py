@@ -17626,6 +17626,33 @@ def test_a_clock_that_raises_stops_no_call_that_needs_none(make_store: MakeStore
     assert store.workflows.get_event(event).is_processed
 
 
+def test_a_run_with_another_input_is_refused_with_what_to_do(store: Store) -> None:
+    with store.run("r", input=1):
+        pass
+    for again in (
+        lambda: store.run("r", input=2).__enter__(),
+        lambda: store.runs.start("script", 2, id="r"),
+    ):
+        with pytest.raises(AlreadyExists) as caught:
+            again()
+        assert (caught.value.kind, caught.value.id) == ("execution", "r")
+        assert "another input" in caught.value.__notes__[0]
+
+
+def test_a_second_store_on_the_file_is_refused_in_a_block_that_it_would_wait_for(
+    path: Path,
+) -> None:
+    with flowstore.open(path) as store, flowstore.open(path) as second:
+        with store.transaction():
+            with pytest.raises(StorageError, match="use one store for both") as caught:
+                second.events.append("run", "default", EVENT)
+            assert not isinstance(caught.value, StoreBusy)
+            with pytest.raises(StorageError, match="use one store for both"), second.transaction():
+                pass
+            assert second.events.load_events("run") == []
+        assert second.events.append("run", "default", EVENT) == 1
+
+
 @pytest.mark.sqlite
 def test_a_signal_handlers_call_while_a_block_ends_is_no_part_of_anothers_block(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
@@ -20160,6 +20187,7 @@ def test_demo_goes_on_where_it_was_killed(tmp_path: Path, files: Path) -> None:
             if line.startswith("killed"):
                 break
         demo.kill()
+        demo.stdout.read()  # to its end: the workers that it has started have ended, too
     done = run("demo", files, cwd=tmp_path)
     assert "60 done exactly once, 0 dead letters, 0 lost" in done.stdout
 
