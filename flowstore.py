@@ -2799,6 +2799,19 @@ class _CallQueue:
         call.deadline = now + 0.01
         return False
 
+    def take_into(self, group: list[_Call]) -> None:
+        """Move what can be run together from the queue into a leader's group."""
+        with self.mutex:
+            while self.queue and len(group) < _GROUP_MOST:
+                call = self.queue[0]
+                if call.runs_alone or not (call.operation or call.batch):
+                    return
+                # In this order, an interrupt leaves the call in the queue, in the group, or in
+                # both.
+                call.state = _TAKEN
+                group.append(call)
+                self.queue.popleft()
+
 
 class _Writer(_CallQueue):
     """The one connection that writes, shared by group commit.
@@ -2914,22 +2927,8 @@ class _Writer(_CallQueue):
                 raise struck
 
     def _pause_for_others(self, call: _Call) -> None:
-        """As leader, while another process has the file: wait a little.
-
-        StorageError at once if it is this thread's own transaction, of another store."""
-        for reference in _blocks.get():
-            block = reference()
-            if (
-                block is not None
-                and block.is_open
-                and not block.read_only
-                and block.thread == threading.get_ident()
-                and block.engine.path == self.engine.path
-            ):
-                raise StorageError(
-                    "this thread has a transaction open on the same file in another store, and "
-                    "could only wait for itself: use one store for both"
-                )
+        """As leader, while another process has the file: wait a little."""
+        _refuse_own_block(self.engine)
         now = _monotonic()
         call.deadline = call.deadline or now + self.engine.options.busy_timeout
         call.waits_since = call.waits_since or now
@@ -3011,7 +3010,7 @@ class _Writer(_CallQueue):
         """Run the leader's call and what has queued, all in one commit; whether they wrote."""
         self.group = [leader]
         if not leader.runs_alone:
-            self._take_queue()
+            self.take_into(self.group)
         try:
             tx.run("SAVEPOINT flowstore_group")  # the group begins again here, and keeps the file
             savepoints = False
@@ -3035,19 +3034,6 @@ class _Writer(_CallQueue):
                 wrote = wrote or (call.operation is not None and call.operation.writes)
         self.group = []
         return wrote
-
-    def _take_queue(self) -> None:
-        """Move what can be run together from the queue into the group."""
-        with self.mutex:
-            while self.queue and len(self.group) < _GROUP_MOST:
-                call = self.queue[0]
-                if call.runs_alone or not (call.operation or call.batch):
-                    return
-                # In this order, an interrupt leaves the call in the queue, in the group, or in
-                # both.
-                call.state = _TAKEN
-                self.group.append(call)
-                self.queue.popleft()
 
     def _run_group(self, tx: _Tx, leader: _Call, savepoints: bool) -> bool:
         """Run the calls of the group; False when they have to begin again, with savepoints.
@@ -3169,6 +3155,23 @@ class _Writer(_CallQueue):
         if self.checkpointer is None or self._begin(_Call(), False) is None:
             raise self.engine.busy_error()
         self.checkpointer.truncate(tx)
+
+
+def _refuse_own_block(engine: _Engine) -> None:
+    """StorageError if this thread has a transaction open on the same file in another store."""
+    for reference in _blocks.get():
+        block = reference()
+        if (
+            block is not None
+            and block.is_open
+            and not block.read_only
+            and block.thread == threading.get_ident()
+            and block.engine.path == engine.path
+        ):
+            raise StorageError(
+                "this thread has a transaction open on the same file in another store, and "
+                "could only wait for itself: use one store for both"
+            )
 
 
 def _came_from_outside(error: Exception) -> bool:
