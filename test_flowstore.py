@@ -1068,6 +1068,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(fixture, engines, indirect=True)
 
 
+# What a test may have changed in a schema besides rows, and whether it has left much.
+SHAPE = """SELECT SUM(pg_relation_size(c.oid)) < 5000000, (SELECT json_object_agg(key, value) FROM flowstore_meta),
+    (SELECT concat(name, status, policy, limits) FROM flowstore_tenants WHERE id = 'default'),
+    json_agg(json_build_array(relname, relnatts, relacl, reltuples,
+        (SELECT COUNT(*) FROM pg_trigger WHERE tgrelid = c.oid)) ORDER BY relname)
+    FROM pg_class c WHERE relnamespace = to_regnamespace(%s)"""
+
+
 class PostgresServer:
     """A PostgreSQL server of our own, on this machine alone."""
 
@@ -1111,7 +1119,11 @@ class PostgresServer:
                 for one in own
             )
         )
+        self.url = f"postgresql://postgres:secret@127.0.0.1:{self.port}"
         self.schemas = itertools.count()
+        self.connections: dict[str, Any] = {}
+        self.left: list[str] = []  # targets of tests that have ended
+        self.shape: Any = None
         self.start()
 
     def run(self, program: str, *arguments: str) -> None:
@@ -1124,21 +1136,53 @@ class PostgresServer:
         self.run("pg_ctl", "-D", f"{self.folder}/data", "-l", f"{self.folder}/log", "-w", "start")
 
     def stop(self, mode: str) -> None:
+        while self.connections:
+            self.connections.popitem()[1].close()
         self.run("pg_ctl", "-D", f"{self.folder}/data", "-w", "-m", mode, "stop")
 
     def target(self) -> str:
         """The URL of a schema where nothing is yet."""
         number = next(self.schemas)
         database = f"tests_{number // 20}"  # what all tests have made would make each one slower
-        server = f"postgresql://postgres:secret@127.0.0.1:{self.port}"
         if number % 20 == 0:
-            psycopg = pytest.importorskip("psycopg")
-            with psycopg.connect(f"{server}/postgres", autocommit=True) as db:
+            with self.connected("postgres") as db:
                 db.execute(f"CREATE DATABASE {database}")
-                if number >= 40:  # no test has it open any more
-                    db.execute(f"DROP DATABASE tests_{number // 20 - 2} WITH (FORCE)")
-        return f"{server}/{database}?schema=test_{number}"
+        return f"{self.url}/{database}?schema=test_{number}"
 
+    def connected(self, database: str) -> Any:
+        psycopg = pytest.importorskip("psycopg")
+        return psycopg.connect(f"{self.url}/{database}", autocommit=True)
+
+    def empty_target(self, now: datetime) -> str:
+        """The URL of a store made at that time, without rows. To make the tables would take longer than most tests."""
+        while self.left:
+            target = self.left.pop()
+            with contextlib.suppress(pytest.importorskip("psycopg").Error):
+                if self.emptied(target, now):
+                    return target
+        target = self.target()
+        flowstore.open(target).close()
+        assert self.emptied(target, now)
+        return target
+
+    def emptied(self, target: str, now: datetime) -> bool:
+        """Delete what a test has left; whether the tables are then as they were made, and nothing holds them."""
+        address, schema = target.split("?schema=")
+        database = address.rpartition("/")[2]
+        if database not in self.connections:
+            self.connections[database] = self.connected(database)
+        db = self.connections[database]
+        db.execute(f"SET search_path = {schema}; SET lock_timeout = 50; SET session_replication_role = replica")
+        found = db.execute(SHAPE, [schema]).fetchone()
+        self.shape = self.shape or found
+        micros = int(now.timestamp() * 1_000_000)
+        tables = {*flowstore._TABLE_NAMES} - {"flowstore_meta", "flowstore_tenants"}
+        db.execute(
+            f"""{"".join(f"DELETE FROM {name};" for name in tables)}
+            DELETE FROM flowstore_tenants WHERE id <> 'default';
+            UPDATE flowstore_tenants SET created_at = {micros}, updated_at = {micros}"""
+        )
+        return bool(found == self.shape)
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[PostgresServer]:
@@ -1158,11 +1202,15 @@ def postgres() -> Iterator[PostgresServer]:
             server.stop("immediate")
 
 
-def target_of(request: pytest.FixtureRequest, path: Path) -> str:
-    """Where the engine that a fixture was asked for may make a new store."""
+def target_of(request: pytest.FixtureRequest, path: Path, empty: Clock | None = None) -> str:
+    """Where the engine that a fixture was asked for may make a new store, or has an empty one."""
     if request.param == "postgres":
         server: PostgresServer = request.getfixturevalue("postgres")
-        return server.target()
+        if empty is None:
+            return server.target()
+        target = server.empty_target(empty.now)
+        request.addfinalizer(partial(server.left.append, target))
+        return target
     return ":memory:" if request.param == "memory" else str(path)
 
 
@@ -1172,7 +1220,9 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeS
     opened: list[Store] = []
 
     def make(**options: Any) -> Store:
-        target = target_of(request, tmp_path / f"store-{len(opened)}.db")
+        clock = options.get("clock")
+        made_at = clock if isinstance(clock, Clock) else Clock(datetime.now(UTC))
+        target = target_of(request, tmp_path / f"store-{len(opened)}.db", made_at)
         opened.append(flowstore.open(target, **{"synchronous": "OFF", **options}))
         return opened[-1]
 
@@ -3324,7 +3374,7 @@ Loop = Callable[[Callable[[AsyncStore], Coroutine[Any, Any, Any]]], Any]
 @pytest.fixture
 def in_loop(request: pytest.FixtureRequest, tmp_path: Path) -> Loop:
     """Runs a coroutine function with an async store in an event loop of its own; it may not take for ever."""
-    target = target_of(request, tmp_path / "async.db")
+    target = target_of(request, tmp_path / "async.db", Clock(datetime.now(UTC)))
 
     def run(body: Callable[[AsyncStore], Coroutine[Any, Any, Any]], **options: Any) -> Any:
         async def with_store() -> Any:
