@@ -2892,6 +2892,13 @@ class Process:
         return output
 
 
+@pytest.fixture(scope="session", autouse=True)
+def byte_code(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Child processes keep byte code, or each would compile the module, wherever that is not wanted beside it."""
+    os.environ["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("byte-code"))
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
 @pytest.fixture(autouse=True)
 def watchdog() -> Iterator[None]:
     """A test that hangs fails."""
@@ -8381,7 +8388,7 @@ def wait_in_frozen_time(path: str, how: str) -> None:
             module = module_copy(path, "frozen")
     assert time.monotonic() == time.monotonic()
 
-    def ended(name: str, call: Callable[[], Any], least: float = 0.2) -> Any:
+    def ended(name: str, call: Callable[[], Any], least: float = 0.1) -> Any:
         """What a call returned or raised, which has to take as long as it was to wait, and not much longer."""
         began = real[0]()
         result = Caller(partial(dig, 9, call)).outcome(10)  # freezegun spares what threading calls
@@ -8391,11 +8398,11 @@ def wait_in_frozen_time(path: str, how: str) -> None:
 
     for target in (":memory:", path):
         clock = partial(dt.datetime.now, dt.UTC)  # which freezegun alone stops
-        store_engine = module.open(target, busy_timeout=0.2, clock=clock)
+        store_engine = module.open(target, busy_timeout=0.1, clock=clock)
         state, events = store_engine.state, store_engine.events
         write(store_engine, "run", "first")
-        assert ended("claim", partial(state.claim_work_item, "w", ["q"], wait=0.2)) is None
-        assert ended("tail", partial(list, events.tail(timeout=0.2))) == []
+        assert ended("claim", partial(state.claim_work_item, "w", ["q"], wait=0.1)) is None
+        assert ended("tail", partial(list, events.tail(timeout=0.1))) == []
         calls = [partial(write, store_engine, "run", "late"), store_engine.transaction().__enter__]
         if target == ":memory:":
             calls.append(partial(events.count_events, "run"))
@@ -8403,7 +8410,7 @@ def wait_in_frozen_time(path: str, how: str) -> None:
             for call in calls:
                 assert isinstance(ended("busy", call), module.StoreBusy)
         if target != ":memory:":
-            with module.open(target, busy_timeout=0.2) as other, other.transaction():
+            with module.open(target, busy_timeout=0.1) as other, other.transaction():
                 for call in (calls[0], store_engine.transaction().__enter__):
                     assert isinstance(ended("held", call), module.StoreBusy)
         waiting = Caller(partial(state.claim_work_item, "w", ["q"], wait=60.0))
