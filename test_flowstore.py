@@ -5569,8 +5569,9 @@ def test_json_at_the_edge_of_what_is_allowed(store: Store, through: Through) -> 
     deep = nested(200), nested(200, "{")
     floats = [-0.0, 5e-324, 1.7976931348623157e308, 1.0]
     odd_text = {"nul\0": "\0", "quote'\"\\": "\u2028\x7f"}
-    wide = [[] for _ in range(1000)]
-    for value in (10**4299, -(10**4299), odd_text, floats, "[{" * 1000, wide, *deep):
+    wide: list[Any] = [[] for _ in range(1000)]
+    values = [10**4299, -(10**4299), odd_text, floats, "[{" * 1000, wide, *deep]
+    for value in values:
         assert repr(through(store, new_id(), value)) == repr(value)
     assert through(store, "tuple", (1, (2, ()))) == [1, [2, []]]
     keys_back = {"1": "a", "2.5": "b", "-3": []}
@@ -11712,7 +11713,8 @@ def test_patch_append_array_takes_the_key_literally(store: Store) -> None:
 
 def test_patch_append_array_refuses_what_is_no_array(store: Store) -> None:
     no_objects: list[Any] = [None, 5, "text", [], [1]]
-    for state in [*no_objects, *({"list": value} for value in (None, {}, "x", 0))]:
+    no_arrays: list[Any] = [None, {}, "x", 0]
+    for state in no_objects + [{"list": value} for value in no_arrays]:
         run = create(store, new_id(), current_state=state)
         with pytest.raises(InvalidData):
             store.state.patch_append_array(run.execution_id, "list", 1)
