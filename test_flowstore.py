@@ -1802,18 +1802,6 @@ def path_of(folder: Path, length: int) -> Path:
     return folder / ("f" * (length - len(os.fsencode(folder)) - 1))
 
 
-@pytest.fixture
-def damaged(path: Path) -> Path:
-    """A file whose second half was overwritten."""
-    with flowstore.open(path) as store:
-        store.events.append_batch("e1", "default", [{"type": "t", "text": "x" * 500}] * 1000)
-        store.compact()
-    whole = path.read_bytes()
-    half = len(whole) // 8192 * 4096
-    path.write_bytes(whole[:half] + b"\x5a" * (len(whole) - half))
-    return path
-
-
 class Stop(BaseException):
     """What is no Exception."""
 
@@ -7008,12 +6996,6 @@ def test_a_sound_store_checks_without_a_problem(furnished: Store) -> None:
     assert furnished.check() == []
 
 
-def test_sqlite_damage_is_store_corrupt(damaged: Path) -> None:
-    with flowstore.open(damaged) as store, pytest.raises(StoreCorrupt) as caught:
-        store.events.load_events("e1")
-    assert isinstance(caught.value.__cause__, sqlite3.Error)
-
-
 def test_now_is_the_clocks_time_in_utc(make_store: MakeStore) -> None:
     clock = Clock(datetime(2030, 1, 1, 12, tzinfo=timezone(seconds(-5 * 3600))))
     now = make_store(clock=clock).now()
@@ -9202,28 +9184,6 @@ def test_the_transaction_cannot_be_used_after_the_block(store: Store, fails: boo
 def test_waiting_counts_as_0_inside_a_transaction(store: Store) -> None:
     with store.transaction():
         assert store.state.claim_work_item("w1", ["q"], wait=3600) is None
-
-
-def test_an_operation_that_fails_among_others_fails_alone(make_store: MakeStore) -> None:
-    store = make_store()
-    store.events.append("e1", "default", EVENT)
-
-    def work(number: int) -> list[Any]:
-        outcomes: list[Any] = []
-        for _ in range(20):
-            try:
-                expected = 99_999 if number % 2 else None
-                outcomes.append(
-                    store.events.append("e1", "default", EVENT, expected_sequence=expected)
-                )
-            except SequenceConflict:
-                outcomes.append("conflict")
-        return outcomes
-
-    results = together([partial(work, number) for number in range(8)])
-    assert [set(result) for result in results[1::2]] == [{"conflict"}] * 4
-    assert sorted(sequence for result in results[::2] for sequence in result) == list(range(2, 82))
-    assert store.events.count_events("e1") == 81
 
 
 def test_threads_with_transactions_of_their_own_keep_apart(make_store: MakeStore) -> None:
@@ -16366,13 +16326,6 @@ def test_sqlite_backup_is_consistent_while_others_write(
             assert copied.events.count_events("e1") == copied.events.count_events("e2")
 
 
-def test_sqlite_check_tells_the_problems_of_a_damaged_file(damaged: Path) -> None:
-    with flowstore.open(damaged) as store:
-        problems = store.check()
-    assert problems
-    assert all(isinstance(problem, str) and problem for problem in problems)
-
-
 def test_sqlite_compact_gives_space_back(path: Path, file_store: Store) -> None:
     with file_store.transaction() as tx:
         tx.execute("CREATE TABLE ballast(text TEXT)")
@@ -16418,15 +16371,8 @@ def test_stats_count_executions_items_and_rows(store: Store) -> None:
     }
     assert queues == {"q": {"pending": 2}, "other": {"claimed": 1}}
     assert all(type(count) is int for count in stats["tables"].values())
+    assert stats["tables"]["flowstore_work_items"] == 3
     assert {"flows", "flow_steps", "flow_events"} <= stats["tables"].keys()
-
-
-def test_stats_count_rows_per_table(store: Store) -> None:
-    before = store.stats()["tables"]
-    store.events.append("e1", "default", EVENT)
-    store.events.append_batch("e1", "default", [EVENT] * 4)
-    after = store.stats()["tables"]
-    assert 5 in [after[table] - before[table] for table in before]
 
 
 TERMINAL_PRUNE = {"flows": ["finished", "failed", "cancelled"], "workflows": ["Complete", "Terminated"],
@@ -17797,7 +17743,7 @@ def test_a_call_from_another_task_of_the_same_thread_raises_at_once(target: str)
             else:
                 assert keys(store_engine, "run") == []
             for call in calls:
-                with pytest.raises(flowstore.StorageError) as error:
+                with pytest.raises(flowstore.StorageError, match="wait for itself") as error:
                     call()
                 assert not isinstance(error.value, flowstore.StoreBusy), "it waited"
             leave.set()
@@ -18211,29 +18157,6 @@ def test_closing_rolls_an_open_async_transaction_back(tmp_path: Path) -> None:
         assert store.events.load_events("run") == []
 
 
-def test_a_sync_call_from_another_task_of_the_same_thread_is_refused_at_once(
-    file_store: Store,
-) -> None:
-    async def body() -> None:
-        opened, done = asyncio.Event(), asyncio.Event()
-
-        async def holder() -> None:
-            with file_store.transaction():
-                file_store.events.append("run", "default", note("a"))
-                opened.set()
-                await done.wait()
-
-        task = asyncio.create_task(holder())
-        await opened.wait()
-        with pytest.raises(StorageError, match="only wait for itself"):
-            file_store.events.append("run", "default", note("b"))
-        done.set()
-        await task
-
-    asyncio.run(body())
-    assert [stored.event["text"] for stored in file_store.events.load_events("run")] == ["a"]
-
-
 # --- cancellation ---
 
 
@@ -18612,18 +18535,6 @@ def test_an_async_view_isolates_as_the_sync_one(in_loop: Loop) -> None:
             await store.state.for_tenant("nobody").list_tokens()
 
     in_loop(body)
-
-
-def test_an_async_backup_holds_everything(in_loop: Loop, tmp_path: Path) -> None:
-    async def body(store: AsyncStore) -> None:
-        await store.events.append("run", "default", note("a"))
-        await store.backup(tmp_path / "copy.db")
-        assert await store.check() == []
-        await store.compact()
-
-    in_loop(body)
-    with flowstore.open(tmp_path / "copy.db", read_only=True) as store:
-        assert store.events.count_events("run") == 1
 
 
 # --- iter_events and tail ---
