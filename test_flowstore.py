@@ -17571,7 +17571,7 @@ def test_a_wait_of_more_than_a_second_for_another_process_is_warned_of(
         def append() -> int:
             return store.events.append("e", "default", EVENT)
 
-        def append_in_block() -> int:
+        def append_in_block() -> Any:
             with store.transaction():
                 return append()
 
