@@ -2868,10 +2868,7 @@ class _Writer(_CallQueue):
                     self._pause_for_others(call)
                 if keep:
                     kept = True
-                elif not self.queue:  # the usual case: nothing is left to do below
-                    with self.mutex:
-                        self.leader = call if self.queue else None
-                elif _monotonic() > self.next_yield:
+                elif self.queue and _monotonic() > self.next_yield:
                     self._yield_to_other_processes()
         finally:
             struck: BaseException | None = None
@@ -4594,28 +4591,29 @@ class _Retention:
         before = max(_FIRST_TIME, self.swept_at - self.keep)
         room = self.room
         rules = list(_PRUNED.items())
-        for _ in rules:
+        looked_through = 0
+        while looked_through < len(rules):
             kind, rule = rules[self.kind]
-            while True:
-                cursor = self.cursors.pop(kind, (0,))
-                drop = functools.partial(_prune_step, tx, keys, rule, before, cursor, room)
-                try:
-                    step = _Block._in_savepoint(tx, drop)
-                except StorageError as error:
-                    if not tx.db.in_transaction:
-                        raise
-                    tx.warn("keep= could drop no %s: %s", kind, error)
-                    break
+            cursor = self.cursors.pop(kind, (0,))
+            following: _PruneCursor | None = None
+            drop = functools.partial(_prune_step, tx, keys, rule, before, cursor, room)
+            try:
+                step = _Block._in_savepoint(tx, drop)
+                following = step.cursor
                 room -= step.rows
                 if step.gone:
                     tx.lines.append((_INFO, _PRUNE_LINE, step.gone, kind, dict(step.kept)))
-                if step.cursor is not None:
-                    self.cursors[kind] = step.cursor
-                if room <= 0 or _monotonic() - start > _SWEEP_SECONDS:
-                    return True
-                if step.cursor is None:
-                    break
-            self.kind = (self.kind + 1) % len(rules)
+            except StorageError as error:
+                if not tx.db.in_transaction:
+                    raise
+                tx.warn("keep= could drop no %s: %s", kind, error)
+            if following is None:
+                looked_through += 1
+                self.kind = (self.kind + 1) % len(rules)
+            else:
+                self.cursors[kind] = following
+            if room <= 0 or _monotonic() - start > _SWEEP_SECONDS:
+                return True
         return False
 
 
