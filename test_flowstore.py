@@ -9255,6 +9255,17 @@ def test_without_a_transaction_or_another_process_nobody_is_ever_busy(target: st
         assert len(pairs(store_engine, "run")) == 240
 
 
+def test_a_block_that_rolled_back_leaves_the_file_to_other_processes(path: Path) -> None:
+    with flowstore.open(path) as store, flowstore.open(path, busy_timeout=0) as other:
+        with pytest.raises(Stop), store.transaction():
+            store.flows.insert(Flow(id="f"))
+            raise Stop
+        other.flows.insert(Flow(id="f"))
+        with pytest.raises(AlreadyExists):
+            store.flows.insert(Flow(id="f"))
+        other.flows.insert(Flow(id="g"))
+
+
 def test_a_block_whose_end_is_never_run_is_rolled_back_and_frees_the_writer(
     store_engine: Store,
 ) -> None:
