@@ -21473,10 +21473,10 @@ class EverythingRules(FlowRules, StateRules, ItemRules, WorkflowRules):
         assert found == [len(before.flows), len(before.instances)]
 
 
-TestWorkflowsByAModelInMemory = modelled(WorkflowRules, False)
+TestWorkflowsByAModelInMemory = modelled(WorkflowRules, False, 30)
 
 
-TestWorkflowsByAModelInAFile = modelled(WorkflowRules, True)
+TestWorkflowsByAModelInAFile = modelled(WorkflowRules, True, 30)
 
 
 TestEverythingByAModelInMemory = modelled(EverythingRules, False, 20, 60)
