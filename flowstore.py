@@ -7141,7 +7141,7 @@ class Run(_RunFacet):
         self._suspended = False
         self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
         self._recorded = {stored.id: stored.event for stored in log}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may ask for a step, too
         self._taken: set[str] = set()  # steps that were asked for, and have not failed
         self._next: dict[Any, int] = {}  # by name and kinds, an ordinal: those below are taken
         self._under_way: set[str] = set()  # steps whose function is being called
@@ -7161,6 +7161,9 @@ class Run(_RunFacet):
         raises is recorded, and goes on. Raises InvalidData for a result that is not JSON."""
         _check_callable(function, "function")
         step, event = self._begin(name, "step_completed")
+        block = self._engine.block()
+        if block is not None:
+            block.undo.append(functools.partial(self._release, step))
         if event is not None:
             return event["result"]
         self._under_way.add(step)
@@ -7182,16 +7185,14 @@ class Run(_RunFacet):
             raise
         finally:
             self._under_way.discard(step)
-        block = self._engine.block()
-        if block is not None:
-            block.undo.append(functools.partial(self._release, step))
         return _decode_json(text)["result"]
 
     @_steps
     def sleep(self, seconds: float, *, name: str = "sleep") -> _Steps[None]:
         """Sleep once for that many seconds. Raises StorageError inside one's own transaction.
 
-        The time of waking is recorded. A block waits for it. In a worker the run is parked."""
+        The time of waking is recorded. A block waits for it. In a worker the run is parked, as
+        soon as no step is under way: what is done beside it begins again."""
         yield self.sleep_until(_datetime_of(self._after(seconds, "seconds")), name=name)
 
     @_steps
@@ -7260,9 +7261,12 @@ class Run(_RunFacet):
     def _go_on(self) -> _Steps[None]:
         """Before anything new is done: only in a run that is this worker's, and goes on."""
         if self._suspended or (self._crew is not None and self._crew.stops()):
+            self._suspended = True
             raise _Suspended
-        if self._take is not None:
-            _, self._item = yield from self._take()
+        take = self._take
+        if take is not None:
+            self._engine.forbid_inside("the first new step of a completed run")
+            _, self._item = yield from take()
             self._take = None
         yield self._look()
 
@@ -7613,6 +7617,8 @@ class _BlockRuns(_RunRecords):
     def _enter(self, block: _RunBlock) -> _Steps[Run]:
         """Begin a run for a block, or go on with it. Raises AlreadyRunning."""
         self._engine.forbid_inside("store.run()")
+        if block.run is not None:
+            raise StorageError("a run's block is entered once: call store.run() again")
         block.id = _id(block.id, "id")
         block.workflow_id = _id(block.workflow_id, "workflow_id")
         block.lease = self._lease(block.lease)
@@ -7636,7 +7642,13 @@ class _BlockRuns(_RunRecords):
 
         A completed run is taken only if `again`. Raises AlreadyRunning."""
         while True:
-            record, item = yield self._take(block, again)
+            try:
+                record, item = yield self._take(block, again)
+            except BaseException as error:
+                if not isinstance(error, Exception):  # it may have been committed all the same
+                    with contextlib.suppress(FlowStoreError):
+                        yield self._untake(block)
+                raise
             if item.worker_id == block.worker_id:
                 if block.hold is None:
                     block.hold = self._queue.hold(item, lease_seconds=block.lease)
@@ -7674,6 +7686,13 @@ class _BlockRuns(_RunRecords):
             item = _ITEM.decode(row)
         return record, item
 
+    @_write_row
+    def _untake(self, tx: _Tx, block: _RunBlock) -> None:
+        """Give back what an interrupted call has taken for a block."""
+        item = self._get(tx, _ITEM, id=block.id)
+        if item is not None and item.worker_id == block.worker_id:
+            self._end(tx, _End(item))
+
     @_read
     def _is_free(self, tx: _Tx, id: str) -> bool:
         return self._row(tx, _RUN_FREE, id, tx.now()) is not None
@@ -7696,6 +7715,9 @@ class _BlockRuns(_RunRecords):
                 if isinstance(problem, InvalidData):  # the result is not JSON
                     yield self._leave(block, problem)
                 raise
+        except BaseException:  # the end may not have been written
+            yield from self._give_back(run._item)
+            raise
 
 
 class _ThreadRunBlock(_RunBlock):
@@ -7827,18 +7849,25 @@ class Runs(_BlockRuns):
 
     def _do_run(self, crew: _Crew, record: WorkflowExecution, item: WorkItem) -> _Steps[_End]:
         """Call the function of a run; how its claim ends."""
-        log = yield self._read_chunk(item.id, 0, _INT_MAX)
-        run = self._run_type(self._engine, record, item, log, crew)
         owner = self._owner()
         crew.under_way[owner] = item
+        suspended = crew.stops  # whether the function was told to end here
         try:
+            if crew.stops():
+                return _End(item)
+            log = yield self._read_chunk(item.id, 0, _INT_MAX)
+            run = self._run_type(self._engine, record, item, log, crew)
+            suspended = functools.partial(getattr, run, "_suspended")
             result = yield crew.functions[record.workflow_id](run, run.input)
             end = _End(item, "completed", {"result": result})
             _json(end.detail, "run")  # here, or the worker would end with it
-            return end
-        except _Suspended:
-            return _End(item)
-        except Exception as error:
+            return _End(item) if suspended() else end
+        except (_Suspended, Exception, BaseExceptionGroup) as error:
+            if suspended():  # it may have caught that, or put it into a group
+                return _End(item)
+            if not isinstance(error, Exception):
+                yield from self._give_back(item)
+                raise
             return _End(item, detail={"error": _error_text(error)})
         except BaseException:
             yield from self._give_back(item)
@@ -8677,7 +8706,9 @@ class AsyncRuns(_AsyncFacet, Runs):
                 )
                 await self._renew(crew)
         finally:
-            for task in [*tasks, *watches]:
+            crew.is_ending = True
+            # A task that claims a run at this moment gives it back.
+            for task in [*filter(crew.under_way.__contains__, tasks), *watches]:
                 task.cancel()
             await asyncio.wait([*tasks, *watches])
         for task in tasks:

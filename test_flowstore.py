@@ -17283,6 +17283,102 @@ def test_a_clock_that_raises_stops_no_call_that_needs_none(make_store: MakeStore
     assert store.workflows.get_event(event).is_processed
 
 
+def test_a_block_of_a_run_is_entered_once_and_a_completed_run_grows_outside_blocks(
+    store: Store,
+) -> None:
+    block = store.run("r")
+    with block as run:
+        run.step("one", lambda: 1)
+    with pytest.raises(StorageError, match="entered once"), block:
+        pass
+    with store.run("r") as run:
+        with pytest.raises(StorageError, match="completed run"), store.transaction():
+            run.step("two", lambda: 2)
+        assert run.step("two", lambda: 2) == 2
+
+
+def test_a_step_found_in_the_log_is_that_step_again_after_a_rollback(store: Store) -> None:
+    calls = []
+    with pytest.raises(Stop), store.run("r") as run:
+        run.step("charge", lambda: calls.append(1))
+        raise Stop
+    with store.run("r") as run:
+        for _ in range(3):
+            with contextlib.suppress(Stop), store.transaction():
+                run.step("charge", lambda: calls.append(1))
+                raise Stop
+    assert calls == [1]
+
+
+def test_a_worker_takes_a_suspension_that_its_function_has_caught_or_grouped_for_one(
+    store: Store,
+) -> None:
+    def grouped(run: Any, input: Any) -> Any:
+        try:
+            run.wait_for("e")
+        except BaseException as suspension:
+            raise BaseExceptionGroup("as a TaskGroup does", [suspension]) from None
+
+    def caught(run: Any, input: Any) -> Any:
+        try:
+            return run.wait_for("e")
+        except BaseException:
+            return "cleaned up"
+
+    ids = [store.runs.start(function) for function in (grouped, caught)]
+    assert store.runs.work(grouped, caught, until_idle=True) == 0
+    store.runs.emit("e", data="data")
+    assert store.runs.work(grouped, caught, until_idle=True) == 2
+    assert [store.runs.result(id) for id in ids] == [None, "data"]
+
+
+def test_async_work_that_is_stopped_at_any_moment_leaves_no_claim_behind(path: Path) -> None:
+    async def main() -> None:
+        async def short(run: Any, input: Any) -> Any:
+            return await run.step("one", lambda: 1)
+
+        async with flowstore.open_async(path, synchronous="OFF") as store:
+            for n in range(200):
+                await store.runs.start(short, n)
+            ended = 0
+            for k in range(20):
+                stop = asyncio.Event()
+                asyncio.get_running_loop().call_later(0.002 + 0.001 * k, stop.set)
+                ended += await store.runs.work(short, stop=stop, concurrency=3)
+                assert await store.state.list_work_items(status="claimed") == []
+            for k in range(20):
+                task = asyncio.create_task(store.runs.work(short, concurrency=3))
+                await asyncio.sleep(0.002 + 0.001 * k)
+                task.cancel()
+                await asyncio.wait([task])
+                assert await store.state.list_work_items(status="claimed") == []
+            await store.runs.work(short, until_idle=True)
+            items = await store.state.list_work_items(limit=300)
+            assert {(item.status, item.attempt) for item in items} == {("completed", 0)}
+            assert len(items) == 200 and ended <= 200
+
+    asyncio.run(main())
+
+
+def test_a_task_cancelled_while_it_enters_a_run_leaves_no_claim_behind(path: Path) -> None:
+    async def main() -> None:
+        async with flowstore.open_async(path, synchronous="OFF") as store:
+
+            async def enter(id: str) -> None:
+                async with store.run(id):
+                    pass
+
+            for n in range(60):
+                task = asyncio.create_task(enter(f"r{n}"))
+                for _ in range(n % 12):
+                    await asyncio.sleep(0.0003)
+                task.cancel()
+                await asyncio.wait([task])
+                assert await store.state.list_work_items(status="claimed") == []
+
+    asyncio.run(main())
+
+
 def test_a_run_with_another_input_is_refused_with_what_to_do(store: Store) -> None:
     with store.run("r", input=1):
         pass
