@@ -3854,11 +3854,12 @@ class _Engine(_Database):
         """Run `action` on a connection from the pool."""
         self.refuse_unprepared_fork()
         connection = self.pool.check_out(writes)
-        try:
-            with connection.lock:
+        # Under its lock to the end: a fork would take a read that is over for an open transaction.
+        with connection.lock:
+            try:
                 result = action(connection.use())
-        finally:
-            self.pool.check_in(connection)
+            finally:
+                self.pool.check_in(connection)
         return result
 
     def on_new_connection(self, action: Callable[[_Tx], R]) -> R:

@@ -9839,6 +9839,30 @@ def test_a_fork_while_a_claim_waits_leaves_both_sides_working_and_waking_each_ot
         process.finish()
 
 
+def fork_as_a_read_ends(path: str) -> None:
+    store_engine = flowstore.open(path)
+    write(store_engine, "run", "known")
+    at_its_end = threading.Event()
+    check_in = flowstore._Pool.check_in
+
+    def slowly(pool: Any, connection: Any) -> None:
+        at_its_end.set()
+        time.sleep(0.2)  # in which the fork begins
+        check_in(pool, connection)
+
+    flowstore._Pool.check_in = slowly  # type: ignore[assignment]
+    reader = Caller(store_engine.stats)
+    at_its_end.wait(WATCHDOG)
+    reap(forked(lambda: write(store_engine, "run", "child")))
+    reader.result()
+
+
+@forking
+def test_a_fork_at_the_very_end_of_a_read_takes_that_for_no_transaction(path: Path) -> None:
+    with Process(fork_as_a_read_ends, path) as process:
+        process.finish()
+
+
 def fork_beside_a_transaction(path: str) -> None:
     store_engine = flowstore.open(path)
     write(store_engine, "run", "before")
