@@ -4410,7 +4410,7 @@ class ItemRules(Machine):
             claimed_at=self.clock(),
             lease_expires_at=self.clock() + seconds(lease),
         )
-        assert got == self.model.items[id]
+        assert got is not None and got == self.model.items[id]
         if got.queue_type in self.model.policies:
             policy, full_at = self.model.policies[got.queue_type]
             if policy.rate is not None:
@@ -22661,7 +22661,7 @@ def test_the_readme_has_every_public_method_in_a_line_each() -> None:
     for part, kind in parts.items():
         for name in {name for name in dir(kind) if not name.startswith("_")}:
             if callable(method := getattr(kind, name)):
-                says = " ".join(method.__doc__.split("\n\n")[0].split())
+                says = " ".join(str(method.__doc__).split("\n\n")[0].split())
                 wanted.add(f"| `{part}.{name}` | {says} |")
     lines = (HERE / "README.md").read_text(encoding="utf-8").split("\n")
     listed = [line for line in lines if line.startswith(("| `store", "| `run."))]
