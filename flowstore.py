@@ -1689,7 +1689,7 @@ _ERROR = _Mapper(ExecutionError, "execution_errors", "error")
 _IDLE_READERS = 8
 # A log with that many frames is checkpointed, and then overwritten from its start. A growing log
 # costs twice as much per fsync, since the file's size is written too.
-_WAL_FRAMES = 1000
+_WAL_FRAMES = 1500
 _MAX_PATH_BYTES = 504  # SQLite has room for 512, with "-journal" at the end
 _MAX_NAME_BYTES = 255  # of a file system, with the suffix that SQLite adds
 _INFO = 20  # as in `logging`
