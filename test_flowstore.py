@@ -17614,6 +17614,41 @@ def test_a_lease_taken_back_and_a_dead_letter_are_warned_of_once_after_the_commi
     assert ids[0] in line and "poison" in line
 
 
+def test_what_a_failed_call_would_have_warned_of_is_not_told(
+    path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def beside_others() -> list[Any]:
+        async with flowstore.open_async(path, clock=clock, synchronous="OFF") as store:
+            return await asyncio.gather(
+                store.state.move_to_dead_letter("c", "poison"),
+                store.state.reclaim_expired_leases(),
+                store.events.append("run", "default", EVENT),
+                return_exceptions=True,
+            )
+
+    with flowstore.open(path, clock=clock, synchronous="OFF", lease_seconds=10) as store:
+        store.events.append("e", "default", EVENT)
+        for id in "abc":
+            store.state.enqueue_work_item(WorkItem(id=id, execution_id="e", queue_type="q"))
+            if id != "c":
+                store.state.claim_work_item("w", ["q"])
+        with store.transaction() as tx:
+            tx.execute(
+                """CREATE TRIGGER harm BEFORE UPDATE ON flowstore_work_items WHEN old.id = 'b'
+                BEGIN SELECT RAISE(ABORT, 'no'); END"""
+            )
+        clock.advance(11)
+        with pytest.raises(StorageError):
+            store.state.reclaim_expired_leases()  # takes "a" back, and fails with "b"
+        with store.transaction(), pytest.raises(StorageError):
+            store.state.reclaim_expired_leases()
+    assert warnings_of(caplog) == []
+    letter, failed, sequence = asyncio.run(beside_others())
+    assert (letter.id, sequence) == ("c", 1) and isinstance(failed, StorageError)
+    [line] = warnings_of(caplog)  # once, although the group began again
+    assert "work item c is a dead letter" in line
+
+
 def test_a_hold_that_lost_its_lease_is_warned_of_once(
     store: Store, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
