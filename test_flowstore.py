@@ -17617,7 +17617,7 @@ def test_a_lease_taken_back_and_a_dead_letter_are_warned_of_once_after_the_commi
 def test_what_a_failed_call_would_have_warned_of_is_not_told(
     path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def beside_others() -> list[Any]:
+    async def beside_others() -> Any:
         async with flowstore.open_async(path, clock=clock, synchronous="OFF") as store:
             return await asyncio.gather(
                 store.state.move_to_dead_letter("c", "poison"),
