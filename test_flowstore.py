@@ -22337,8 +22337,9 @@ def test_short_lived_threads_of_every_kind_leave_no_descriptor_behind(path: Path
             calls = [partial(kinds[n % 4], 100 * wave + n) for n in range(20)]
             assert outcomes(calls) == [None] * 20
         gc.collect()
-        # Two descriptors for each reader that is kept (at most 8 here: they are short), two for the one that checkpoints.
-        assert descriptors() <= before + flowstore._IDLE_READERS + 2
+        # Two descriptors for each reader that is kept, two for the connection that checkpoints.
+        # How many readers are kept is up to how many threads happened to read at one time.
+        assert descriptors() <= before + 2 * flowstore._IDLE_READERS + 2
         assert store.check() == []
 
 
