@@ -4890,7 +4890,8 @@ _LOG_HEAD = _Sql(f"""SELECT tenant_id,
 # in as much time as it takes to bind all the others.
 _LOG_INSERT = """INSERT INTO flowstore_log
     (execution_id, sequence, tenant_id, event, timestamp, event_id)
-    VALUES (?, ?, ?, ?, ?, NULLIF(?, ''))"""
+    VALUES (?, ?, ?, ?, ?, NULLIF(?, ''))
+    ON CONFLICT (execution_id, event_id) WHERE event_id IS NOT NULL DO NOTHING"""
 _LOG_BY_EVENT_ID = """SELECT sequence FROM flowstore_log {by flowstore_log_by_event_id}
     WHERE execution_id = ? AND event_id = ?"""
 _LOG_IN_ORDER = "flowstore_log {by_key|flowstore_log_by_tenant}"
@@ -4957,18 +4958,16 @@ class _LogFacet(_Facet):
         expected: object = None,
         event_id: object = None,
     ) -> int:
-        """Append one event behind the sequence `last`, once per event id."""
-        if event_id is not None:
-            event_id = _id(event_id, "event_id")
-            known = tx.row(tx.dialect.resolve(_LOG_BY_EVENT_ID), execution_id, event_id)
-            if known is not None:
-                return int(known[0])
-        if expected is not None:
-            expected = _int(expected, "expected_sequence", 0)
-            if last != expected:
-                raise SequenceConflict(execution_id, expected, last)
-        tx.run(_LOG_INSERT, execution_id, last + 1, tenant_id, event, tx.now(), event_id or "")
-        return last + 1
+        """Append one event behind the sequence `last`, once per event id; its sequence."""
+        expects = last if expected is None else _int(expected, "expected_sequence", 0)
+        once = "" if event_id is None else _id(event_id, "event_id")
+        row = execution_id, last + 1, tenant_id, event, tx.now(), once
+        if last == expects and tx.run(_LOG_INSERT, *row):
+            return last + 1
+        known = tx.row(tx.dialect.resolve(_LOG_BY_EVENT_ID), execution_id, once)
+        if known is None:
+            raise SequenceConflict(execution_id, expects, last)
+        return int(known[0])
 
     def _events_after(
         self, tx: _Tx, execution_id: AnyId, after: int, limit: int = _INT_MAX
@@ -5477,6 +5476,8 @@ _NEXT_QUEUE = {
 # The record of a run, whose item has its id and its function's name.
 _FOLLOW_ITEM = _Sql("""UPDATE flowstore_runs SET status = ?, updated_at = ?, completed_at = ?
     WHERE execution_id = ? AND workflow_id = ? {tenant}""")
+_END_WAITS = """UPDATE event_subscriptions {by event_subscriptions_by_workflow}
+    SET terminated_at = ? WHERE workflow_id = ? AND terminated_at IS NULL"""
 _RECLAIMED_PER_CLAIM = 16
 _LEASE_EXPIRED = "the lease expired"
 
@@ -5488,9 +5489,6 @@ _IN_QUEUE = f"{_PENDING} ?"
 _TOP_LEVEL = "{tenant} ORDER BY priority DESC LIMIT 1"
 _NEXT_LEVEL = _Sql(f"SELECT priority {_IN_QUEUE} AND priority < ? {_TOP_LEVEL}")
 _ABOVE_ALL = 101  # a priority above all that there are
-_AVAILABLE = _Sql(f"""SELECT -priority, available_at, id {_IN_QUEUE}
-    AND priority = ? AND available_at <= ? {{tenant}} ORDER BY available_at, id LIMIT ?""")
-_AVAILABLE_LOCKED = _Sql(_AVAILABLE.text + " {skip_locked}")
 _EXPIRED = """FROM flowstore_work_items {by flowstore_leased}
     WHERE {any_status} = 'claimed' AND {queue_type} = ? AND lease_expires_at <= ?"""
 _EXPIRED_LEASES = f"""SELECT {_ITEM.columns} {_EXPIRED}
@@ -5507,16 +5505,37 @@ _BATCH = 500  # ids in one statement
 
 
 @functools.cache
-def _claim_sql(queues: int) -> _Sql:
+def _of_functions(functions: int) -> str:
+    """A condition: the item is that of a run of one of so many functions. Of 0: none."""
+    return (
+        f"""AND id = execution_id AND node_id IN ({", ".join("?" * functions)})
+        AND EXISTS (SELECT 1 FROM flowstore_runs r
+        WHERE r.execution_id = id AND r.workflow_id = node_id)"""
+        if functions
+        else ""
+    )
+
+
+@functools.cache
+def _available_sql(functions: int, skip_locked: str) -> _Sql:
+    """The items of a queue and a priority that are due."""
+    return _Sql(f"""SELECT -priority, available_at, id {_IN_QUEUE}
+        AND priority = ? AND available_at <= ? {_of_functions(functions)} {{tenant}}
+        ORDER BY available_at, id LIMIT ? {skip_locked}""")
+
+
+@functools.cache
+def _claim_sql(queues: int, functions: int) -> _Sql:
     """Claim the head of so many queues, if the top levels tell it and nothing has to be done first.
 
     That is: no lease has expired, no queue has a policy, and the items of the highest priority of
-    a queue are not all delayed."""
+    a queue are not all delayed, or of other functions."""
     one = queues == 1
     queue = "?" if one else "q.column1"
     wanted = f"FROM (VALUES {', '.join(['(?)'] * queues)}) q"
     top = f"(SELECT priority {_PENDING} {queue} {_TOP_LEVEL})"
-    at_top = f"{_PENDING} {queue} AND priority = {top} AND available_at <= ? {{tenant}}"
+    at_top = f"""{_PENDING} {queue} AND priority = {top} AND available_at <= ?
+        {_of_functions(functions)} {{tenant}}"""
     head = f"SELECT id {at_top} ORDER BY available_at, id LIMIT 1 {{skip_locked}}"
     obstacle = f"""EXISTS (SELECT 1 FROM flowstore_queues WHERE queue_type = {queue})
         OR EXISTS (SELECT 1 {_EXPIRED.replace("?", queue, 1)})"""
@@ -5618,6 +5637,7 @@ class _Items(_StateFacet):
             last = whole._last_sequence(tx, changed.id) or 0
             text = _event_text(event, "event")
             whole._append_to(tx, changed.id, changed.tenant_id, last, text)
+            tx.run(tx.dialect.resolve(_END_WAITS), now, changed.id)
         return item
 
     def _change_items(
@@ -5724,16 +5744,25 @@ class _Claims(_Items):
 
     @_write_one
     def _claim(
-        self, tx: _Tx, worker_id: str, queues: list[str], lease: float, limit: int
+        self,
+        tx: _Tx,
+        worker_id: str,
+        queues: list[str],
+        lease: float,
+        limit: int,
+        functions: Collection[str] = (),
     ) -> list[WorkItem]:
+        """Claim items; if `functions` are given, those of their runs."""
         now = tx.now()
         values = worker_id, now, _time_after(now, lease, "lease_seconds")
         if limit == 1 and queues:
+            due = now, *functions
             if len(queues) == 1:
-                places = *queues, *queues, now, *queues, *queues, now
+                places = *queues, *queues, *due, *queues, *queues, now
             else:
-                places = *queues, now, *queues, now, now
-            rows = self._rows(tx, _claim_sql(len(queues)), *values, *places)
+                places = *queues, *due, *queues, now, *due
+            sql = _claim_sql(len(queues), len(functions))
+            rows = self._rows(tx, sql, *values, *places)
             if rows:
                 return _ITEM.decode_all(rows)
         limits = self._limits(tx, queues, now)
@@ -5743,32 +5772,40 @@ class _Claims(_Items):
             limits = self._limits(tx, queues, now, "{for_update}")
         # An item that another transaction is claiming is skipped first. That claim may be undone:
         # if there is no other item, wait for it.
-        available = _AVAILABLE_LOCKED
+        locks = "{skip_locked}"
         claimed: list[WorkItem] = []
         counts = Counter[str]()  # of those, by queue
         while len(claimed) < limit:
             heads: list[tuple[Any, ...]] = []
             for queue in queues:
                 room = limits.get(queue, _NO_LIMIT).room - counts[queue]
-                heads += self._heads(tx, available, queue, now, min(limit - len(claimed), room))
+                most = min(limit - len(claimed), room)
+                heads += self._heads(tx, queue, now, most, functions, locks)
             ids = [id for _, _, id in sorted(heads)[: limit - len(claimed)]]
             if ids:
                 leased = self._change_items(tx, _LEASE, values, ids)
                 claimed += [leased[id] for id in ids if id in leased]
                 counts = Counter(item.queue_type for item in claimed)
-            elif claimed or available is _AVAILABLE or self._engine.max_writers == 1:
+            elif claimed or not locks or self._engine.max_writers == 1:
                 break
             else:
-                available = _AVAILABLE
+                locks = ""
         for queue, (_, interval, full_at) in limits.items():
             if interval and counts[queue]:
                 tx.run(_POLICY_SPEND, full_at + counts[queue] * interval, queue)
         return claimed
 
     def _heads(
-        self, tx: _Tx, available: _Sql, queue: str, now: int, limit: int
+        self,
+        tx: _Tx,
+        queue: str,
+        now: int,
+        limit: int,
+        functions: Collection[str],
+        locks: str = "",
     ) -> list[tuple[Any, ...]]:
         """The first items of a queue: priority (negative), time and id. A seek for each level."""
+        available = _available_sql(len(functions), locks)
         heads: list[tuple[Any, ...]] = []
         level = _ABOVE_ALL
         while len(heads) < limit:
@@ -5776,18 +5813,20 @@ class _Claims(_Items):
             if row is None:
                 break
             level = row[0]
-            heads += self._rows(tx, available, queue, level, now, limit - len(heads))
+            left = limit - len(heads)
+            heads += self._rows(tx, available, queue, level, now, *functions, left)
         return heads
 
     @_snapshot
-    def _claimable(self, tx: _Tx, queues: list[str]) -> bool:
+    def _claimable(self, tx: _Tx, queues: list[str], functions: Collection[str] = ()) -> bool:
         """Whether a claim would find an item or an expired lease."""
         now = tx.now()
         limits = self._limits(tx, queues, now)
         for queue in queues:
             if tx.row(tx.dialect.resolve(f"SELECT 1 {_EXPIRED} LIMIT 1"), queue, now):
                 return True
-            if self._heads(tx, _AVAILABLE, queue, now, min(1, limits.get(queue, _NO_LIMIT).room)):
+            room = limits.get(queue, _NO_LIMIT).room
+            if self._heads(tx, queue, now, min(1, room), functions):
                 return True
         return False
 
@@ -6424,6 +6463,12 @@ class Hold(_LeaseKeeper):
     interrupt keeps its end from being run: only the statement refers to the Hold."""
 
     def __enter__(self) -> Hold:
+        self.expires = self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
+        self._start()
+        return self
+
+    def _start(self) -> None:
+        """Begin the renewals, of a lease that is new."""
         import _thread
 
         _reserve_stack(20)
@@ -6432,27 +6477,27 @@ class Hold(_LeaseKeeper):
         self._gate = threading.Lock()  # is released to end the renewals
         self._gate.acquire()
         self._ended = threading.Lock()  # is released when they have ended
-        self.expires = self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
         if self._state._engine.block() is None:  # a transaction would keep the renewals waiting
             self._ended.acquire()
             # Not by threading.Thread: an interrupt during its start would leave a thread for ever.
             hold: weakref.ref[Hold] = weakref.ref(self)
             arguments = (hold, self._gate, self._ended, self._interval)
             _thread.start_new_thread(_keep_lease, arguments)
-        return self
+
+    def _stop(self) -> bool:
+        """End the renewals; whether they went on until now."""
+        self._gate.release()
+        goes_on = self._ended.locked()
+        if self._process == os.getpid():  # a forked child has no such thread
+            self._ended.acquire()
+        return goes_on
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
     ) -> None:
-        self._gate.release()
-        renewing = self._ended.locked()
-        if self._process == os.getpid():  # a forked child has no such thread
-            self._ended.acquire()
-        if renewing and not self.lost:
+        if self._stop() and not self.lost:
             self._state._renew_lease_of(self)
         self._end(kind)
-
-    _enter = __enter__
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError, RuntimeError):  # not entered, or ended
@@ -7012,6 +7057,7 @@ class PersistenceProvider(_CommandFacet):
 # Runs: durable functions, over the facets above and nothing else
 # ==================================================================================================
 
+_BRANCH_SECONDS = 0.05  # so long no step of a run with branches is under way before it is parked
 _BLOCK_QUEUE = "store.run"  # of the runs of blocks: no function has such a name
 _RUN_LOOK = _Sql("""SELECT tenant_id FROM flowstore_work_items
     {by sqlite_autoindex_flowstore_work_items_1}
@@ -7052,8 +7098,6 @@ _SUBSCRIBE = """INSERT INTO event_subscriptions (id, workflow_id, step_id, execu
     ON CONFLICT (id) DO UPDATE SET terminated_at = NULL, event_name = excluded.event_name,
     event_key = excluded.event_key RETURNING event_subscriptions.subscription_data"""
 _END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
-_END_WAITS = """UPDATE event_subscriptions {by event_subscriptions_by_workflow}
-    SET terminated_at = ? WHERE workflow_id = ? AND terminated_at IS NULL"""
 
 
 class _Suspended(BaseException):
@@ -7089,12 +7133,25 @@ class _Wait(NamedTuple):
     event_key: str = ""
 
 
+def _result_in(log: Iterable[StoredEvent]) -> Any:
+    """The result of a completed run, by its log."""
+    result = None  # so it stays where the status was set by hand
+    for stored in log:
+        if stored.event["type"] == "execution_completed":
+            result = stored.event["result"]
+    return result
+
+
 class _RunFacet(_LogFacet):
     """What the store's runs and a single one have."""
 
     def _do(self, tx: _Tx, operation: Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Run an operation of the state backend in the open transaction."""
         return inspect.unwrap(operation)(StateBackend(self._engine), tx, *args, **options)
+
+    def _owner(self) -> object:
+        """The thread or task that does a run, or a branch of it."""
+        return threading.get_ident()
 
     def _set_status(self, tx: _Tx, id: str, status: str) -> None:
         self._run(tx, _RUN_STATUS, status, tx.now(), status, tx.now(), id)
@@ -7107,12 +7164,14 @@ class _RunFacet(_LogFacet):
             raise LeaseLost(item.id)
 
     def _append(self, tx: _Tx, id: str, event: Mapping[str, Any]) -> str:
-        """Append an event to the log of a run, the record of a step once; its text."""
+        """Append an event to the log of a run, the record of a step once; its text there."""
         step = event.get("step")
         text = _json(event, f"step {step!r}" if step else "run")
         once = f"step:{step}" if step and event["type"] != "step_failed" else None
         tenant, _, last = self._rows(tx, _LOG_HEAD, id)[0]
-        self._append_to(tx, id, tenant, last or 0, text, None, once)
+        sequence = self._append_to(tx, id, tenant, last or 0, text, None, once)
+        if sequence <= (last or 0):  # by a call that was cancelled, and committed all the same
+            text = _json(self._events_after(tx, id, sequence - 1, 1)[0].event, "run")
         return text
 
 
@@ -7129,7 +7188,6 @@ class Run(_RunFacet):
         engine: Any,
         record: WorkflowExecution,
         item: WorkItem,
-        log: Iterable[StoredEvent],
         crew: _Crew | None = None,
     ) -> None:
         super().__init__(engine)
@@ -7139,13 +7197,17 @@ class Run(_RunFacet):
         self.result: Json = None
         self._item = item
         self._crew = crew  # of a worker, which parks a run that waits; a block has none
+        self._owner_of_function = self._owner()
+        self._has_branches = False  # whether other threads or tasks than that one ask for steps
         self._suspended = False
+        self._parked = False
         self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
-        self._recorded = {stored.id: stored.event for stored in log}
+        self._recorded: dict[str | None, dict[str, Any]] = {}  # events, by their event_id
         self._lock = threading.RLock()  # a signal handler may ask for a step, too
         self._taken: set[str] = set()  # steps that were asked for, and have not failed
         self._next: dict[Any, int] = {}  # by name and kinds, an ordinal: those below are taken
         self._under_way: set[str] = set()  # steps whose function is being called
+        self._waits: dict[str, int] = {}  # the waits that have begun, and until when
 
     def __repr__(self) -> str:
         return f"<flowstore.{type(self).__name__} {self.id!r}, attempt {self.attempt}>"
@@ -7167,7 +7229,8 @@ class Run(_RunFacet):
             block.undo.append(functools.partial(self._release, step))
         if event is not None:
             return event["result"]
-        self._under_way.add(step)
+        with self._lock:
+            self._under_way.add(step)
         try:
             yield from self._go_on()
             start = _monotonic()
@@ -7193,7 +7256,7 @@ class Run(_RunFacet):
         """Sleep once for that many seconds. Raises StorageError inside one's own transaction.
 
         The time of waking is recorded. A block waits for it. In a worker the run is parked, as
-        soon as no step is under way: what is done beside it begins again."""
+        soon as nothing is done beside it."""
         yield self.sleep_until(_datetime_of(self._after(seconds, "seconds")), name=name)
 
     @_steps
@@ -7218,8 +7281,10 @@ class Run(_RunFacet):
         """The `data` of an event of `runs.emit`, recorded under `name` (None: the event's name).
 
         It is the first event of that name and key since the run was started that no earlier wait of
-        the run has had. A block waits for it. In a worker the run is parked. Raises TimeoutError
-        `timeout` seconds after the wait first began, StorageError inside one's own transaction."""
+        the run has had. A block waits for it. In a worker the run is parked, as soon as no step has
+        been under way for a moment in other branches (threads or tasks): what is done there outside
+        of steps begins again. Raises TimeoutError `timeout` seconds after the wait first began,
+        StorageError inside one's own transaction."""
         event_name = _key(event_name, "event_name")
         event_key = _key(event_key, "event_key")
         until = _LAST_TIME if timeout is None else self._after(timeout, "timeout")
@@ -7232,6 +7297,14 @@ class Run(_RunFacet):
             raise TimeoutError(f"run {self.id!r}: no event came in time for {step!r}")
         return event["data"]
 
+    def _recall(self, log: Iterable[StoredEvent]) -> None:
+        """Find in the log what is recorded."""
+        self._recorded.update((stored.id, stored.event) for stored in log)
+
+    def _interim_end(self) -> _End | None:
+        """How the claim of a suspended run ends, None if it has ended already."""
+        return None if self._parked else _End(self._item)
+
     # --- names ---
     def _begin(self, name: str, *kinds: str) -> tuple[str, Any]:
         """The next step of a name, and its event if it is recorded."""
@@ -7240,6 +7313,8 @@ class Run(_RunFacet):
             raise InvalidData("name: '#' is for the ordinals of steps, leave it out")
         if "step_completed" not in kinds:
             self._engine.forbid_inside("a wait of a run")
+        if self._owner() != self._owner_of_function:
+            self._has_branches = True
         with self._lock:
             ordinal = self._next.get((name, kinds), 1)
             while True:
@@ -7289,30 +7364,51 @@ class Run(_RunFacet):
     def _wait(self, wait: _Wait) -> _Steps[Any]:
         """Wait; the event that ends the wait.
 
-        A worker's run is suspended. First the steps that are done beside the wait end."""
+        A worker's run is suspended, once nothing is done in other branches."""
         try:
             yield from self._go_on()
+            parks = not (self._crew is None or self._has_branches or self._under_way)
             while True:
-                parks = self._crew is not None and not self._under_way
                 event, wait = yield self._attempt(wait, parks)
+                self._parked |= parks and event is None
+                self._suspended |= self._parked
+                # Other branches may have ended for it, even if there is an event by now.
+                if self._suspended:
+                    raise _Suspended
                 if event is not None:
                     return event
-                if parks:
-                    self._suspended = True
-                    raise _Suspended
-                yield self._poll(self._is_over, math.inf, wait)
-        except BaseException:
+                self._waits[wait.step] = wait.until
+                parks = yield from self._wait_beside(wait)
+        except BaseException as error:
             if wait.event_name is not None:
                 self._recorded.pop(f"step:{wait.step}", None)  # it may have been rolled back
             self._release(wait.step)
+            if self._parked and isinstance(error, LeaseLost):  # by another branch
+                raise _Suspended from None
             raise
+        finally:
+            self._waits.pop(wait.step, None)
+
+    def _wait_beside(self, wait: _Wait) -> _Steps[bool]:
+        """Wait until the wait is over, or (True) until nothing is done in other branches.
+
+        Then these are suspended, too: a step that began now would not be recorded."""
+        while (yield self._poll(self._look_at, math.inf, wait)) != "over":
+            # The next step of a branch may be about to begin.
+            yield self._poll(self._under_way.copy, _BRANCH_SECONDS)
+            with self._lock:
+                if not self._under_way:
+                    self._suspended = True
+                    return True
+        return False
 
     @_snapshot
-    def _is_over(self, tx: _Tx, wait: _Wait) -> bool:
-        """Whether another attempt would end the wait or park the run. Raises LeaseLost."""
+    def _look_at(self, tx: _Tx, wait: _Wait) -> str | None:
+        """Whether a wait is "over", or the run could be "parked". Raises LeaseLost."""
         self._check_lease(tx, self._item, _RUN_LOOK)
-        may_park = self._crew is not None and not self._under_way
-        return may_park or self._outcome(tx, wait) is not None
+        if self._outcome(tx, wait) is not None:
+            return "over"
+        return None if self._crew is None or self._under_way else "parked"
 
     @_write
     def _attempt(self, tx: _Tx, wait: _Wait, parks: bool) -> tuple[Any, _Wait]:
@@ -7327,23 +7423,25 @@ class Run(_RunFacet):
             (stored,) = tx.rows(_SUBSCRIBE, *subscription)[0]
             wait = wait._replace(until=int(stored))
         event = self._outcome(tx, wait)
-        end = _datetime_of(wait.until)
         if name is None:
-            start = {"type": "sleep_started", "step": step, "until": end.isoformat()}
-            self._append(tx, self.id, start)
+            end = _datetime_of(wait.until).isoformat()
+            self._append(tx, self.id, {"type": "sleep_started", "step": step, "until": end})
         elif event is not None:
             self._append(tx, self.id, event)
             tx.run(_END_WAIT, tx.now(), id)
             # Now already: a wait beside this one, perhaps in the same group, takes another event.
             self._recorded[f"step:{step}"] = event
         if event is None and parks:
-            self._do(tx, StateBackend.park_work_item, self._item, until=end)
+            first_end = min([wait.until, *self._waits.values()])
+            parked_until = _datetime_of(first_end)
+            self._do(tx, StateBackend.park_work_item, self._item, until=parked_until)
             self._set_status(tx, self.id, "pending")
         return event, wait
 
     def _outcome(self, tx: _Tx, wait: _Wait) -> dict[str, Any] | None:
         """The event that ends a wait now, None while it goes on."""
         step, until, name, key = wait
+        is_late = tx.now() >= until
         if name is not None:
             others = [one for id, one in list(self._recorded.items()) if id != f"step:{step}"]
             had = {one["event"] for one in others if one["type"] == "wait_completed"}
@@ -7352,7 +7450,7 @@ class Run(_RunFacet):
                 _EVENT,
                 "AND event_time > ? AND event_time <= ? ORDER BY event_time, id LIMIT ?",
                 self._item.payload["events_after"],
-                until,
+                until if is_late else _LAST_TIME,  # the clock may have been put back since
                 len(had) + 1,
                 index="events_by_key",
                 event_name=name,
@@ -7362,7 +7460,7 @@ class Run(_RunFacet):
                 if event.id not in had:
                     end = {"type": "wait_completed", "step": step, "event": event.id}
                     return end | {"data": event.event_data}
-        return {"type": "wait_timed_out", "step": step} if tx.now() >= until else None
+        return {"type": "wait_timed_out", "step": step} if is_late else None
 
 
 class _RunRecords(_RunFacet):
@@ -7464,14 +7562,14 @@ class _RunRecords(_RunFacet):
         seconds = math.inf if timeout is None else _span(timeout, "timeout")
         if self._engine.block() is not None:
             seconds = 0.0
-        ended = yield self._poll(self._last_event, seconds, id)
+        ended = yield self._poll(self._outcome_of, seconds, id)
         if ended is None:
             raise TimeoutError(f"run {id!r} has not ended yet")
         return ended["result"]
 
     @_snapshot
-    def _last_event(self, tx: _Tx, id: AnyId) -> dict[str, Any] | None:
-        """The event that completed a run, None before its end. Raises RunFailed, RunCancelled."""
+    def _outcome_of(self, tx: _Tx, id: AnyId) -> dict[str, Any] | None:
+        """The `result` of a completed run, None before its end. Raises RunFailed, RunCancelled."""
         record, item = self._need_run(tx, id)
         if not record.status.is_terminal:
             return None
@@ -7479,34 +7577,24 @@ class _RunRecords(_RunFacet):
             raise RunCancelled(item.id)
         if record.status != "completed":
             raise RunFailed(item.id, item.last_error or "")
-        log = self._events_after(tx, item.id, 0)
-        ends = [one.event for one in log if one.event["type"] == "execution_completed"]
-        return ends[-1] if ends else {"result": None}  # its status was set by hand
+        return {"result": _result_in(self._events_after(tx, item.id, 0))}
 
     @_write_row
     def _end_and_claim(self, tx: _Tx, crew: _Crew | None, end: _End | None) -> Any:
         """In one transaction, end the claim of a run, and claim one for a crew: whether the first
-        run has ended, record and item of the second, and whether there are runs for others.
+        run has ended, and record and item of the second.
 
         Raises LeaseLost, RunCancelled."""
         ended = end is not None and self._end(tx, end)
-        lease = self._lease(None)
-        others: list[WorkItem] = []
-        claimed = None
-        while crew is not None and claimed is None and not crew.stops():
-            items = self._do(tx, StateBackend._claim, crew.worker_id, crew.queues, lease, 1)
-            if not items:
-                break
-            item = items[0]
-            record = self._get(tx, _RUN, _IS_RUN, execution_id=item.id)
-            if record is not None and record.workflow_id in crew.functions:
-                claimed = record, item
-                self._set_status(tx, item.id, "running")
-            else:
-                others.append(item)
-        for item in others:
-            self._do(tx, StateBackend.park_work_item, item, until=item.available_at)
-        return ended, claimed, bool(others)
+        if crew is None or crew.stops():
+            return ended, None
+        claim = crew.worker_id, crew.queues, self._lease(None), 1, crew.functions
+        items = self._do(tx, StateBackend._claim, *claim)
+        if not items:
+            return ended, None
+        id = items[0].id
+        self._set_status(tx, id, "running")
+        return ended, (self._need(tx, _RUN, execution_id=id), items[0])
 
     def _give_back(self, item: WorkItem) -> _Steps[None]:
         """Give a claim back after an error, which says more than one of the store's."""
@@ -7630,11 +7718,11 @@ class _BlockRuns(_RunRecords):
         except BaseException:
             yield from self._give_back(item)
             raise
-        run: Run = self._run_type(self._engine, record, item, log)
+        run: Run = self._run_type(self._engine, record, item)
+        run._recall(log)
         block.run = run
         if block.hold is None:
-            ended = yield self._last_event(block.id)
-            run.result = ended and ended["result"]
+            run.result = _result_in(log)
             run._take = functools.partial(self._hold, block, True)
         return run
 
@@ -7653,8 +7741,9 @@ class _BlockRuns(_RunRecords):
             if item.worker_id == block.worker_id:
                 if block.hold is None:
                     block.hold = self._queue.hold(item, lease_seconds=block.lease)
+                    block.hold.expires = item.lease_expires_at
                     try:
-                        yield block.hold._enter()
+                        block.hold._start()
                     except BaseException:
                         yield from self._give_back(item)
                         raise
@@ -7732,7 +7821,7 @@ class _ThreadRunBlock(_RunBlock):
             self.runs._leave(self, error)
         finally:
             if self.hold is not None:  # a lost lease was told of by now
-                self.hold.__exit__(LeaseLost, None, None)
+                self.hold._stop()
 
 
 class _Crew:
@@ -7793,6 +7882,9 @@ class Runs(_BlockRuns):
         from concurrent.futures import ThreadPoolExecutor, wait
 
         crew = _Crew(self, functions, concurrency, queues, worker_id, stop, until_idle)
+        for name, function in crew.functions.items():
+            if inspect.iscoroutinefunction(function):
+                raise InvalidData(f"functions: {name} is a coroutine function: use an async store")
         pool = ThreadPoolExecutor(concurrency, "flowstore-run")
         serving: list[Any] = []
 
@@ -7815,10 +7907,6 @@ class Runs(_BlockRuns):
             future.result()
         return crew.ended
 
-    def _owner(self) -> object:
-        """The thread or task that does a run."""
-        return threading.get_ident()
-
     @_steps
     def _serve(self, crew: _Crew) -> _Steps[None]:
         """Do one run after another, in a thread or a task."""
@@ -7826,7 +7914,7 @@ class Runs(_BlockRuns):
         try:
             while True:
                 try:
-                    ended, claimed, others_wait = yield self._end_and_claim(crew, end)
+                    ended, claimed = yield self._end_and_claim(crew, end)
                 except StoreBusy:
                     continue  # nothing was written
                 except (LeaseLost, RunCancelled):
@@ -7840,32 +7928,30 @@ class Runs(_BlockRuns):
                     end = yield from self._do_run(crew, *claimed)
                 elif crew.until_idle or crew.stops():
                     return
-                elif others_wait:  # their items would be found again and again
-                    yield self._poll(crew.stops, 1.0)
                 else:
                     yield self._poll(self._has_work, math.inf, crew)
         except BaseException:
             crew.is_ending = True
             raise
 
-    def _do_run(self, crew: _Crew, record: WorkflowExecution, item: WorkItem) -> _Steps[_End]:
-        """Call the function of a run; how its claim ends."""
+    def _do_run(
+        self, crew: _Crew, record: WorkflowExecution, item: WorkItem
+    ) -> _Steps[_End | None]:
+        """Call the function of a run; how its claim ends, None if the run is parked."""
         owner = self._owner()
         crew.under_way[owner] = item
-        suspended = crew.stops  # whether the function was told to end here
+        run: Run = self._run_type(self._engine, record, item, crew)
         try:
             if crew.stops():
                 return _End(item)
-            log = yield self._read_chunk(item.id, 0, _INT_MAX)
-            run = self._run_type(self._engine, record, item, log, crew)
-            suspended = functools.partial(getattr, run, "_suspended")
+            run._recall((yield self._read_chunk(item.id, 0, _INT_MAX)))
             result = yield crew.functions[record.workflow_id](run, run.input)
             end = _End(item, "completed", {"result": result})
             _json(end.detail, "run")  # here, or the worker would end with it
-            return _End(item) if suspended() else end
+            return run._interim_end() if run._suspended else end
         except (_Suspended, Exception, BaseExceptionGroup) as error:
-            if suspended():  # it may have caught that, or put it into a group
-                return _End(item)
+            if run._suspended:  # it may have caught that, or put it into a group
+                return run._interim_end()
             if not isinstance(error, Exception):
                 yield from self._give_back(item)
                 raise
@@ -7878,7 +7964,7 @@ class Runs(_BlockRuns):
 
     def _has_work(self, crew: _Crew) -> Any:
         """Whether to look for a run again."""
-        return crew.stops() or self._queue._claimable(crew.queues)
+        return crew.stops() or self._queue._claimable(crew.queues, crew.functions)
 
     @_steps
     def _renew(self, crew: _Crew) -> _Steps[None]:
@@ -8576,6 +8662,12 @@ class _AsyncBlock:
 class _AsyncFacet(_Facet):
     """A facet whose methods are awaited."""
 
+    def _owner(self) -> object:
+        """The task that does a run, or a branch of it."""
+        import asyncio
+
+        return asyncio.current_task()
+
 
 class AsyncFlowStore(_AsyncFacet, FlowStore):
     """`FlowStore`, awaited."""
@@ -8637,15 +8729,16 @@ class AsyncHold(_LeaseKeeper):
     `lost` tells when it was lost."""
 
     async def __aenter__(self) -> AsyncHold:
+        self.expires = await self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
+        self._start()
+        return self
+
+    def _start(self) -> None:
         import asyncio
 
         engine = self._state._engine
         self._owner = asyncio.current_task()
-        self.expires = await self._state.renew_lease(self.item, lease_seconds=self.lease_seconds)
         self._task = engine.loop.create_task(self._keep()) if engine.block() is None else None
-        return self
-
-    _enter = __aenter__
 
     async def _keep(self) -> None:
         import asyncio
@@ -8658,14 +8751,18 @@ class AsyncHold(_LeaseKeeper):
             ):
                 return
 
-    async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    async def _stop(self) -> bool:
         import asyncio
 
-        if self._task is not None:
-            goes_on = self._task.cancel()
-            await asyncio.wait([self._task])
-            if goes_on:
-                await self._state._renew_lease_of(self)
+        if self._task is None:
+            return False
+        goes_on: bool = self._task.cancel()
+        await asyncio.wait([self._task])
+        return goes_on
+
+    async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if await self._stop():
+            await self._state._renew_lease_of(self)
         self._end(kind)
 
 
@@ -8717,11 +8814,6 @@ class AsyncRuns(_AsyncFacet, Runs):
                 task.result()
         return crew.ended
 
-    def _owner(self) -> object:
-        import asyncio
-
-        return asyncio.current_task()
-
 
 class _TaskRunBlock(_RunBlock):
     """`async with store.run(id) as run:` a run that is done by this task."""
@@ -8734,7 +8826,7 @@ class _TaskRunBlock(_RunBlock):
             await self.runs._leave(self, error)
         finally:
             if self.hold is not None:  # a lost lease was told of by now
-                await self.hold.__aexit__(LeaseLost, None, None)
+                await self.hold._stop()
 
 
 class AsyncStore(_AsyncFacet, _StoreBase):

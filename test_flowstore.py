@@ -14854,7 +14854,7 @@ def abandoned(store: Store, run_id: str) -> flowstore.Run:
     """A run that a process has begun, and will never end: nobody renews its lease."""
     block = flowstore._RunBlock(store.runs, run_id, "script", None, None, None)
     run = store.runs._enter(block)
-    block.hold.__exit__(LeaseLost, None, None)
+    block.hold._stop()
     return run
 
 
@@ -14953,7 +14953,7 @@ def test_ctrl_c_while_a_block_begins_gives_its_run_back(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(flowstore.Hold, "_enter", interrupted)
+        patch.setattr(flowstore.Hold, "_start", interrupted)
         with pytest.raises(KeyboardInterrupt):
             store.run("a").__enter__()
     assert run_status(store, "a") == ("pending", "pending")
@@ -15054,6 +15054,20 @@ def test_runs_begin_and_wait_outside_transactions(store: Store) -> None:
 
 
 # --- steps ---
+def test_a_step_that_is_recorded_already_has_the_recorded_result(
+    store: Store, calls: Calls
+) -> None:
+    id = store.runs.start("work")
+    record = store.state.get_execution(id)
+    item = claim(store, "work")
+    assert record is not None
+    # The second knows nothing of the first, as after a cancelled call that committed all the same.
+    first, second = (flowstore.Run(store._engine, record, item) for _ in range(2))
+    assert first.step("one", calls, 1) == 1
+    assert second.step("one", calls, 2) == 1
+    assert run_steps(store, id) == ["one"]
+
+
 def test_names_and_ordinals_tell_steps_apart(store: Store, calls: Calls) -> None:
     with store.run("a") as run:
         for value in "xyz":
@@ -15305,13 +15319,29 @@ def test_a_run_has_failed_however_its_item_became_a_dead_letter(
         store.runs.result(id)
 
 
+def test_a_dead_letter_waits_for_no_event_any_more(store: Store, clock: Clock) -> None:
+    def wait(run: Any, input: Any) -> Any:
+        return run.wait_for("e")
+
+    id = store.runs.start(wait)
+    assert due(store, wait) == 0
+    assert len(store.workflows.get_subscriptions("e", "", clock.now)) == 1
+    store.state.move_to_dead_letter(id, "given up")
+    assert store.workflows.get_subscriptions("e", "", clock.now) == []
+    store.state.requeue_dead_letter(id)
+    assert due(store, wait) == 0
+    store.runs.emit("e", data=7)
+    assert due(store, wait) == 1
+    assert store.runs.result(id) == 7
+
+
 def test_a_lost_workers_run_goes_on_in_another(store: Store, clock: Clock, calls: Calls) -> None:
     def work(run: Any, input: Any) -> Any:
         return [run.step("one", calls, 1), run.step("two", calls, 2), run.attempt]
 
     id = store.runs.start(work)
     item = claim(store, "work")
-    lost = flowstore.Run(store._engine, cast("Any", store.state.get_execution(id)), item, [])
+    lost = flowstore.Run(store._engine, cast("Any", store.state.get_execution(id)), item)
     lost.step("one", calls, "lost")
     clock.advance(11)
     assert due(store, work) == 0
@@ -15332,10 +15362,33 @@ def test_runs_of_functions_that_a_worker_has_not_are_left_alone(store: Store) ->
     before = [look(store, one) for one in [*theirs, item]]
     assert due(store, mine, queues=["q"]) == 1
     assert store.runs.result(id) == "done"
-    after = [look(store, one) for one in [*theirs, item]]
-    for one in [*before, *after]:
-        one.lease_fence, one.claimed_at = 0, None
-    assert after == before
+    assert [look(store, one) for one in [*theirs, item]] == before
+
+
+def test_a_worker_finds_its_runs_behind_those_of_others_and_spends_no_rate_on_these(
+    store: Store, clock: Clock
+) -> None:
+    def mine(run: Any, input: Any) -> str:
+        return "done"
+
+    store.state.set_queue_policy(QueuePolicy(queue_type="q", rate=2, per_seconds=60))
+    theirs = [store.runs.start("theirs", queue="q", priority=number % 2) for number in range(40)]
+    ids = [store.runs.start(mine, queue="q") for _ in range(3)]
+    before = [look(store, one) for one in theirs]
+    assert due(store, mine, queues=["q", "other"]) == 2
+    clock.advance(30)
+    assert due(store, mine, queues=["q"]) == 1
+    assert [store.runs.result(id) for id in ids] == ["done"] * 3
+    assert [look(store, one) for one in theirs] == before
+
+
+def test_a_sync_store_takes_no_coroutine_function(store: Store) -> None:
+    async def later(run: Any, input: Any) -> None: ...
+
+    id = store.runs.start(later)
+    with pytest.raises(InvalidData, match="functions: later is a coroutine function"):
+        store.runs.work(later)
+    assert run_status(store, id) == ("pending", "pending")
 
 
 def test_another_base_exception_gives_the_run_back_and_leaves_work(store: Store) -> None:
@@ -15587,6 +15640,70 @@ def test_a_parked_run_wakes_at_the_end_of_its_timeout(store: Store, clock: Clock
     assert due(store, wait) == 1
     with pytest.raises(flowstore.RunFailed, match="TimeoutError"):
         store.runs.result(id)
+
+
+def test_a_wait_lets_the_steps_of_another_thread_go_on(
+    store: Store, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flowstore, "_BRANCH_SECONDS", 0.5)
+
+    def links(run: Any) -> None:
+        for number in range(4):
+            run.step("link", calls, number)
+            time.sleep(0.01)  # no step is under way
+
+    def both(run: Any, input: Any) -> Any:
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(run.wait_for, "e", run.id)
+            pool.submit(links, run).result()
+            return waiting.result()
+
+    id = store.runs.start(both)
+    assert due(store, both) == 0
+    assert calls == [0, 1, 2, 3]
+    assert run_status(store, id) == ("pending", "pending")
+    store.runs.emit("e", id, 7)
+    assert due(store, both) == 1
+    assert store.runs.result(id) == 7
+    assert calls == [0, 1, 2, 3]
+
+
+def test_waits_side_by_side_park_the_run_until_the_first_of_them_ends(
+    store: Store, clock: Clock
+) -> None:
+    def several(run: Any, input: Any) -> Any:
+        with ThreadPoolExecutor(3) as pool:
+            first = pool.submit(run.wait_for, "first", timeout=60)
+            second = pool.submit(run.wait_for, "second")
+            third = pool.submit(run.sleep, 30)
+            return [one.result() for one in (second, third, first)]
+
+    id = store.runs.start(several)
+    assert due(store, several) == 0
+    assert look(store, id).available_at == clock.now + timedelta(seconds=30)
+    store.runs.emit("second", data=2)
+    assert look(store, id).available_at == clock.now, "each of the waits is woken by its event"
+    assert due(store, several) == 0
+    clock.advance(30)
+    assert due(store, several) == 0
+    assert look(store, id).available_at == clock.now + timedelta(seconds=30)
+    store.runs.emit("first", data=1)
+    assert due(store, several) == 1
+    assert store.runs.result(id) == [2, None, 1]
+
+
+def test_an_event_is_in_time_although_the_clock_was_put_back(store: Store, clock: Clock) -> None:
+    def wait(run: Any, input: Any) -> Any:
+        return run.wait_for("e", timeout=60)
+
+    clock.advance(3600)
+    store.runs.emit("other")
+    clock.advance(-3600)
+    id = store.runs.start(wait)
+    assert due(store, wait) == 0
+    store.runs.emit("e", data=7)
+    assert due(store, wait) == 1
+    assert store.runs.result(id) == 7
 
 
 def test_a_block_waits_for_an_event_where_it_is(store: Store) -> None:
@@ -15863,6 +15980,32 @@ def test_a_wait_beside_a_step_parks_the_run_when_the_step_is_recorded(in_loop: L
         assert await store.runs.work(both, until_idle=True) == 1
         assert await store.runs.result(id) == [7, "done"]
         assert begun == ["done"]
+
+    in_loop(main)
+
+
+def test_a_wait_lets_the_steps_of_another_task_go_on(
+    in_loop: Loop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flowstore, "_BRANCH_SECONDS", 0.5)
+    begun: list[Any] = []
+
+    async def links(run: Any) -> None:
+        for number in range(4):
+            await run.step("link", begun.append, number)
+            await asyncio.sleep(0.01)  # no step is under way
+
+    async def both(run: Any, input: Any) -> Any:
+        return await asyncio.gather(run.wait_for("e", run.id), links(run))
+
+    async def main(store: AsyncStore) -> None:
+        id = await store.runs.start(both)
+        assert await store.runs.work(both, until_idle=True) == 0
+        assert begun == [0, 1, 2, 3]
+        await store.runs.emit("e", id, 7)
+        assert await store.runs.work(both, until_idle=True) == 1
+        assert await store.runs.result(id) == [7, None]
+        assert begun == [0, 1, 2, 3]
 
     in_loop(main)
 
@@ -20447,11 +20590,11 @@ def test_a_claim_on_a_server_looks_at_few_pages_whatever_waits_or_is_leased_else
         if len(queues) == 1:
             places = [*queues, *queues, 2**50, *queues, *queues, 0]
         looks: list[tuple[Any, list[Any]]] = [
-            (flowstore._claim_sql(len(queues)), ["w", 2**40, 2**41, *places])
+            (flowstore._claim_sql(len(queues), 0), ["w", 2**40, 2**41, *places])
         ]
         for queue in queues:
             looks.append((flowstore._NEXT_LEVEL, [queue, 101]))
-            looks.append((flowstore._AVAILABLE_LOCKED, [queue, 0, 2**50, 1]))
+            looks.append((flowstore._available_sql(0, "{skip_locked}"), [queue, 0, 2**50, 1]))
         for sql, values in looks:
             for place in sql.places if tenant else ():
                 values.insert(place, tenant)
@@ -20494,7 +20637,7 @@ def test_of_two_retries_of_one_claim_the_later_waits_and_counts_no_attempt(serve
 @postgres_only
 def test_no_marker_of_a_statement_is_left_to_an_engine() -> None:
     statements = [value for value in vars(flowstore).values() if isinstance(value, flowstore._Sql)]
-    statements += [flowstore._claim_sql(1), flowstore._claim_sql(2)]
+    statements += [flowstore._claim_sql(1, 0), flowstore._claim_sql(2, 0)]
     marked = {marker for sql in statements for marker in re.findall(r"{\w+}", sql.text)}
     assert {"{tenant}", "{in_order}", "{skip_locked}"} <= marked
     assert flowstore._SQLITE.markers.keys() == flowstore._POSTGRES.markers.keys()
