@@ -7163,14 +7163,14 @@ class _RunFacet(_LogFacet):
                 raise RunCancelled(item.id)
             raise LeaseLost(item.id)
 
-    def _append(self, tx: _Tx, id: str, event: Mapping[str, Any]) -> str:
+    def _append(self, tx: _Tx, id: str, tenant: str, event: Mapping[str, Any]) -> str:
         """Append an event to the log of a run, the record of a step once; its text there."""
         step = event.get("step")
         text = _json(event, f"step {step!r}" if step else "run")
         once = f"step:{step}" if step and event["type"] != "step_failed" else None
-        tenant, _, last = self._rows(tx, _LOG_HEAD, id)[0]
-        sequence = self._append_to(tx, id, tenant, last or 0, text, None, once)
-        if sequence <= (last or 0):  # by a call that was cancelled, and committed all the same
+        last = self._last_sequence(tx, id) or 0
+        sequence = self._append_to(tx, id, tenant, last, text, None, once)
+        if sequence <= last:  # by a call that was cancelled, and committed all the same
             text = _json(self._events_after(tx, id, sequence - 1, 1)[0].event, "run")
         return text
 
@@ -7353,7 +7353,7 @@ class Run(_RunFacet):
     @_write_row
     def _record(self, tx: _Tx, event: Mapping[str, Any]) -> str:
         self._check_lease(tx, self._item)
-        return self._append(tx, self.id, event)
+        return self._append(tx, self.id, self._item.tenant_id, event)
 
     # --- waiting ---
     def _after(self, seconds: object, path: str) -> int:
@@ -7423,11 +7423,12 @@ class Run(_RunFacet):
             (stored,) = tx.rows(_SUBSCRIBE, *subscription)[0]
             wait = wait._replace(until=int(stored))
         event = self._outcome(tx, wait)
+        append = functools.partial(self._append, tx, self.id, self._item.tenant_id)
         if name is None:
             end = _datetime_of(wait.until).isoformat()
-            self._append(tx, self.id, {"type": "sleep_started", "step": step, "until": end})
+            append({"type": "sleep_started", "step": step, "until": end})
         elif event is not None:
-            self._append(tx, self.id, event)
+            append(event)
             tx.run(_END_WAIT, tx.now(), id)
             # Now already: a wait beside this one, perhaps in the same group, takes another event.
             self._recorded[f"step:{step}"] = event
@@ -7537,7 +7538,8 @@ class _RunRecords(_RunFacet):
                 )
             raise taken
         self._do(tx, StateBackend.create_execution, record)
-        self._append(tx, id, {"type": "execution_started", "input": record.initial_input})
+        start = {"type": "execution_started", "input": record.initial_input}
+        self._append(tx, id, record.tenant_id, start)
         item = WorkItem(id=id, execution_id=id, node_id=record.workflow_id, **options)
         # Events are stamped in the order of their commits: those emitted later count.
         item.payload = payload or {"events_after": self._last_emitted(tx)}
@@ -7606,7 +7608,7 @@ class _RunRecords(_RunFacet):
         item, status, detail = end
         self._check_lease(tx, item)
         if status != "pending":
-            self._finish(tx, item.id, status, detail)
+            self._finish(tx, item, status, detail)
             return True
         if detail:
             again = self._do(tx, StateBackend.retry_work_item, item, detail["error"])
@@ -7615,22 +7617,23 @@ class _RunRecords(_RunFacet):
         self._set_status(tx, item.id, status)
         return False
 
-    def _finish(self, tx: _Tx, id: str, status: str, detail: Mapping[str, Any]) -> None:
+    def _finish(self, tx: _Tx, item: WorkItem, status: str, detail: Mapping[str, Any]) -> None:
         """End a run: its item, its record, its waits and its log."""
+        id = item.id
         if status == "completed":
             self._do(tx, StateBackend.complete_work_item, id)
         else:
             self._do(tx, StateBackend.fail_work_item, id, detail.get("error", status))
         self._set_status(tx, id, status)
         tx.run(tx.dialect.resolve(_END_WAITS), tx.now(), id)
-        self._append(tx, id, {"type": f"execution_{status}", **detail})
+        self._append(tx, id, item.tenant_id, {"type": f"execution_{status}", **detail})
 
     @_write
     def cancel(self, tx: _Tx, id: AnyId) -> None:
         """Cancel a run; one that has ended is left as it is. Raises NotFound."""
         record, item = self._need_run(tx, id)
         if not record.status.is_terminal:
-            self._finish(tx, item.id, "cancelled", {})
+            self._finish(tx, item, "cancelled", {})
 
     @_write
     def fork(self, tx: _Tx, id: AnyId, *, before: str, new_id: AnyId | None = None) -> str:
@@ -7660,7 +7663,7 @@ class _RunRecords(_RunFacet):
         )
         for stored in kept:
             if stored.id is not None and stored.id.startswith("step:"):
-                self._append(tx, copy, stored.event)
+                self._append(tx, copy, record.tenant_id, stored.event)
         return copy
 
     # --- events ---

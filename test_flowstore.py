@@ -14894,6 +14894,18 @@ def test_a_block_does_its_steps_once_and_keeps_its_result(store: Store, calls: C
     assert calls == [1, (2,)]
 
 
+def test_a_run_costs_a_commit_for_its_start_its_end_and_each_step(path: Path) -> None:
+    with flowstore.open(path) as store:
+        with store.run("a") as run:
+            run.step("one", str)
+            run.step("two", str)
+        assert store._engine.commits == 4
+        for _ in range(3):
+            store.runs.start(do_nothing)
+        due(store, do_nothing)
+        assert store._engine.commits == 4 + 3 + (3 + 1), "the end of one is the claim of the next"
+
+
 def test_a_step_comes_back_as_json_gives_it_back_the_first_time_too(store: Store) -> None:
     value: Any = {1: (2, 3)}
     with store.run("a") as run:
