@@ -4242,7 +4242,6 @@ class _Facet:
         kind: str,
         rule: _PruneRule,
         before: int,
-        progress: Callable[[int], object] | None = None,
         whole: bool = False,
     ) -> _Steps[int]:
         """Drop, in short transactions, what a rule names and ended before a time; how many went.
@@ -4257,8 +4256,6 @@ class _Facet:
             gone += step.gone
             kept += step.kept
             cursor = step.cursor
-            if progress is not None:
-                progress(gone)
         if gone or kept:
             _log(_INFO, _PRUNE_LINE, gone, kind, dict(kept))
         return gone
@@ -8060,17 +8057,6 @@ class _StoreBase(_Facet):
         killed between them is continued by the next one. An execution too large for one transaction
         loses its record and its tenant first, so that its remains are not used. Raises
         InvalidData."""
-        return dict((yield self._prune(older_than, dry_run, artifacts)))
-
-    @_steps
-    def _prune(
-        self,
-        older_than: timedelta | datetime,
-        dry_run: bool = False,
-        artifacts: bool = False,
-        progress: Callable[[int], object] | None = None,
-    ) -> _Steps[dict[str, int]]:
-        """As `prune`; `progress` is called after each transaction with the count dropped so far."""
         if issubclass(type(older_than), timedelta):
             now = _microseconds(self.now(), "clock()")
             before = max(_FIRST_TIME, now - _span_of(older_than, "older_than"))
@@ -8081,14 +8067,9 @@ class _StoreBase(_Facet):
             rules["artifacts"] = _PRUNED_ARTIFACTS
         if _bool(dry_run, "dry_run"):
             return dict((yield self._prunable(before, rules)))
-        counts: dict[str, int] = {}
-
-        def tell(dropped: int) -> None:
-            if progress is not None:
-                progress(sum(counts.values()) + dropped)
-
+        counts = {}
         for kind, rule in rules.items():
-            counts[kind] = yield from self._prune_rule(kind, rule, before, tell)
+            counts[kind] = yield from self._prune_rule(kind, rule, before)
         return counts
 
     @_snapshot
@@ -10097,23 +10078,6 @@ def _start_child(name: str, *arguments: str) -> Iterator[Any]:
             child.kill()
 
 
-@contextlib.contextmanager
-def _progress_bar(total: int, things: str) -> Iterator[Callable[[int], None]]:
-    """A function to call with the number done; a terminal shows a bar while the block runs."""
-
-    def draw(line: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{line:79.79}", end="\r", file=sys.stderr, flush=True)
-
-    def progress(done: int) -> None:
-        draw(f"[{'#' * (30 * done // max(total, 1)):.<30}] {done}/{total} {things}")
-
-    try:
-        yield progress
-    finally:
-        draw("")
-
-
 # --- selftest: does this copy work on this machine? ---
 def _selftest(args: Any) -> int:
     """Check in a few seconds that this copy works on this machine."""
@@ -10522,11 +10486,7 @@ def _prune(args: Any) -> None:
     units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
     older_than = timedelta(**{units[age[2]]: int(age[1])})
     with _open_existing(args.store) as store:
-        prune = functools.partial(store._prune, older_than, artifacts=args.artifacts)
-        counts = prune(dry_run=True)
-        if not args.dry_run:
-            with _progress_bar(sum(counts.values()), "pruned") as progress:
-                counts = prune(progress=progress)
+        counts = store.prune(older_than, dry_run=args.dry_run, artifacts=args.artifacts)
     if args.json:
         print(json.dumps({"store": store.target, "dry_run": args.dry_run, "pruned": counts}))
     else:
@@ -10588,9 +10548,7 @@ def _reader_in(store: Store, transaction: Transaction) -> _ReadRows:
     return lambda sql, parameters: transaction.execute(store._dialect.resolve(sql), parameters)
 
 
-def _copy_tables(
-    read: _ReadRows, target: Store, progress: Callable[[int], object] | None = None
-) -> None:
+def _copy_tables(read: _ReadRows, target: Store) -> None:
     """Copy what `read` reads into a new store, or go on with a copy that was broken off."""
     with target.transaction() as tx:
         if not tx.execute("SELECT 1 FROM flowstore_meta WHERE key = 'copying'"):
@@ -10601,7 +10559,6 @@ def _copy_tables(
                 )
             tx.execute("DELETE FROM flowstore_tenants")
             tx.execute("INSERT INTO flowstore_meta (key, value) VALUES ('copying', '')")
-    done = 0
     for table in _copied_tables():
         marks = ", ".join("?" * len(table.columns))
         # Rows that an earlier run copied are passed over.
@@ -10610,9 +10567,6 @@ def _copy_tables(
         for rows in table.chunks(read):
             with target.transaction() as tx:
                 tx.executemany(insert, rows)
-            done += len(rows)
-            if progress:
-                progress(done)
     with target.transaction() as tx:
         tx.execute("DELETE FROM flowstore_meta WHERE key = 'copying'")
 
@@ -10623,9 +10577,9 @@ def _copy_store(args: Any) -> int:
     with open(args.store, read_only=True) as source, source.transaction() as snapshot:
         counts = source.stats()["tables"]
         total = sum(counts.values()) - counts["flowstore_meta"]
-        with open(args.target) as target, _progress_bar(total, "rows") as progress:
+        with open(args.target) as target:
             read = _reader_in(source, snapshot)
-            _copy_tables(read, target, progress)
+            _copy_tables(read, target)
             with target.transaction() as copied:
                 for table in _copied_tables():
                     theirs = table.chunks(_reader_in(target, copied))
