@@ -5004,8 +5004,8 @@ def invoke(store: Any, name: str, arguments: dict[str, Any]) -> Any:
         of = getattr(store, facet, store)
         if facet == "run":  # the stocked one that is under way
             item = store.state.get_work_item("r")
-            log = store.events.load_events("r")
-            of = flowstore.Run(store._engine, store.state.get_execution("r"), item, log)
+            of = flowstore.Run(store._engine, store.state.get_execution("r"), item)
+            of._recall(store.events.load_events("r"))
         unnamed, named = passed(name, arguments)
         found = getattr(of, method)(*unnamed, **named)
         if method in ("hold", "transaction", "run"):
@@ -18093,8 +18093,8 @@ async def invoke_async(store: Any, name: str, arguments: dict[str, Any]) -> Any:
         of = getattr(store, facet, store)
         if facet == "run":
             item = await store.state.get_work_item("r")
-            log = await store.events.load_events("r")
-            of = flowstore.AsyncRun(store._engine, await store.state.get_execution("r"), item, log)
+            of = flowstore.AsyncRun(store._engine, await store.state.get_execution("r"), item)
+            of._recall(await store.events.load_events("r"))
         bound = getattr(of, method)
         assert [*inspect.signature(bound).parameters] == [*public_signature(name).parameters]
         assert inspect.getdoc(bound)
