@@ -7054,7 +7054,7 @@ class PersistenceProvider(_CommandFacet):
 # Runs: durable functions, over the facets above and nothing else
 # ==================================================================================================
 
-_BRANCH_SECONDS = 0.05  # so long no step of a run with branches is under way before it is parked
+_BRANCH_SECONDS = 0.2  # so long nothing is done in the other branches of a run before it is parked
 _BLOCK_QUEUE = "store.run"  # of the runs of blocks: no function has such a name
 _RUN_LOOK = _Sql("""SELECT tenant_id FROM flowstore_work_items
     {by sqlite_autoindex_flowstore_work_items_1}
@@ -7087,6 +7087,8 @@ _RUN_WAKE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_w
     SELECT workflow_id FROM event_subscriptions {by event_subscriptions_open}
     WHERE event_name = ? AND event_key = ? AND terminated_at IS NULL)
     AND status = 'pending' AND available_at > ? {tenant}""")
+_RUN_DUE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
+    SET available_at = ? WHERE id = ? AND lease_fence = ? AND status = 'pending' {tenant}""")
 _LAST_EMITTED = f"""SELECT COALESCE(MAX(event_time), {_FIRST_TIME})
     FROM events {{by events_processed}} WHERE is_processed = 1"""
 # A wait that begins again has its old subscription and end, perhaps for another event.
@@ -7099,6 +7101,18 @@ _END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
 
 class _Suspended(BaseException):
     """Unwinds the function of a run that waits, or whose worker stops. Only `work` catches it."""
+
+
+def _other_than_suspension(error: BaseException | None) -> BaseException | None:
+    """An error, None if it is the suspension of a run or was raised while that was handled."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(_Suspended)[1]
+    cause = error
+    while cause is not None:
+        if isinstance(cause, _Suspended):
+            return None
+        cause = cause.__context__
+    return error
 
 
 def _function_name(function: object) -> str:
@@ -7114,11 +7128,12 @@ class _End(NamedTuple):
     """How the claim of a run ends: "completed", "failed", or "pending" again.
 
     The detail has the `result` or the `error`. A pending run with an error is tried again, as the
-    queue says. Without, it is given back."""
+    queue says. Without, it is given back; the one in `parks` is parked."""
 
     item: WorkItem
     status: str = "pending"
     detail: Mapping[str, Any] = types.MappingProxyType({})
+    parks: Run | None = None
 
 
 class _Wait(NamedTuple):
@@ -7149,6 +7164,10 @@ class _RunFacet(_LogFacet):
     def _owner(self) -> object:
         """The thread or task that does a run, or a branch of it."""
         return threading.get_ident()
+
+    def _is_live(self, owner: Any) -> bool:
+        """Whether a thread or task goes on."""
+        return owner in sys._current_frames()
 
     def _set_status(self, tx: _Tx, id: str, status: str) -> None:
         self._run(tx, _RUN_STATUS, status, tx.now(), status, tx.now(), id)
@@ -7194,17 +7213,19 @@ class Run(_RunFacet):
         self.result: Json = None
         self._item = item
         self._crew = crew  # of a worker, which parks a run that waits; a block has none
-        self._owner_of_function = self._owner()
-        self._has_branches = False  # whether other threads or tasks than that one ask for steps
-        self._suspended = False
-        self._parked = False
+        self._function = record.workflow_id
+        # Threads or tasks that have asked for steps, and the one that calls the function.
+        self._branches = {self._owner()}
+        self._active_at = _monotonic()  # when a branch last began or ended something
+        self._suspended = False  # nothing new is begun
+        self._has_more = False  # a branch was suspended that did not only wait
         self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
         self._recorded: dict[str | None, dict[str, Any]] = {}  # events, by their event_id
         self._lock = threading.RLock()  # a signal handler may ask for a step, too
         self._taken: set[str] = set()  # steps that were asked for, and have not failed
         self._next: dict[Any, int] = {}  # by name and kinds, an ordinal: those below are taken
         self._under_way: set[str] = set()  # steps whose function is being called
-        self._waits: dict[str, int] = {}  # the waits that have begun, and until when
+        self._waits: dict[str, _Wait] = {}  # those that have begun
 
     def __repr__(self) -> str:
         return f"<flowstore.{type(self).__name__} {self.id!r}, attempt {self.attempt}>"
@@ -7245,6 +7266,7 @@ class Run(_RunFacet):
             self._release(step)
             raise
         finally:
+            self._active_at = _monotonic()
             self._under_way.discard(step)
         return _decode_json(text)["result"]
 
@@ -7278,10 +7300,10 @@ class Run(_RunFacet):
         """The `data` of an event of `runs.emit`, recorded under `name` (None: the event's name).
 
         It is the first event of that name and key since the run was started that no earlier wait of
-        the run has had. A block waits for it. In a worker the run is parked, as soon as no step has
-        been under way for a moment in other branches (threads or tasks): what is done there outside
-        of steps begins again. Raises TimeoutError `timeout` seconds after the wait first began,
-        StorageError inside one's own transaction."""
+        the run has had. A block waits for it. In a worker the run is parked, as soon as other
+        branches (threads or tasks) have neither had a step under way nor begun one for 0.2 seconds:
+        what they do outside of steps begins again when a wait of the run ends. Raises TimeoutError
+        `timeout` seconds after the wait first began, StorageError inside one's own transaction."""
         event_name = _key(event_name, "event_name")
         event_key = _key(event_key, "event_key")
         until = _LAST_TIME if timeout is None else self._after(timeout, "timeout")
@@ -7298,10 +7320,6 @@ class Run(_RunFacet):
         """Find in the log what is recorded."""
         self._recorded.update((stored.id, stored.event) for stored in log)
 
-    def _interim_end(self) -> _End | None:
-        """How the claim of a suspended run ends, None if it has ended already."""
-        return None if self._parked else _End(self._item)
-
     # --- names ---
     def _begin(self, name: str, *kinds: str) -> tuple[str, Any]:
         """The next step of a name, and its event if it is recorded."""
@@ -7310,8 +7328,8 @@ class Run(_RunFacet):
             raise InvalidData("name: '#' is for the ordinals of steps, leave it out")
         if "step_completed" not in kinds:
             self._engine.forbid_inside("a wait of a run")
-        if self._owner() != self._owner_of_function:
-            self._has_branches = True
+        self._branches.add(self._owner())
+        self._active_at = _monotonic()
         with self._lock:
             ordinal = self._next.get((name, kinds), 1)
             while True:
@@ -7333,7 +7351,12 @@ class Run(_RunFacet):
     # --- the lease ---
     def _go_on(self) -> _Steps[None]:
         """Before anything new is done: only in a run that is this worker's, and goes on."""
-        if self._suspended or (self._crew is not None and self._crew.stops()):
+        crew = self._crew
+        if crew is not None and (self._suspended or crew.stops()):
+            handled = sys.exception()
+            unwinds = handled is not None and _other_than_suspension(handled) is None
+            if not unwinds and not crew.stops():
+                yield from self._ask_for_more(crew)
             self._suspended = True
             raise _Suspended
         take = self._take
@@ -7359,60 +7382,92 @@ class Run(_RunFacet):
         return _time_after(now, _span(seconds, path), path)
 
     def _wait(self, wait: _Wait) -> _Steps[Any]:
-        """Wait; the event that ends the wait.
+        """Wait; the event that ends the wait. Or the function is unwound, for the run to be parked.
 
-        A worker's run is suspended, once nothing is done in other branches."""
+        A block waits here, and so does a run in which other branches do something."""
+        crew = self._crew
         try:
             yield from self._go_on()
-            parks = not (self._crew is None or self._has_branches or self._under_way)
-            while True:
-                event, wait = yield self._attempt(wait, parks)
-                self._parked |= parks and event is None
-                self._suspended |= self._parked
-                # Other branches may have ended for it, even if there is an event by now.
-                if self._suspended:
+            self._waits[wait.step] = wait
+            others = self._branches - {self._owner()}
+            if crew is not None and not (
+                self._function in crew.branching or any(map(self._is_live, others))
+            ):
+                is_over = yield self._is_over(wait)
+                if not is_over and self._suspend(crew, 0):
                     raise _Suspended
+            while True:
+                event, wait = yield self._attempt(wait)
                 if event is not None:
+                    self._has_more |= self._suspended
                     return event
-                self._waits[wait.step] = wait.until
-                parks = yield from self._wait_beside(wait)
+                self._waits[wait.step] = wait
+                seconds = math.inf if crew is None else _BRANCH_SECONDS
+                while not (yield self._poll(self._is_over, seconds, wait)):
+                    if crew is not None and self._suspend(crew, _BRANCH_SECONDS):
+                        raise _Suspended
         except BaseException as error:
             if wait.event_name is not None:
                 self._recorded.pop(f"step:{wait.step}", None)  # it may have been rolled back
-            self._release(wait.step)
-            if self._parked and isinstance(error, LeaseLost):  # by another branch
+            if isinstance(error, Exception):  # else it may have been recorded all the same
+                self._release(wait.step)
+            if self._suspended and isinstance(error, LeaseLost):  # the run is parked
                 raise _Suspended from None
             raise
         finally:
-            self._waits.pop(wait.step, None)
+            self._active_at = _monotonic()
+            if not self._suspended:
+                self._waits.pop(wait.step, None)
 
-    def _wait_beside(self, wait: _Wait) -> _Steps[bool]:
-        """Wait until the wait is over, or (True) until nothing is done in other branches.
+    def _suspend(self, crew: _Crew, seconds: float) -> bool:
+        """Begin nothing new from now on, if nothing has been done for that long; whether it is so.
 
-        Then these are suspended, too: a step that began now would not be recorded."""
-        while (yield self._poll(self._look_at, math.inf, wait)) != "over":
-            # The next step of a branch may be about to begin.
-            yield self._poll(self._under_way.copy, _BRANCH_SECONDS)
-            with self._lock:
-                if not self._under_way:
-                    self._suspended = True
-                    return True
-        return False
+        A step that is asked for later would be lost."""
+        with self._lock:
+            idle = _monotonic() - self._active_at
+            self._suspended |= crew.stops() or (not self._under_way and idle >= seconds)
+            return self._suspended
 
-    @_snapshot
-    def _look_at(self, tx: _Tx, wait: _Wait) -> str | None:
-        """Whether a wait is "over", or the run could be "parked". Raises LeaseLost."""
+    def _ask_for_more(self, crew: _Crew) -> _Steps[None]:
+        """A branch was about to begin something when a wait suspended the run.
+
+        If nobody knew of other branches, the run is done again at once, and now it is known."""
+        if self._function not in crew.branching:
+            crew.branching.add(self._function)
+            self._has_more = True
+            yield self._make_due()
+
+    @_write_row
+    def _make_due(self, tx: _Tx) -> None:
+        """End the wait of a run that is parked already, since this claim."""
+        self._run(tx, _RUN_DUE, tx.now(), self.id, self._item.lease_fence)
+
+    @_read
+    def _is_over(self, tx: _Tx, wait: _Wait) -> bool:
+        """Whether another attempt would end a wait. Raises LeaseLost."""
         self._check_lease(tx, self._item, _RUN_LOOK)
-        if self._outcome(tx, wait) is not None:
-            return "over"
-        return None if self._crew is None or self._under_way else "parked"
+        return self._outcome(tx, wait) is not None
 
     @_write
-    def _attempt(self, tx: _Tx, wait: _Wait, parks: bool) -> tuple[Any, _Wait]:
-        """End a wait if it is over, or else park the run; the event, and the wait as it is stored.
-
-        The look for the event and the subscription are one transaction: so none falls between."""
+    def _attempt(self, tx: _Tx, wait: _Wait) -> tuple[Any, _Wait]:
+        """Begin a wait, or end it if it is over; its event, and the wait as it is stored."""
         self._check_lease(tx, self._item)
+        return self._begin_or_end(tx, wait)
+
+    @_write
+    def _park(self, tx: _Tx) -> None:
+        """Park the run until the first of its waits ends."""
+        self._check_lease(tx, self._item)
+        ends = [tx.now()] if self._has_more else []
+        for wait in list(self._waits.values()):
+            event, begun = self._begin_or_end(tx, wait)
+            ends.append(begun.until if event is None else tx.now())
+        until = _datetime_of(min(ends))
+        self._do(tx, StateBackend.park_work_item, self._item, until=until)
+        self._set_status(tx, self.id, "pending")
+
+    def _begin_or_end(self, tx: _Tx, wait: _Wait) -> tuple[Any, _Wait]:
+        """The look for the event and the subscription are one transaction: none falls between."""
         step, until, name, key = wait
         id = f"{len(step)}:{step}:{self.id}"
         if name is not None:
@@ -7429,11 +7484,6 @@ class Run(_RunFacet):
             tx.run(_END_WAIT, tx.now(), id)
             # Now already: a wait beside this one, perhaps in the same group, takes another event.
             self._recorded[f"step:{step}"] = event
-        if event is None and parks:
-            first_end = min([wait.until, *self._waits.values()])
-            parked_until = _datetime_of(first_end)
-            self._do(tx, StateBackend.park_work_item, self._item, until=parked_until)
-            self._set_status(tx, self.id, "pending")
         return event, wait
 
     def _outcome(self, tx: _Tx, wait: _Wait) -> dict[str, Any] | None:
@@ -7602,7 +7652,7 @@ class _RunRecords(_RunFacet):
 
     def _end(self, tx: _Tx, end: _End) -> bool:
         """End the claim of a run; whether the run has ended. Raises LeaseLost, RunCancelled."""
-        item, status, detail = end
+        item, status, detail, _ = end
         self._check_lease(tx, item)
         if status != "pending":
             self._finish(tx, item, status, detail)
@@ -7852,6 +7902,7 @@ class _Crew:
         self.interval = max(0.01, runs._lease(None) / 3)  # seconds between two renewals
         self.is_ending = False
         self.ended = 0
+        self.branching: set[str] = set()  # functions with a branch that a wait had not known of
         self.under_way: dict[object, WorkItem] = {}  # by their thread or task
 
     def stops(self) -> bool:
@@ -7914,6 +7965,9 @@ class Runs(_BlockRuns):
         try:
             while True:
                 try:
+                    if end is not None and end.parks is not None:
+                        yield end.parks._park()
+                        end = None
                     ended, claimed = yield self._end_and_claim(crew, end)
                 except StoreBusy:
                     continue  # nothing was written
@@ -7934,10 +7988,8 @@ class Runs(_BlockRuns):
             crew.is_ending = True
             raise
 
-    def _do_run(
-        self, crew: _Crew, record: WorkflowExecution, item: WorkItem
-    ) -> _Steps[_End | None]:
-        """Call the function of a run; how its claim ends, None if the run is parked."""
+    def _do_run(self, crew: _Crew, record: WorkflowExecution, item: WorkItem) -> _Steps[_End]:
+        """Call the function of a run; how its claim ends."""
         owner = self._owner()
         crew.under_way[owner] = item
         run: Run = self._run_type(self._engine, record, item, crew)
@@ -7948,19 +8000,21 @@ class Runs(_BlockRuns):
             result = yield crew.functions[record.workflow_id](run, run.input)
             end = _End(item, "completed", {"result": result})
             _json(end.detail, "run")  # here, or the worker would end with it
-            return run._interim_end() if run._suspended else end
+            if not run._suspended:  # it may have caught that
+                return end
         except (_Suspended, Exception, BaseExceptionGroup) as error:
-            if run._suspended:  # it may have caught that, or put it into a group
-                return run._interim_end()
-            if not isinstance(error, Exception):
-                yield from self._give_back(item)
-                raise
-            return _End(item, detail={"error": _error_text(error)})
+            failure = _other_than_suspension(error)
+            if failure is not None:
+                if not isinstance(failure, Exception):
+                    yield from self._give_back(item)
+                    raise
+                return _End(item, detail={"error": _error_text(failure)})
         except BaseException:
             yield from self._give_back(item)
             raise
         finally:
             del crew.under_way[owner]
+        return _End(item, parks=run if run._waits and not crew.stops() else None)
 
     def _has_work(self, crew: _Crew) -> Any:
         """Whether to look for a run again."""
@@ -8651,6 +8705,9 @@ class _AsyncFacet(_Facet):
         import asyncio
 
         return asyncio.current_task()
+
+    def _is_live(self, owner: Any) -> bool:
+        return not owner.done()
 
 
 class AsyncFlowStore(_AsyncFacet, FlowStore):
