@@ -1351,7 +1351,7 @@ def _since_epoch(time: datetime) -> int:
 
 
 def _datetime_of(microseconds: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=microseconds)
+    return _EPOCH + microseconds * _MICROSECOND
 
 
 def _time_after(now: int, seconds: float, path: str) -> int:
@@ -1553,6 +1553,7 @@ class _Mapper(Generic[T]):
         self.fields: list[str] = []
         self.codecs: dict[str, _Encoder] = {}
         self._nullable: set[str] = set()
+        self._defaults: dict[str, Any] = {}  # the defaults of fields, and what is stored for them
         self._decoders: list[tuple[int, _Decoder]] = []
         for spec in dataclasses.fields(self.record):  # type: ignore[arg-type]
             annotation, optional, _ = str(spec.type).partition(" | None")
@@ -1564,6 +1565,9 @@ class _Mapper(Generic[T]):
             column = self.named.get(spec.name, spec.name)
             if optional:
                 self._nullable.add(column)
+            elif spec.default is not dataclasses.MISSING:
+                self._defaults[f"default_{spec.name}"] = spec.default
+                self._defaults[f"stored_{spec.name}"] = encode(spec.default, "")
             self.codecs[column] = encode
             self.fields.append(spec.name)
         self._read = operator.attrgetter(*self.fields)
@@ -1621,8 +1625,10 @@ class _Mapper(Generic[T]):
             if column in self._nullable:
                 empty = "now" if column in _CLOCK_COLUMNS else None
                 value = f"{empty} if {name} is None else {value}"
+            elif f"default_{name}" in self._defaults:  # most often: it needs no check
+                value = f"stored_{name} if {name} is default_{name} else {value}"
             members.append(f"{column!r}: {value}")
-        return self._compile("now, prefix, ", members, codecs=self.codecs)
+        return self._compile("now, prefix, ", members, codecs=self.codecs, **self._defaults)
 
     @functools.cached_property
     def _decode_fields(self) -> Any:
@@ -1632,10 +1638,12 @@ class _Mapper(Generic[T]):
             name = self.fields[index]
             value = f"decoders[{index}]({name})"
             if decode is _datetime_of:  # the most frequent: without the call
-                value = f"epoch + timedelta(0, 0, {name})"
+                value = f"epoch + {name} * microsecond"
             members[index] = f"{name!r}: None if {name} is None else {value}"
         decoders = dict(self._decoders)
-        return self._compile("", members, decoders=decoders, epoch=_EPOCH, timedelta=timedelta)
+        return self._compile(
+            "", members, decoders=decoders, epoch=_EPOCH, microsecond=_MICROSECOND
+        )
 
     def _compile(self, more: str, members: list[str], **names: Any) -> Any:
         """A function that makes a dict of the fields: a loop over them takes twice as long."""
