@@ -20581,7 +20581,7 @@ def test_a_claim_on_a_server_looks_at_few_pages_whatever_waits_or_is_leased_else
         if len(queues) == 1:
             places = [*queues, *queues, 2**50, *queues, *queues, 0]
         looks: list[tuple[Any, list[Any]]] = [
-            (flowstore._claim_sql(len(queues), 0), ["w", 2**40, 2**41, *places])
+            (flowstore._claim_sql(len(queues), 0), [2**41, "w", 2**40, *places])
         ]
         for queue in queues:
             looks.append((flowstore._NEXT_LEVEL, [queue, 101]))
