@@ -5686,9 +5686,7 @@ class _Items(_StateFacet):
     def _change_item(
         self, tx: _Tx, mapper: _Mapper[T], sql: _Sql, item_id: str, *values: object
     ) -> T:
-        """Run an UPDATE of an item with a condition, and return it.
-
-        Where the condition does not hold, raise NotFound (no such item) or LeaseLost."""
+        """Run an UPDATE with a condition, and return the item; refuse where it does not hold."""
         if self._engine.max_writers > 1:
             sql = _statement(f"{sql.text} RETURNING {mapper.columns}")
             rows = self._rows(tx, sql, *values)
@@ -5696,9 +5694,13 @@ class _Items(_StateFacet):
             look = _select(mapper, "", "id")
             rows = self._rows(tx, look, item_id) if self._run(tx, sql, *values) else []
         if not rows:
-            self._need(tx, _ITEM, id=item_id)
-            raise LeaseLost(item_id)
+            self._refuse(tx, item_id)
         return mapper.decode(rows[0])
+
+    def _refuse(self, tx: _Tx, item_id: str) -> None:
+        """Raise NotFound (no such item) or LeaseLost."""
+        self._need(tx, _ITEM, id=item_id)
+        raise LeaseLost(item_id)
 
 
 class _QueueLimit(NamedTuple):
@@ -6028,7 +6030,8 @@ class _WorkQueue(_Items):
             worker_id = _read_field("worker_id", item_id, WorkItem, "item_id")
         worker = _none_or(_id, worker_id, "worker_id")
         expires = _time_after(tx.now(), self._lease(lease_seconds), "lease_seconds")
-        self._change_item(tx, _ITEM, _RENEW, id, expires, id, fence, worker)
+        if not self._run(tx, _RENEW, expires, id, fence, worker):
+            self._refuse(tx, id)
         return _datetime_of(expires)
 
     def hold(self, item: WorkItem, *, lease_seconds: float | None = None) -> Hold:
@@ -6155,10 +6158,8 @@ class _WorkQueue(_Items):
             fences[id] = cast("int", fence)
         ended = self._change_items(tx, _COMPLETE_MANY, (tx.now(),), list(fences))
         for id, fence in fences.items():
-            if id not in ended:
-                self._need(tx, _ITEM, id=id)
             if id not in ended or ended[id].lease_fence != fence:
-                raise LeaseLost(id)  # with which nothing of this is stored
+                self._refuse(tx, id)  # with which nothing of this is stored
         return [ended[id] for id in fences]
 
     @_write
