@@ -8660,7 +8660,7 @@ def test_an_append_an_enqueue_a_claim_and_an_end_take_few_python_calls(path: Pat
             claimed, item = count(store.state.claim_work_item, "w", ["q"])
             ended, item = count(store.state.complete_work_item, item)
     assert item.status == "completed"
-    assert (appended <= 15, enqueued <= 32, claimed <= 26, ended <= 20) == (True,) * 4, (
+    assert (appended <= 15, enqueued <= 24, claimed <= 26, ended <= 20) == (True,) * 4, (
         f"{appended} for an append, {enqueued} for an enqueue, {claimed} for a claim, {ended} for an end"
     )
 
