@@ -1351,7 +1351,7 @@ def _since_epoch(time: datetime) -> int:
 
 
 def _datetime_of(microseconds: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=microseconds)
+    return _EPOCH + microseconds * _MICROSECOND
 
 
 def _time_after(now: int, seconds: float, path: str) -> int:
@@ -1616,13 +1616,19 @@ class _Mapper(Generic[T]):
     def _encode_fields(self) -> Any:
         """A function from the fields' values to those of the columns."""
         members = []
+        names: dict[str, Any] = {"codecs": self.codecs}
         for name, column in zip(self.fields, self.codecs, strict=True):
             value = f"codecs[{column!r}]({name}, prefix + {column!r})"
+            default = getattr(self.record, name, None)
             if column in self._nullable:
                 empty = "now" if column in _CLOCK_COLUMNS else None
                 value = f"{empty} if {name} is None else {value}"
+            elif default is not None:  # a field that has its default needs no check
+                names[f"default_{name}"] = default
+                names[f"stored_{name}"] = self.codecs[column](default, name)
+                value = f"stored_{name} if {name} is default_{name} else {value}"
             members.append(f"{column!r}: {value}")
-        return self._compile("now, prefix, ", members, codecs=self.codecs)
+        return self._compile("now, prefix, ", members, **names)
 
     @functools.cached_property
     def _decode_fields(self) -> Any:
@@ -1632,10 +1638,10 @@ class _Mapper(Generic[T]):
             name = self.fields[index]
             value = f"decoders[{index}]({name})"
             if decode is _datetime_of:  # the most frequent: without the call
-                value = f"epoch + timedelta(0, 0, {name})"
+                value = f"epoch + {name} * microsecond"
             members[index] = f"{name!r}: None if {name} is None else {value}"
         decoders = dict(self._decoders)
-        return self._compile("", members, decoders=decoders, epoch=_EPOCH, timedelta=timedelta)
+        return self._compile("", members, decoders=decoders, epoch=_EPOCH, microsecond=_MICROSECOND)
 
     def _compile(self, more: str, members: list[str], **names: Any) -> Any:
         """A function that makes a dict of the fields: a loop over them takes twice as long."""
@@ -4229,7 +4235,7 @@ class _Facet:
     def _change(self, tx: _Tx, mapper: _Mapper[Any], changes: str, id: AnyId, *params: Any) -> None:
         """Change columns of the row with an id. Raises NotFound."""
         key = _id(id, "id")
-        if not self._run(tx, _update(mapper, changes, returning=None), *params, key):
+        if not self._run(tx, _update(mapper, changes), *params, key):
             raise NotFound(mapper.kind, key)
 
     def _lease(self, lease_seconds: float | None) -> float:
@@ -4280,15 +4286,14 @@ def _select(mapper: _Mapper[Any], rest: str, *conditions: str, index: str = "") 
 
 
 @functools.cache
-def _update(
-    mapper: _Mapper[Any], changes: str, condition: str = "", returning: str | None = ""
-) -> _Sql:
-    """UPDATE by id and a further condition. It returns the id of the row, or the columns in
-    `returning`.
+def _update(mapper: _Mapper[Any], changes: str, condition: str = "") -> _Sql:
+    """UPDATE by id and a further condition. It returns no row.
 
-    With None it returns nothing: RETURNING makes SQLite copy the whole row, a large state twice."""
-    sql = f"UPDATE {mapper.table} SET {changes} WHERE {mapper.key} = ? {condition} {{tenant}}"
-    return _Sql(sql if returning is None else f"{sql} RETURNING {returning or mapper.key}")
+    For RETURNING, SQLite copies each page that the statement changes, and the row: a large state
+    twice. To read the row by another statement takes less."""
+    return _Sql(
+        f"UPDATE {mapper.table} SET {changes} WHERE {mapper.key} = ? {condition} {{tenant}}"
+    )
 
 
 def _insert_values(tx: _Tx, mapper: _Mapper[T], values: dict[str, Any]) -> T:
@@ -5430,25 +5435,22 @@ _RENEW = _update(
 _UNDER_FENCE = "AND status <> 'dead_lettered' AND lease_fence = COALESCE(?, lease_fence)"
 _HELD = f"{_UNDER_FENCE} AND status = COALESCE(?, status)"
 _SETTLED = "lease_expires_at = NULL, settled_at = COALESCE(settled_at, ?)"
-_COMPLETE = _update(_ITEM, f"status = 'completed', {_SETTLED}", _HELD, _ITEM.columns)
+_COMPLETE = _update(_ITEM, f"status = 'completed', {_SETTLED}", _HELD)
 _FAIL = _update(
     _ITEM,
     f"status = 'failed', {_SETTLED}, last_error = COALESCE(?, last_error)",
     _HELD,
-    _ITEM.columns,
 )
 _SET_PENDING = "status = 'pending', settled_at = NULL, worker_id = NULL, lease_expires_at = NULL"
 _RETRY = _update(
     _ITEM,
     f"{_MAKE_AVAILABLE}, attempt = ?, last_error = COALESCE(?, last_error), {_SET_PENDING}",
     "AND status = ?",
-    _ITEM.columns,
 )
 _PARK = _update(
     _ITEM,
     f"{_MAKE_AVAILABLE}, {_SET_PENDING}",
     f"{_UNDER_FENCE} AND {{status}} = 'claimed'",
-    _ITEM.columns,
 )
 _REPLACE = _update(
     _ITEM, f"{_MAKE_AVAILABLE}, payload = ?, priority = ?", "AND {status} = 'pending'"
@@ -5458,7 +5460,6 @@ _GIVE_UP = _update(
     """status = 'dead_lettered', settled_at = ?, attempt = COALESCE(?, attempt),
     last_error = COALESCE(?, last_error), worker_id = NULL, lease_expires_at = NULL""",
     f"{_UNDER_FENCE} AND status <> 'completed'",
-    _DEAD.columns,
 )
 _KEY_HOLDER = """SELECT id, status FROM flowstore_work_items {by flowstore_unique_keys}
     WHERE tenant_id = ? AND queue_type = ? AND {unique_key} = {given_key}
@@ -5492,10 +5493,31 @@ _EXPIRED_LEASES = f"""SELECT {_ITEM.columns} {_EXPIRED}
     ORDER BY lease_expires_at, id LIMIT ? {{skip_locked}}"""
 _LEASE_COUNT = """SELECT COUNT(*) FROM (SELECT 1 FROM flowstore_work_items {by flowstore_leased}
     WHERE {any_status} = 'claimed' AND {queue_type} = ? LIMIT ?) leased"""
-_LEASE = """UPDATE flowstore_work_items SET status = 'claimed', worker_id = ?, claimed_at = ?,
-    lease_expires_at = ?, lease_fence = lease_fence + 1 WHERE {status} = 'pending' {tenant}"""
-_COMPLETE_MANY = """UPDATE flowstore_work_items SET status = 'completed', settled_at = ?,
-    lease_expires_at = NULL WHERE {status} = 'claimed' {tenant}"""
+
+
+# A SELECT of items as a claim will leave them, and the claim; the same for an end. On a server, an
+# UPDATE returns the items. For RETURNING, SQLite copies each page that a statement changes: there,
+# a SELECT before it takes less time.
+_CLAIMED = _ITEM.columns.replace(
+    "lease_expires_at, worker_id, lease_fence, status", "?, ?, lease_fence + 1, 'claimed'"
+).replace("claimed_at", "?")
+_CLAIM = (
+    f"SELECT {_CLAIMED} FROM flowstore_work_items WHERE {{status}} = 'pending' {{tenant}}",
+    """UPDATE flowstore_work_items SET lease_expires_at = ?, worker_id = ?,
+    lease_fence = lease_fence + 1, status = 'claimed', claimed_at = ?
+    WHERE {status} = 'pending' {tenant}""",
+)
+_CLAIM_ONE = _Sql(f"{_CLAIM[1]} AND id = ?")
+_COMPLETED = (
+    _ITEM.columns.replace("lease_expires_at", "NULL")
+    .replace("status", "'completed'")
+    .replace("settled_at", "?")
+)
+_COMPLETE_MANY = (
+    f"""SELECT {_COMPLETED} FROM flowstore_work_items WHERE {{status}} = 'claimed' {{tenant}}""",
+    """UPDATE flowstore_work_items SET lease_expires_at = NULL, status = 'completed',
+    settled_at = ? WHERE {status} = 'claimed' {tenant}""",
+)
 _POLICY_WRITE = _POLICY.upsert("queue_type")
 _POLICY_SPEND = "UPDATE flowstore_queues SET full_at = ? WHERE queue_type = ?"
 _BATCH = 500  # ids in one statement
@@ -5522,11 +5544,12 @@ def _available_sql(functions: int, skip_locked: str) -> _Sql:
 
 
 @functools.cache
-def _claim_sql(queues: int, functions: int) -> _Sql:
+def _claim_sql(queues: int, functions: int, looks: bool = False) -> _Sql:
     """Claim the head of so many queues, if the top levels tell it and nothing has to be done first.
 
     That is: no lease has expired, no queue has a policy, and the items of the highest priority of
-    a queue are not all delayed, or of other functions."""
+    a queue are not all delayed, or of other functions. With `looks`, only read the item as it will
+    be claimed."""
     one = queues == 1
     queue = "?" if one else "q.column1"
     wanted = f"FROM (VALUES {', '.join(['(?)'] * queues)}) q"
@@ -5542,7 +5565,11 @@ def _claim_sql(queues: int, functions: int) -> _Sql:
             ORDER BY i.priority DESC, i.available_at, i.id LIMIT 1"""
         delayed = f"{top} IS NOT NULL AND NOT EXISTS (SELECT 1 {at_top})"
         obstacle = f"EXISTS (SELECT 1 {wanted} WHERE {obstacle} OR ({delayed}))"
-    return _Sql(f"{_LEASE} AND id = ({head}) AND NOT ({obstacle}) RETURNING {_ITEM.columns}")
+    claimable = f"AND id = ({head}) AND NOT ({obstacle})"
+    look, change = _CLAIM
+    return _Sql(
+        f"{look} {claimable}" if looks else f"{change} {claimable} RETURNING {_ITEM.columns}"
+    )
 
 
 _ID_AND_FENCE = operator.attrgetter("id", "lease_fence")
@@ -5605,18 +5632,18 @@ class _Items(_StateFacet):
         self, tx: _Tx, item: WorkItem, now: int, error: str | None, delay: float | None = None
     ) -> WorkItem | DeadLetter:
         """Count an attempt: pending again after the delay, or a dead letter after the last one."""
+        whole = _Items(self._engine)  # an expired lease may be another tenant's
         attempt = min(item.attempt + 1, 2**31 - 1)
         if error == _LEASE_EXPIRED and item.last_error:
             error = None  # the error of an earlier attempt says more
         if attempt >= item.max_attempts:
-            sql = _GIVE_UP.texts[self._dialect][0]
-            letter = _DEAD.decode(tx.rows(sql, now, attempt, error, item.id, None)[0])
+            given_up = now, attempt, error, item.id, None
+            letter = whole._change_item(tx, _DEAD, _GIVE_UP, item.id, *given_up)
             return self._follow_item(tx, letter)
         seconds = self._backoff(attempt) if delay is None else delay
         due = now + round(min(seconds * 1e6, _LAST_TIME - now))
         values = due, attempt, error, item.id, item.status
-        retried = _ITEM.decode(tx.rows(_RETRY.texts[self._dialect][0], *values)[0])
-        return self._follow_item(tx, retried)
+        return self._follow_item(tx, whole._change_item(tx, _ITEM, _RETRY, item.id, *values))
 
     def _follow_item(self, tx: _Tx, item: T) -> T:
         """Let the record of a run stand as its item does: a dead letter is a run that failed."""
@@ -5638,27 +5665,42 @@ class _Items(_StateFacet):
         return item
 
     def _change_items(
-        self, tx: _Tx, changes: str, values: Sequence[Any], ids: Sequence[str]
+        self, tx: _Tx, texts: tuple[str, str], values: Sequence[Any], ids: Sequence[str]
     ) -> dict[str, WorkItem]:
         """Run an UPDATE with a condition for these ids; the items that it changed, by their ids."""
         changed = {}
+        look, change = texts
         for start in range(0, len(ids), _BATCH):
             some = ids[start : start + _BATCH]
-            marks = ", ".join("?" * len(some))
-            sql = _statement(f"{changes} AND id IN ({marks}) RETURNING {_ITEM.columns}")
-            for item in _ITEM.decode_all(self._rows(tx, sql, *values, *some)):
+            which = f"AND id IN ({', '.join('?' * len(some))})"
+            if self._engine.max_writers > 1:
+                sql = f"{change} {which} RETURNING {_ITEM.columns}"
+                rows = self._rows(tx, _statement(sql), *values, *some)
+            else:
+                rows = self._rows(tx, _statement(f"{look} {which}"), *values, *some)
+                self._run(tx, _statement(f"{change} {which}"), *values, *some)
+            for item in _ITEM.decode_all(rows):
                 changed[item.id] = item
         return changed
 
-    def _change_item(self, tx: _Tx, sql: _Sql, item_id: str, *values: Any) -> tuple[Any, ...]:
-        """Run an UPDATE with a condition; the row that it returns.
-
-        Where the condition does not hold, raise NotFound (no such item) or LeaseLost."""
-        rows = self._rows(tx, sql, *values)
+    def _change_item(
+        self, tx: _Tx, mapper: _Mapper[T], sql: _Sql, item_id: str, *values: object
+    ) -> T:
+        """Run an UPDATE with a condition, and return the item; refuse where it does not hold."""
+        if self._engine.max_writers > 1:
+            sql = _statement(f"{sql.text} RETURNING {mapper.columns}")
+            rows = self._rows(tx, sql, *values)
+        else:
+            look = _select(mapper, "", "id")
+            rows = self._rows(tx, look, item_id) if self._run(tx, sql, *values) else []
         if not rows:
-            self._need(tx, _ITEM, id=item_id)
-            raise LeaseLost(item_id)
-        return rows[0]
+            self._refuse(tx, item_id)
+        return mapper.decode(rows[0])
+
+    def _refuse(self, tx: _Tx, item_id: str) -> None:
+        """Raise NotFound (no such item) or LeaseLost."""
+        self._need(tx, _ITEM, id=item_id)
+        raise LeaseLost(item_id)
 
 
 class _QueueLimit(NamedTuple):
@@ -5751,17 +5793,21 @@ class _Claims(_Items):
     ) -> list[WorkItem]:
         """Claim items; if `functions` are given, those of their runs."""
         now = tx.now()
-        values = worker_id, now, _time_after(now, lease, "lease_seconds")
+        values = _time_after(now, lease, "lease_seconds"), worker_id, now
         if limit == 1 and queues:
             due = now, *functions
             if len(queues) == 1:
                 places = *queues, *queues, *due, *queues, *queues, now
             else:
                 places = *queues, *due, *queues, now, *due
-            sql = _claim_sql(len(queues), len(functions))
+            looks = self._engine.max_writers == 1
+            sql = _claim_sql(len(queues), len(functions), looks)
             rows = self._rows(tx, sql, *values, *places)
             if rows:
-                return _ITEM.decode_all(rows)
+                item = _ITEM.decode(rows[0])
+                if looks:
+                    self._run(tx, _CLAIM_ONE, *values, item.id)
+                return [item]
         limits = self._limits(tx, queues, now)
         for queue in queues:
             self._reclaim(tx, queue, now, _RECLAIMED_PER_CLAIM)
@@ -5780,7 +5826,7 @@ class _Claims(_Items):
                 heads += self._heads(tx, queue, now, most, functions, locks)
             ids = [id for _, _, id in sorted(heads)[: limit - len(claimed)]]
             if ids:
-                leased = self._change_items(tx, _LEASE, values, ids)
+                leased = self._change_items(tx, _CLAIM, values, ids)
                 claimed += [leased[id] for id in ids if id in leased]
                 counts = Counter(item.queue_type for item in claimed)
             elif claimed or not locks or self._engine.max_writers == 1:
@@ -5984,7 +6030,8 @@ class _WorkQueue(_Items):
             worker_id = _read_field("worker_id", item_id, WorkItem, "item_id")
         worker = _none_or(_id, worker_id, "worker_id")
         expires = _time_after(tx.now(), self._lease(lease_seconds), "lease_seconds")
-        self._change_item(tx, _RENEW, id, expires, id, fence, worker)
+        if not self._run(tx, _RENEW, expires, id, fence, worker):
+            self._refuse(tx, id)
         return _datetime_of(expires)
 
     def hold(self, item: WorkItem, *, lease_seconds: float | None = None) -> Hold:
@@ -6046,7 +6093,7 @@ class _WorkQueue(_Items):
     ) -> WorkItem:
         id, fence = _id_and_fence(item_id, lease_fence)
         needed = None if fence is None else "claimed"
-        return _ITEM.decode(self._change_item(tx, sql, id, tx.now(), *error, id, fence, needed))
+        return self._change_item(tx, _ITEM, sql, id, tx.now(), *error, id, fence, needed)
 
     @_write_row
     def retry_work_item(
@@ -6095,7 +6142,7 @@ class _WorkQueue(_Items):
         if until is not None:
             due = _microseconds(until, "until")
         id, fence = _id_and_fence(item_id, lease_fence)
-        return _ITEM.decode(self._change_item(tx, _PARK, id, due, id, fence))
+        return self._change_item(tx, _ITEM, _PARK, id, due, id, fence)
 
     @_write_row
     def complete_work_items(self, tx: _Tx, items: Sequence[WorkItem]) -> list[WorkItem]:
@@ -6111,10 +6158,8 @@ class _WorkQueue(_Items):
             fences[id] = cast("int", fence)
         ended = self._change_items(tx, _COMPLETE_MANY, (tx.now(),), list(fences))
         for id, fence in fences.items():
-            if id not in ended:
-                self._need(tx, _ITEM, id=id)
             if id not in ended or ended[id].lease_fence != fence:
-                raise LeaseLost(id)  # with which nothing of this is stored
+                self._refuse(tx, id)  # with which nothing of this is stored
         return [ended[id] for id in fences]
 
     @_write
@@ -6142,7 +6187,7 @@ class _WorkQueue(_Items):
         not under the fence of the claim that it was given as."""
         id, fence = _id_and_fence(item_id)
         values = tx.now(), None, _text(last_error, "last_error"), id, fence
-        letter = _DEAD.decode(self._change_item(tx, _GIVE_UP, id, *values))
+        letter = self._change_item(tx, _DEAD, _GIVE_UP, id, *values)
         return self._follow_item(tx, letter)
 
     @_read
@@ -6162,8 +6207,8 @@ class _WorkQueue(_Items):
         if letter is None or letter.status != "dead_lettered":
             raise NotFound("dead letter", id)
         self._refuse_second_key(tx, letter)
-        row = self._change_item(tx, _RETRY, id, tx.now(), 0, None, id, letter.status)
-        return self._follow_item(tx, _ITEM.decode(row))
+        values = tx.now(), 0, None, id, letter.status
+        return self._follow_item(tx, self._change_item(tx, _ITEM, _RETRY, id, *values))
 
     @_write
     def commit_turn(
@@ -6977,7 +7022,7 @@ class PersistenceProvider(_CommandFacet):
         subscription that is missing or terminated."""
         key = _id(id, "id")
         lease = _text(token, "token"), _id(worker_id, "worker_id"), _microseconds(expiry, "expiry")
-        if self._row(tx, _SUBSCRIPTION_TAKE, *lease, key, tx.now()):
+        if self._run(tx, _SUBSCRIPTION_TAKE, *lease, key, tx.now()):
             return True
         self._need(tx, _SUBSCRIPTION, "AND terminated_at IS NULL", id=id)
         return False
@@ -6986,8 +7031,8 @@ class PersistenceProvider(_CommandFacet):
     def clear_subscription_token(self, tx: _Tx, id: AnyId, token: str) -> None:
         """Give a subscription back. Raises NotFound unless this is its token."""
         key = _id(id, "id")
-        cleared = self._row(tx, _SUBSCRIPTION_CLEAR, key, _text(token, "token"))
-        _or_not_found(cleared, "subscription", key)
+        if not self._run(tx, _SUBSCRIPTION_CLEAR, key, _text(token, "token")):
+            raise NotFound("subscription", key)
 
     @_write
     def create_event(self, tx: _Tx, event: Event) -> str:
@@ -7070,13 +7115,11 @@ _RUN_TAKE = _update(
     lease_fence = lease_fence + 1,
     attempt = attempt + CASE WHEN status IN ('claimed', 'failed') THEN 1 ELSE 0 END""",
     "AND (status <> 'claimed' OR lease_expires_at <= ?) AND (status <> 'completed' OR ?)",
-    _ITEM.columns,
 )
 _RUN_STATUS = _update(
     _RUN,
     """status = ?, updated_at = ?,
     completed_at = CASE WHEN ? IN ('pending', 'running') THEN NULL ELSE ? END""",
-    returning=None,
 )
 # Whether an execution is a run: then it has an item of its own id and function.
 _IS_RUN = """AND EXISTS (SELECT 1 FROM flowstore_work_items i
@@ -7820,10 +7863,9 @@ class _BlockRuns(_RunRecords):
             raise RunCancelled(id)
         now = tx.now()
         expires = _time_after(now, block.lease, "lease_seconds")
-        row = self._row(tx, _RUN_TAKE, block.worker_id, now, expires, id, now, again)
-        if row is not None:
+        if self._run(tx, _RUN_TAKE, block.worker_id, now, expires, id, now, again):
             self._set_status(tx, id, "running")
-            item = _ITEM.decode(row)
+            item = self._need(tx, _ITEM, id=id)
         return record, item
 
     @_write_row
