@@ -7478,14 +7478,15 @@ class Run(_RunFacet):
         if self._function not in crew.branching:
             crew.branching.add(self._function)
             self._has_more = True
-            yield self._make_due()
+            with contextlib.suppress(FlowStoreError):  # the suspension says more
+                yield self._make_due()
 
     @_write_row
     def _make_due(self, tx: _Tx) -> None:
         """End the wait of a run that is parked already, since this claim."""
         self._run(tx, _RUN_DUE, tx.now(), self.id, self._item.lease_fence)
 
-    @_read
+    @_snapshot
     def _is_over(self, tx: _Tx, wait: _Wait) -> bool:
         """Whether another attempt would end a wait. Raises LeaseLost."""
         self._check_lease(tx, self._item, _RUN_LOOK)
@@ -8890,7 +8891,8 @@ class AsyncRuns(_AsyncFacet, Runs):
             crew.is_ending = True
             # A task that claims a run at this moment gives it back.
             for task in [*filter(crew.under_way.__contains__, tasks), *watches]:
-                task.cancel()
+                if not task.cancelling():  # else it is giving its run back
+                    task.cancel()
             await asyncio.wait([*tasks, *watches])
         for task in tasks:
             if not task.cancelled():

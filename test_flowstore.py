@@ -13183,10 +13183,10 @@ def test_a_parked_run_wakes_at_the_end_of_its_timeout(store: Store, clock: Clock
 def test_a_wait_lets_the_steps_of_another_thread_go_on(
     store: Store, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flowstore, "_BRANCH_SECONDS", 0.5)
+    monkeypatch.setattr(flowstore, "_BRANCH_SECONDS", 0.3)
 
     def links(run: Any) -> None:
-        for number in range(4):
+        for number in range(100):
             run.step("link", calls, number)
             time.sleep(0.01)  # no step is under way
 
@@ -13198,12 +13198,12 @@ def test_a_wait_lets_the_steps_of_another_thread_go_on(
 
     id = store.runs.start(both)
     assert due(store, both) == 0
-    assert calls == [0, 1, 2, 3]
+    assert calls == [*range(100)]
     assert run_status(store, id) == ("pending", "pending")
     store.runs.emit("e", id, 7)
     assert due(store, both) == 1
     assert store.runs.result(id) == 7
-    assert calls == [0, 1, 2, 3]
+    assert calls == [*range(100)]
 
 
 def test_waits_side_by_side_park_the_run_until_the_first_of_them_ends(
@@ -13228,6 +13228,107 @@ def test_waits_side_by_side_park_the_run_until_the_first_of_them_ends(
     store.runs.emit("first", data=1)
     assert due(store, several) == 1
     assert store.runs.result(id) == [2, None, 1]
+
+
+def test_an_event_for_one_branch_is_not_lost_as_another_parks_the_run(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The event comes while the item is claimed, so that it wakes nobody: the run looks for it as it is parked."""
+    park = flowstore.Run.__dict__["_park"]
+    emitted: list[str] = []
+
+    def late(run: Any) -> Any:
+        if not emitted:
+            emitted.append(store.runs.emit("a", run.id))
+        return park.__get__(run)()
+
+    def both(run: Any, input: Any) -> Any:
+        def branch(name: str) -> Any:
+            run.wait_for(name, run.id, timeout=86400)
+            return run.step(f"after {name}", str, name)
+
+        with ThreadPoolExecutor(2) as pool:
+            return [*pool.map(branch, "ab")]
+
+    monkeypatch.setattr(flowstore.Run, "_park", late)
+    id = store.runs.start(both)
+    assert due(store, both) == 0
+    assert run_steps(store, id) == ["a", "after a"]
+    store.runs.emit("b", id)
+    assert due(store, both) == 1
+    assert store.runs.result(id) == ["a", "b"]
+
+
+@pytest.mark.parametrize("delay", [0, 0.002, 0.02])
+def test_a_branch_that_begins_after_the_first_wait_is_done_once(store: Store, delay: float) -> None:
+    calls: list[str] = []
+
+    def approve(run: Any) -> None:
+        calls.append(run.id)
+        store.runs.emit("approved", run.id)
+
+    def ask(run: Any) -> None:
+        time.sleep(delay)
+        run.step("ask", approve, run)
+
+    def asks(run: Any, input: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(ask, run)
+            run.wait_for("approved", run.id, timeout=86400)
+
+    id = store.runs.start(asks)
+    assert due(store, asks) == 1
+    assert run_status(store, id) == ("completed", "completed")
+    assert calls == [id]
+
+
+def test_an_error_of_a_branch_beside_a_wait_is_an_attempt(store: Store, clock: Clock) -> None:
+    def fail(run: Any, input: Any) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            waiting = pool.submit(run.wait_for, "never", timeout=86400)
+            failing = pool.submit(run.step, "fail", int, "x")
+        assert isinstance(waiting.exception(), flowstore._Suspended)
+        failing.result()
+
+    id = store.runs.start(fail, max_attempts=2)
+    assert due(store, fail) == 0
+    assert (look(store, id).attempt, look(store, id).status) == (1, "pending")
+    clock.advance(10)
+    assert due(store, fail) == 1
+    with pytest.raises(flowstore.RunFailed, match="invalid literal"):
+        store.runs.result(id)
+
+
+def test_a_step_on_the_way_of_a_suspension_is_done_when_the_run_ends(
+    store: Store, calls: Calls
+) -> None:
+    def tidy(run: Any, input: Any) -> Any:
+        try:
+            return run.wait_for("e")
+        finally:
+            run.step("tidy up", calls, run.attempt)
+
+    id = store.runs.start(tidy)
+    assert due(store, tidy) == 0
+    assert calls == []
+    assert look(store, id).lease_fence == 1, "it was claimed once"
+    store.runs.emit("e", data=7)
+    assert due(store, tidy) == 1
+    assert store.runs.result(id) == 7
+    assert calls == [0]
+
+
+def test_a_wait_inside_a_step_ends_when_its_worker_stops(store: Store) -> None:
+    stop = threading.Event()
+
+    def nested(run: Any, input: Any) -> None:
+        stop.set()
+        run.step("outer", lambda: run.wait_for("never"))
+
+    id = store.runs.start(nested)
+    worker = Caller(partial(store.runs.work, nested, stop=stop))
+    assert worker.outcome() == 0
+    assert run_status(store, id) == ("pending", "pending")
 
 
 def test_an_event_is_in_time_although_the_clock_was_put_back(store: Store, clock: Clock) -> None:
@@ -13429,6 +13530,21 @@ def test_waits_side_by_side_have_an_event_each(in_loop: Loop) -> None:
                 await store.runs.emit("e", data=number)
             waits = [run.wait_for("e", name=f"w{n}") for n in range(4)]
             assert sorted(await asyncio.gather(*waits)) == [0, 1, 2, 3]
+
+    in_loop(main)
+
+
+def test_a_step_of_the_name_of_a_wait_that_was_cancelled_is_another_one(in_loop: Loop) -> None:
+    async def main(store: AsyncStore) -> None:
+        for number in range(40):
+            async with store.run(f"r{number}") as run:
+                await store.runs.emit("approved", run.id, "yes")
+                waiting = asyncio.create_task(run.wait_for("approved", run.id))
+                await asyncio.sleep(number / 20_000)
+                waiting.cancel()
+                with suppress(asyncio.CancelledError):
+                    assert await waiting == "yes"
+                assert await run.step("approved", str, "by itself") == "by itself"
 
     in_loop(main)
 
