@@ -4680,26 +4680,6 @@ def modelled(
         yield pytest.mark.usefixtures(fixture)(machine.TestCase)
 
 
-TestFlowsByAModelInMemory, TestFlowsByAModelInAFile, TestFlowsByAModelOnPostgres = modelled(
-    FlowRules, engines=ENGINES
-)
-
-
-TestLogsByAModelInMemory, TestLogsByAModelInAFile, TestLogsByAModelOnPostgres = modelled(
-    LogRules, 25, engines=ENGINES
-)
-
-
-TestStateByAModelInMemory, TestStateByAModelInAFile, TestStateByAModelOnPostgres = modelled(
-    StateRules, 20, engines=ENGINES
-)
-
-
-TestItemsByAModelInMemory, TestItemsByAModelInAFile, TestItemsByAModelOnPostgres = modelled(
-    ItemRules, 40, 50, ENGINES
-)
-
-
 def write_everywhere(store: Store, key: str) -> None:
     """One transaction over all facets and a table of the user's own."""
     host = store.workflows
@@ -9813,6 +9793,10 @@ def test_a_claim_takes_as_many_steps_however_much_other_tenants_have(
 # FlowStore
 # ==================================================================================================
 
+TestFlowsByAModelInMemory, TestFlowsByAModelInAFile, TestFlowsByAModelOnPostgres = modelled(
+    FlowRules, engines=ENGINES
+)
+
 
 def test_a_flow_and_its_step_come_back_as_they_were_stored(store: Store) -> None:
     at = START - timedelta(days=3, microseconds=7)
@@ -10092,6 +10076,10 @@ def test_writers_get_their_turn_while_flows_are_pruned(store: Store) -> None:
 # EventStore
 # ==================================================================================================
 
+TestLogsByAModelInMemory, TestLogsByAModelInAFile, TestLogsByAModelOnPostgres = modelled(
+    LogRules, 25, engines=ENGINES
+)
+
 
 @parametrize("event", [{"type": ""}, {"type": "t", "x": object()}, None])
 def test_another_tenants_execution_is_a_mismatch_before_the_event_is_looked_at(
@@ -10159,6 +10147,15 @@ def test_read_all_skips_nothing_while_threads_append(make_store: MakeStore) -> N
 # ==================================================================================================
 # StateBackend: executions, the queue, keepsakes, tenants
 # ==================================================================================================
+
+TestStateByAModelInMemory, TestStateByAModelInAFile, TestStateByAModelOnPostgres = modelled(
+    StateRules, 20, engines=ENGINES
+)
+
+
+TestItemsByAModelInMemory, TestItemsByAModelInAFile, TestItemsByAModelOnPostgres = modelled(
+    ItemRules, 40, 50, ENGINES
+)
 
 
 def test_an_execution_comes_back_as_it_was_created(store: Store) -> None:
@@ -11315,6 +11312,336 @@ def test_an_enqueue_a_claim_and_an_end_write_few_pages(path: Path) -> None:
 
 
 START_MS = int(START.timestamp()) * 1000
+
+
+class WorkflowRules(Machine):
+    """Instances with their pointers, subscriptions, events, errors, counters and commands."""
+
+    topics: ClassVar = [("paid", "k"), ("paid", "l"), ("sent", "k")]
+    dues = st.none() | st.integers(-4, 4).map(lambda age: START_MS + 1000 * age)
+    statuses = st.sampled_from([WorkflowStatus.RUNNABLE] * 3 + [*WorkflowStatus])
+    pointers = st.lists(
+        st.tuples(st.sampled_from("pqrs"), st.sampled_from(PointerStatus), small_json),
+        max_size=4,
+        unique_by=lambda made: made[0],
+    )
+
+    def made(
+        self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus
+    ) -> WorkflowInstance:
+        return WorkflowInstance(
+            id=id,
+            name=name,
+            workflow_definition_id="d",
+            next_execution=due,
+            status=status,
+            execution_pointers=[
+                ExecutionPointer(id=key, step_id=step, status=word, outcome=value)
+                for step, (key, word, value) in enumerate(pointers)
+            ],
+        )
+
+    def taken(self, name: str, id: str | None = None) -> bool:
+        return name in {
+            instance.name for instance in self.model.instances.values() if instance.id != id
+        }
+
+    @rule(id=three, name=st.sampled_from(["", "d-1", "d-2", "n"]), pointers=pointers, due=dues,
+          status=statuses)  # fmt: skip
+    def create_instance(
+        self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus
+    ) -> None:
+        instance = self.made(id, name, pointers, due, status)
+        if id in self.model.instances or self.taken(name):
+            return self.refuses(
+                AlreadyExists("workflow", id if id in self.model.instances else name),
+                lambda: self.store.workflows.create_new_workflow(instance),
+            )
+        while not name or self.taken(name):
+            self.model.counters["d"] = self.model.counters.get("d", 0) + 1
+            name = f"d-{self.model.counters['d']}"
+        self.model.instances[id] = replace(instance, name=name, create_time=self.clock())
+        assert self.store.workflows.create_new_workflow(instance) == id
+        return None
+
+    @precondition(lambda self: self.model.instances)
+    @rule(id=three, name=st.sampled_from(["", "d-1", "n"]), pointers=pointers, due=dues,
+          status=statuses, topic=st.sampled_from(topics),
+          subscriptions=st.lists(three, unique=True, max_size=2), begin=ages)  # fmt: skip
+    def persist(
+        self,
+        id: str,
+        name: str,
+        pointers: Any,
+        due: int | None,
+        status: WorkflowStatus,
+        topic: tuple[str, str],
+        subscriptions: list[str],
+        begin: datetime | None,
+    ) -> None:
+        instance = self.made(id, name, pointers, due, status)
+        fields: Any = dict(zip(("event_name", "event_key"), topic, strict=True))
+        added = [
+            subscription(id=one, workflow_id=id, subscribe_as_of=begin, **fields)
+            for one in subscriptions
+        ]
+        call = partial(self.store.workflows.persist_workflow_with_subscriptions, instance, added)
+        stored = self.model.instances.get(id)
+        if stored is None:
+            return self.refuses(NotFound("workflow", id), call)
+        if self.taken(name, id):
+            return self.refuses(AlreadyExists("workflow", name), call)
+        for key in subscriptions:
+            if key in self.model.subscriptions:
+                return self.refuses(AlreadyExists("subscription", key), call)
+        for one in added:
+            self.model.subscriptions[one.id] = replace(one, subscribe_as_of=begin or self.clock())
+        self.model.instances[id] = replace(
+            instance, name=name or stored.name, create_time=stored.create_time
+        )
+        return call()
+
+    @precondition(lambda self: self.model.instances)
+    @rule(id=three)
+    def delete(self, id: str) -> None:
+        if id not in self.model.instances:
+            return self.refuses(
+                NotFound("workflow", id), lambda: self.store.workflows.delete_workflow(id)
+            )
+        self.drop({id})
+        return self.store.workflows.delete_workflow(id)
+
+    def drop(self, gone: set[str]) -> None:
+        model = self.model
+        model.instances = {
+            id: instance for id, instance in model.instances.items() if id not in gone
+        }
+        model.subscriptions = {
+            id: one for id, one in model.subscriptions.items() if one.workflow_id not in gone
+        }
+        model.terminated &= model.subscriptions.keys()
+        model.errors = [error for error in model.errors if error.workflow_id not in gone]
+
+    @precondition(lambda self: self.model.instances)
+    @rule(status=st.sampled_from(WorkflowStatus))
+    def purge(self, status: WorkflowStatus) -> None:
+        gone = {
+            id
+            for id, instance in self.model.instances.items()
+            if instance.status is status
+            and instance.create_time is not None
+            and instance.create_time < self.clock()
+        }
+        assert self.store.workflows.purge_workflows(status, self.clock()) == len(gone)
+        self.drop(gone)
+
+    @rule()
+    def count_on(self) -> None:
+        self.model.counters["d"] = self.model.counters.get("d", 0) + 1
+        assert self.store.workflows.next_definition_sequence("d") == self.model.counters["d"]
+
+    @precondition(lambda self: self.model.subscriptions)
+    @rule(id=three, token=st.sampled_from(["t1", "t2"]), lasts=st.sampled_from([-1, 0, 0, 1, 9]))
+    def hold_subscription(self, id: str, token: str, lasts: int) -> None:
+        until = self.clock() + seconds(lasts)
+        call = partial(self.store.workflows.set_subscription_token, id, token, "host", until)
+        if id not in self.model.subscriptions or id in self.model.terminated:
+            return self.refuses(NotFound("subscription", id), call)
+        free = self.is_free(self.model.subscriptions[id])
+        if free:
+            self.model.subscriptions[id] = replace(
+                self.model.subscriptions[id],
+                external_token=token,
+                external_worker_id="host",
+                external_token_expiry=until,
+            )
+        assert call() is free
+        return None
+
+    def is_free(self, one: EventSubscription) -> bool:
+        return one.external_token_expiry is None or one.external_token_expiry <= self.clock()
+
+    @precondition(lambda self: self.model.subscriptions)
+    @rule(id=three, token=st.sampled_from(["t1", "t2"]), end=st.booleans())
+    def let_go(self, id: str, token: str, end: bool) -> None:
+        workflows, stored = self.store.workflows, self.model.subscriptions.get(id)
+        if end:
+            if stored is None:
+                self.refuses(NotFound("subscription", id), lambda: workflows.get_subscription(id))
+                return self.refuses(
+                    NotFound("subscription", id), lambda: workflows.terminate_subscription(id)
+                )
+            self.model.terminated.add(id)
+            return workflows.terminate_subscription(id)
+        if stored is None or stored.external_token != token:
+            return self.refuses(
+                NotFound("subscription", id), lambda: workflows.clear_subscription_token(id, token)
+            )
+        self.model.subscriptions[id] = replace(
+            stored, external_token=None, external_worker_id=None, external_token_expiry=None
+        )
+        return workflows.clear_subscription_token(id, token)
+
+    @rule(id=three, topic=st.sampled_from(topics), at=ages, data=small_json)
+    def create_event(self, id: str, topic: tuple[str, str], at: datetime | None, data: Any) -> None:
+        name, key = topic
+        event = Event(id=id, event_name=name, event_key=key, event_time=at, event_data=data)
+        if id in self.model.events:
+            self.refuses(
+                AlreadyExists("event", id), lambda: self.store.workflows.create_event(event)
+            )
+        else:
+            self.model.events[id] = replace(event, event_time=at or self.clock())
+            assert self.store.workflows.create_event(event) == id
+
+    @precondition(lambda self: self.model.events)
+    @rule(id=three, done=st.booleans())
+    def mark_event(self, id: str, done: bool) -> None:
+        workflows = self.store.workflows
+        call = partial(
+            workflows.mark_event_processed if done else workflows.mark_event_unprocessed, id
+        )
+        if id not in self.model.events:
+            self.refuses(NotFound("event", id), lambda: workflows.get_event(id))
+            return self.refuses(NotFound("event", id), call)
+        self.model.events[id] = replace(self.model.events[id], is_processed=done)
+        return call()
+
+    @rule(ids=st.lists(three, max_size=3), torn=st.booleans())
+    def persist_errors(self, ids: list[str], torn: bool) -> None:
+        made = [
+            ExecutionError(workflow_id=id, execution_pointer_id="p", message=f"{n}")
+            for n, id in enumerate(ids)
+        ]
+        if torn:
+            wrong = replace(made[0], message="\0") if made else None
+            return self.refuses(
+                InvalidData,
+                lambda: self.store.workflows.persist_errors([*made, wrong]),  # type: ignore[list-item]
+            )
+        self.model.errors += [replace(error, error_time=self.clock()) for error in made]
+        return self.store.workflows.persist_errors(made)
+
+    @rule(data=three, at=st.integers(0, 20))
+    def schedule(self, data: str, at: int) -> None:
+        when = START_MS + at * 1000
+        self.model.commands[data] = min(when, self.model.commands.get(data, when))
+        self.store.workflows.schedule_command(
+            ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=data, execute_time=when)
+        )
+
+    @rule(
+        ahead=st.none() | st.integers(-5, 20),
+        plan=st.dictionaries(
+            three, st.tuples(st.booleans(), st.lists(st.integers(0, 20), max_size=3))
+        ),
+    )
+    def process(self, ahead: int | None, plan: dict[str, tuple[bool, list[int]]]) -> None:
+        """By its plan, each handler may schedule its own command again, and may fail."""
+
+        def handler(found: ScheduledCommand) -> None:
+            seen.append((found.execute_time, found.data))
+            fails, times = plan.get(found.data, (False, []))
+            del self.model.commands[found.data]
+            for again in times:
+                self.schedule(found.data, again)
+            if fails:
+                failing.append(found.data)
+                left = self.model.commands.get(found.data, MAX_INT)
+                self.model.commands[found.data] = min(left, seen[-1][0])
+                raise KeyError(found.data)
+
+        as_of = None if ahead is None else self.clock() + seconds(ahead)
+        call = partial(self.store.workflows.process_commands, as_of, handler)
+        if self.blocks:
+            return self.refuses(StorageError, call)
+        seen: list[tuple[Any, str]] = []
+        failing: list[str] = []
+        until = (as_of or self.clock()).timestamp() * 1000
+        commands = sorted((at, data) for data, at in self.model.commands.items())
+        due = [(at, data) for at, data in commands if at <= until]
+        try:
+            assert call() == len(due) and not failing
+        except ExceptionGroup as group:
+            assert [error.args[0] for error in group.exceptions] == failing != []
+        assert seen == due
+        return None
+
+    @invariant()
+    def workflows_agree(self) -> None:
+        workflows, model = self.store.workflows, self.model
+        for id in "abc":
+            if id in model.instances:
+                assert workflows.get_workflow_instance(id) == model.instances[id]
+                assert (
+                    workflows.get_workflow_instance_by_name(model.instances[id].name)
+                    == model.instances[id]
+                )
+            if id in model.subscriptions:
+                assert workflows.get_subscription(id) == model.subscriptions[id]
+            if id in model.events:
+                assert workflows.get_event(id) == model.events[id]
+            errors = [error for error in model.errors[::-1] if error.workflow_id == id]
+            assert workflows.list_errors(id) == errors
+        assert workflows.get_workflow_instances([*"cab"]) == [
+            model.instances[id] for id in "cab" if id in model.instances
+        ]
+        for as_of in (None, self.clock() - seconds(4)):
+            self.what_is_due_agrees(as_of)
+        stored = dict(execute(self.store, "SELECT data, execute_time FROM scheduled_commands"))
+        assert stored == model.commands
+        counts = self.store.stats()["tables"]
+        assert counts["workflows"] == len(model.instances)
+        assert counts["event_subscriptions"] == len(model.subscriptions)
+        assert counts["execution_errors"] == len(model.errors)
+        assert counts["execution_pointers"] == sum(
+            len(one.execution_pointers) for one in model.instances.values()
+        )
+
+    def what_is_due_agrees(self, as_of: datetime | None) -> None:
+        workflows, model, now = self.store.workflows, self.model, as_of or self.clock()
+        due = [
+            (instance.next_execution, id)
+            for id, instance in model.instances.items()
+            if instance.status is WorkflowStatus.RUNNABLE
+            and isinstance(instance.next_execution, int)
+            and instance.next_execution <= now.timestamp() * 1000
+        ]
+        assert workflows.get_runnable_instances(as_of) == [id for _, id in sorted(due)]
+        happened = sorted(
+            (event.event_time, id)
+            for id, event in model.events.items()
+            if event.event_time and event.event_time <= now
+        )
+        assert workflows.get_runnable_events(as_of) == [
+            id for _, id in happened if not model.events[id].is_processed
+        ]
+        for topic in self.topics:
+            begun = sorted(
+                (one.subscribe_as_of, id)
+                for id, one in model.subscriptions.items()
+                if id not in model.terminated
+                and (one.event_name, one.event_key) == topic
+                and one.subscribe_as_of is not None
+                and one.subscribe_as_of <= now
+            )
+            subscriptions = [model.subscriptions[id] for _, id in begun]
+            assert workflows.get_subscriptions(*topic, as_of) == subscriptions
+            free = [*filter(self.is_free, subscriptions)]
+            first = workflows.get_first_open_subscription(*topic, as_of)
+            assert first == (free[0] if free else None)
+            assert workflows.get_events(*topic, as_of) == [
+                id
+                for _, id in happened
+                if (model.events[id].event_name, model.events[id].event_key) == topic
+            ]
+
+
+(
+    TestWorkflowsByAModelInMemory,
+    TestWorkflowsByAModelInAFile,
+    TestWorkflowsByAModelOnPostgres,
+) = modelled(WorkflowRules, 30, engines=ENGINES)
 
 
 a_few_flow = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -18715,329 +19042,6 @@ def test_the_commands_take_a_server(
 # ==================================================================================================
 
 
-class WorkflowRules(Machine):
-    """Instances with their pointers, subscriptions, events, errors, counters and commands."""
-
-    topics: ClassVar = [("paid", "k"), ("paid", "l"), ("sent", "k")]
-    dues = st.none() | st.integers(-4, 4).map(lambda age: START_MS + 1000 * age)
-    statuses = st.sampled_from([WorkflowStatus.RUNNABLE] * 3 + [*WorkflowStatus])
-    pointers = st.lists(
-        st.tuples(st.sampled_from("pqrs"), st.sampled_from(PointerStatus), small_json),
-        max_size=4,
-        unique_by=lambda made: made[0],
-    )
-
-    def made(
-        self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus
-    ) -> WorkflowInstance:
-        return WorkflowInstance(
-            id=id,
-            name=name,
-            workflow_definition_id="d",
-            next_execution=due,
-            status=status,
-            execution_pointers=[
-                ExecutionPointer(id=key, step_id=step, status=word, outcome=value)
-                for step, (key, word, value) in enumerate(pointers)
-            ],
-        )
-
-    def taken(self, name: str, id: str | None = None) -> bool:
-        return name in {
-            instance.name for instance in self.model.instances.values() if instance.id != id
-        }
-
-    @rule(id=three, name=st.sampled_from(["", "d-1", "d-2", "n"]), pointers=pointers, due=dues,
-          status=statuses)  # fmt: skip
-    def create_instance(
-        self, id: str, name: str, pointers: Any, due: int | None, status: WorkflowStatus
-    ) -> None:
-        instance = self.made(id, name, pointers, due, status)
-        if id in self.model.instances or self.taken(name):
-            return self.refuses(
-                AlreadyExists("workflow", id if id in self.model.instances else name),
-                lambda: self.store.workflows.create_new_workflow(instance),
-            )
-        while not name or self.taken(name):
-            self.model.counters["d"] = self.model.counters.get("d", 0) + 1
-            name = f"d-{self.model.counters['d']}"
-        self.model.instances[id] = replace(instance, name=name, create_time=self.clock())
-        assert self.store.workflows.create_new_workflow(instance) == id
-        return None
-
-    @precondition(lambda self: self.model.instances)
-    @rule(id=three, name=st.sampled_from(["", "d-1", "n"]), pointers=pointers, due=dues,
-          status=statuses, topic=st.sampled_from(topics),
-          subscriptions=st.lists(three, unique=True, max_size=2), begin=ages)  # fmt: skip
-    def persist(
-        self,
-        id: str,
-        name: str,
-        pointers: Any,
-        due: int | None,
-        status: WorkflowStatus,
-        topic: tuple[str, str],
-        subscriptions: list[str],
-        begin: datetime | None,
-    ) -> None:
-        instance = self.made(id, name, pointers, due, status)
-        fields: Any = dict(zip(("event_name", "event_key"), topic, strict=True))
-        added = [
-            subscription(id=one, workflow_id=id, subscribe_as_of=begin, **fields)
-            for one in subscriptions
-        ]
-        call = partial(self.store.workflows.persist_workflow_with_subscriptions, instance, added)
-        stored = self.model.instances.get(id)
-        if stored is None:
-            return self.refuses(NotFound("workflow", id), call)
-        if self.taken(name, id):
-            return self.refuses(AlreadyExists("workflow", name), call)
-        for key in subscriptions:
-            if key in self.model.subscriptions:
-                return self.refuses(AlreadyExists("subscription", key), call)
-        for one in added:
-            self.model.subscriptions[one.id] = replace(one, subscribe_as_of=begin or self.clock())
-        self.model.instances[id] = replace(
-            instance, name=name or stored.name, create_time=stored.create_time
-        )
-        return call()
-
-    @precondition(lambda self: self.model.instances)
-    @rule(id=three)
-    def delete(self, id: str) -> None:
-        if id not in self.model.instances:
-            return self.refuses(
-                NotFound("workflow", id), lambda: self.store.workflows.delete_workflow(id)
-            )
-        self.drop({id})
-        return self.store.workflows.delete_workflow(id)
-
-    def drop(self, gone: set[str]) -> None:
-        model = self.model
-        model.instances = {
-            id: instance for id, instance in model.instances.items() if id not in gone
-        }
-        model.subscriptions = {
-            id: one for id, one in model.subscriptions.items() if one.workflow_id not in gone
-        }
-        model.terminated &= model.subscriptions.keys()
-        model.errors = [error for error in model.errors if error.workflow_id not in gone]
-
-    @precondition(lambda self: self.model.instances)
-    @rule(status=st.sampled_from(WorkflowStatus))
-    def purge(self, status: WorkflowStatus) -> None:
-        gone = {
-            id
-            for id, instance in self.model.instances.items()
-            if instance.status is status
-            and instance.create_time is not None
-            and instance.create_time < self.clock()
-        }
-        assert self.store.workflows.purge_workflows(status, self.clock()) == len(gone)
-        self.drop(gone)
-
-    @rule()
-    def count_on(self) -> None:
-        self.model.counters["d"] = self.model.counters.get("d", 0) + 1
-        assert self.store.workflows.next_definition_sequence("d") == self.model.counters["d"]
-
-    @precondition(lambda self: self.model.subscriptions)
-    @rule(id=three, token=st.sampled_from(["t1", "t2"]), lasts=st.sampled_from([-1, 0, 0, 1, 9]))
-    def hold_subscription(self, id: str, token: str, lasts: int) -> None:
-        until = self.clock() + seconds(lasts)
-        call = partial(self.store.workflows.set_subscription_token, id, token, "host", until)
-        if id not in self.model.subscriptions or id in self.model.terminated:
-            return self.refuses(NotFound("subscription", id), call)
-        free = self.is_free(self.model.subscriptions[id])
-        if free:
-            self.model.subscriptions[id] = replace(
-                self.model.subscriptions[id],
-                external_token=token,
-                external_worker_id="host",
-                external_token_expiry=until,
-            )
-        assert call() is free
-        return None
-
-    def is_free(self, one: EventSubscription) -> bool:
-        return one.external_token_expiry is None or one.external_token_expiry <= self.clock()
-
-    @precondition(lambda self: self.model.subscriptions)
-    @rule(id=three, token=st.sampled_from(["t1", "t2"]), end=st.booleans())
-    def let_go(self, id: str, token: str, end: bool) -> None:
-        workflows, stored = self.store.workflows, self.model.subscriptions.get(id)
-        if end:
-            if stored is None:
-                self.refuses(NotFound("subscription", id), lambda: workflows.get_subscription(id))
-                return self.refuses(
-                    NotFound("subscription", id), lambda: workflows.terminate_subscription(id)
-                )
-            self.model.terminated.add(id)
-            return workflows.terminate_subscription(id)
-        if stored is None or stored.external_token != token:
-            return self.refuses(
-                NotFound("subscription", id), lambda: workflows.clear_subscription_token(id, token)
-            )
-        self.model.subscriptions[id] = replace(
-            stored, external_token=None, external_worker_id=None, external_token_expiry=None
-        )
-        return workflows.clear_subscription_token(id, token)
-
-    @rule(id=three, topic=st.sampled_from(topics), at=ages, data=small_json)
-    def create_event(self, id: str, topic: tuple[str, str], at: datetime | None, data: Any) -> None:
-        name, key = topic
-        event = Event(id=id, event_name=name, event_key=key, event_time=at, event_data=data)
-        if id in self.model.events:
-            self.refuses(
-                AlreadyExists("event", id), lambda: self.store.workflows.create_event(event)
-            )
-        else:
-            self.model.events[id] = replace(event, event_time=at or self.clock())
-            assert self.store.workflows.create_event(event) == id
-
-    @precondition(lambda self: self.model.events)
-    @rule(id=three, done=st.booleans())
-    def mark_event(self, id: str, done: bool) -> None:
-        workflows = self.store.workflows
-        call = partial(
-            workflows.mark_event_processed if done else workflows.mark_event_unprocessed, id
-        )
-        if id not in self.model.events:
-            self.refuses(NotFound("event", id), lambda: workflows.get_event(id))
-            return self.refuses(NotFound("event", id), call)
-        self.model.events[id] = replace(self.model.events[id], is_processed=done)
-        return call()
-
-    @rule(ids=st.lists(three, max_size=3), torn=st.booleans())
-    def persist_errors(self, ids: list[str], torn: bool) -> None:
-        made = [
-            ExecutionError(workflow_id=id, execution_pointer_id="p", message=f"{n}")
-            for n, id in enumerate(ids)
-        ]
-        if torn:
-            wrong = replace(made[0], message="\0") if made else None
-            return self.refuses(
-                InvalidData,
-                lambda: self.store.workflows.persist_errors([*made, wrong]),  # type: ignore[list-item]
-            )
-        self.model.errors += [replace(error, error_time=self.clock()) for error in made]
-        return self.store.workflows.persist_errors(made)
-
-    @rule(data=three, at=st.integers(0, 20))
-    def schedule(self, data: str, at: int) -> None:
-        when = START_MS + at * 1000
-        self.model.commands[data] = min(when, self.model.commands.get(data, when))
-        self.store.workflows.schedule_command(
-            ScheduledCommand(command_name=CommandName.PROCESS_EVENT, data=data, execute_time=when)
-        )
-
-    @rule(
-        ahead=st.none() | st.integers(-5, 20),
-        plan=st.dictionaries(
-            three, st.tuples(st.booleans(), st.lists(st.integers(0, 20), max_size=3))
-        ),
-    )
-    def process(self, ahead: int | None, plan: dict[str, tuple[bool, list[int]]]) -> None:
-        """By its plan, each handler may schedule its own command again, and may fail."""
-
-        def handler(found: ScheduledCommand) -> None:
-            seen.append((found.execute_time, found.data))
-            fails, times = plan.get(found.data, (False, []))
-            del self.model.commands[found.data]
-            for again in times:
-                self.schedule(found.data, again)
-            if fails:
-                failing.append(found.data)
-                left = self.model.commands.get(found.data, MAX_INT)
-                self.model.commands[found.data] = min(left, seen[-1][0])
-                raise KeyError(found.data)
-
-        as_of = None if ahead is None else self.clock() + seconds(ahead)
-        call = partial(self.store.workflows.process_commands, as_of, handler)
-        if self.blocks:
-            return self.refuses(StorageError, call)
-        seen: list[tuple[Any, str]] = []
-        failing: list[str] = []
-        until = (as_of or self.clock()).timestamp() * 1000
-        commands = sorted((at, data) for data, at in self.model.commands.items())
-        due = [(at, data) for at, data in commands if at <= until]
-        try:
-            assert call() == len(due) and not failing
-        except ExceptionGroup as group:
-            assert [error.args[0] for error in group.exceptions] == failing != []
-        assert seen == due
-        return None
-
-    @invariant()
-    def workflows_agree(self) -> None:
-        workflows, model = self.store.workflows, self.model
-        for id in "abc":
-            if id in model.instances:
-                assert workflows.get_workflow_instance(id) == model.instances[id]
-                assert (
-                    workflows.get_workflow_instance_by_name(model.instances[id].name)
-                    == model.instances[id]
-                )
-            if id in model.subscriptions:
-                assert workflows.get_subscription(id) == model.subscriptions[id]
-            if id in model.events:
-                assert workflows.get_event(id) == model.events[id]
-            errors = [error for error in model.errors[::-1] if error.workflow_id == id]
-            assert workflows.list_errors(id) == errors
-        assert workflows.get_workflow_instances([*"cab"]) == [
-            model.instances[id] for id in "cab" if id in model.instances
-        ]
-        for as_of in (None, self.clock() - seconds(4)):
-            self.what_is_due_agrees(as_of)
-        stored = dict(execute(self.store, "SELECT data, execute_time FROM scheduled_commands"))
-        assert stored == model.commands
-        counts = self.store.stats()["tables"]
-        assert counts["workflows"] == len(model.instances)
-        assert counts["event_subscriptions"] == len(model.subscriptions)
-        assert counts["execution_errors"] == len(model.errors)
-        assert counts["execution_pointers"] == sum(
-            len(one.execution_pointers) for one in model.instances.values()
-        )
-
-    def what_is_due_agrees(self, as_of: datetime | None) -> None:
-        workflows, model, now = self.store.workflows, self.model, as_of or self.clock()
-        due = [
-            (instance.next_execution, id)
-            for id, instance in model.instances.items()
-            if instance.status is WorkflowStatus.RUNNABLE
-            and isinstance(instance.next_execution, int)
-            and instance.next_execution <= now.timestamp() * 1000
-        ]
-        assert workflows.get_runnable_instances(as_of) == [id for _, id in sorted(due)]
-        happened = sorted(
-            (event.event_time, id)
-            for id, event in model.events.items()
-            if event.event_time and event.event_time <= now
-        )
-        assert workflows.get_runnable_events(as_of) == [
-            id for _, id in happened if not model.events[id].is_processed
-        ]
-        for topic in self.topics:
-            begun = sorted(
-                (one.subscribe_as_of, id)
-                for id, one in model.subscriptions.items()
-                if id not in model.terminated
-                and (one.event_name, one.event_key) == topic
-                and one.subscribe_as_of is not None
-                and one.subscribe_as_of <= now
-            )
-            subscriptions = [model.subscriptions[id] for _, id in begun]
-            assert workflows.get_subscriptions(*topic, as_of) == subscriptions
-            free = [*filter(self.is_free, subscriptions)]
-            first = workflows.get_first_open_subscription(*topic, as_of)
-            assert first == (free[0] if free else None)
-            assert workflows.get_events(*topic, as_of) == [
-                id
-                for _, id in happened
-                if (model.events[id].event_name, model.events[id].event_key) == topic
-            ]
-
-
 class EverythingRules(FlowRules, StateRules, ItemRules, WorkflowRules):
     """All facets in one store, in transactions that nest, end well or are undone, with a table of the user's own."""
 
@@ -19083,13 +19087,6 @@ class EverythingRules(FlowRules, StateRules, ItemRules, WorkflowRules):
             lambda: [self.store.stats()["tables"][name] for name in ("flows", "workflows")]
         ).outcome()
         assert found == [len(before.flows), len(before.instances)]
-
-
-(
-    TestWorkflowsByAModelInMemory,
-    TestWorkflowsByAModelInAFile,
-    TestWorkflowsByAModelOnPostgres,
-) = modelled(WorkflowRules, 30, engines=ENGINES)
 
 
 TestEverythingByAModelInMemory, TestEverythingByAModelInAFile = modelled(EverythingRules, 20, 60)
