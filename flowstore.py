@@ -5495,12 +5495,21 @@ _LEASE_COUNT = """SELECT COUNT(*) FROM (SELECT 1 FROM flowstore_work_items {by f
     WHERE {any_status} = 'claimed' AND {queue_type} = ? LIMIT ?) leased"""
 
 
+def _items_as(**changed: str) -> str:
+    """The columns of items for a SELECT, some in place of what is stored."""
+    return ", ".join(changed.get(name, name) for name in _ITEM.codecs)
+
+
 # A SELECT of items as a claim will leave them, and the claim; the same for an end. On a server, an
 # UPDATE returns the items. For RETURNING, SQLite copies each page that a statement changes: there,
 # a SELECT before it takes less time.
-_CLAIMED = _ITEM.columns.replace(
-    "lease_expires_at, worker_id, lease_fence, status", "?, ?, lease_fence + 1, 'claimed'"
-).replace("claimed_at", "?")
+_CLAIMED = _items_as(
+    lease_expires_at="?",
+    worker_id="?",
+    lease_fence="lease_fence + 1",
+    status="'claimed'",
+    claimed_at="?",
+)
 _CLAIM = (
     f"SELECT {_CLAIMED} FROM flowstore_work_items WHERE {{status}} = 'pending' {{tenant}}",
     """UPDATE flowstore_work_items SET lease_expires_at = ?, worker_id = ?,
@@ -5508,11 +5517,7 @@ _CLAIM = (
     WHERE {status} = 'pending' {tenant}""",
 )
 _CLAIM_ONE = _Sql(f"{_CLAIM[1]} AND id = ?")
-_COMPLETED = (
-    _ITEM.columns.replace("lease_expires_at", "NULL")
-    .replace("status", "'completed'")
-    .replace("settled_at", "?")
-)
+_COMPLETED = _items_as(lease_expires_at="NULL", status="'completed'", settled_at="?")
 _COMPLETE_MANY = (
     f"""SELECT {_COMPLETED} FROM flowstore_work_items WHERE {{status}} = 'claimed' {{tenant}}""",
     """UPDATE flowstore_work_items SET lease_expires_at = NULL, status = 'completed',
