@@ -5731,8 +5731,9 @@ def test_times_come_back_in_utc_to_the_microsecond(store: Store, when: datetime)
         item.available_at,
         execution.started_at,
         execution.updated_at,
+        execution.completed_at,
     ]
-    for time_back in (*times, execution.completed_at):
+    for time_back in times:
         assert time_back == when.astimezone(UTC) and time_back.tzinfo is UTC
 
 
@@ -10481,7 +10482,8 @@ def test_renewing_moves_the_expiry(store: Store, clock: Clock) -> None:
 
 def test_a_lease_of_another_worker_is_not_renewed(store: Store) -> None:
     item = claimed(store)
-    for given in ((item.id, "somebody else"), (replace(item, worker_id="somebody else"),)):
+    by_id: tuple[Any, ...] = (item.id, "somebody else")
+    for given in (by_id, (replace(item, worker_id="somebody else"),)):
         with pytest.raises(LeaseLost):
             store.state.renew_lease(*given)
         assert look(store, item.id) == item
