@@ -10482,8 +10482,8 @@ def test_renewing_moves_the_expiry(store: Store, clock: Clock) -> None:
 
 def test_a_lease_of_another_worker_is_not_renewed(store: Store) -> None:
     item = claimed(store)
-    by_id: tuple[Any, ...] = (item.id, "somebody else")
-    for given in (by_id, (replace(item, worker_id="somebody else"),)):
+    others: list[Any] = [(item.id, "somebody else"), (replace(item, worker_id="somebody else"),)]
+    for given in others:
         with pytest.raises(LeaseLost):
             store.state.renew_lease(*given)
         assert look(store, item.id) == item
