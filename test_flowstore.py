@@ -6804,6 +6804,20 @@ def test_inside_ones_own_transaction_these_calls_are_refused(
 # --- busy ---
 
 
+def test_who_waits_for_another_process_is_told_that_the_store_was_closed(path: Path) -> None:
+    store = flowstore.open(path, busy_timeout=WATCHDOG)
+    with Process(holding_process, path) as child:
+        assert child.read() == "ready"
+        child.tell()
+        assert child.read() == "held"
+        appending = Caller(write, store, "e1")
+        until(lambda: store._engine.writer.leader is not None)
+        closing_it = Caller(store.close)
+        assert isinstance(appending.outcome(20), StoreClosed)
+        closing_it.outcome()
+        child.tell()
+
+
 # ==================================================================================================
 # Writer: group commit, busy waiting, interrupts, checkpoints
 # ==================================================================================================
@@ -8197,6 +8211,16 @@ def test_a_store_that_is_dropped_without_close_gives_its_descriptors_back(tmp_pa
     assert descriptors() <= before + 2
     with flowstore.open(tmp_path / "9.db") as store:
         assert pairs(store, "run") == ["kept"]
+
+
+def test_a_call_that_fails_leaves_the_file_to_others(path: Path) -> None:
+    with flowstore.open(path) as store, closing(sqlite3.connect(path, timeout=0)) as plain:
+        flow = store.flows.insert(Flow())
+        for _ in range(2):
+            with pytest.raises(AlreadyExists):
+                store.flows.insert(flow)
+            plain.execute("BEGIN IMMEDIATE")
+            plain.rollback()
 
 
 # ==================================================================================================
@@ -10071,6 +10095,19 @@ def test_writers_get_their_turn_while_flows_are_pruned(store: Store) -> None:
     )
     assert outcomes == [600] + ["finished"] * 8
     assert len(store.flows.list_by_status("finished")) == 8
+
+
+def test_a_step_update_keeps_its_flow_and_its_creation_and_is_of_now(
+    store: Store, clock: Clock
+) -> None:
+    flow_with(store, id="f")
+    flow_with(store, id="g")
+    step = store.flows.insert_step(FlowStep(flow_id="f", run_id="r"))
+    clock.advance(1)
+    changed = replace(step, flow_id="g", created_at=clock.now, task="t", result={"ok": 1})
+    stored = store.flows.update_step(changed)
+    assert stored == replace(changed, flow_id="f", created_at=START, updated_at=clock.now)
+    assert store.flows.list_steps("f") == [stored]
 
 
 # ==================================================================================================
@@ -12666,6 +12703,15 @@ def test_a_host_killed_at_random_points_completes_every_workflow_with_each_effec
     with sqlite3.connect(path) as database:
         assert database.execute("SELECT COUNT(*) FROM workflows").fetchone() == (60,)
     database.close()
+
+
+def test_a_handler_that_outlives_its_lease_has_not_handled_its_command(
+    workflows: PersistenceProvider, clock: Clock
+) -> None:
+    workflows.schedule_command(command("a", clock.now))
+    late = partial(clock.advance, 60)
+    assert workflows.process_commands(clock.now, lambda _: late(), lease_seconds=10) == 0
+    assert workflows.process_commands(clock.now, lambda _: None) == 1
 
 
 # ==================================================================================================
@@ -18187,6 +18233,22 @@ def test_a_copy_compares_every_row_of_a_long_table(tmp_path: Path) -> None:
         plain.execute('UPDATE flowstore_log SET event = \'{"type":"x"}\' WHERE sequence = 650')
         plain.commit()
     run("copy", "a.db", "b.db", cwd=tmp_path, status=1)
+
+
+def test_a_copy_that_went_on_compares_every_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (str(tmp_path / name) for name in ("one.db", "two.db"))
+    with flowstore.open(one) as store:
+        store.events.append_batch("e", "default", [EVENT] * 600)
+    assert flowstore.main(["copy", one, two]) == 0
+    with flowstore.open(
+        two
+    ) as store:  # as if the copy had been broken off, and a row changed since
+        execute(store, "INSERT INTO flowstore_meta (key, value) VALUES ('copying', '')")
+        execute(store, "UPDATE flowstore_log SET timestamp = timestamp + 1 WHERE sequence = 590")
+    assert flowstore.main(["copy", one, two]) == 1
+    assert "other than the source in flowstore_log" in capsys.readouterr().out
 
 
 # ==================================================================================================
