@@ -36,9 +36,9 @@ The way of one call, `store.state.claim_work_item(...)`, from top to bottom:
     _Writer.commit_calls        BEGIN IMMEDIATE, the queued operations, COMMIT
     _Claims._claim              the operation: statements on the open transaction, records from rows
     _Facet._row, _Tx.rows       one statement, of the view's tenant alone
-A read takes a connection from the pool instead (`_Engine.read`). In an event loop the operation
-goes to the thread that writes, or to one that reads (`_AsyncEngine.run`). On a server each call has
-a connection of its own (`_PostgresEngine.run_on_reader`).
+A read takes a connection from the pool instead (`_Engine.run_pooled`). In an event loop the
+operation goes to the thread that writes, or to one that reads (`_AsyncEngine.run`). On a server
+each call has a connection of its own (`_PostgresEngine.run_on`).
 
 Words that have one meaning here:
     operation     a function over an open transaction, under `@_write`, `@_read` or their like
@@ -2372,15 +2372,15 @@ class _Database:
         else:
             tx.db.close()
 
-    def begin_on_reader(self, tx: _Tx, read_only: bool = True) -> None:
-        """Begin the transaction of a block that leaves the writer to others: one snapshot."""
+    def begin_pooled(self, tx: _Tx, read_only: bool = True) -> None:
+        """Begin the transaction of a block on a connection of the pool: one snapshot."""
         if self.path is not None:
             tx.run("PRAGMA query_only = ON")  # a reader never writes
         tx.run("BEGIN")
         tx.rows("SELECT value FROM flowstore_meta LIMIT 1")  # a snapshot begins with its first read
 
-    def commit_on_reader(self, tx: _Tx) -> None:
-        """Commit the transaction that `begin_on_reader` began."""
+    def commit_pooled(self, tx: _Tx) -> None:
+        """Commit the transaction of a block on a connection of the pool."""
         tx.run("COMMIT")
 
     # --- refusals ---
@@ -2586,7 +2586,7 @@ class _Database:
         try:
             with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as copy:
                 try:
-                    self.begin_on_reader(tx)
+                    self.begin_pooled(tx)
                     tx.db.backup(copy, pages=4096)
                 finally:
                     tx.rollback()
@@ -2833,7 +2833,7 @@ class _Writer(_CallQueue):
         self.group: list[_Call] = []  # what the leader commits together
         # A flag that the leader's COMMIT has succeeded. A list, since extend() can set it in the
         # same call in C as COMMIT.
-        self.committed: list[object] = []
+        self.commit_flag: list[object] = []
         self.next_yield = 0.0
         self.log = log
         self.checkpointer: _Checkpointer | None = None
@@ -2892,7 +2892,7 @@ class _Writer(_CallQueue):
                                 for other in reversed(self.group):
                                     if other is call:
                                         continue
-                                    if self.committed:
+                                    if self.commit_flag:
                                         other.state = _DONE
                                     elif other.state is _TAKEN:
                                         if other not in self.queue:
@@ -2978,7 +2978,7 @@ class _Writer(_CallQueue):
                 raise failure from error
             leader.file_is_busy = True
             return None
-        self.committed.clear()
+        self.commit_flag.clear()
         leader.file_is_busy = False
         return tx
 
@@ -3103,7 +3103,7 @@ class _Writer(_CallQueue):
             try:
                 # COMMIT and the flag are one call in C, so Ctrl-C cannot come between them. `type`
                 # is kept in place of the cursor, which would stay open.
-                self.committed.extend(map(type, map(tx.db.execute, ("COMMIT",))))
+                self.commit_flag.extend(map(type, map(tx.db.execute, ("COMMIT",))))
             except sqlite3.Error as error:
                 failure = _failure(error)
                 if not isinstance(failure, StoreBusy):
@@ -3382,13 +3382,13 @@ class _Block:
             engine.writer.lead(self._call, begin, keep=True)
             self._set_query_only(self.read_only)
         else:
-            engine.retry_while_busy(self._begin_on_reader)
+            engine.retry_while_busy(self._begin_pooled)
 
-    def _begin_on_reader(self) -> None:
+    def _begin_pooled(self) -> None:
         self._connection = self.engine.pool.check_out(writes=not self.read_only)
         try:
             with self._connection.lock:
-                self.engine.begin_on_reader(self._connection.use(), self.read_only)
+                self.engine.begin_pooled(self._connection.use(), self.read_only)
         except BaseException:
             self._return_connection()
             raise
@@ -3541,7 +3541,7 @@ class _Block:
                         del tx.lines[self.root.nested[-1].lines :]
                     tx.run(f"RELEASE {self.savepoint}")
                 elif commit and self._call is None:
-                    self.engine.commit_on_reader(tx)
+                    self.engine.commit_pooled(tx)
                     lines = tx.take_lines()
             if commit and self._call is not None:
                 self.engine.writer.lead(self._call, self.engine.writer.commit_block)
@@ -3673,7 +3673,7 @@ class _Method(Generic[F, P, R]):
         write     may run more than once (a group begins again), so it has no effect outside `tx`
         row       a write whose every race is decided by one conditional statement or one row lock;
                   on a server it runs at READ COMMITTED
-        one       a row write whose first statement does everything or changes nothing. What follows
+        statement a row write whose first statement does everything or changes nothing. What follows
                   it is a second transaction. To run it twice does no harm: after a lost connection
                   it runs again
         read      one reading statement
@@ -3683,9 +3683,9 @@ class _Method(Generic[F, P, R]):
 
     def __init__(self, function: Callable[..., Any], kind: str) -> None:
         self.function = function
-        self.writes = kind in ("write", "row", "one")
-        self.row = kind in ("row", "one")
-        self.one = kind == "one"
+        self.writes = kind in ("write", "row", "statement")
+        self.row_decides = kind in ("row", "statement")
+        self.statement_decides = kind == "statement"
         self.snapshot = kind == "snapshot"
         self.steps = kind == "steps"
         self.name = function.__name__
@@ -3738,7 +3738,7 @@ def _operation(kind: str) -> Callable[[Callable[Concatenate[F, _Tx, P], R]], _Me
 
 _write = _operation("write")
 _write_row = _operation("row")
-_write_one = _operation("one")
+_write_statement = _operation("statement")
 _read = _operation("read")
 _snapshot = _operation("snapshot")
 
@@ -3806,7 +3806,7 @@ class _Engine(_Database):
             if block is not None:
                 return block.run(call)
         if not (operation.writes or self.in_memory):
-            return self.read(call)
+            return self.run_pooled(call)
         if operation.writes and self.options.read_only:
             self.refuse_read_only()
         self.run_write(call)
@@ -3819,9 +3819,9 @@ class _Engine(_Database):
                 del call  # its error's traceback leads back to this frame
         return call.result
 
-    def read(self, call: _Call) -> Any:
+    def run_pooled(self, call: _Call) -> Any:
         """Run an operation on a connection of the pool: one that reads, and on a server each."""
-        run = functools.partial(self.run_on_reader, call)
+        run = functools.partial(self.run_on, call)
         read = functools.partial(self.with_connection, run, call.operation.writes)
         if self.cannot_lock or self.log_may_vanish:
             return self.retry_while_busy(lambda: self._read_again_if_changed(read))
@@ -3849,9 +3849,9 @@ class _Engine(_Database):
         """What changes when the file is written."""
         return [_size_and_mtime(f"{self.path}{suffix}") for suffix in ("", "-wal")]
 
-    def run_on_reader(self, call: _Call, tx: _Tx) -> Any:
-        """Run an operation on a reader. What it leaves open is rolled back when the reader goes
-        back."""
+    def run_on(self, call: _Call, tx: _Tx) -> Any:
+        """Run an operation on a connection of the pool. What it leaves open is rolled back as the
+        connection goes back."""
         if call.operation.snapshot:
             tx.run("BEGIN")
         return call.run(tx)
@@ -5786,7 +5786,7 @@ class _Claims(_Items):
                 items = yield self._claim(worker, queues, lease, limit)
         return items
 
-    @_write_one
+    @_write_statement
     def _claim(
         self,
         tx: _Tx,
@@ -6016,7 +6016,7 @@ class _WorkQueue(_Items):
             index = "flowstore_items_by_execution"
         return self._page(tx, _ITEM, index, "id", limit, offset, condition, **filters)
 
-    @_write_one
+    @_write_statement
     def renew_lease(
         self,
         tx: _Tx,
@@ -6072,7 +6072,7 @@ class _WorkQueue(_Items):
             _log(_WARNING, "work item %s: the block that holds it lost its lease", hold.item.id)
         return not refused and not hold.lost
 
-    @_write_one
+    @_write_statement
     def complete_work_item(
         self, tx: _Tx, item_id: AnyItem, *, lease_fence: int | None = None
     ) -> WorkItem:
@@ -6083,7 +6083,7 @@ class _WorkQueue(_Items):
         Raises NotFound."""
         return self._settle(tx, _COMPLETE, item_id, lease_fence)
 
-    @_write_one
+    @_write_statement
     def fail_work_item(
         self, tx: _Tx, item_id: AnyItem, error: str, *, lease_fence: int | None = None
     ) -> WorkItem:
@@ -6127,7 +6127,7 @@ class _WorkQueue(_Items):
             self._refuse_second_key(tx, item)
         return self._count_attempt(tx, item, now, text, seconds)
 
-    @_write_one
+    @_write_statement
     def park_work_item(
         self,
         tx: _Tx,
@@ -8493,7 +8493,7 @@ class _AsyncEngine:
         if engine.in_memory or (operation.writes and engine.max_writers == 1):
             return await self.send(call)
         pool = self._writers if operation.writes else self._readers
-        return await self.in_thread(engine.read, call, pool=pool)
+        return await self.in_thread(engine.run_pooled, call, pool=pool)
 
     async def in_block(self, block: _Block, function: Callable[..., R], *args: Any) -> R:
         """Run a statement of a block, while no other task has a transaction nested in it."""
@@ -8792,7 +8792,7 @@ class AsyncEventStore(_AsyncFacet, EventStore):
         operation = EventStore.__dict__["_tail_start"]
         call = _Call(operation=operation, facet=self, args=(after, execution_id))
         self._engine.refuse_foreign()
-        return (self._engine.send if self._engine.in_memory else self._engine.read)(call)
+        return (self._engine.send if self._engine.in_memory else self._engine.run_pooled)(call)
 
     async def _generate(self, place: Any, behind: Callable[[_LogCursor], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         place = await place if inspect.isawaitable(place) else place
@@ -10912,7 +10912,7 @@ class _PostgresDb:
     isolation = ""  # of the transaction when it writes
     transaction_id = ""
     has_news = False  # the transaction wrote something that callers may be waiting for
-    begins_in = 0  # statements from now on to the one with which the transaction begins
+    begins_before = 0  # the transaction begins before this statement from now on; 0: it has begun
 
     def __init__(self, engine: _PostgresEngine) -> None:
         self.engine = engine
@@ -10944,19 +10944,19 @@ class _PostgresDb:
         """True while a transaction is open on it."""
         return self.db.info.transaction_status.name not in ("IDLE", "UNKNOWN")
 
-    def begin(self, isolation: str, begins_in: int = 0) -> None:
+    def begin(self, isolation: str, begins_before: int = 0) -> None:
         """Begin a transaction that writes at a level of isolation; with "", one that only reads.
 
-        With 2 for `begins_in` it begins before the second statement: the first one is a transaction
-        of its own."""
+        With 2 for `begins_before` it begins before the second statement: the first one is a
+        transaction of its own."""
         if isolation and self.engine.has_block(threading.get_ident()):
             raise StorageError(
                 "this thread has another task's transaction open and could only wait for itself"
             )
         self.isolation = isolation
         self.has_news = False
-        self.begins_in = begins_in
-        if not begins_in:
+        self.begins_before = begins_before
+        if not begins_before:
             writing = f"{isolation}; SELECT pg_current_xact_id()"
             rest = writing if isolation else "REPEATABLE READ READ ONLY"
             self.transaction_id = self._do(f"BEGIN ISOLATION LEVEL {rest}")
@@ -10965,9 +10965,9 @@ class _PostgresDb:
         """Run a statement, ours or the user's: once, or for each of many rows of parameters."""
         if sql.startswith("PRAGMA"):  # check() asks what SQLite thinks of its file
             sql = "SELECT 1 WHERE false"
-        if self.begins_in:
-            self.begins_in -= 1
-            if not self.begins_in:
+        if self.begins_before:
+            self.begins_before -= 1
+            if not self.begins_before:
                 self.begin(self.isolation)
         if _NEWS.search(sql):
             self.has_news = True
@@ -10998,7 +10998,7 @@ class _PostgresDb:
 
         NOTIFY is a transaction of its own behind it: as a part of it, NOTIFY would make commits
         wait for each other."""
-        if self.begins_in:  # the one statement was a transaction of its own
+        if self.begins_before:  # the one statement was a transaction of its own
             return
         if self.db.info.transaction_status.name != "INTRANS":  # COMMIT would roll back, silently
             raise StorageError(
@@ -11008,7 +11008,7 @@ class _PostgresDb:
 
     def rollback(self) -> None:
         """Roll back what is open, if anything; StoreBusy where the connection is lost."""
-        self.begins_in = 0
+        self.begins_before = 0
         if self.in_transaction or self.db.closed:
             self._call(self.db.rollback)
 
@@ -11222,43 +11222,43 @@ class _PostgresEngine(_Engine):
 
     # --- running operations ---
     def _write_beside_others(self, call: _Call) -> None:
-        call.result = super().read(call)
+        call.result = super().run_pooled(call)
 
-    def read(self, call: _Call) -> Any:
+    def run_pooled(self, call: _Call) -> Any:
         """Run an operation of a task, then write what it has to tell to the program's log."""
-        result = super().read(call)
+        result = super().run_pooled(call)
         _write_lines(call.lines)
         return result
 
-    def run_on_reader(self, call: _Call, tx: _Tx) -> Any:
+    def run_on(self, call: _Call, tx: _Tx) -> Any:
         """Run an operation at the isolation that it needs; a write is committed.
 
-        What a `one` writes with its first statement is a transaction of its own: it saves BEGIN and
+        Where the first statement decides, it is a transaction of its own: that saves BEGIN and
         COMMIT."""
         operation = call.operation
-        begins_in = 2 if operation.one and call.facet._tenant is None else 0
+        begins_before = 2 if operation.statement_decides and call.facet._tenant is None else 0
 
         tx.lines.clear()
         if operation.writes:
             self._sweep(tx)
 
         def run_once() -> Any:
-            if operation.row:
-                tx.db.begin("READ COMMITTED", begins_in)
+            if operation.row_decides:
+                tx.db.begin("READ COMMITTED", begins_before)
             elif operation.writes:
                 tx.db.begin("SERIALIZABLE")
             elif operation.snapshot:
                 tx.db.begin("")
             result = call.run(tx)
             if operation.writes:
-                self.commit_on_reader(tx)
+                self.commit_pooled(tx)
                 call.lines = tx.take_lines()
             return result
 
         try:
             return run_once()
         except StoreBusy:
-            if not begins_in or not tx.db.db.closed:
+            if not begins_before or not tx.db.db.closed:
                 raise
         # Lost in the first statement, which may have committed, or later, before COMMIT. It runs
         # once more: an item claimed in vain counts an attempt when its lease expires.
@@ -11277,9 +11277,9 @@ class _PostgresEngine(_Engine):
             with contextlib.suppress(StorageError):
                 tx.db.begin("SERIALIZABLE")
                 tx.run("SET LOCAL lock_timeout = 10")
-                self.retention.sweep(tx, functools.partial(self.commit_on_reader, tx))
+                self.retention.sweep(tx, functools.partial(self.commit_pooled, tx))
 
-    def begin_on_reader(self, tx: _Tx, read_only: bool = True) -> None:
+    def begin_pooled(self, tx: _Tx, read_only: bool = True) -> None:
         """Begin the transaction of a block. One that loses against another is StoreBusy, and run
         again."""
         tx.lines.clear()
@@ -11287,7 +11287,7 @@ class _PostgresEngine(_Engine):
             self._sweep(tx)
         tx.db.begin("" if read_only or self.options.read_only else "SERIALIZABLE")
 
-    def commit_on_reader(self, tx: _Tx) -> None:
+    def commit_pooled(self, tx: _Tx) -> None:
         """Commit. When the connection is lost in the middle, the server is asked whether it has
         committed."""
         try:
