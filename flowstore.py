@@ -5138,15 +5138,17 @@ class EventStore(_LogFacet):
         execution = _id(execution_id, "execution_id")
         most = _int(chunk, "chunk", 1)
         start = _LogCursor(0, _int(after_seq, "after_seq"))
-        return self._generate(start, lambda place: self._read_chunk(execution, place[1], most))
+        return self._generate(
+            start, lambda cursor: self._read_chunk(execution, cursor.sequence, most)
+        )
 
     def _generate(
-        self, place: _LogCursor, behind: Callable[[_LogCursor], list[StoredEvent]]
+        self, cursor: _LogCursor, behind: Callable[[_LogCursor], list[StoredEvent]]
     ) -> Iterator[StoredEvent]:
-        """The events behind a place, then those behind the last of them, and so on."""
-        while events := behind(place):
+        """The events behind a cursor, then those behind the last of them, and so on."""
+        while events := behind(cursor):
             yield from events
-            place = _LogCursor(events[-1].position, events[-1].sequence, place.omit)
+            cursor = _LogCursor(events[-1].position, events[-1].sequence, cursor.omit)
 
     @_read
     def read_all(
@@ -5194,9 +5196,9 @@ class EventStore(_LogFacet):
         execution = _none_or(_id, execution_id, "execution_id")
         idle = math.inf if timeout is None else _seconds(timeout, "timeout")
 
-        def behind(place: _LogCursor) -> Any:
+        def behind(cursor: _LogCursor) -> Any:
             self._engine.forbid_inside("tail()")  # a transaction begun since has uncommitted events
-            return self._poll(functools.partial(self._next_events, place, tenant, execution), idle)
+            return self._poll(functools.partial(self._next_events, cursor, tenant, execution), idle)
 
         start = self._tail_start(_none_or(_int, after_position, "after_position"), execution)
         return self._generate(start, behind)
@@ -5216,10 +5218,10 @@ class EventStore(_LogFacet):
 
     @_read
     def _next_events(
-        self, tx: _Tx, place: _LogCursor, tenant_id: str | None, execution_id: str | None
+        self, tx: _Tx, cursor: _LogCursor, tenant_id: str | None, execution_id: str | None
     ) -> list[StoredEvent]:
-        """The next events behind a place: of one execution by sequence, else by position."""
-        position, sequence, omit = place
+        """The next events behind a cursor: of one execution by sequence, else by position."""
+        position, sequence, omit = cursor
         if execution_id is None:
             events = self._log_from(tx, tenant_id, position, 1000)
         else:
@@ -8787,19 +8789,19 @@ class AsyncEventStore(_AsyncFacet, EventStore):
     def _tail_start(  # pyright: ignore[reportIncompatibleVariableOverride]
         self, after: int | None, execution_id: str | None
     ) -> Any:
-        # The place is that of the call, not of the first event that is awaited. In memory, it is
+        # The cursor is that of the call, not of the first event that is awaited. In memory, it is
         # behind the writes that were sent before.
         operation = EventStore.__dict__["_tail_start"]
         call = _Call(operation=operation, facet=self, args=(after, execution_id))
         self._engine.refuse_foreign()
         return (self._engine.send if self._engine.in_memory else self._engine.run_pooled)(call)
 
-    async def _generate(self, place: Any, behind: Callable[[_LogCursor], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        place = await place if inspect.isawaitable(place) else place
-        while events := await behind(place):
+    async def _generate(self, cursor: Any, behind: Callable[[_LogCursor], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cursor = await cursor if inspect.isawaitable(cursor) else cursor
+        while events := await behind(cursor):
             for event in events:
                 yield event
-            place = events[-1].position, events[-1].sequence, place[2]
+            cursor = _LogCursor(events[-1].position, events[-1].sequence, cursor.omit)
 
 
 class AsyncStateBackend(_AsyncFacet, StateBackend):
@@ -9942,6 +9944,10 @@ for _class in (_Record, _Facet, View):
 
 
 # --- the commands: show, metrics, tail, report, serve ---
+class _WrongUsage(Exception):
+    """Arguments of a command that cannot be used."""
+
+
 def _show(args: Any) -> None:
     """Print what is in a store, or all about one id."""
     with open(args.store, read_only=True) as store:
@@ -9980,8 +9986,7 @@ def _report(args: Any) -> None:
     with open(args.store, read_only=True) as store:
         file = _parse_target(args.store)[1]
         if args.output and file and _file_id(args.output) == _file_id(file):
-            problem = f"-o: {args.output} is the store itself: name another file"
-            raise SystemExit(_complain(problem, 2))
+            raise _WrongUsage(f"-o: {args.output} is the store itself: name another file")
         views = _read_views(store, args.id)
         if args.id is None:
             rows = itertools.chain(*(table["rows"] for table in views[0]["tables"].values()))
@@ -10018,7 +10023,7 @@ def _serve(args: Any) -> None:
             """Do not log a browser that went away."""
 
     if not 0 <= args.port < 65536:
-        raise SystemExit(_complain(f"--port: 0 to 65535 is needed, not {args.port}", 2))
+        raise _WrongUsage(f"--port: 0 to 65535 is needed, not {args.port}")
     with contextlib.suppress(KeyboardInterrupt), open(args.store, read_only=True) as store:
         try:
             server = Server(("127.0.0.1", args.port), Handler)
@@ -10109,8 +10114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = int(parsed.function(parsed) or 0)
         print(end="", flush=True)  # while a closed pipe can still be handled
         return status
-    except SystemExit as end:  # wrong usage or --help, which argparse has printed
-        return int(end.code or 0)
+    except SystemExit as end:  # of --help and --version, or of the user's code
+        return _complain(end, 1) if isinstance(end.code, str) else int(end.code or 0)
+    except _WrongUsage as error:
+        return _complain(error, 2)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except BrokenPipeError:  # the reader has gone, as `| head` does
@@ -10138,7 +10145,7 @@ def _parser() -> Any:
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> NoReturn:
-            raise SystemExit(_complain(f"{message} (see {self.prog} --help)", 2))
+            raise _WrongUsage(f"{message} (see {self.prog} --help)")
 
     parser = Parser(description="Durable memory for workflows.")
     parser.add_argument("--version", action="version", version=f"flowstore {__version__}")
@@ -10164,7 +10171,7 @@ def _shared_path(target: str) -> str:
     A store in memory is wrong usage."""
     path = _parse_target(target)[1]
     if path is None:
-        raise SystemExit(_complain("a store in memory is of one process alone: name a file", 2))
+        raise _WrongUsage("a store in memory is of one process alone: name a file")
     return path
 
 
@@ -10323,7 +10330,7 @@ if hasattr(os, "fork"):
 def _demo(args: Any) -> int:
     """Measure and hash the files of a folder with several processes, one of which is killed."""
     if not os.path.isdir(args.folder):
-        raise SystemExit(_complain(f"{args.folder}: there is no such folder", 2))
+        raise _WrongUsage(f"{args.folder}: there is no such folder")
     folder = os.path.realpath(args.folder)
     own = os.path.realpath(_shared_path(args.store) or args.store)
     with open(args.store) as store:
@@ -10454,7 +10461,7 @@ def _work(args: Any) -> int:
     functions = list(map(_import_function, args.functions))
     kinds = {inspect.iscoroutinefunction(function) for function in functions}
     if len(kinds) > 1:
-        raise SystemExit(_complain("functions: plain ones or coroutine functions, not both", 2))
+        raise _WrongUsage("functions: plain ones or coroutine functions, not both")
     with _open_existing(args.store):
         pass
     # A shell may have told it to ignore Ctrl-C.
@@ -10472,7 +10479,7 @@ def _work(args: Any) -> int:
     except KeyboardInterrupt:
         return 0
     except InvalidData as error:  # no functions, or no number of threads
-        return _complain(error, 2)
+        raise _WrongUsage(error) from error
     return 0
 
 
@@ -10492,9 +10499,7 @@ def _import_function(text: str) -> Any:
     import pkgutil
 
     if re.search(r"[/\\]|\.py(:|$)", text) or text.count(":") != 1:
-        raise SystemExit(
-            _complain(f"{text}: MODULE:FUNCTION is needed, as jobs:import_file for jobs.py", 2)
-        )
+        raise _WrongUsage(f"{text}: MODULE:FUNCTION is needed, as jobs:import_file for jobs.py")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     # The module may import this file by its name: then it gets this copy, with the same errors.
@@ -10505,7 +10510,7 @@ def _import_function(text: str) -> Any:
     try:
         return pkgutil.resolve_name(text)
     except Exception as error:
-        raise SystemExit(_complain(f"{text}: {_error_text(error)}", 2)) from None
+        raise _WrongUsage(f"{text}: {_error_text(error)}") from None
 
 
 # --- check, backup, compact, prune ---
@@ -10564,7 +10569,7 @@ def _health(overview: View) -> _Row:
 def _backup(args: Any) -> None:
     """Copy a store, also one in use, into a new file."""
     if re.match(r"(?i):memory:$|sqlite:|[^/]+://", args.target):
-        raise SystemExit(_complain(f"{args.target}: the path of a new file is needed", 2))
+        raise _WrongUsage(f"{args.target}: the path of a new file is needed")
     with open(args.store, read_only=True) as store:
         store.backup(args.target)
     print(f"{args.target}: {os.path.getsize(args.target):,} bytes")
@@ -10588,7 +10593,7 @@ def _prune(args: Any) -> None:
     """Drop what has ended long enough ago."""
     age = re.fullmatch(r"([0-9]{1,6})([smhdw])", args.older_than)
     if age is None:
-        raise SystemExit(_complain("--older-than: six digits at most and a unit, as in 30d", 2))
+        raise _WrongUsage("--older-than: six digits at most and a unit, as in 30d")
     units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
     older_than = timedelta(**{units[age[2]]: int(age[1])})
     with _open_existing(args.store) as store:

@@ -14166,6 +14166,15 @@ def test_the_work_command_says_in_one_line_what_it_cannot_do(
     assert len(err.splitlines()) == 1
 
 
+def test_the_work_command_ends_as_a_module_that_exits_says(worked: Path) -> None:
+    flowstore.open(worked / "a.db").close()
+    for code, status, says in [("'no database'", 1, "flowstore: no database\n"), ("7", 7, "")]:
+        (worked / "exits.py").write_text(f"import sys; sys.exit({code})")
+        child = work_command(worked, "a.db", "exits:double")
+        assert child.communicate(timeout=60)[1] == says
+        assert child.returncode == status
+
+
 # --- views ---
 def test_views_show_a_runs_steps_and_what_it_waits_for(store: Store, clock: Clock) -> None:
     def work(run: Any, input: Any) -> None:
