@@ -77,6 +77,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import enum
 import functools
@@ -102,6 +103,17 @@ if sys.version_info < (3, 11):  # noqa: UP036 (what is imported next is not ther
         "flowstore: Python 3.11 or newer is needed"
     )
 from collections import Counter, deque
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Collection,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta, timezone
 from enum import StrEnum
@@ -124,19 +136,11 @@ from typing import (
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import (
-        AsyncIterator,
-        Callable,
-        Collection,
-        Coroutine,
-        Generator,
-        Iterable,
-        Iterator,
-        Mapping,
-        Sequence,
-    )
     from typing import NoReturn
     from uuid import UUID
+else:  # typing.get_type_hints finds these names, without the time that an import takes
+    UUID = Any
+    asyncio = SimpleNamespace(Event=Any)
 
 __version__ = "0.1.0"
 
@@ -226,7 +230,7 @@ R = TypeVar("R")
 F = TypeVar("F", bound="_Facet")
 P = ParamSpec("P")
 
-_Steps: TypeAlias = "Generator[Any, Any, R]"  # what @_steps makes a method of
+_Steps: TypeAlias = Generator[Any, Any, R]  # what @_steps makes a method of
 
 
 # ==================================================================================================
@@ -418,8 +422,7 @@ Attempts = int
 Priority = int
 Concurrency = int
 Rate = float
-AnyId: TypeAlias = "str | UUID"
-AnyItem: TypeAlias = "str | UUID | WorkItem"
+AnyId: TypeAlias = str | UUID
 
 
 def _random_bits() -> int:
@@ -700,6 +703,9 @@ class WorkItem(_Record):
     settled_at: datetime | None = None
 
 
+AnyItem: TypeAlias = str | UUID | WorkItem
+
+
 class DeadLetter(_Record, frozen=True):
     """A work item that is not tried again by itself: the fields of `WorkItem`, and the time."""
 
@@ -947,6 +953,7 @@ _SQLITE = _Dialect(
     by_key="NOT INDEXED",
     join="CROSS JOIN",  # in this order
     in_order="",  # leaves out events while an uncommitted one may get a lower position
+    is_before="true",  # whether a position is before those of this transaction
     for_update="",  # locks the row that is read, until the transaction ends
     skip_locked="",  # locks the rows that are read, but skips those already locked
 )
@@ -1323,6 +1330,10 @@ def _seconds(value: object, path: str) -> float:
     return max(0.0, float(_number(value, path, "a finite number of seconds")))
 
 
+def _rate(value: object, path: str) -> float:
+    return float(_number(value, path, "a finite number above 0", math.ulp(0.0)))
+
+
 # A span in seconds: below 0 it is refused.
 _span = functools.partial(_number, needed="a finite number of seconds, 0 or more", least=0)
 
@@ -1356,9 +1367,10 @@ def _datetime_of(microseconds: int) -> datetime:
 
 def _time_after(now: int, seconds: float, path: str) -> int:
     """The time `seconds` after `now`, both times in microseconds."""
-    if seconds > (_LAST_TIME - now) / 1e6:
+    time = now + round(min(seconds, 1e15) * 1e6)
+    if time > _LAST_TIME:
         raise InvalidData(f"{path}: the time would lie beyond the year 9999")
-    return now + round(seconds * 1e6)
+    return time
 
 
 def _span_of(age: object, path: str) -> int:
@@ -1492,10 +1504,7 @@ _CODECS: dict[str, tuple[_Encoder, _Decoder | None]] = {
     "Attempts": (functools.partial(_int, least=0, most=2**31 - 1), None),
     "Priority": (functools.partial(_int, least=-100, most=100), None),
     "Concurrency": (functools.partial(_int, least=1), None),
-    "Rate": (
-        functools.partial(_number, needed="a finite number above 0", least=sys.float_info.min),
-        None,
-    ),
+    "Rate": (_rate, None),
     "float": (functools.partial(_number, needed="an amount of 0 or more", least=0), None),
     "bool": (_bool, bool),
     "datetime": (_microseconds, _datetime_of),
@@ -1524,6 +1533,8 @@ for _enum_type in (
         {str(member): member for member in _enum_type}.__getitem__,
     )
 
+# What comes of reading a stored value that is damaged.
+_UNREADABLE = (ValueError, TypeError, OverflowError, LookupError)
 _UNCHANGING_COLUMNS = ("id", "flow_id", "created_at", "create_time")
 # Columns of times that the store's clock fills where the record has None.
 _CLOCK_COLUMNS = (
@@ -1606,7 +1617,7 @@ class _Mapper(Generic[T]):
         try:
             # Not by __init__, which takes half the time of loading a log.
             record.__dict__.update(self._decode_fields(*row))
-        except (ValueError, TypeError, OverflowError, KeyError) as error:
+        except _UNREADABLE as error:
             raise StoreCorrupt(
                 f"a stored {self.record.__name__} cannot be read: {error!r}"
             ) from error
@@ -3705,6 +3716,8 @@ class _Method(Generic[F, P, R]):
         method.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=public, return_annotation=returns
         )
+        method.__annotations__ = {each.name: each.annotation for each in public[1:]}
+        method.__annotations__["return"] = returns
         return method
 
     @overload
@@ -4739,6 +4752,13 @@ _PRUNED_ARTIFACTS = _PruneRule(
 _PRUNED_SNAPSHOT = _PruneRule("flowstore_snapshots", "id", ())
 
 
+def _drop_rest(tx: _Tx, execution_id: str) -> None:
+    """Drop what a prune has left of an execution, so that its id can begin anew."""
+    sql = "SELECT 1 FROM flowstore_executions WHERE execution_id = ? AND tenant_id = ''"
+    if tx.rows(sql, execution_id):
+        _drop(tx, _PRUNED["executions"], (execution_id,), _INT_MAX)
+
+
 # ==================================================================================================
 # FlowStore: revision-checked flows, their steps and their audit trail
 # ==================================================================================================
@@ -4908,6 +4928,9 @@ _LOG_END = _Sql(f"SELECT MAX(position) FROM {_LOG_IN_ORDER} WHERE true {{in_orde
 _LOG_LAST = _Sql(
     f"SELECT MAX(sequence) FROM flowstore_log {{by {_LOG_KEY}}} WHERE execution_id = ? {{tenant}}"
 )
+# Behind which event the next one comes, and whether its position will tell so too.
+_LOG_LAST_EVENT = _Sql(f"""SELECT sequence, {{is_before}} FROM flowstore_log {{by {_LOG_KEY}}}
+    WHERE execution_id = ? {{tenant}} ORDER BY sequence DESC LIMIT 1""")
 _LOG_LAST_BEFORE = _Sql(f"{_LOG_LAST.text} AND position <= ?")
 _EXECUTION_INSERT = """INSERT INTO flowstore_executions (execution_id, tenant_id, created_at)
     VALUES (?, ?, ?) ON CONFLICT DO NOTHING"""
@@ -4970,6 +4993,20 @@ class _LogFacet(_Facet):
         if known is None:
             raise SequenceConflict(execution_id, expects, last)
         return int(known[0])
+
+    def _append_last(
+        self, tx: _Tx, execution_id: str, tenant_id: str, event: str, event_id: object = None
+    ) -> tuple[int, bool]:
+        """Append one event, once per event id; its sequence, and whether it was new.
+
+        On a server a transaction may have waited for one that began later, and whose events have
+        higher positions than it can give. Raises StoreBusy then: it has to begin again."""
+        row = self._row(tx, _LOG_LAST_EVENT, execution_id)
+        last, is_before = row or (0, True)
+        if not is_before:
+            raise StoreBusy("another transaction has appended to the log: run it again")
+        sequence = self._append_to(tx, execution_id, tenant_id, last, event, None, event_id)
+        return sequence, sequence > last
 
     def _events_after(
         self, tx: _Tx, execution_id: AnyId, after: int, limit: int = _INT_MAX
@@ -5067,7 +5104,8 @@ class EventStore(_LogFacet):
         tenant = _id(tenant_id, "tenant_id")
         sql = _LOG_HEAD.texts[self._dialect][0]
         head = tx.rows(sql, execution)
-        if not head:
+        if not head or not head[0][0]:
+            _drop_rest(tx, execution)
             if tx.row(_TENANT_STATUS, tenant) is None:
                 _add_tenant(tx, tenant)
             tx.run(_EXECUTION_INSERT, execution, tenant, tx.now())
@@ -5222,16 +5260,22 @@ class EventStore(_LogFacet):
     ) -> list[StoredEvent]:
         """The next events behind a cursor: of one execution by sequence, else by position."""
         position, sequence, omit = cursor
-        if execution_id is None:
-            events = self._log_from(tx, tenant_id, position, 1000)
-        else:
-            at = """SELECT 1 FROM flowstore_log
-                WHERE execution_id = ? AND sequence = ? AND position <= ?"""
-            if not tx.row(at, execution_id, sequence, position):
-                sequence = 0  # the log was pruned, and perhaps a new one was begun
-            view = EventStore(self._engine, tenant_id)
-            events = view._events_after(tx, execution_id, sequence, 1000)
-        return [one for one in events if one.position > position and one.position not in omit]
+        at = "SELECT 1 FROM flowstore_log WHERE execution_id = ? AND sequence = ? AND position <= ?"
+        if execution_id is not None and not tx.row(at, execution_id, sequence, position):
+            sequence = 0  # the log was pruned, and perhaps a new one was begun
+        view = EventStore(self._engine, tenant_id)
+        while True:
+            if execution_id is None:
+                events = self._log_from(tx, tenant_id, position, 1000)
+            else:
+                events = view._events_after(tx, execution_id, sequence, 1000)
+            news = [
+                one for one in events if one.position > cursor.position and one.position not in omit
+            ]
+            if news or len(events) < 1000:
+                return news
+            position = events[-1].position
+            sequence = events[-1].sequence
 
 
 # ==================================================================================================
@@ -5285,8 +5329,10 @@ class _Executions(_StateFacet):
 
         Raises AlreadyExists for an id that has a record or is another tenant's, NotFound for an
         unregistered tenant, LimitExceeded beyond the tenant's `max_concurrent_executions`."""
-        stored = _insert_record(tx, _RUN, execution, **_without_none(tenant_id=self._tenant))
-        id = stored.execution_id
+        values = _RUN.encode(execution, now=tx.now()) | _without_none(tenant_id=self._tenant)
+        id = values["execution_id"]
+        _drop_rest(tx, id)
+        stored = _insert_values(tx, _RUN, values)
         tenant = stored.tenant_id
         tx.run(_EXECUTION_INSERT, id, tenant, tx.now())
         if tx.row(_EXECUTION_TENANT.all, id) != (tenant,):
@@ -5465,7 +5511,7 @@ _GIVE_UP = _update(
 )
 _KEY_HOLDER = """SELECT id, status FROM flowstore_work_items {by flowstore_unique_keys}
     WHERE tenant_id = ? AND queue_type = ? AND {unique_key} = {given_key}
-    AND settled_at IS NULL {for_update}"""
+    AND settled_at IS NULL"""
 _DEAD_LETTERS = "AND {status} = 'dead_lettered' AND settled_at IS NOT NULL"
 _NEXT_QUEUE = {
     status: _Sql(f"""SELECT queue_type FROM flowstore_work_items {{by {_STATUS_INDEX[status]}}}
@@ -5563,13 +5609,17 @@ def _claim_sql(queues: int, functions: int, looks: bool = False) -> _Sql:
     top = f"(SELECT priority {_PENDING} {queue} {_TOP_LEVEL})"
     at_top = f"""{_PENDING} {queue} AND priority = {top} AND available_at <= ?
         {_of_functions(functions)} {{tenant}}"""
-    head = f"SELECT id {at_top} ORDER BY available_at, id LIMIT 1 {{skip_locked}}"
+    head = f"SELECT id {at_top} ORDER BY available_at, id LIMIT 1"
     obstacle = f"""EXISTS (SELECT 1 FROM flowstore_queues WHERE queue_type = {queue})
         OR EXISTS (SELECT 1 {_EXPIRED.replace("?", queue, 1)})"""
-    if not one:
+    if one:
+        head += " {skip_locked}"
+    else:
         head = f"""SELECT i.id {wanted} {{join}} flowstore_work_items i
             {{by sqlite_autoindex_flowstore_work_items_1}} ON i.id = ({head})
             ORDER BY i.priority DESC, i.available_at, i.id LIMIT 1"""
+        if not looks:  # the head alone is locked; if another transaction has it, there is none
+            head = f"SELECT id FROM flowstore_work_items WHERE id = ({head}) {{skip_locked}}"
         delayed = f"{top} IS NOT NULL AND NOT EXISTS (SELECT 1 {at_top})"
         obstacle = f"EXISTS (SELECT 1 {wanted} WHERE {obstacle} OR ({delayed}))"
     claimable = f"AND id = ({head}) AND NOT ({obstacle})"
@@ -5624,7 +5674,9 @@ class _Items(_StateFacet):
         for item in expired:
             if tenant in (None, item.tenant_id):
                 tx.warn("work item %s: the lease of %s expired", item.id, item.worker_id)
-                taken_back.append(self._count_attempt(tx, item, now, _LEASE_EXPIRED))
+                # The error of an earlier attempt says more.
+                error = None if item.last_error else _LEASE_EXPIRED
+                taken_back.append(self._count_attempt(tx, item, now, error))
         return taken_back
 
     def _backoff(self, attempt: int) -> float:
@@ -5641,8 +5693,6 @@ class _Items(_StateFacet):
         """Count an attempt: pending again after the delay, or a dead letter after the last one."""
         whole = _Items(self._engine)  # an expired lease may be another tenant's
         attempt = min(item.attempt + 1, 2**31 - 1)
-        if error == _LEASE_EXPIRED and item.last_error:
-            error = None  # the error of an earlier attempt says more
         if attempt >= item.max_attempts:
             given_up = now, attempt, error, item.id, None
             letter = whole._change_item(tx, _DEAD, _GIVE_UP, item.id, *given_up)
@@ -5665,23 +5715,30 @@ class _Items(_StateFacet):
         values = ended or (ExecutionStatus.PENDING, now, None)
         if whole._run(tx, _FOLLOW_ITEM, *values, changed.id, changed.node_id) and ended:
             event = {"type": "execution_failed", "error": changed.last_error or ""}
-            last = whole._last_sequence(tx, changed.id) or 0
             text = _event_text(event, "event")
-            whole._append_to(tx, changed.id, changed.tenant_id, last, text)
+            whole._append_last(tx, changed.id, changed.tenant_id, text)
             tx.run(tx.dialect.resolve(_END_WAITS), now, changed.id)
         return item
 
     def _change_items(
-        self, tx: _Tx, texts: tuple[str, str], values: Sequence[Any], ids: Sequence[str]
+        self,
+        tx: _Tx,
+        texts: tuple[str, str],
+        values: Sequence[Any],
+        ids: Sequence[str],
+        lock: str = "{for_update}",
     ) -> dict[str, WorkItem]:
-        """Run an UPDATE with a condition for these ids; the items that it changed, by their ids."""
+        """Run an UPDATE with a condition for these ids; the items that it changed, by their ids.
+
+        On a server it takes the lock first: it may leave out items that others have locked."""
         changed = {}
         look, change = texts
         for start in range(0, len(ids), _BATCH):
             some = ids[start : start + _BATCH]
             which = f"AND id IN ({', '.join('?' * len(some))})"
             if self._engine.max_writers > 1:
-                sql = f"{change} {which} RETURNING {_ITEM.columns}"
+                locked = f"SELECT id FROM flowstore_work_items WHERE true {which} {lock}"
+                sql = f"{change} AND id IN ({locked}) RETURNING {_ITEM.columns}"
                 rows = self._rows(tx, _statement(sql), *values, *some)
             else:
                 rows = self._rows(tx, _statement(f"{look} {which}"), *values, *some)
@@ -5784,8 +5841,11 @@ class _Claims(_Items):
         look = functools.partial(self._claimable, queues)
         deadline = _monotonic() + seconds
         while not items and deadline > _monotonic() and self._engine.block() is None:
+            commits = self._engine.commits
             if (yield self._poll(look, deadline - _monotonic())):
                 items = yield self._claim(worker, queues, lease, limit)
+                if not items:  # what there is, another transaction has locked, or has claimed now
+                    yield self._engine.wait(commits, max(0.0, deadline - _monotonic()))
         return items
 
     @_write_statement
@@ -5815,33 +5875,42 @@ class _Claims(_Items):
                 if looks:
                     self._run(tx, _CLAIM_ONE, *values, item.id)
                 return [item]
-        limits = self._limits(tx, queues, now)
+        limits = self._limits(tx, queues)
         for queue in queues:
-            self._reclaim(tx, queue, now, _RECLAIMED_PER_CLAIM)
+            self._reclaim(tx, queue, now, _RECLAIMED_PER_CLAIM * limit)
         if limits:  # other claims of these queues wait until this one ends
-            limits = self._limits(tx, queues, now, "{for_update}")
-        # An item that another transaction is claiming is skipped first. That claim may be undone:
-        # if there is no other item, wait for it.
-        locks = "{skip_locked}"
+            limits = self._limits(tx, queues, "{for_update}")
+        # All heads of one queue are claimed, so they are locked as they are read. Of those of
+        # several queues the best are claimed: the others have to stay free for other claims.
+        locks = "{skip_locked}" if len(queues) == 1 else ""
         claimed: list[WorkItem] = []
         counts = Counter[str]()  # of those, by queue
+        held: set[str] = set()  # heads that other transactions have locked
         while len(claimed) < limit:
+            now = tx.now()  # again: the lock of a policy may have been waited for
             heads: list[tuple[Any, ...]] = []
             for queue in queues:
                 room = limits.get(queue, _NO_LIMIT).room - counts[queue]
-                most = min(limit - len(claimed), room)
-                heads += self._heads(tx, queue, now, most, functions, locks)
+                most = max(0, min(limit - len(claimed), room))
+                found = self._heads(tx, queue, now, most + len(held), functions, locks)
+                heads += [head for head in found if head[-1] not in held][:most]
             ids = [id for _, _, id in sorted(heads)[: limit - len(claimed)]]
             if ids:
-                leased = self._change_items(tx, _CLAIM, values, ids)
+                now = tx.now()
+                values = _time_after(now, lease, "lease_seconds"), worker_id, now
+                leased = self._change_items(tx, _CLAIM, values, ids, "{skip_locked}")
                 claimed += [leased[id] for id in ids if id in leased]
                 counts = Counter(item.queue_type for item in claimed)
-            elif claimed or not locks or self._engine.max_writers == 1:
+                held |= {*ids} - {*leased}
+            elif claimed or locks == "{for_update}" or self._engine.max_writers == 1:
                 break
             else:
-                locks = ""
+                # Another transaction is claiming the items. That may be undone: wait for its end.
+                locks = "{for_update}"
+                held.clear()
         for queue, (_, interval, full_at) in limits.items():
-            if interval and counts[queue]:
+            # On a server always: a block that counted the leases before this one has to fail.
+            if counts[queue] and (interval or self._engine.max_writers > 1):
                 tx.run(_POLICY_SPEND, full_at + counts[queue] * interval, queue)
         return claimed
 
@@ -5871,7 +5940,7 @@ class _Claims(_Items):
     def _claimable(self, tx: _Tx, queues: list[str], functions: Collection[str] = ()) -> bool:
         """Whether a claim would find an item or an expired lease."""
         now = tx.now()
-        limits = self._limits(tx, queues, now)
+        limits = self._limits(tx, queues)
         for queue in queues:
             if tx.row(tx.dialect.resolve(f"SELECT 1 {_EXPIRED} LIMIT 1"), queue, now):
                 return True
@@ -5891,7 +5960,7 @@ class _Claims(_Items):
         values = _POLICY.encode(policy)
         if self._tenant is not None:
             raise TenantMismatch(values["queue_type"], self._tenant)
-        tx.run(_POLICY_WRITE, *values.values(), 0)
+        tx.run(_POLICY_WRITE, *values.values(), _FIRST_TIME)
         return _POLICY.decode(values.values())
 
     @_read
@@ -5905,24 +5974,29 @@ class _Claims(_Items):
         return self._find(tx, _POLICY, "ORDER BY queue_type")
 
     @staticmethod
-    def _limits(tx: _Tx, queues: list[str], now: int, lock: str = "") -> dict[str, _QueueLimit]:
+    def _limits(tx: _Tx, queues: list[str], lock: str = "") -> dict[str, _QueueLimit]:
         """What the policies of these queues allow now."""
         marks = ", ".join("?" * len(queues)) or "NULL"
         sql = f"""SELECT queue_type, paused, max_running, rate, per_seconds, full_at
             FROM flowstore_queues WHERE queue_type IN ({marks}) ORDER BY queue_type {lock}"""
         limits = {}
         rows = tx.rows(tx.dialect.resolve(sql), *queues)
-        for queue, paused, max_running, rate, per_seconds, full_at in rows:
+        now = tx.now()  # not before the lock
+        for queue, paused, max_running, rate, per_seconds, stored_full_at in rows:
             room = 0 if paused else _INT_MAX
+            full_at = stored_full_at
             if max_running is not None:
                 # Counted in the index, never kept beside it: a crash leaves no wrong number.
                 leases = tx.rows(tx.dialect.resolve(_LEASE_COUNT), queue, max_running)[0][0]
                 room = min(room, max_running - leases)
             interval = 0.0
             if rate is not None:
-                interval = per_seconds * 1e6 / rate
+                interval = min(max(per_seconds * 1e6 / rate, 1e-6), 1e18)
+                bucket = max(1.0, rate)
+                # The clock may have been put back: more than all of it cannot be missing.
+                full_at = min(full_at, now + bucket * interval)
                 missing = max(0.0, full_at - now) / interval
-                room = min(room, int(max(1.0, rate) - missing))
+                room = min(room, int(bucket - missing))
             limits[queue] = _QueueLimit(room, interval, max(full_at, now))
         return limits
 
@@ -6125,7 +6199,7 @@ class _WorkQueue(_Items):
         item = self._need(tx, _ITEM, "{for_update}", id=id)
         if item.status not in ("claimed", "failed") or fence not in (None, item.lease_fence):
             raise LeaseLost(id)
-        if item.status == "failed":
+        if item.status == "failed" and item.attempt + 1 < item.max_attempts:
             self._refuse_second_key(tx, item)
         return self._count_attempt(tx, item, now, text, seconds)
 
@@ -6208,11 +6282,14 @@ class _WorkQueue(_Items):
     def requeue_dead_letter(self, tx: _Tx, item_id: AnyItem | DeadLetter) -> WorkItem:
         """Make a dead letter a pending item again, available now, at attempt 0.
 
-        Raises NotFound for anything else."""
-        id = _id_and_fence(item_id)[0]
+        Raises NotFound for anything else, AlreadyExists for its unique key, and LeaseLost when the
+        item is not under the fence of the claim that it was given as."""
+        id, fence = _id_and_fence(item_id)
         letter = self._get(tx, _ITEM, "{for_update}", id=id)
         if letter is None or letter.status != "dead_lettered":
             raise NotFound("dead letter", id)
+        if fence not in (None, letter.lease_fence):
+            raise LeaseLost(id)
         self._refuse_second_key(tx, letter)
         values = tx.now(), 0, None, id, letter.status
         return self._follow_item(tx, self._change_item(tx, _ITEM, _RETRY, id, *values))
@@ -6496,7 +6573,8 @@ class _LeaseKeeper:
         self.lost = False
         self.item = item
         self.lease_seconds = lease_seconds
-        self._interval = max(0.01, lease_seconds / 3)  # seconds between two renewals
+        # Seconds between two renewals.
+        self._interval = min(max(0.01, lease_seconds / 3), threading.TIMEOUT_MAX)
         self._state = state
         self._owner: object = None  # the thread or task of the block
 
@@ -6813,8 +6891,8 @@ class PersistenceProvider(_CommandFacet):
         name, InvalidData."""
         id = _read_field("id", instance, WorkflowInstance, "instance")
         if issubclass(type(id), str) and not str.__len__(id):
-            replace = functools.partial(dataclasses.replace, id=new_id())
-            instance = _read_foreign(replace, instance, "instance", WorkflowInstance)
+            instance = _read_foreign(copy.copy, instance, "instance", WorkflowInstance)
+            instance.id = new_id()
         values: dict[str, Any] = _INSTANCE.encode(instance, now=tx.now()) | {
             "stamp": _random_bits()
         }
@@ -7234,9 +7312,8 @@ class _RunFacet(_LogFacet):
         step = event.get("step")
         text = _json(event, f"step {step!r}" if step else "run")
         once = f"step:{step}" if step and event["type"] != "step_failed" else None
-        last = self._last_sequence(tx, id) or 0
-        sequence = self._append_to(tx, id, tenant, last, text, None, once)
-        if sequence <= last:  # by a call that was cancelled, and committed all the same
+        sequence, is_new = self._append_last(tx, id, tenant, text, once)
+        if not is_new:  # by a call that was cancelled, and committed all the same
             text = _json(self._events_after(tx, id, sequence - 1, 1)[0].event, "run")
         return text
 
@@ -7949,7 +8026,8 @@ class _Crew:
         self.worker_id = _none_or(_id, worker_id, "worker_id") or f"process {os.getpid()}"
         self.stop = stop
         self.until_idle = _bool(until_idle, "until_idle")
-        self.interval = max(0.01, runs._lease(None) / 3)  # seconds between two renewals
+        # Seconds between two renewals.
+        self.interval = min(max(0.01, runs._lease(None) / 3), threading.TIMEOUT_MAX)
         self.is_ending = False
         self.ended = 0
         self.branching: set[str] = set()  # functions with a branch that a wait had not known of
@@ -8161,23 +8239,27 @@ class _StoreBase(_Facet):
         killed between them is continued by the next one. An execution too large for one transaction
         loses its record and its tenant first, so that its remains are not used. Raises
         InvalidData."""
+        now = _microseconds(self.now(), "clock()")
         if issubclass(type(older_than), timedelta):
-            now = _microseconds(self.now(), "clock()")
             before = max(_FIRST_TIME, now - _span_of(older_than, "older_than"))
         else:
             before = _microseconds(older_than, "older_than")
         rules = dict(_PRUNED)
         if _bool(artifacts, "artifacts"):
             rules["artifacts"] = _PRUNED_ARTIFACTS
+        # A token that will have expired before a time to come is still valid.
+        times = dict.fromkeys(rules, before) | {"tokens": min(before, now + 1)}
         if _bool(dry_run, "dry_run"):
-            return dict((yield self._prunable(before, rules)))
+            return dict((yield self._prunable(times, rules)))
         counts = {}
         for kind, rule in rules.items():
-            counts[kind] = yield from self._prune_rule(kind, rule, before)
+            counts[kind] = yield from self._prune_rule(kind, rule, times[kind])
         return counts
 
     @_snapshot
-    def _prunable(self, tx: _Tx, before: int, rules: dict[str, _PruneRule]) -> dict[str, int]:
+    def _prunable(
+        self, tx: _Tx, times: dict[str, int], rules: dict[str, _PruneRule]
+    ) -> dict[str, int]:
         keys = _foreign_keys(tx, self._engine.foreign_keys)
         counts = dict.fromkeys(rules, 0)
         for kind, rule in rules.items():
@@ -8185,7 +8267,7 @@ class _StoreBase(_Facet):
                 held = "NULL" if source.in_pieces else _holder_sql(keys, rule, source.table)
                 where = f"{{by {source.by}}} WHERE {source.ended} AND {held} IS NULL"
                 sql = tx.dialect.resolve(f"SELECT COUNT(*) FROM {source.table} {where}")
-                counts[kind] += tx.rows(sql, *[before] * source.ended.count("?"))[0][0]
+                counts[kind] += tx.rows(sql, *[times[kind]] * source.ended.count("?"))[0][0]
         return counts
 
     @_snapshot
@@ -9229,7 +9311,7 @@ class _ViewReader:
             values = list(row)
             for index, decode in mapper._decoders:
                 # None stays, and so does what cannot be read: a view shows what is stored.
-                with contextlib.suppress(StoreCorrupt, TypeError, ValueError):
+                with contextlib.suppress(StoreCorrupt, *_UNREADABLE):
                     values[index] = decode(values[index])
             records.append(dict(zip(mapper.fields, values, strict=True)))
         return records
@@ -9422,7 +9504,12 @@ def _views(facet: _Facet, tx: _Tx, id: str | None = None, status: str | None = N
 def _read_views(facet: Any, *which: str | None) -> Any:
     """Run `_views` with an id and a status. An async store runs it too, without its event loop."""
     engine = getattr(facet._engine, "engine", facet._engine)
-    return engine.run(_views, facet, *which)
+    try:
+        return engine.run(_views, facet, *which)
+    except FlowStoreError:
+        raise
+    except _UNREADABLE as error:
+        raise StoreCorrupt(f"a stored value cannot be read: {error!r}") from error
 
 
 # --- the model: the steps of a detail ---
@@ -9962,7 +10049,8 @@ def _show(args: Any) -> None:
 def _print_metrics(args: Any) -> None:
     """Print counts, ages and sizes in Prometheus' text format."""
     with open(args.store, read_only=True) as store:
-        print(_render_metrics(_read_views(store)[0]), end="")
+        text = _render_metrics(_read_views(store)[0])
+    sys.stdout.buffer.write(text.encode())  # UTF-8 in every locale
 
 
 def _tail(args: Any) -> None:
@@ -10838,7 +10926,9 @@ _POSTGRES = _Dialect(
     unique_key="md5(unique_key)",  # an index entry of 2,700 bytes holds two ids
     given_key="md5(?)",
     in_order=f"""AND (position < {_first_number("pg_snapshot_xmin(pg_current_snapshot())")}
-        OR position >= {_first_number("pg_current_xact_id_if_assigned()")})""",
+        OR (position >= {_first_number("pg_current_xact_id_if_assigned()")}
+        AND pg_snapshot_xmin(pg_current_snapshot()) >= pg_current_xact_id_if_assigned()))""",
+    is_before=f"position < {_first_number('pg_current_xact_id()')} + (1 << 20)",
     by="",
     by_key="",
     join="JOIN",
