@@ -9325,10 +9325,9 @@ class _ViewReader:
 
         The index sorts the items of a status by queue."""
         for following in _NEXT_QUEUE.values():
-            queue = self.value(following, "")
-            while queue:
+            queue = ""
+            while queue := self.value(following, queue):
                 yield queue
-                queue = self.value(following, queue)
 
     def oldest_seconds(self, queue: str, now: int) -> float | None:
         """How long the oldest pending item has been available; a seek for each priority."""
@@ -9343,12 +9342,15 @@ class _ViewReader:
         """The queues with a policy, or with items that wait, are leased or have ended lately."""
         source = f"flowstore_queues ORDER BY queue_type LIMIT {_QUEUE_LIMIT}"
         policies = {row.pop("queue_type"): row for row in self.records(_POLICY, source)}
-        statuses = {*self.item_statuses()} - {*_NEXT_QUEUE}
-        ended = {status: self.last_ended(status) for status in statuses}
-        names = itertools.chain(policies, self.busy_queues(), *ended.values())
-        queues = dict.fromkeys(itertools.islice(names, 3 * _QUEUE_LIMIT))
+        ended = {
+            status: self.last_ended(status)
+            for status in self.item_statuses()
+            if status not in _NEXT_QUEUE
+        }
+        busy = itertools.islice(self.busy_queues(), 2 * _QUEUE_LIMIT)
+        names = dict.fromkeys(itertools.chain(policies, busy, *ended.values()))
         rows = []
-        for queue in sorted(itertools.islice(queues, _QUEUE_LIMIT)):
+        for queue in sorted(itertools.islice(names, _QUEUE_LIMIT)):
             row = {"queue": queue, "oldest_seconds": self.oldest_seconds(queue, now)}
             for column, status in _QUEUE_COUNTS.items():
                 if status in ended:
