@@ -9675,9 +9675,8 @@ def _paint(text: str, status: object, colour: bool) -> str:
     """Text in the colour of its status; as it is without a status or colours."""
     if not colour or not status:
         return text
-    painted = text.rstrip()
-    room = text[len(painted) :]
-    return f"\33[{_COLOURS[_status_class(status)]}m{painted}\33[0m{room}"
+    words = text.strip()
+    return text.replace(words, f"\33[{_COLOURS[_status_class(status)]}m{words}\33[0m")
 
 
 def _pad(text: str, width: int) -> str:
@@ -9769,7 +9768,7 @@ def _quote(id: object) -> str:
     """An id as it stands in an address."""
     from urllib.parse import quote
 
-    return quote(str(id), safe="", errors="replace")
+    return quote(str(id), safe="")
 
 
 def _chip(status: object) -> object:
@@ -10184,7 +10183,7 @@ def _start_child(name: str, *arguments: str) -> Iterator[Any]:
 
     # This file is run, wherever a copy of it lies. -P: its folder may hold modules that hide the
     # standard library's.
-    command = [sys.executable, "-P", os.path.abspath(__file__), name, *arguments]
+    command = [sys.executable, "-P", __file__, name, *arguments]
     # In a session of its own, so that Ctrl-C in the terminal reaches the command alone.
     with Popen(command, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True) as child:
         try:
@@ -10267,17 +10266,17 @@ def _try_disk(trial: _Trial) -> str:
 def _try_threads(trial: _Trial) -> str:
     """threads: 8 of them do each run once, and write their logs without gap or loss"""
     runs = trial.store.runs
-    done: list[Json] = []
+    done: list[str] = []
 
     def selftest(run: Run, input: Json) -> None:
         run.step("0", done.append, run.id)
 
     queue = new_id()
-    ids: list[Json] = [runs.start(selftest, queue=queue) for _ in range(40)]
+    ids = [runs.start(selftest, queue=queue) for _ in range(40)]
     runs.work(selftest, concurrency=8, queues=[queue], until_idle=True)
     for id in ids:
-        _run_pids(trial.store, str(id), 1)
-    _expect(sorted(map(str, done)), ids)
+        _run_pids(trial.store, id, 1)
+    _expect(sorted(done), ids)
     return _plural(len(done), "runs")
 
 
@@ -10464,8 +10463,7 @@ def _work(args: Any) -> int:
     kinds = {inspect.iscoroutinefunction(function) for function in functions}
     if len(kinds) > 1:
         raise _WrongUsage("functions: plain ones or coroutine functions, not both")
-    with _open_existing(args.store):
-        pass
+    _open_existing(args.store).close()
     # A shell may have told it to ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
@@ -10505,10 +10503,8 @@ def _import_function(text: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     # The module may import this file by its name: then it gets this copy, with the same errors.
-    own = os.path.splitext(os.path.basename(__file__))[0]
-    if __spec__ is not None:
-        own = __spec__.name
-    sys.modules.setdefault(own, sys.modules[__name__])
+    own = __spec__.name if __spec__ else inspect.getmodulename(__file__)
+    sys.modules.setdefault(str(own), sys.modules[__name__])
     try:
         return pkgutil.resolve_name(text)
     except Exception as error:
@@ -10525,15 +10521,13 @@ def _check(args: Any) -> int:
     with open(args.store, read_only=True) as store:
         problems = store.check()
         try:
-            health = _health(_read_views(store)[0])
+            health = _health(_read_views(store)[0], problems)
         except Exception as error:  # whatever comes of reading what is damaged
             problems = problems or [_error_text(error)]
-    problems += health.pop("needs", [])
     if _parse_target(args.store)[1]:
         health["sqlite"] = _sqlite_note()
     if args.json:
-        report = {"store": store.target, "problems": problems, "health": health}
-        print(json.dumps(report))
+        print(json.dumps({"store": store.target, "problems": problems, "health": health}))
     else:
         verdict = _plural(len(problems), "problems") if problems else "sound"
         print(*problems, f"{store.target}: {verdict}", sep="\n")
@@ -10542,13 +10536,12 @@ def _check(args: Any) -> int:
     return 1 if problems else 0
 
 
-def _health(overview: View) -> _Row:
-    """How a store is, in facts; `needs` are the sentences on what somebody has to do."""
+def _health(overview: View, problems: list[str]) -> _Row:
+    """How a store is, in facts; what somebody has to do is added to the problems."""
     facts = overview["facts"]
     names = ("file_bytes", "wal_bytes", "free_bytes", "longest_recent_log")
     health = {name: facts.get(name) for name in names}
     health["dead_letters"] = overview["counts"]["work items"].get("dead_lettered", 0)
-    needs = []
     leases = [
         (row["lease_expires_at"], row["queue"])
         for row in overview["tables"]["queues"]["rows"]
@@ -10561,11 +10554,11 @@ def _health(overview: View) -> _Row:
         lease = f"{verb} at {_format_value(expires_at)}, in queue {queue}"
         health["oldest_lease"] = lease
         if late > _LATE:
-            needs.append(f"the oldest lease {lease}: start a worker, or the script again")
+            problems.append(f"the oldest lease {lease}: start a worker, or the script again")
     if facts["wal_bytes"] > 4 * _WAL_BOUND:
         size = _format_value(facts["wal_bytes"], "_bytes")
-        needs.append(f"the log has {size}: end what has been reading for so long")
-    return health | {"needs": needs}
+        problems.append(f"the log has {size}: end what has been reading for so long")
+    return health
 
 
 def _backup(args: Any) -> None:
