@@ -9032,6 +9032,7 @@ _DETAIL_ROWS = 200
 _TEXT_BOUND = 4000
 
 _Row: TypeAlias = "dict[str, Any]"
+_RowList: TypeAlias = "list[tuple[Any, ...]]"
 
 
 class View(dict[str, Any]):
@@ -9145,7 +9146,8 @@ _WORK_ITEMS = _Kind(
     "flowstore_settled",
     {},
 )
-_KINDS = (_EXECUTIONS, _FLOWS, _WORKFLOWS, _WORK_ITEMS)
+_DETAILED = (_EXECUTIONS, _FLOWS, _WORKFLOWS)
+_KINDS = (*_DETAILED, _WORK_ITEMS)
 _STATUSES = {status for kind in _KINDS for status in kind.statuses}
 
 
@@ -9183,7 +9185,7 @@ def _first_value(row: _Row, *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) not in (None, "")), "")
 
 
-def _log_facts(log: list[tuple[Any, ...]]) -> _Row:
+def _log_facts(log: _RowList) -> _Row:
     """The last position in the log, how fast the last events came, and the longest log of them."""
     if not log:
         return {}
@@ -9297,7 +9299,7 @@ class _ViewReader:
         rows.sort(key=lambda row: _first_value(row, *times), reverse=True)
         return counts, rows[:_OVERVIEW_ROWS]
 
-    def last_appended(self, log: list[tuple[Any, ...]], changed: list[_Row]) -> list[_Row]:
+    def last_appended(self, log: _RowList, changed: list[_Row]) -> list[_Row]:
         """The executions of the newest events, then those whose records changed last."""
         ids = [execution for execution, *_ in log]
         ids += [row["execution_id"] for row in changed]
@@ -9412,7 +9414,7 @@ def _views(facet: _Facet, tx: _Tx, id: str | None = None, status: str | None = N
     if id is None:
         return [reader.overview(status)]
     # Flows and workflows belong to no tenant.
-    kinds = [_EXECUTIONS, _FLOWS, _WORKFLOWS] if facet._tenant is None else [_EXECUTIONS]
+    kinds = _DETAILED if facet._tenant is None else (_EXECUTIONS,)
     details = [reader.detail(kind, _id(id, "id")) for kind in kinds]
     if not any(details) and (item := reader.record(_ITEM, id)):
         details = [reader.detail(_EXECUTIONS, item["execution_id"])]
@@ -9897,7 +9899,7 @@ _METRICS = {
 
 def _samples(view: View) -> Iterator[tuple[str, str, Any]]:
     """The name, the labels and the value of each sample in the overview of a store."""
-    for kind in (_EXECUTIONS, _FLOWS, _WORKFLOWS):
+    for kind in _DETAILED:
         counts = view["counts"][kind.name]
         for status in map(str, kind.statuses):
             yield kind.name, f'{{status="{status}"}}', counts.get(status, 0)
@@ -10112,9 +10114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] in _CHILDREN:
             return _CHILDREN[arguments[0]](*arguments[1:])
         parsed = _parser().parse_args(arguments)
-        status = int(parsed.function(parsed) or 0)
+        has_problem = parsed.function(parsed)
         print(end="", flush=True)  # while a closed pipe can still be handled
-        return status
+        return 1 if has_problem else 0
     except SystemExit as end:  # of --help and --version, or of the user's code
         return _complain(end, 1) if isinstance(end.code, str) else int(end.code or 0)
     except _WrongUsage as error:
@@ -10193,7 +10195,7 @@ def _start_child(name: str, *arguments: str) -> Iterator[Any]:
 
 
 # --- selftest: does this copy work on this machine? ---
-def _selftest(args: Any) -> int:
+def _selftest(args: Any) -> bool:
     """Check in a few seconds that this copy works on this machine."""
     import tempfile
 
@@ -10212,7 +10214,7 @@ def _selftest(args: Any) -> int:
                     reason = " ".join(f"{type(error).__name__} {error}".split())
                     print(f"FAIL {promise} ({reason})", flush=True)
     print(f"{len(_PROMISES) - failed} passed, {failed} failed")
-    return 1 if failed else 0
+    return failed > 0
 
 
 class _Trial(NamedTuple):
@@ -10328,7 +10330,7 @@ if hasattr(os, "fork"):
 
 
 # --- demo: a durable pipeline over real files, one of whose workers is killed ---
-def _demo(args: Any) -> int:
+def _demo(args: Any) -> bool:
     """Measure and hash the files of a folder with several processes, one of which is killed."""
     if not os.path.isdir(args.folder):
         raise _WrongUsage(f"{args.folder}: there is no such folder")
@@ -10354,7 +10356,7 @@ def _demo(args: Any) -> int:
         f"delete {store.target} or name another --store to do them again.\n"
         f"To look at it: python {sys.argv[0]} show {store.target} (or report, or serve)"
     )
-    return 0 if done == len(paths) else 1
+    return done < len(paths)
 
 
 def _demo_files(folder: str, own: str) -> Iterator[str]:
@@ -10454,7 +10456,7 @@ def _demo_tally(store: Store, paths: list[str]) -> int:
 
 
 # --- work: a process that does runs ---
-def _work(args: Any) -> int:
+def _work(args: Any) -> None:
     """Do the runs of functions until Ctrl-C or SIGTERM, one line for each run that ended."""
     import signal
 
@@ -10477,10 +10479,9 @@ def _work(args: Any) -> int:
                 store.runs._on_end = _tell_end
                 store.runs.work(*functions, concurrency=args.concurrency)
     except KeyboardInterrupt:
-        return 0
+        return
     except InvalidData as error:  # no functions, or no number of threads
         raise _WrongUsage(error) from error
-    return 0
 
 
 async def _work_in_tasks(args: Any, functions: Sequence[Any]) -> None:
@@ -10515,7 +10516,7 @@ def _import_function(text: str) -> Any:
 _LATE = timedelta(hours=1)  # a lease that expired earlier has no worker that would take it back
 
 
-def _check(args: Any) -> int:
+def _check(args: Any) -> bool:
     """Read the whole store; list what is wrong with it or needs a hand, and how it is."""
     health: _Row = {}
     with open(args.store, read_only=True) as store:
@@ -10533,7 +10534,7 @@ def _check(args: Any) -> int:
         print(*problems, f"{store.target}: {verdict}", sep="\n")
         for name, value in health.items():
             print(f"  {_label(name):20} {_format_value(value, name)}")
-    return 1 if problems else 0
+    return bool(problems)
 
 
 def _health(overview: View, problems: list[str]) -> _Row:
@@ -10602,7 +10603,6 @@ def _prune(args: Any) -> None:
 
 
 # --- copy: a store moves into a new one, perhaps of another engine ---
-_RowList: TypeAlias = "list[tuple[Any, ...]]"
 _ReadRows: TypeAlias = "Callable[[str, tuple[Any, ...]], _RowList]"  # runs an SQL text
 
 
@@ -10635,9 +10635,8 @@ _COPIED_BY = {
 }
 
 
-def _copied_tables() -> list[_CopiedTable]:
+def _copied_tables() -> Iterator[_CopiedTable]:
     """All tables but the first, which has the schema's version; each after those it refers to."""
-    tables = []
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         db.executescript(_SQLITE.resolve(_TABLES))
         for table in _TABLE_NAMES[1:]:
@@ -10645,8 +10644,7 @@ def _copied_tables() -> list[_CopiedTable]:
             key = [name for (name,) in db.execute("SELECT name FROM pragma_index_info(?)", [index])]
             table_info = db.execute("SELECT name FROM pragma_table_info(?)", [table])
             columns = dict.fromkeys(key + [name for (name,) in table_info])
-            tables.append(_CopiedTable(table, list(columns), key, index))
-    return tables
+            yield _CopiedTable(table, list(columns), key, index)
 
 
 def _reader_in(store: Store, transaction: Transaction) -> _ReadRows:
@@ -10677,7 +10675,7 @@ def _copy_tables(read: _ReadRows, target: Store) -> None:
         tx.execute("DELETE FROM flowstore_meta WHERE key = 'copying'")
 
 
-def _copy_store(args: Any) -> int:
+def _copy_store(args: Any) -> bool:
     """Copy a store into a new one, from SQLite to PostgreSQL or back, and compare them."""
     differ = []
     with open(args.store, read_only=True) as source, source.transaction() as snapshot:
@@ -10694,7 +10692,7 @@ def _copy_store(args: Any) -> int:
                         differ.append(table.name)
     verdict = f"other than the source in {', '.join(differ)}" if differ else "equal"
     print(f"{target.target}: {total:,} rows, {verdict}")
-    return 1 if differ else 0
+    return bool(differ)
 
 
 # --- the tables of the commands ---
@@ -10759,9 +10757,9 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--target": {"help": "try this store (default: a temporary file)"},
     "--tenant": {},
 }
-# The function of each command, which may return an exit status, and its arguments. The help is the
-# function's docstring.
-_COMMANDS: dict[str, tuple[Callable[[Any], int | None], str]] = {
+# The function of each command, which returns True for a problem that it found, and its arguments.
+# The help is the function's docstring.
+_COMMANDS: dict[str, tuple[Callable[[Any], bool | None], str]] = {
     "selftest": (_selftest, "--target"),
     "demo": (_demo, "folder --store"),
     "work": (_work, "store functions --concurrency"),
