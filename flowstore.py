@@ -9114,6 +9114,7 @@ _DETAIL_ROWS = 200
 _TEXT_BOUND = 4000
 
 _Row: TypeAlias = "dict[str, Any]"
+_RowList: TypeAlias = "list[tuple[Any, ...]]"
 
 
 class View(dict[str, Any]):
@@ -9227,7 +9228,8 @@ _WORK_ITEMS = _Kind(
     "flowstore_settled",
     {},
 )
-_KINDS = (_EXECUTIONS, _FLOWS, _WORKFLOWS, _WORK_ITEMS)
+_DETAILED = (_EXECUTIONS, _FLOWS, _WORKFLOWS)
+_KINDS = (*_DETAILED, _WORK_ITEMS)
 _STATUSES = {status for kind in _KINDS for status in kind.statuses}
 
 
@@ -9265,7 +9267,7 @@ def _first_value(row: _Row, *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) not in (None, "")), "")
 
 
-def _log_facts(log: list[tuple[Any, ...]]) -> _Row:
+def _log_facts(log: _RowList) -> _Row:
     """The last position in the log, how fast the last events came, and the longest log of them."""
     if not log:
         return {}
@@ -9379,7 +9381,7 @@ class _ViewReader:
         rows.sort(key=lambda row: _first_value(row, *times), reverse=True)
         return counts, rows[:_OVERVIEW_ROWS]
 
-    def last_appended(self, log: list[tuple[Any, ...]], changed: list[_Row]) -> list[_Row]:
+    def last_appended(self, log: _RowList, changed: list[_Row]) -> list[_Row]:
         """The executions of the newest events, then those whose records changed last."""
         ids = [execution for execution, *_ in log]
         ids += [row["execution_id"] for row in changed]
@@ -9407,10 +9409,9 @@ class _ViewReader:
 
         The index sorts the items of a status by queue."""
         for following in _NEXT_QUEUE.values():
-            queue = self.value(following, "")
-            while queue:
+            queue = ""
+            while queue := self.value(following, queue):
                 yield queue
-                queue = self.value(following, queue)
 
     def oldest_seconds(self, queue: str, now: int) -> float | None:
         """How long the oldest pending item has been available; a seek for each priority."""
@@ -9425,12 +9426,15 @@ class _ViewReader:
         """The queues with a policy, or with items that wait, are leased or have ended lately."""
         source = f"flowstore_queues ORDER BY queue_type LIMIT {_QUEUE_LIMIT}"
         policies = {row.pop("queue_type"): row for row in self.records(_POLICY, source)}
-        statuses = {*self.item_statuses()} - {*_NEXT_QUEUE}
-        ended = {status: self.last_ended(status) for status in statuses}
-        names = itertools.chain(policies, self.busy_queues(), *ended.values())
-        queues = dict.fromkeys(itertools.islice(names, 3 * _QUEUE_LIMIT))
+        ended = {
+            status: self.last_ended(status)
+            for status in self.item_statuses()
+            if status not in _NEXT_QUEUE
+        }
+        busy = itertools.islice(self.busy_queues(), 2 * _QUEUE_LIMIT)
+        names = dict.fromkeys(itertools.chain(policies, busy, *ended.values()))
         rows = []
-        for queue in sorted(itertools.islice(queues, _QUEUE_LIMIT)):
+        for queue in sorted(itertools.islice(names, _QUEUE_LIMIT)):
             row = {"queue": queue, "oldest_seconds": self.oldest_seconds(queue, now)}
             for column, status in _QUEUE_COUNTS.items():
                 if status in ended:
@@ -9492,7 +9496,7 @@ def _views(facet: _Facet, tx: _Tx, id: str | None = None, status: str | None = N
     if id is None:
         return [reader.overview(status)]
     # Flows and workflows belong to no tenant.
-    kinds = [_EXECUTIONS, _FLOWS, _WORKFLOWS] if facet._tenant is None else [_EXECUTIONS]
+    kinds = _DETAILED if facet._tenant is None else (_EXECUTIONS,)
     details = [reader.detail(kind, _id(id, "id")) for kind in kinds]
     if not any(details) and (item := reader.record(_ITEM, id)):
         details = [reader.detail(_EXECUTIONS, item["execution_id"])]
@@ -9760,9 +9764,8 @@ def _paint(text: str, status: object, colour: bool) -> str:
     """Text in the colour of its status; as it is without a status or colours."""
     if not colour or not status:
         return text
-    painted = text.rstrip()
-    room = text[len(painted) :]
-    return f"\33[{_COLOURS[_status_class(status)]}m{painted}\33[0m{room}"
+    words = text.strip()
+    return text.replace(words, f"\33[{_COLOURS[_status_class(status)]}m{words}\33[0m")
 
 
 def _pad(text: str, width: int) -> str:
@@ -9854,7 +9857,7 @@ def _quote(id: object) -> str:
     """An id as it stands in an address."""
     from urllib.parse import quote
 
-    return quote(str(id), safe="", errors="replace")
+    return quote(str(id), safe="")
 
 
 def _chip(status: object) -> object:
@@ -9983,7 +9986,7 @@ _METRICS = {
 
 def _samples(view: View) -> Iterator[tuple[str, str, Any]]:
     """The name, the labels and the value of each sample in the overview of a store."""
-    for kind in (_EXECUTIONS, _FLOWS, _WORKFLOWS):
+    for kind in _DETAILED:
         counts = view["counts"][kind.name]
         for status in map(str, kind.statuses):
             yield kind.name, f'{{status="{status}"}}', counts.get(status, 0)
@@ -10199,9 +10202,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] in _CHILDREN:
             return _CHILDREN[arguments[0]](*arguments[1:])
         parsed = _parser().parse_args(arguments)
-        status = int(parsed.function(parsed) or 0)
+        has_problem = parsed.function(parsed)
         print(end="", flush=True)  # while a closed pipe can still be handled
-        return status
+        return 1 if has_problem else 0
     except SystemExit as end:  # of --help and --version, or of the user's code
         return _complain(end, 1) if isinstance(end.code, str) else int(end.code or 0)
     except _WrongUsage as error:
@@ -10270,7 +10273,7 @@ def _start_child(name: str, *arguments: str) -> Iterator[Any]:
 
     # This file is run, wherever a copy of it lies. -P: its folder may hold modules that hide the
     # standard library's.
-    command = [sys.executable, "-P", os.path.abspath(__file__), name, *arguments]
+    command = [sys.executable, "-P", __file__, name, *arguments]
     # In a session of its own, so that Ctrl-C in the terminal reaches the command alone.
     with Popen(command, stdin=PIPE, stdout=PIPE, text=True, start_new_session=True) as child:
         try:
@@ -10280,7 +10283,7 @@ def _start_child(name: str, *arguments: str) -> Iterator[Any]:
 
 
 # --- selftest: does this copy work on this machine? ---
-def _selftest(args: Any) -> int:
+def _selftest(args: Any) -> bool:
     """Check in a few seconds that this copy works on this machine."""
     import tempfile
 
@@ -10299,7 +10302,7 @@ def _selftest(args: Any) -> int:
                     reason = " ".join(f"{type(error).__name__} {error}".split())
                     print(f"FAIL {promise} ({reason})", flush=True)
     print(f"{len(_PROMISES) - failed} passed, {failed} failed")
-    return 1 if failed else 0
+    return failed > 0
 
 
 class _Trial(NamedTuple):
@@ -10353,17 +10356,17 @@ def _try_disk(trial: _Trial) -> str:
 def _try_threads(trial: _Trial) -> str:
     """threads: 8 of them do each run once, and write their logs without gap or loss"""
     runs = trial.store.runs
-    done: list[Json] = []
+    done: list[str] = []
 
     def selftest(run: Run, input: Json) -> None:
         run.step("0", done.append, run.id)
 
     queue = new_id()
-    ids: list[Json] = [runs.start(selftest, queue=queue) for _ in range(40)]
+    ids = [runs.start(selftest, queue=queue) for _ in range(40)]
     runs.work(selftest, concurrency=8, queues=[queue], until_idle=True)
     for id in ids:
-        _run_pids(trial.store, str(id), 1)
-    _expect(sorted(map(str, done)), ids)
+        _run_pids(trial.store, id, 1)
+    _expect(sorted(done), ids)
     return _plural(len(done), "runs")
 
 
@@ -10415,7 +10418,7 @@ if hasattr(os, "fork"):
 
 
 # --- demo: a durable pipeline over real files, one of whose workers is killed ---
-def _demo(args: Any) -> int:
+def _demo(args: Any) -> bool:
     """Measure and hash the files of a folder with several processes, one of which is killed."""
     if not os.path.isdir(args.folder):
         raise _WrongUsage(f"{args.folder}: there is no such folder")
@@ -10441,7 +10444,7 @@ def _demo(args: Any) -> int:
         f"delete {store.target} or name another --store to do them again.\n"
         f"To look at it: python {sys.argv[0]} show {store.target} (or report, or serve)"
     )
-    return 0 if done == len(paths) else 1
+    return done < len(paths)
 
 
 def _demo_files(folder: str, own: str) -> Iterator[str]:
@@ -10541,7 +10544,7 @@ def _demo_tally(store: Store, paths: list[str]) -> int:
 
 
 # --- work: a process that does runs ---
-def _work(args: Any) -> int:
+def _work(args: Any) -> None:
     """Do the runs of functions until Ctrl-C or SIGTERM, one line for each run that ended."""
     import signal
 
@@ -10550,8 +10553,7 @@ def _work(args: Any) -> int:
     kinds = {inspect.iscoroutinefunction(function) for function in functions}
     if len(kinds) > 1:
         raise _WrongUsage("functions: plain ones or coroutine functions, not both")
-    with _open_existing(args.store):
-        pass
+    _open_existing(args.store).close()
     # A shell may have told it to ignore Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
@@ -10565,10 +10567,9 @@ def _work(args: Any) -> int:
                 store.runs._on_end = _tell_end
                 store.runs.work(*functions, concurrency=args.concurrency)
     except KeyboardInterrupt:
-        return 0
+        return
     except InvalidData as error:  # no functions, or no number of threads
         raise _WrongUsage(error) from error
-    return 0
 
 
 async def _work_in_tasks(args: Any, functions: Sequence[Any]) -> None:
@@ -10591,10 +10592,8 @@ def _import_function(text: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     # The module may import this file by its name: then it gets this copy, with the same errors.
-    own = os.path.splitext(os.path.basename(__file__))[0]
-    if __spec__ is not None:
-        own = __spec__.name
-    sys.modules.setdefault(own, sys.modules[__name__])
+    own = __spec__.name if __spec__ else inspect.getmodulename(__file__)
+    sys.modules.setdefault(str(own), sys.modules[__name__])
     try:
         return pkgutil.resolve_name(text)
     except Exception as error:
@@ -10605,36 +10604,33 @@ def _import_function(text: str) -> Any:
 _LATE = timedelta(hours=1)  # a lease that expired earlier has no worker that would take it back
 
 
-def _check(args: Any) -> int:
+def _check(args: Any) -> bool:
     """Read the whole store; list what is wrong with it or needs a hand, and how it is."""
     health: _Row = {}
     with open(args.store, read_only=True) as store:
         problems = store.check()
         try:
-            health = _health(_read_views(store)[0])
+            health = _health(_read_views(store)[0], problems)
         except Exception as error:  # whatever comes of reading what is damaged
             problems = problems or [_error_text(error)]
-    problems += health.pop("needs", [])
     if _parse_target(args.store)[1]:
         health["sqlite"] = _sqlite_note()
     if args.json:
-        report = {"store": store.target, "problems": problems, "health": health}
-        print(json.dumps(report))
+        print(json.dumps({"store": store.target, "problems": problems, "health": health}))
     else:
         verdict = _plural(len(problems), "problems") if problems else "sound"
         print(*problems, f"{store.target}: {verdict}", sep="\n")
         for name, value in health.items():
             print(f"  {_label(name):20} {_format_value(value, name)}")
-    return 1 if problems else 0
+    return bool(problems)
 
 
-def _health(overview: View) -> _Row:
-    """How a store is, in facts; `needs` are the sentences on what somebody has to do."""
+def _health(overview: View, problems: list[str]) -> _Row:
+    """How a store is, in facts; what somebody has to do is added to the problems."""
     facts = overview["facts"]
     names = ("file_bytes", "wal_bytes", "free_bytes", "longest_recent_log")
     health = {name: facts.get(name) for name in names}
     health["dead_letters"] = overview["counts"]["work items"].get("dead_lettered", 0)
-    needs = []
     leases = [
         (row["lease_expires_at"], row["queue"])
         for row in overview["tables"]["queues"]["rows"]
@@ -10647,11 +10643,11 @@ def _health(overview: View) -> _Row:
         lease = f"{verb} at {_format_value(expires_at)}, in queue {queue}"
         health["oldest_lease"] = lease
         if late > _LATE:
-            needs.append(f"the oldest lease {lease}: start a worker, or the script again")
+            problems.append(f"the oldest lease {lease}: start a worker, or the script again")
     if facts["wal_bytes"] > 4 * _WAL_BOUND:
         size = _format_value(facts["wal_bytes"], "_bytes")
-        needs.append(f"the log has {size}: end what has been reading for so long")
-    return health | {"needs": needs}
+        problems.append(f"the log has {size}: end what has been reading for so long")
+    return health
 
 
 def _backup(args: Any) -> None:
@@ -10695,7 +10691,6 @@ def _prune(args: Any) -> None:
 
 
 # --- copy: a store moves into a new one, perhaps of another engine ---
-_RowList: TypeAlias = "list[tuple[Any, ...]]"
 _ReadRows: TypeAlias = "Callable[[str, tuple[Any, ...]], _RowList]"  # runs an SQL text
 
 
@@ -10728,9 +10723,8 @@ _COPIED_BY = {
 }
 
 
-def _copied_tables() -> list[_CopiedTable]:
+def _copied_tables() -> Iterator[_CopiedTable]:
     """All tables but the first, which has the schema's version; each after those it refers to."""
-    tables = []
     with contextlib.closing(sqlite3.connect(":memory:")) as db:
         db.executescript(_SQLITE.resolve(_TABLES))
         for table in _TABLE_NAMES[1:]:
@@ -10738,8 +10732,7 @@ def _copied_tables() -> list[_CopiedTable]:
             key = [name for (name,) in db.execute("SELECT name FROM pragma_index_info(?)", [index])]
             table_info = db.execute("SELECT name FROM pragma_table_info(?)", [table])
             columns = dict.fromkeys(key + [name for (name,) in table_info])
-            tables.append(_CopiedTable(table, list(columns), key, index))
-    return tables
+            yield _CopiedTable(table, list(columns), key, index)
 
 
 def _reader_in(store: Store, transaction: Transaction) -> _ReadRows:
@@ -10770,7 +10763,7 @@ def _copy_tables(read: _ReadRows, target: Store) -> None:
         tx.execute("DELETE FROM flowstore_meta WHERE key = 'copying'")
 
 
-def _copy_store(args: Any) -> int:
+def _copy_store(args: Any) -> bool:
     """Copy a store into a new one, from SQLite to PostgreSQL or back, and compare them."""
     differ = []
     with open(args.store, read_only=True) as source, source.transaction() as snapshot:
@@ -10787,7 +10780,7 @@ def _copy_store(args: Any) -> int:
                         differ.append(table.name)
     verdict = f"other than the source in {', '.join(differ)}" if differ else "equal"
     print(f"{target.target}: {total:,} rows, {verdict}")
-    return 1 if differ else 0
+    return bool(differ)
 
 
 # --- the tables of the commands ---
@@ -10852,9 +10845,9 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "--target": {"help": "try this store (default: a temporary file)"},
     "--tenant": {},
 }
-# The function of each command, which may return an exit status, and its arguments. The help is the
-# function's docstring.
-_COMMANDS: dict[str, tuple[Callable[[Any], int | None], str]] = {
+# The function of each command, which returns True for a problem that it found, and its arguments.
+# The help is the function's docstring.
+_COMMANDS: dict[str, tuple[Callable[[Any], bool | None], str]] = {
     "selftest": (_selftest, "--target"),
     "demo": (_demo, "folder --store"),
     "work": (_work, "store functions --concurrency"),
