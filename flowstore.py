@@ -7299,19 +7299,21 @@ class Run(_RunFacet):
             return event["result"]
         with self._lock:
             self._under_way.add(step)
+        event = {"type": "step_failed", "step": step}  # until the function has returned
         try:
             yield from self._go_on()
-            start = _monotonic()
+            call = self._call(event, functools.partial(function, *args, **kwargs))
             try:
-                result = yield function(*args, **kwargs)
+                if block is None:
+                    text = yield from call
+                else:
+                    text = yield self._in_savepoint(call)
             except Exception as error:
-                event = {"type": "step_failed", "step": step, "error": _error_text(error)}
-                with contextlib.suppress(FlowStoreError):  # the function's own error says more
-                    yield self._record(event)
+                if event["type"] == "step_failed":
+                    event["error"] = _error_text(error)
+                    with contextlib.suppress(FlowStoreError):  # the function's own error says more
+                        yield self._record(event)
                 raise
-            seconds = round(_monotonic() - start, 6)
-            event = {"type": "step_completed", "step": step, "result": result, "seconds": seconds}
-            text = yield self._record(event)
         except BaseException:
             self._release(step)
             raise
@@ -7319,6 +7321,23 @@ class Run(_RunFacet):
             self._active_at = _monotonic()
             self._under_way.discard(step)
         return _decode_json(text)["result"]
+
+    def _call(self, event: dict[str, Any], function: Callable[[], Any]) -> _Steps[str]:
+        """Call the function of a step, and record the event with its result; its text."""
+        start = _monotonic()
+        result = yield function()
+        seconds = round(_monotonic() - start, 6)
+        event.update(type="step_completed", result=result, seconds=seconds)
+        return cast("str", (yield self._record(event)))
+
+    @_steps
+    def _walk(self, steps: _Steps[Any]) -> _Steps[Any]:
+        return (yield from steps)
+
+    def _in_savepoint(self, steps: _Steps[Any]) -> Any:
+        """Walk through steps in the caller's transaction: an error undoes what they have written."""
+        with _Block(self._engine):
+            return self._walk(steps)
 
     @_steps
     def sleep(self, seconds: float, *, name: str = "sleep") -> _Steps[None]:
@@ -8863,6 +8882,10 @@ class AsyncPersistenceProvider(_AsyncFacet, PersistenceProvider):
 
 class AsyncRun(_AsyncFacet, Run):
     """`Run`, awaited; the function of a step may be a coroutine function."""
+
+    async def _in_savepoint(self, steps: _Steps[Any]) -> Any:
+        async with _AsyncBlock(self._engine, False):
+            return await self._walk(steps)
 
 
 class AsyncRuns(_AsyncFacet, Runs):

@@ -13047,6 +13047,32 @@ def test_a_step_in_a_nested_transaction_is_undone_with_it(store: Store, calls: C
     assert calls == [1, 2, 3]
 
 
+def test_a_step_that_fails_in_a_transaction_leaves_nothing_of_what_it_wrote(store: Store) -> None:
+    execute(store, "CREATE TABLE payments (id INTEGER)")
+    with store.run("a") as run, store.transaction() as tx:
+
+        def pay(result: Any) -> Any:
+            tx.execute("INSERT INTO payments VALUES (7)")
+            run.step("inner", str)
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        for bad, error in (
+            (OSError("slow"), OSError),
+            (Stop(), Stop),
+            (object(), InvalidData),
+        ):
+            with pytest.raises(error):
+                run.step("pay", pay, bad)
+            assert tx.execute("SELECT id FROM payments") == []
+        assert run.step("pay", pay, 7) == 7
+    assert execute(store, "SELECT id FROM payments") == [(7,)]
+    log = run_log(store, "a")
+    assert {"type": "step_failed", "step": "pay", "error": "OSError: slow"} in log
+    assert run_steps(store, "a") == ["inner", "pay"]
+
+
 def test_steps_side_by_side_are_each_done_once(store: Store) -> None:
     with store.run("a") as run:
         together([partial(run.step, f"s{n}", str, n) for n in range(8)])
@@ -13884,6 +13910,36 @@ def test_a_task_does_its_steps_once(in_loop: Loop) -> None:
 
     in_loop(main)
     assert sorted(done) == [0, 1, 2, 3, 4, 9]
+
+
+def test_a_step_of_a_task_that_fails_in_a_transaction_leaves_nothing_of_what_it_wrote(
+    in_loop: Loop,
+) -> None:
+    async def main(store: AsyncStore) -> None:
+        async with store.transaction() as tx:
+            await tx.execute("CREATE TABLE payments (id INTEGER)")
+
+        async def pay(tx: Any, error: BaseException | None) -> int:
+            await asyncio.gather(tx.execute("INSERT INTO payments VALUES (7)"))
+            if error:
+                raise error
+            return 7
+
+        async with store.run("a") as run:
+            async with store.transaction() as tx:
+                for error in (OSError(), asyncio.CancelledError()):
+                    with pytest.raises(type(error)):
+                        await run.step("pay", pay, tx, error)
+                    assert await tx.execute("SELECT id FROM payments") == []
+                assert await run.step("pay", pay, tx, None) == 7
+            async with store.transaction() as tx:
+                assert await tx.execute("SELECT id FROM payments") == [(7,)]
+        assert types_in(await store.events.load_events("a"))[1:-1] == [
+            "step_failed",
+            "step_completed",
+        ]
+
+    in_loop(main)
 
 
 def test_new_steps_of_a_completed_run_may_be_done_side_by_side(in_loop: Loop) -> None:
