@@ -7291,7 +7291,7 @@ class Run(_RunFacet):
         the function is called again if its process was lost before the record. What the function
         raises is recorded, and goes on. Raises InvalidData for a result that is not JSON."""
         _check_callable(function, "function")
-        step, event = self._begin(name, "step_completed")
+        step, event = yield from self._ask(name, "step_completed")
         block = self._engine.block()
         if block is not None:
             block.undo.append(functools.partial(self._release, step))
@@ -7351,7 +7351,7 @@ class Run(_RunFacet):
     def sleep_until(self, time: datetime, *, name: str = "sleep") -> _Steps[None]:
         """As `sleep`, until a time."""
         until = _microseconds(time, "time")
-        step, event = self._begin(name, "sleep_started")
+        step, event = yield from self._ask(name, "sleep_started")
         if event is not None:
             until = _since_epoch(datetime.fromisoformat(event["until"]))
         if event is None or _datetime_of(until) > self._engine.now():
@@ -7376,7 +7376,7 @@ class Run(_RunFacet):
         event_name = _key(event_name, "event_name")
         event_key = _key(event_key, "event_key")
         until = _LAST_TIME if timeout is None else self._after(timeout, "timeout")
-        step, event = self._begin(
+        step, event = yield from self._ask(
             event_name if name is None else name, "wait_completed", "wait_timed_out"
         )
         if event is None:
@@ -7390,6 +7390,24 @@ class Run(_RunFacet):
         self._recorded.update((stored.id, stored.event) for stored in log)
 
     # --- names ---
+    def _ask(self, name: str, *kinds: str) -> _Steps[tuple[str, Any]]:
+        """The next step of a name, and its event if it is recorded."""
+        step, event = self._begin(name, *kinds)
+        take = self._take
+        if event is None and take is not None:
+            try:
+                self._engine.forbid_inside("the first new step of a completed run")
+                _, self._item = yield from take()
+                # Another worker may have done new steps since this one has read the log.
+                self._recall((yield self._read_chunk(self.id, 0, _INT_MAX)))
+            except BaseException:
+                self._release(step)
+                raise
+            self._take = None
+            self._release(step)
+            step, event = self._begin(name, *kinds)
+        return step, event
+
     def _begin(self, name: str, *kinds: str) -> tuple[str, Any]:
         """The next step of a name, and its event if it is recorded."""
         name = _text(name, "name", 200, 1)
@@ -7428,11 +7446,6 @@ class Run(_RunFacet):
                 yield from self._ask_for_more(crew)
             self._suspended = True
             raise _Suspended
-        take = self._take
-        if take is not None:
-            self._engine.forbid_inside("the first new step of a completed run")
-            _, self._item = yield from take()
-            self._take = None
         yield self._look()
 
     @_read
@@ -7910,7 +7923,7 @@ class _BlockRuns(_RunRecords):
     def _leave(self, block: _RunBlock, error: BaseException | None) -> _Steps[None]:
         """End the run of a block."""
         run = block.run
-        if run._take is not None:
+        if block.hold is None:
             return  # it was complete, and nothing was added
         end = _End(run._item)
         if error is None:

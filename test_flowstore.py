@@ -12830,6 +12830,25 @@ def test_code_that_has_grown_adds_its_step_to_a_completed_run(store: Store, call
     ]
 
 
+def test_of_two_blocks_that_add_to_a_completed_run_the_second_finds_what_the_first_has_added(
+    store: Store, calls: Calls
+) -> None:
+    with store.run("a"):
+        pass
+    for data in (1, 2):
+        store.runs.emit("e", data=data)
+    with store.run("a") as late:
+        with store.run("a") as early:
+            assert early.step("new", calls, 1) == 1
+            assert early.wait_for("e", name="first") == 1
+        assert late.step("new", calls, 2) == 1
+        with store.transaction():
+            assert late.step("new", calls, 3) == 3
+        assert late.wait_for("e", name="second") == 2
+    assert calls == [1, 3]
+    assert run_steps(store, "a") == ["new", "first", "new#2", "second"]
+
+
 def test_a_failed_block_tells_so_and_goes_on_where_it_was(store: Store, calls: Calls) -> None:
     with pytest.raises(ZeroDivisionError), store.run("a") as run:
         run.step("one", calls, 1)
