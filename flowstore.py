@@ -3330,7 +3330,9 @@ class _Block:
         self.nested: list[_Nested] = []  # of an outermost block: open blocks, the innermost last
         self.savepoint = ""
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
-        self.undo: list[Callable[[], object]] = []  # is called if the block is rolled back
+        self.undo: list[
+            Callable[[], object]
+        ] = []  # is called if the block is not committed for sure
         self._call: _Call | None = None  # of an outermost block that leads the writer
         self._connection: _Connection | None = None
         self._ref: weakref.ref[_Block] = weakref.ref(self)
@@ -3519,11 +3521,16 @@ class _Block:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
     ) -> None:
+        undo = self.undo
         try:
             self.finish(commit=kind is None)
         except StorageError:
             if kind is None:
                 raise  # else the block's own error says more
+        except BaseException:  # it was interrupted, and perhaps committed all the same
+            for each in undo:
+                each()
+            raise
         finally:
             self.deactivate()
 
@@ -7270,7 +7277,9 @@ class Run(_RunFacet):
         self._suspended = False  # nothing new is begun
         self._has_more = False  # a branch was suspended that did not only wait
         self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
-        self._recorded: dict[str | None, dict[str, Any]] = {}  # events, by their event_id
+        self._recorded: dict[str | None, Any] = {}  # events (None: there is none), by event_id
+        # Their event_id, where a record or its block was broken off. It may be stored or not.
+        self._doubtful: set[str] = set()
         self._lock = threading.RLock()  # a signal handler may ask for a step, too
         self._taken: set[str] = set()  # steps that were asked for, and have not failed
         self._next: dict[Any, int] = {}  # by name and kinds, an ordinal: those below are taken
@@ -7294,7 +7303,7 @@ class Run(_RunFacet):
         step, event = yield from self._ask(name, "step_completed")
         block = self._engine.block()
         if block is not None:
-            block.undo.append(functools.partial(self._release, step))
+            block.undo.append(functools.partial(self._doubt, step))
         if event is not None:
             return event["result"]
         with self._lock:
@@ -7316,6 +7325,8 @@ class Run(_RunFacet):
                 raise
         except BaseException:
             self._release(step)
+            if event["type"] == "step_completed":
+                self._doubt(step)
             raise
         finally:
             self._active_at = _monotonic()
@@ -7392,6 +7403,10 @@ class Run(_RunFacet):
     # --- names ---
     def _ask(self, name: str, *kinds: str) -> _Steps[tuple[str, Any]]:
         """The next step of a name, and its event if it is recorded."""
+        if self._doubtful:
+            found = yield self._look_again()
+            self._recorded.update(found)
+            self._doubtful.difference_update(found)
         step, event = self._begin(name, *kinds)
         take = self._take
         if event is None and take is not None:
@@ -7434,6 +7449,25 @@ class Run(_RunFacet):
         with self._lock:
             self._taken.discard(step)
             self._next.clear()
+
+    def _doubt(self, step: str) -> None:
+        """Let the same name again be this step, if the log does not have it by then."""
+        self._doubtful.add(f"step:{step}")
+        self._release(step)
+
+    @_write_row
+    def _look_again(self, tx: _Tx) -> dict[str | None, Any]:
+        """The events of the doubtful steps. As a write, it comes behind a call that goes on."""
+        self._row(tx, _RUN_LOCK, self.id, self._item.lease_fence)
+        return self._find_doubtful(tx)
+
+    def _find_doubtful(self, tx: _Tx) -> dict[str | None, Any]:
+        found: dict[str | None, Any] = dict.fromkeys(self._doubtful)
+        for id in found:
+            where = {"execution_id": self.id, "event_id": id}
+            for stored in self._find(tx, _STORED, "", index="flowstore_log_by_event_id", **where):
+                found[id] = stored.event
+        return found
 
     # --- the lease ---
     def _go_on(self) -> _Steps[None]:
@@ -7489,8 +7523,8 @@ class Run(_RunFacet):
                     if crew is not None and self._suspend(crew, _BRANCH_SECONDS):
                         raise _Suspended
         except BaseException as error:
-            if wait.event_name is not None:
-                self._recorded.pop(f"step:{wait.step}", None)  # it may have been rolled back
+            if not isinstance(error, _Suspended):
+                self._doubtful.add(f"step:{wait.step}")
             if isinstance(error, Exception):  # else it may have been recorded all the same
                 self._release(wait.step)
             if self._suspended and isinstance(error, LeaseLost):  # the run is parked
@@ -7574,8 +7608,10 @@ class Run(_RunFacet):
         step, until, name, key = wait
         is_late = tx.now() >= until
         if name is not None:
-            others = [one for id, one in list(self._recorded.items()) if id != f"step:{step}"]
-            had = {one["event"] for one in others if one["type"] == "wait_completed"}
+            recorded = self._recorded | self._find_doubtful(tx)
+            recorded.pop(f"step:{step}", None)
+            waits = [one for one in recorded.values() if one and one["type"] == "wait_completed"]
+            had = {one["event"] for one in waits}
             events = self._find(
                 tx,
                 _EVENT,
@@ -8762,6 +8798,7 @@ class _AsyncBlock:
         import asyncio
 
         block = self._block
+        undo = block.undo
         may_end = False
         try:
             await self._engine.wait_for_nested(block)
@@ -8770,6 +8807,12 @@ class _AsyncBlock:
         except StorageError:
             if kind is None:
                 raise  # else what the block raised says more
+        except (
+            BaseException
+        ):  # the task was cancelled, and the block perhaps committed all the same
+            for each in undo:
+                each()
+            raise
         finally:
             if may_end:
                 block.turn.release()

@@ -12771,6 +12771,31 @@ def due(store: Store, function: Callable[..., Any], **options: Any) -> int:
     return int(store.runs.work(function, until_idle=True, **options))
 
 
+class Alarm(Exception):
+    """What a signal handler raises."""
+
+
+def interrupt_behind(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Any) -> None:
+    """The next call of a method is done, and then interrupted."""
+    method = owner.__dict__[name]
+    errors = [error]
+
+    async def interrupted(call: Any) -> Any:
+        await call
+        raise errors.pop()
+
+    def call(one: Any, *arguments: Any) -> Any:
+        outcome = method.__get__(one)(*arguments)
+        vars(one).pop(name, None)
+        if not errors:
+            return outcome
+        if inspect.isawaitable(outcome):
+            return interrupted(outcome)
+        raise errors.pop()
+
+    monkeypatch.setattr(owner, name, call)
+
+
 # --- blocks ---
 def test_a_block_does_its_steps_once_and_keeps_its_result(store: Store, calls: Calls) -> None:
     with store.run("a", input={"n": 1}) as run:
@@ -12998,6 +13023,51 @@ def test_a_step_that_is_recorded_already_has_the_recorded_result(
     assert first.step("one", calls, 1) == 1
     assert second.step("one", calls, 2) == 1
     assert run_steps(store, id) == ["one"]
+
+
+@parametrize("error", [KeyboardInterrupt, Alarm])
+def test_a_step_whose_record_was_interrupted_is_looked_for_in_the_log(
+    store: Store, calls: Calls, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    with store.run("a") as run:
+        interrupt_behind(monkeypatch, flowstore.Run, "_record", error)
+        with pytest.raises(error):
+            run.step("charge", calls, 1)
+        assert run.step("charge", calls, 2) == 1
+        with pytest.raises(error), store.transaction():
+            interrupt_behind(monkeypatch, flowstore.Run, "_record", error)
+            run.step("rolled back", calls, 3)
+        assert run.step("rolled back", calls, 4) == 4
+    assert calls == [1, 3, 4]
+    assert run_steps(store, "a") == ["charge", "rolled back"]
+
+
+@parametrize("error", [KeyboardInterrupt, Alarm])
+def test_the_steps_of_a_block_whose_end_was_interrupted_are_looked_for_in_the_log(
+    store: Store, calls: Calls, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    with store.run("a") as run:
+        interrupt_behind(monkeypatch, flowstore._Block, "_return_connection", error)
+        for again in range(3):
+            with suppress(error), store.transaction():
+                run.step("pay", calls, again)
+    assert calls == [0, 2]
+    assert run_steps(store, "a") == ["pay", "pay#2"]
+
+
+@parametrize("error", [KeyboardInterrupt, Alarm])
+def test_an_event_of_a_wait_that_was_interrupted_is_not_had_twice(
+    store: Store, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    with store.run("a") as run:
+        for data in (1, 2):
+            store.runs.emit("e", data=data)
+        interrupt_behind(monkeypatch, flowstore.Run, "_attempt", error)
+        with pytest.raises(error):
+            run.wait_for("e", name="one")
+        assert run.wait_for("e", name="two") == 2
+    with store.run("a") as run:
+        assert [run.wait_for("e", name=name) for name in ("one", "two")] == [1, 2]
 
 
 def test_names_and_ordinals_tell_steps_apart(store: Store, calls: Calls) -> None:
@@ -13959,6 +14029,61 @@ def test_a_step_of_a_task_that_fails_in_a_transaction_leaves_nothing_of_what_it_
         ]
 
     in_loop(main)
+
+
+def test_what_a_cancelled_task_has_committed_is_not_done_again(
+    in_loop: Loop, monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    async def main(store: AsyncStore) -> None:
+        async with store.run("a") as run:
+            interrupt_behind(monkeypatch, flowstore.Run, "_record", asyncio.CancelledError)
+            with pytest.raises(asyncio.CancelledError):
+                await run.step("charge", calls, 1)
+            assert await run.step("charge", calls, 2) == 1
+            for data in (1, 2):
+                await store.runs.emit("e", data=data)
+            interrupt_behind(monkeypatch, flowstore.Run, "_attempt", asyncio.CancelledError)
+            with pytest.raises(asyncio.CancelledError):
+                await run.wait_for("e", name="one")
+            assert await run.wait_for("e", name="two") == 2
+
+    in_loop(main)
+    assert calls == [1]
+
+
+def test_a_step_is_not_done_again_whose_task_was_cancelled_at_the_end_of_its_transaction(
+    in_loop: Loop, monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    finish = flowstore._Block.finish
+    committed, goes_on = threading.Event(), threading.Event()
+
+    def slow(block: Any, commit: bool) -> None:
+        finish(block, commit)
+        committed.set()
+        goes_on.wait(60)
+
+    async def main(store: AsyncStore) -> None:
+        async def pay(run: Any) -> Any:
+            async with store.transaction():
+                return await run.step("pay", calls, 7)
+
+        async with store.run("a") as run:
+            with monkeypatch.context() as patch:
+                patch.setattr(flowstore._Block, "finish", slow)
+                patch.setattr(
+                    flowstore.AsyncRun, "_in_savepoint", lambda run, steps: run._walk(steps)
+                )
+                task = asyncio.create_task(pay(run))
+                await asyncio.to_thread(committed.wait, 60)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            goes_on.set()
+            assert await pay(run) == 7
+        assert types_in(await store.events.load_events("a"))[1:-1] == ["step_completed"]
+
+    in_loop(main)
+    assert calls == [7]
 
 
 def test_new_steps_of_a_completed_run_may_be_done_side_by_side(in_loop: Loop) -> None:
