@@ -7275,6 +7275,7 @@ class Run(_RunFacet):
         self._branches = {self._owner()}
         self._active_at = _monotonic()  # when a branch last began or ended something
         self._suspended = False  # nothing new is begun
+        self._closed = False  # the function or the block has ended
         self._has_more = False  # a branch was suspended that did not only wait
         self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
         self._recorded: dict[str | None, Any] = {}  # events (None: there is none), by event_id
@@ -7283,7 +7284,7 @@ class Run(_RunFacet):
         self._lock = threading.RLock()  # a signal handler may ask for a step, too
         self._taken: set[str] = set()  # steps that were asked for, and have not failed
         self._next: dict[Any, int] = {}  # by name and kinds, an ordinal: those below are taken
-        self._under_way: set[str] = set()  # steps whose function is being called
+        self._under_way: dict[str, object] = {}  # steps being done, and by which thread or task
         self._waits: dict[str, _Wait] = {}  # those that have begun
 
     def __repr__(self) -> str:
@@ -7306,10 +7307,10 @@ class Run(_RunFacet):
             block.undo.append(functools.partial(self._doubt, step))
         if event is not None:
             return event["result"]
-        with self._lock:
-            self._under_way.add(step)
         event = {"type": "step_failed", "step": step}  # until the function has returned
         try:
+            with self._lock:
+                self._under_way[step] = self._owner()
             yield from self._go_on()
             call = self._call(event, functools.partial(function, *args, **kwargs))
             try:
@@ -7330,7 +7331,7 @@ class Run(_RunFacet):
             raise
         finally:
             self._active_at = _monotonic()
-            self._under_way.discard(step)
+            self._under_way.pop(step, None)
         return _decode_json(text)["result"]
 
     def _call(self, event: dict[str, Any], function: Callable[[], Any]) -> _Steps[str]:
@@ -7346,7 +7347,7 @@ class Run(_RunFacet):
         return (yield from steps)
 
     def _in_savepoint(self, steps: _Steps[Any]) -> Any:
-        """Walk through steps in the caller's transaction: an error undoes what they have written."""
+        """Walk through steps in the caller's transaction. An error undoes what they wrote."""
         with _Block(self._engine):
             return self._walk(steps)
 
@@ -7473,10 +7474,12 @@ class Run(_RunFacet):
     def _go_on(self) -> _Steps[None]:
         """Before anything new is done: only in a run that is this worker's, and goes on."""
         crew = self._crew
+        if crew is None and self._closed:
+            raise LeaseLost(self.id)
         if crew is not None and (self._suspended or crew.stops()):
             handled = sys.exception()
             unwinds = handled is not None and _other_than_suspension(handled) is None
-            if not unwinds and not crew.stops():
+            if not (unwinds or self._closed or crew.stops()):
                 yield from self._ask_for_more(crew)
             self._suspended = True
             raise _Suspended
@@ -7535,6 +7538,18 @@ class Run(_RunFacet):
             if not self._suspended:
                 self._waits.pop(wait.step, None)
 
+    def _end_steps(self) -> _Steps[None]:
+        """Begin nothing new from now on, and wait for the steps of other branches under way.
+
+        They would be lost, and done again, perhaps by two at once."""
+        self._suspended = True
+        yield self._poll(self._is_idle, math.inf)
+
+    def _is_idle(self) -> bool:
+        owner = self._owner()
+        others = [one for one in list(self._under_way.values()) if one != owner]
+        return not any(map(self._is_live, others))
+
     def _suspend(self, crew: _Crew, seconds: float) -> bool:
         """Begin nothing new from now on, if nothing has been done for that long; whether it is so.
 
@@ -7562,6 +7577,8 @@ class Run(_RunFacet):
     @_snapshot
     def _is_over(self, tx: _Tx, wait: _Wait) -> bool:
         """Whether another attempt would end a wait. Raises LeaseLost."""
+        if self._closed:
+            raise LeaseLost(self.id)
         self._check_lease(tx, self._item, _RUN_LOOK)
         return self._outcome(tx, wait) is not None
 
@@ -7967,6 +7984,9 @@ class _BlockRuns(_RunRecords):
         elif isinstance(error, Exception):
             end = _End(run._item, "failed", {"error": _error_text(error)})
         try:
+            if error is None or isinstance(error, Exception):
+                run._closed = True
+                yield from run._end_steps()
             yield self._end_and_claim(None, end)
         except FlowStoreError as problem:
             if error is None:  # else the error of the block says more
@@ -8114,25 +8134,34 @@ class Runs(_BlockRuns):
         try:
             if crew.stops():
                 return _End(item)
-            run._recall((yield self._read_chunk(item.id, 0, _INT_MAX)))
-            result = yield crew.functions[record.workflow_id](run, run.input)
-            end = _End(item, "completed", {"result": result})
-            _json(end.detail, "run")  # here, or the worker would end with it
-            if not run._suspended:  # it may have caught that
-                return end
-        except (_Suspended, Exception, BaseExceptionGroup) as error:
-            failure = _other_than_suspension(error)
-            if failure is not None:
-                if not isinstance(failure, Exception):
-                    yield from self._give_back(item)
-                    raise
-                return _End(item, detail={"error": _error_text(failure)})
+            end = yield from self._call(run, crew.functions[record.workflow_id])
+            run._closed = end is not None
+            yield from run._end_steps()
         except BaseException:
             yield from self._give_back(item)
             raise
         finally:
             del crew.under_way[owner]
-        return _End(item, parks=run if run._waits and not crew.stops() else None)
+        return end or _End(item, parks=run if run._waits and not crew.stops() else None)
+
+    def _call(self, run: Run, function: Callable[..., Any]) -> _Steps[_End | None]:
+        """Call the function of a run; how the run's claim ends, None if the run is suspended."""
+        item = run._item
+        try:
+            run._recall((yield self._read_chunk(item.id, 0, _INT_MAX)))
+            result = yield function(run, run.input)
+            if run._suspended:  # it has caught that
+                return None
+            end = _End(item, "completed", {"result": result})
+            _json(end.detail, "run")  # here, or the worker would end with it
+            return end
+        except (_Suspended, Exception, BaseExceptionGroup) as error:
+            failure = _other_than_suspension(error)
+            if failure is None:
+                return None
+            if not isinstance(failure, Exception):
+                raise
+            return _End(item, detail={"error": _error_text(failure)})
 
     def _has_work(self, crew: _Crew) -> Any:
         """Whether to look for a run again."""

@@ -13457,6 +13457,72 @@ def test_a_stopped_worker_records_the_step_under_way_and_gives_the_run_back(
     assert calls == [1, 2]
 
 
+@parametrize("end", ["raise", "return", "stop", "leave a block"])
+def test_a_claim_ends_when_no_step_is_under_way_any_more(
+    store: Store, calls: Calls, end: str
+) -> None:
+    begun, over, stop = threading.Event(), threading.Event(), threading.Event()
+    runs = []
+
+    def charge() -> Any:
+        begun.set()
+        over.wait(60)
+        time.sleep(0.1)
+        return calls(7)
+
+    def pay(run: Any, input: Any) -> None:
+        runs.append(run)
+        pool.submit(run.step, "charge", charge)
+        begun.wait(60)
+        try:
+            if end == "stop":
+                stop.set()
+                run.step("suspended", calls, 8)
+            elif end != "return":
+                raise OSError
+        finally:
+            over.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        if end == "leave a block":
+            with pytest.raises(OSError), store.run("a") as run:
+                pay(run, None)
+        else:
+            store.runs.start(pay, id="a")
+            due(store, pay, stop=stop)
+    assert run_steps(store, "a") == ["charge"]
+    assert calls == [7]
+    with pytest.raises((LeaseLost, flowstore._Suspended)):
+        runs[0].step("late", calls, 9)
+
+
+@parametrize("way", ["worker", "block"])
+def test_a_wait_inside_a_step_of_a_branch_ends_when_its_run_fails(store: Store, way: str) -> None:
+    begun = threading.Event()
+
+    def fail(run: Any, input: Any) -> None:
+        def outer() -> None:
+            begun.set()
+            run.wait_for("never")
+
+        pool.submit(run.step, "outer", outer)
+        begun.wait(60)
+        raise OSError
+
+    def block() -> None:
+        with store.run("a") as run:
+            fail(run, None)
+
+    with ThreadPoolExecutor(1) as pool:
+        if way == "block":
+            assert isinstance(Caller(block).outcome(), OSError)
+        else:
+            store.runs.start(fail, id="a", max_attempts=1)
+            assert Caller(due, store, fail).outcome() == 1
+    with pytest.raises(flowstore.RunFailed, match="OSError"):
+        store.runs.result("a")
+
+
 def test_a_worker_does_so_many_runs_at_a_time(store: Store) -> None:
     barrier = threading.Barrier(3)
 
@@ -14211,6 +14277,40 @@ def test_a_wait_beside_a_step_parks_the_run_when_the_step_is_recorded(in_loop: L
         assert begun == ["done"]
 
     in_loop(main)
+
+
+@parametrize("way", ["worker", "block"])
+def test_a_step_of_a_task_is_recorded_although_the_run_fails_beside_it(
+    in_loop: Loop, calls: Calls, way: str
+) -> None:
+    async def charge(failed: asyncio.Event) -> Any:
+        await failed.wait()
+        await asyncio.sleep(0.1)
+        return calls(7)
+
+    async def pay(run: Any, input: Any) -> Any:
+        failed = asyncio.Event()
+
+        def fail() -> int:
+            failed.set()
+            return 1 // run.attempt
+
+        steps = run.step("charge", charge, failed), run.step("fail", fail)
+        return await asyncio.gather(*steps)
+
+    async def main(store: AsyncStore) -> None:
+        if way == "worker":
+            await store.runs.start(pay, id="a")
+            assert await store.runs.work(pay, until_idle=True) == 1
+        else:
+            for _ in range(2):
+                with suppress(ZeroDivisionError):
+                    async with store.run("a") as run:
+                        run.result = await pay(run, None)
+        assert await store.runs.result("a") == [7, 1]
+
+    in_loop(main, backoff=lambda attempt: 0)
+    assert calls == [7]
 
 
 def test_a_wait_lets_the_steps_of_another_task_go_on(
