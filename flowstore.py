@@ -8038,6 +8038,8 @@ class _Crew:
         self.stop = stop
         self.until_idle = _bool(until_idle, "until_idle")
         self.interval = max(0.01, runs._lease(None) / 3)  # seconds between two renewals
+        self.concurrency = concurrency
+        self.idle: set[object] = set()  # threads or tasks that found no run
         self.is_ending = False
         self.ended = 0
         self.branching: set[str] = set()  # functions with a branch that a wait had not known of
@@ -8046,6 +8048,11 @@ class _Crew:
     def stops(self) -> bool:
         """Whether no more is to be begun."""
         return self.is_ending or (self.stop is not None and bool(self.stop.is_set()))
+
+    def is_over(self) -> bool:
+        """Whether no run will be claimed any more. A run under way may start others."""
+        is_idle = len(self.idle) == self.concurrency
+        return self.stops() or bool(self.until_idle and is_idle)
 
 
 class Runs(_BlockRuns):
@@ -8099,6 +8106,7 @@ class Runs(_BlockRuns):
     @_steps
     def _serve(self, crew: _Crew) -> _Steps[None]:
         """Do one run after another, in a thread or a task."""
+        owner = self._owner()
         end: _End | None = None
         try:
             while True:
@@ -8118,10 +8126,12 @@ class Runs(_BlockRuns):
                 end = None
                 if claimed is not None:
                     end = yield from self._do_run(crew, *claimed)
-                elif crew.until_idle or crew.stops():
+                    continue
+                crew.idle.add(owner)
+                yield self._poll(self._has_work, math.inf, crew)
+                if crew.is_over():
                     return
-                else:
-                    yield self._poll(self._has_work, math.inf, crew)
+                crew.idle.discard(owner)
         except BaseException:
             crew.is_ending = True
             raise
@@ -8165,7 +8175,7 @@ class Runs(_BlockRuns):
 
     def _has_work(self, crew: _Crew) -> Any:
         """Whether to look for a run again."""
-        return crew.stops() or self._queue._claimable(crew.queues, crew.functions)
+        return crew.is_over() or self._queue._claimable(crew.queues, crew.functions)
 
     @_steps
     def _renew(self, crew: _Crew) -> _Steps[None]:

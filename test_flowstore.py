@@ -13534,6 +13534,21 @@ def test_a_worker_does_so_many_runs_at_a_time(store: Store) -> None:
     assert due(store, meet, concurrency=3) == 6
 
 
+def test_a_worker_is_not_idle_while_a_run_waits_for_another_one(store: Store) -> None:
+    def child(run: Any, input: Any) -> Any:
+        return input * 2
+
+    def parent(run: Any, input: Any) -> Any:
+        run.step("the others look for a run", time.sleep, 0.1)
+        ids = [run.step("start", store.runs.start, child, number) for number in range(3)]
+        return [run.step("result", store.runs.result, id, timeout=3) for id in ids]
+
+    id = store.runs.start(parent)
+    worker = Caller(lambda: store.runs.work(parent, child, concurrency=3, until_idle=True))
+    assert worker.outcome() == 4
+    assert store.runs.result(id) == [0, 2, 4]
+
+
 def test_an_idle_worker_takes_a_run_that_is_started(store: Store) -> None:
     stop = threading.Event()
     worker = Caller(lambda: store.runs.work(do_nothing, stop=stop))
@@ -13925,7 +13940,7 @@ def test_emit_races_wait_for_and_no_event_is_missed(make_store: MakeStore) -> No
         ids.append(again(partial(store.runs.start, wait, id=f"r{n}")))
         time.sleep(random.random() * 0.003)
         again(partial(store.runs.emit, "e", f"r{n}", n))
-    assert [store.runs.result(id, timeout=60) for id in ids] == list(range(200))
+    assert [store.runs.result(id, timeout=3) for id in ids] == list(range(200))
     stop.set()
     worker.outcome()
 
@@ -14291,9 +14306,10 @@ def test_a_step_of_a_task_is_recorded_although_the_run_fails_beside_it(
     async def pay(run: Any, input: Any) -> Any:
         failed = asyncio.Event()
 
-        def fail() -> int:
+        def fail() -> None:
             failed.set()
-            return 1 // run.attempt
+            if run.attempt == 0:
+                raise OSError
 
         steps = run.step("charge", charge, failed), run.step("fail", fail)
         return await asyncio.gather(*steps)
@@ -14301,15 +14317,16 @@ def test_a_step_of_a_task_is_recorded_although_the_run_fails_beside_it(
     async def main(store: AsyncStore) -> None:
         if way == "worker":
             await store.runs.start(pay, id="a")
+            store._engine.options.backoff = lambda attempt: 0
             assert await store.runs.work(pay, until_idle=True) == 1
         else:
             for _ in range(2):
-                with suppress(ZeroDivisionError):
+                with suppress(OSError):
                     async with store.run("a") as run:
                         run.result = await pay(run, None)
-        assert await store.runs.result("a") == [7, 1]
+        assert await store.runs.result("a") == [7, None]
 
-    in_loop(main, backoff=lambda attempt: 0)
+    in_loop(main)
     assert calls == [7]
 
 
@@ -14335,6 +14352,25 @@ def test_a_wait_lets_the_steps_of_another_task_go_on(
         assert await store.runs.work(both, until_idle=True) == 1
         assert await store.runs.result(id) == [7, None]
         assert begun == [0, 1, 2, 3]
+
+    in_loop(main)
+
+
+def test_the_tasks_of_a_worker_are_not_idle_while_a_run_waits_for_another_one(
+    in_loop: Loop,
+) -> None:
+    async def child(run: Any, input: Any) -> Any:
+        return input * 2
+
+    async def main(store: AsyncStore) -> None:
+        async def parent(run: Any, input: Any) -> Any:
+            await run.step("the others look for a run", asyncio.sleep, 0.1)
+            ids = [await run.step("start", store.runs.start, child, n) for n in range(3)]
+            return [await run.step("result", store.runs.result, id) for id in ids]
+
+        id = await store.runs.start(parent)
+        assert await store.runs.work(parent, child, concurrency=3, until_idle=True) == 4
+        assert await store.runs.result(id) == [0, 2, 4]
 
     in_loop(main)
 
