@@ -8165,13 +8165,19 @@ class Runs(_BlockRuns):
             end = _End(item, "completed", {"result": result})
             _json(end.detail, "run")  # here, or the worker would end with it
             return end
-        except (_Suspended, Exception, BaseExceptionGroup) as error:
+        except BaseException as error:
+            if not self._is_of_function(error):
+                raise
             failure = _other_than_suspension(error)
             if failure is None:
                 return None
-            if not isinstance(failure, Exception):
+            if isinstance(failure, BaseExceptionGroup) and not isinstance(failure, Exception):
                 raise
             return _End(item, detail={"error": _error_text(failure)})
+
+    def _is_of_function(self, error: BaseException) -> bool:
+        """Whether an error is one of the function's, and does not break off the worker."""
+        return isinstance(error, (_Suspended, Exception, BaseExceptionGroup))
 
     def _has_work(self, crew: _Crew) -> Any:
         """Whether to look for a run again."""
@@ -8987,6 +8993,13 @@ class AsyncRuns(_AsyncFacet, Runs):
     """`Runs`, awaited; the functions of runs may be coroutine functions."""
 
     _run_type = AsyncRun
+
+    def _is_of_function(self, error: BaseException) -> bool:
+        import asyncio
+
+        if isinstance(error, asyncio.CancelledError):  # of the worker, or of another task
+            return not cast("Any", asyncio.current_task()).cancelling()
+        return super()._is_of_function(error)
 
     async def work(  # type: ignore[override]
         self,

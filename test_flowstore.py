@@ -14375,6 +14375,23 @@ def test_the_tasks_of_a_worker_are_not_idle_while_a_run_waits_for_another_one(
     in_loop(main)
 
 
+def test_a_task_of_the_functions_own_that_was_cancelled_is_a_failure_of_the_function(
+    in_loop: Loop,
+) -> None:
+    async def give_up(run: Any, input: Any) -> None:
+        tool = asyncio.create_task(asyncio.sleep(60))
+        asyncio.get_running_loop().call_soon(tool.cancel)
+        await tool
+
+    async def main(store: AsyncStore) -> None:
+        id = await store.runs.start(give_up, max_attempts=1)
+        assert await store.runs.work(give_up, until_idle=True) == 1
+        with pytest.raises(flowstore.RunFailed, match="CancelledError"):
+            await store.runs.result(id)
+
+    in_loop(main)
+
+
 def test_an_exception_leaves_the_work_of_tasks(in_loop: Loop) -> None:
     async def leave(run: Any, input: Any) -> None:
         raise Stop
