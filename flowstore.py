@@ -7480,7 +7480,7 @@ class Run(_RunFacet):
             handled = sys.exception()
             unwinds = handled is not None and _other_than_suspension(handled) is None
             if not (unwinds or self._closed or crew.stops()):
-                yield from self._ask_for_more(crew)
+                yield from self._ask_for_more()
             self._suspended = True
             raise _Suspended
         yield self._look()
@@ -7559,15 +7559,19 @@ class Run(_RunFacet):
             self._suspended |= crew.stops() or (not self._under_way and idle >= seconds)
             return self._suspended
 
-    def _ask_for_more(self, crew: _Crew) -> _Steps[None]:
-        """A branch was about to begin something when a wait suspended the run.
-
-        If nobody knew of other branches, the run is done again at once, and now it is known."""
-        if self._function not in crew.branching:
-            crew.branching.add(self._function)
-            self._has_more = True
+    def _ask_for_more(self) -> _Steps[None]:
+        """A branch was about to begin something when a wait suspended the run."""
+        if self._know_branches():
             with contextlib.suppress(FlowStoreError):  # the suspension says more
                 yield self._make_due()
+
+    def _know_branches(self) -> bool:
+        """The function has branches. If nobody knew of them, the run is done again at once."""
+        functions = cast("_Crew", self._crew).branching
+        is_new = self._function not in functions
+        functions.add(self._function)
+        self._has_more |= is_new
+        return is_new
 
     @_write_row
     def _make_due(self, tx: _Tx) -> None:
@@ -8170,6 +8174,8 @@ class Runs(_BlockRuns):
                 raise
             failure = _other_than_suspension(error)
             if failure is None:
+                if isinstance(error, BaseExceptionGroup):
+                    run._know_branches()
                 return None
             if isinstance(failure, BaseExceptionGroup) and not isinstance(failure, Exception):
                 raise

@@ -14330,6 +14330,28 @@ def test_a_step_of_a_task_is_recorded_although_the_run_fails_beside_it(
     assert calls == [7]
 
 
+def test_a_group_whose_body_waits_does_its_other_tasks(in_loop: Loop, calls: Calls) -> None:
+    async def ask(run: Any) -> None:
+        await asyncio.sleep(0.05)  # the wait has suspended the run by then
+        await run.step("ask", calls, run.attempt)
+
+    async def asks(run: Any, input: Any) -> Any:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(ask(run))
+            return await run.wait_for("approved", run.id)
+
+    async def main(store: AsyncStore) -> None:
+        id = await store.runs.start(asks)
+        assert await store.runs.work(asks, until_idle=True) == 0
+        assert calls == [0]
+        await store.runs.emit("approved", id, "yes")
+        assert await store.runs.work(asks, until_idle=True) == 1
+        assert await store.runs.result(id) == "yes"
+
+    in_loop(main)
+    assert calls == [0]
+
+
 def test_a_wait_lets_the_steps_of_another_task_go_on(
     in_loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
