@@ -7160,16 +7160,25 @@ class _Suspended(BaseException):
     """Unwinds the function of a run that waits, or whose worker stops. Only `work` catches it."""
 
 
-def _other_than_suspension(error: BaseException | None) -> BaseException | None:
-    """An error, None if it is the suspension of a run or was raised while that was handled."""
+def _is_of_suspension(error: BaseException) -> bool:
+    """Whether an error is the suspension of a run, or was raised while that was handled."""
     if isinstance(error, BaseExceptionGroup):
-        return error.split(_Suspended)[1]
-    cause = error
-    while cause is not None:
+        return False  # its members are asked
+    seen = set()  # the user's code may have made a circle
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
         if isinstance(cause, _Suspended):
-            return None
+            return True
+        seen.add(id(cause))
         cause = cause.__context__
-    return error
+    return False
+
+
+def _other_than_suspension(error: BaseException | None) -> BaseException | None:
+    """What is left of an error without the suspensions of a run."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(_is_of_suspension)[1]
+    return None if error is None or _is_of_suspension(error) else error
 
 
 def _function_name(function: object) -> str:

@@ -13870,6 +13870,38 @@ def test_an_error_of_a_branch_beside_a_wait_is_an_attempt(store: Store, clock: C
         store.runs.result(id)
 
 
+def test_an_error_on_the_way_of_a_suspension_is_no_attempt(store: Store) -> None:
+    def fail(run: Any, input: Any) -> Any:
+        try:
+            return run.wait_for("e")
+        finally:
+            raise OSError("close failed")
+
+    def grouped(run: Any, input: Any) -> Any:
+        try:
+            return fail(run, input)
+        except OSError as error:
+            raise BaseExceptionGroup("as a TaskGroup does", [error]) from None
+
+    ids = [store.runs.start(function) for function in (fail, grouped)]
+    assert due(store, fail) == due(store, grouped) == 0
+    for id in ids:
+        assert run_status(store, id) == ("pending", "pending")
+        assert look(store, id).attempt == 0
+
+
+def test_errors_whose_contexts_are_a_circle_are_an_attempt(store: Store) -> None:
+    def fail(run: Any, input: Any) -> None:
+        one, other = ValueError("one"), ValueError("other")
+        one.__context__, other.__context__ = other, one
+        raise one
+
+    id = store.runs.start(fail, max_attempts=1)
+    assert Caller(due, store, fail).outcome(5) == 1
+    with pytest.raises(flowstore.RunFailed, match="one"):
+        store.runs.result(id)
+
+
 def test_a_step_on_the_way_of_a_suspension_is_done_when_the_run_ends(
     store: Store, calls: Calls
 ) -> None:
