@@ -7285,6 +7285,7 @@ class Run(_RunFacet):
         self._active_at = _monotonic()  # when a branch last began or ended something
         self._suspended = False  # nothing new is begun
         self._closed = False  # the function or the block has ended
+        self._has_failed = False  # a step has, or a wait by its timeout
         self._has_more = False  # a branch was suspended that did not only wait
         self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
         self._recorded: dict[str | None, Any] = {}  # events (None: there is none), by event_id
@@ -7329,6 +7330,7 @@ class Run(_RunFacet):
                     text = yield self._in_savepoint(call)
             except Exception as error:
                 if event["type"] == "step_failed":
+                    self._has_failed = True
                     event["error"] = _error_text(error)
                     with contextlib.suppress(FlowStoreError):  # the function's own error says more
                         yield self._record(event)
@@ -7403,6 +7405,7 @@ class Run(_RunFacet):
         if event is None:
             event = yield from self._wait(_Wait(step, until, event_name, event_key))
         if event["type"] == "wait_timed_out":
+            self._has_failed = True
             raise TimeoutError(f"run {self.id!r}: no event came in time for {step!r}")
         return event["data"]
 
@@ -8188,6 +8191,10 @@ class Runs(_BlockRuns):
                 return None
             if isinstance(failure, BaseExceptionGroup) and not isinstance(failure, Exception):
                 raise
+            if run._suspended and not run._has_failed:
+                # It was raised for the suspension itself, as the result of a branch. Or it has
+                # another cause: then it is raised again when a wait has ended.
+                return None
             return _End(item, detail={"error": _error_text(failure)})
 
     def _is_of_function(self, error: BaseException) -> bool:

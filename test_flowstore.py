@@ -14384,6 +14384,47 @@ def test_a_group_whose_body_waits_does_its_other_tasks(in_loop: Loop, calls: Cal
     assert calls == [0]
 
 
+def test_an_error_that_is_made_of_a_suspension_is_no_attempt(in_loop: Loop) -> None:
+    async def agent(run: Any, input: Any) -> Any:
+        calls = run.step("search", str, 1), run.wait_for("approved", run.id)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        if failed := [one for one in results if isinstance(one, BaseException)]:
+            raise RuntimeError(f"tools failed: {failed}")
+        return results
+
+    async def main(store: AsyncStore) -> None:
+        id = await store.runs.start(agent, max_attempts=1)
+        assert await store.runs.work(agent, until_idle=True) == 0
+        await store.runs.emit("approved", id, "yes")
+        assert await store.runs.work(agent, until_idle=True) == 1
+        assert await store.runs.result(id) == ["1", "yes"]
+
+    in_loop(main)
+
+
+def test_a_failure_of_a_branch_beside_a_wait_is_an_attempt_when_the_wait_has_ended(
+    in_loop: Loop,
+) -> None:
+    async def bad(run: Any) -> None:
+        await asyncio.sleep(0.05)
+        raise ValueError("bad")
+
+    async def agent(run: Any, input: Any) -> Any:
+        calls = bad(run), run.wait_for("approved", run.id)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        raise results[0]
+
+    async def main(store: AsyncStore) -> None:
+        id = await store.runs.start(agent, max_attempts=1)
+        assert await store.runs.work(agent, until_idle=True) == 0
+        await store.runs.emit("approved", id)
+        assert await store.runs.work(agent, until_idle=True) == 1
+        with pytest.raises(flowstore.RunFailed, match="ValueError: bad"):
+            await store.runs.result(id)
+
+    in_loop(main)
+
+
 def test_a_wait_lets_the_steps_of_another_task_go_on(
     in_loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
