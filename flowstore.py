@@ -7970,6 +7970,9 @@ class _BlockRuns(_RunRecords):
         record, item = self._need_run(tx, id)
         if record.status == "cancelled":
             raise RunCancelled(id)
+        is_settled = item.settled_at is not None
+        if is_settled and (again or record.status != "completed"):
+            self._queue._refuse_second_key(tx, item)
         now = tx.now()
         expires = _time_after(now, block.lease, "lease_seconds")
         if self._run(tx, _RUN_TAKE, block.worker_id, now, expires, id, now, again):

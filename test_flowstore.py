@@ -12982,6 +12982,23 @@ def test_another_input_or_workflow_is_not_that_run(store: Store) -> None:
     assert contents(store)["items"] == before["items"]
 
 
+@parametrize("first", [{}, {"max_attempts": 1}], ids=["completed", "dead letter"])
+def test_a_run_whose_unique_key_another_has_now_is_not_taken_again(
+    store: Store, first: Any
+) -> None:
+    def work(run: Any, input: Any) -> Any:
+        return 1 // ("max_attempts" not in first)
+
+    store.runs.start(work, id="a", unique_key="k", **first)
+    assert due(store, work) == 1
+    store.runs.start(work, id="b", unique_key="k")
+    before = contents(store)
+    with pytest.raises(AlreadyExists) as caught, store.run("a", workflow_id="work") as run:
+        run.step("new", str)
+    assert (caught.value.kind, caught.value.id) == ("work item", "b")
+    assert contents(store) == before
+
+
 def test_a_cancelled_run_is_not_begun_again(store: Store) -> None:
     lost_block(store, "a")
     store.runs.cancel("a")
