@@ -7154,6 +7154,9 @@ _SUBSCRIBE = """INSERT INTO event_subscriptions (id, workflow_id, step_id, execu
     ON CONFLICT (id) DO UPDATE SET terminated_at = NULL, event_name = excluded.event_name,
     event_key = excluded.event_key RETURNING event_subscriptions.subscription_data"""
 _END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
+_DROP_WAITS = """DELETE FROM event_subscriptions {by event_subscriptions_by_workflow}
+    WHERE workflow_id = ?
+    AND id = LENGTH(execution_pointer_id) || ':' || execution_pointer_id || ':' || workflow_id"""
 
 
 class _Suspended(BaseException):
@@ -7235,8 +7238,11 @@ class _RunFacet(_LogFacet):
         """Whether a thread or task goes on."""
         return owner in sys._current_frames()
 
-    def _set_status(self, tx: _Tx, id: str, status: str) -> None:
-        self._run(tx, _RUN_STATUS, status, tx.now(), status, tx.now(), id)
+    def _set_status(self, tx: _Tx, id: str, status: str) -> int:
+        """Set the status of a run; the time of that."""
+        now = tx.now()
+        self._run(tx, _RUN_STATUS, status, now, status, now, id)
+        return now
 
     def _check_lease(self, tx: _Tx, item: WorkItem, sql: _Sql = _RUN_LOCK) -> None:
         """Raise LeaseLost or RunCancelled, unless the item is held under its fence."""
@@ -7737,6 +7743,8 @@ class _RunRecords(_RunFacet):
                 )
             raise taken
         self._do(tx, StateBackend.create_execution, record)
+        # The waits of an earlier run of this id, which was pruned, would end at that one's times.
+        tx.run(tx.dialect.resolve(_DROP_WAITS), id)
         start = {"type": "execution_started", "input": record.initial_input}
         self._append(tx, id, record.tenant_id, start)
         item = WorkItem(id=id, execution_id=id, node_id=record.workflow_id, **options)
@@ -7823,8 +7831,8 @@ class _RunRecords(_RunFacet):
             self._do(tx, StateBackend.complete_work_item, id)
         else:
             self._do(tx, StateBackend.fail_work_item, id, detail.get("error", status))
-        self._set_status(tx, id, status)
-        tx.run(tx.dialect.resolve(_END_WAITS), tx.now(), id)
+        now = self._set_status(tx, id, status)
+        tx.run(tx.dialect.resolve(_END_WAITS), now, id)  # a prune drops them with the run
         self._append(tx, id, item.tenant_id, {"type": f"execution_{status}", **detail})
 
     @_write

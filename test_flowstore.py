@@ -13768,6 +13768,47 @@ def test_a_parked_run_wakes_at_the_end_of_its_timeout(store: Store, clock: Clock
         store.runs.result(id)
 
 
+def test_a_wait_of_a_pruned_run_is_none_of_the_next_run_of_its_id(
+    store: Store, clock: Clock
+) -> None:
+    def wait(run: Any, input: Any) -> Any:
+        run.wait_for("e", timeout=3600)
+
+    store.runs.start(wait, id="nightly")
+    due(store, wait)
+    store.state.update_execution_status("nightly", "failed")
+    clock.advance(7200)
+    store.prune(timedelta(0))
+    assert store.state.get_execution("nightly") is None
+    store.workflows.create_event_subscription(subscription(id="other", workflow_id="nightly"))
+    store.runs.start(wait, id="nightly")
+    assert store.workflows.get_subscriptions("e", "", clock.now) == []
+    assert store.workflows.get_subscription("other").workflow_id == "nightly"
+    assert due(store, wait) == 0
+    assert run_log(store, "nightly")[1:] == []
+    assert look(store, "nightly").available_at == clock.now + seconds(3600)
+
+
+def test_a_run_and_its_waits_end_at_one_time(make_store: MakeStore) -> None:
+    clock = Clock(START)
+
+    def ticking() -> datetime:
+        clock.advance(1)
+        return clock.now
+
+    store = make_store(clock=ticking)
+
+    def wait(run: Any, input: Any) -> Any:
+        run.wait_for("e")
+
+    store.runs.start(wait, id="a")
+    due(store, wait)
+    store.runs.cancel("a")
+    ends = """SELECT terminated_at - completed_at FROM event_subscriptions
+        JOIN flowstore_runs ON execution_id = event_subscriptions.workflow_id"""
+    assert execute(store, ends) == [(0,)]
+
+
 def test_a_wait_lets_the_steps_of_another_thread_go_on(
     store: Store, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
