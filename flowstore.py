@@ -7114,6 +7114,8 @@ class PersistenceProvider(_CommandFacet):
 # ==================================================================================================
 
 _BRANCH_SECONDS = 0.2  # so long nothing is done in the other branches of a run before it is parked
+# The log may have events of the user's, too.
+_STEP_EVENTS = "step_completed step_failed sleep_started wait_completed wait_timed_out".split()
 _BLOCK_QUEUE = "store.run"  # of the runs of blocks: no function has such a name
 _RUN_LOOK = _Sql("""SELECT tenant_id FROM flowstore_work_items
     {by sqlite_autoindex_flowstore_work_items_1}
@@ -7851,6 +7853,7 @@ class _RunRecords(_RunFacet):
         record, item = self._need_run(tx, id)
         step = _key(before, "before")
         log = self._events_after(tx, item.id, 0)
+        log = [one for one in log if one.event["type"] in _STEP_EVENTS]
         kept = list(itertools.takewhile(lambda one: one.event.get("step") != step, log))
         if len(kept) == len(log):
             raise NotFound("step", step)

@@ -14134,6 +14134,18 @@ def test_a_fork_goes_on_before_a_step(store: Store, calls: Calls) -> None:
         store.runs.fork(bad, before="s", new_id="copy")
 
 
+def test_a_fork_is_not_misled_by_other_events_of_the_log(store: Store) -> None:
+    with store.run("a") as run:
+        run.step("one", str, 1)
+        store.events.append("a", "default", {"type": "tool_called", "step": "two"})
+        run.step("between", str, 2)
+        run.step("two", str, 3)
+    assert run_steps(store, store.runs.fork("a", before="two")) == ["one", "between"]
+    store.events.append("a", "default", {"type": "tool_called", "step": "none"})
+    with pytest.raises(NotFound):
+        store.runs.fork("a", before="none")
+
+
 # --- in an event loop ---
 def test_a_task_does_its_steps_once(in_loop: Loop) -> None:
     done: list[int] = []
