@@ -7731,8 +7731,11 @@ class _RunRecords(_RunFacet):
 
         One of that id with these fields is left as it is. With a payload it has to be new."""
         known = None if id is None else self._get(tx, _RUN, _IS_RUN, execution_id=id)
-        if known and payload is None and fields.items() <= vars(known).items():
-            return known.execution_id
+        if known and payload is None:
+            # As JSON: in Python, 1 equals True.
+            same = {name: getattr(known, name) for name in fields}
+            if json.dumps(same, sort_keys=True) == json.dumps(fields, sort_keys=True):
+                return known.execution_id
         given = {"initial_input": None} | fields
         record = WorkflowExecution(**given, **_without_none(execution_id=id))
         id = record.execution_id

@@ -16015,6 +16015,8 @@ def test_a_run_with_another_input_is_refused_with_what_to_do(store: Store) -> No
     for again in (
         lambda: store.run("r", input=2).__enter__(),
         lambda: store.runs.start("script", 2, id="r"),
+        lambda: store.runs.start("script", True, id="r"),
+        lambda: store.runs.start("script", 1.0, id="r"),
     ):
         with pytest.raises(AlreadyExists) as caught:
             again()
