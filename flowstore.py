@@ -7911,6 +7911,7 @@ class _RunBlock:
     wait: float | None
     run: Any = None
     hold: Any = None
+    process: int = 0
     # No other block has this name: steps side by side may take a completed run again.
     worker_id: str = field(default_factory=lambda: f"process {os.getpid()}, block {new_id()}")
 
@@ -8035,9 +8036,12 @@ class _ThreadRunBlock(_RunBlock):
     """`with store.run(id) as run:` a run that is done by this thread."""
 
     def __enter__(self) -> Run:
+        self.process = os.getpid()
         return cast("Run", self.runs._enter(self))
 
     def __exit__(self, kind: object, error: Any, traceback: object) -> None:
+        if self.process != os.getpid():
+            return  # in the child of a fork: the run is the parent's
         try:
             self.runs._leave(self, error)
         finally:

@@ -12916,6 +12916,24 @@ def test_ctrl_c_while_a_block_begins_gives_its_run_back(
     assert run_status(store, "a") == ("pending", "pending")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_forked_child_that_leaves_a_block_leaves_the_run_to_its_parent(path: Path) -> None:
+    with flowstore.open(path) as store:
+        child = -1
+        try:
+            with store.run("a") as run:
+                child = os.fork()
+                if not child:
+                    sys.exit()
+                os.waitpid(child, 0)
+                run.result = run.step("one", str, 1)
+        except BaseException:
+            if child:
+                raise
+            os._exit(0)
+        assert run_status(store, "a") == ("completed", "completed")
+
+
 def test_a_run_that_another_is_doing_is_already_running(store: Store) -> None:
     with store.run("a"):
         with pytest.raises(flowstore.AlreadyRunning) as caught, store.run("a", wait=0):
