@@ -9075,9 +9075,10 @@ class AsyncRuns(_AsyncFacet, Runs):
                 if not task.cancelling():  # else it is giving its run back
                     task.cancel()
             await asyncio.wait([*tasks, *watches])
-        for task in tasks:
-            if not task.cancelled():
-                task.result()
+            # Asked for even where this task was cancelled: else asyncio reports them.
+            errors = [task.exception() for task in tasks if not task.cancelled()]
+        for error in filter(None, errors):
+            raise error
         return crew.ended
 
 
@@ -10654,6 +10655,10 @@ def _work(args: Any) -> int:
         return 0
     except InvalidData as error:  # no functions, or no number of threads
         raise _WrongUsage(error) from error
+    except (Exception, SystemExit):
+        raise
+    except BaseException as error:  # of a function
+        raise SystemExit(_error_text(error)) from error
     return 0
 
 

@@ -14711,6 +14711,25 @@ def test_the_work_command_ends_as_a_module_that_exits_says(worked: Path) -> None
         assert child.returncode == status
 
 
+@parametrize("word", ["def", "async def"])
+def test_the_work_command_tells_in_one_line_of_what_a_function_raises_to_end_it(
+    worked: Path, word: str
+) -> None:
+    for raises, status, says in [
+        ("sys.exit('bye')", 1, "flowstore: bye\n"),
+        ("sys.exit(7)", 7, ""),
+        ("raise Odd('strange')", 1, "flowstore: Odd: strange\n"),
+    ]:
+        source = f"import sys\nclass Odd(BaseException): pass\n{word} end(run, input): {raises}\n"
+        (worked / "ends.py").write_text(source)
+        with flowstore.open(worked / "a.db") as store:
+            store.runs.start("end", id="a")
+            child = work_command(worked, "a.db", "ends:end")
+            assert child.communicate(timeout=60)[1] == says
+            assert child.returncode == status
+            assert run_status(store, "a") == ("pending", "pending")
+
+
 # --- views ---
 def test_views_show_a_runs_steps_and_what_it_waits_for(store: Store, clock: Clock) -> None:
     def work(run: Any, input: Any) -> None:
