@@ -3341,7 +3341,9 @@ class _Block:
         self.nested: list[_Nested] = []  # of an outermost block: open blocks, the innermost last
         self.savepoint = ""
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
-        self.undo: list[Callable[[], object]] = []  # is called if the block is rolled back
+        self.undo: list[
+            Callable[[], object]
+        ] = []  # is called if the block is not committed for sure
         self._call: _Call | None = None  # of an outermost block that leads the writer
         self._connection: _Connection | None = None
         self._ref: weakref.ref[_Block] = weakref.ref(self)
@@ -3530,11 +3532,16 @@ class _Block:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: object
     ) -> None:
+        undo = self.undo
         try:
             self.finish(commit=kind is None)
         except StorageError:
             if kind is None:
                 raise  # else the block's own error says more
+        except BaseException:  # it was interrupted, and perhaps committed all the same
+            for each in undo:
+                each()
+            raise
         finally:
             self.deactivate()
 
@@ -7185,6 +7192,8 @@ class PersistenceProvider(_CommandFacet):
 # ==================================================================================================
 
 _BRANCH_SECONDS = 0.2  # so long nothing is done in the other branches of a run before it is parked
+# The log may have events of the user's, too.
+_STEP_EVENTS = "step_completed step_failed sleep_started wait_completed wait_timed_out".split()
 _BLOCK_QUEUE = "store.run"  # of the runs of blocks: no function has such a name
 _RUN_LOOK = _Sql("""SELECT tenant_id FROM flowstore_work_items
     {by sqlite_autoindex_flowstore_work_items_1}
@@ -7225,22 +7234,34 @@ _SUBSCRIBE = """INSERT INTO event_subscriptions (id, workflow_id, step_id, execu
     ON CONFLICT (id) DO UPDATE SET terminated_at = NULL, event_name = excluded.event_name,
     event_key = excluded.event_key RETURNING event_subscriptions.subscription_data"""
 _END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
+_DROP_WAITS = """DELETE FROM event_subscriptions {by event_subscriptions_by_workflow}
+    WHERE workflow_id = ?
+    AND id = LENGTH(execution_pointer_id) || ':' || execution_pointer_id || ':' || workflow_id"""
 
 
 class _Suspended(BaseException):
     """Unwinds the function of a run that waits, or whose worker stops. Only `work` catches it."""
 
 
-def _other_than_suspension(error: BaseException | None) -> BaseException | None:
-    """An error, None if it is the suspension of a run or was raised while that was handled."""
+def _is_of_suspension(error: BaseException) -> bool:
+    """Whether an error is the suspension of a run, or was raised while that was handled."""
     if isinstance(error, BaseExceptionGroup):
-        return error.split(_Suspended)[1]
-    cause = error
-    while cause is not None:
+        return False  # its members are asked
+    seen = set()  # the user's code may have made a circle
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
         if isinstance(cause, _Suspended):
-            return None
+            return True
+        seen.add(id(cause))
         cause = cause.__context__
-    return error
+    return False
+
+
+def _other_than_suspension(error: BaseException | None) -> BaseException | None:
+    """What is left of an error without the suspensions of a run."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(_is_of_suspension)[1]
+    return None if error is None or _is_of_suspension(error) else error
 
 
 def _function_name(function: object) -> str:
@@ -7297,8 +7318,11 @@ class _RunFacet(_LogFacet):
         """Whether a thread or task goes on."""
         return owner in sys._current_frames()
 
-    def _set_status(self, tx: _Tx, id: str, status: str) -> None:
-        self._run(tx, _RUN_STATUS, status, tx.now(), status, tx.now(), id)
+    def _set_status(self, tx: _Tx, id: str, status: str) -> int:
+        """Set the status of a run; the time of that."""
+        now = tx.now()
+        self._run(tx, _RUN_STATUS, status, now, status, now, id)
+        return now
 
     def _check_lease(self, tx: _Tx, item: WorkItem, sql: _Sql = _RUN_LOCK) -> None:
         """Raise LeaseLost or RunCancelled, unless the item is held under its fence."""
@@ -7345,13 +7369,17 @@ class Run(_RunFacet):
         self._branches = {self._owner()}
         self._active_at = _monotonic()  # when a branch last began or ended something
         self._suspended = False  # nothing new is begun
+        self._closed = False  # the function or the block has ended
+        self._has_failed = False  # a step has, or a wait by its timeout
         self._has_more = False  # a branch was suspended that did not only wait
         self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
-        self._recorded: dict[str | None, dict[str, Any]] = {}  # events, by their event_id
+        self._recorded: dict[str | None, Any] = {}  # events (None: there is none), by event_id
+        # Their event_id, where a record or its block was broken off. It may be stored or not.
+        self._doubtful: set[str] = set()
         self._lock = threading.RLock()  # a signal handler may ask for a step, too
         self._taken: set[str] = set()  # steps that were asked for, and have not failed
         self._next: dict[Any, int] = {}  # by name and kinds, an ordinal: those below are taken
-        self._under_way: set[str] = set()  # steps whose function is being called
+        self._under_way: dict[str, object] = {}  # steps being done, and by which thread or task
         self._waits: dict[str, _Wait] = {}  # those that have begun
 
     def __repr__(self) -> str:
@@ -7368,34 +7396,56 @@ class Run(_RunFacet):
         the function is called again if its process was lost before the record. What the function
         raises is recorded, and goes on. Raises InvalidData for a result that is not JSON."""
         _check_callable(function, "function")
-        step, event = self._begin(name, "step_completed")
+        step, event = yield from self._ask(name, "step_completed")
         block = self._engine.block()
         if block is not None:
-            block.undo.append(functools.partial(self._release, step))
+            block.undo.append(functools.partial(self._doubt, step))
         if event is not None:
             return event["result"]
-        with self._lock:
-            self._under_way.add(step)
+        event = {"type": "step_failed", "step": step}  # until the function has returned
         try:
+            with self._lock:
+                self._under_way[step] = self._owner()
             yield from self._go_on()
-            start = _monotonic()
+            call = self._call(event, functools.partial(function, *args, **kwargs))
             try:
-                result = yield function(*args, **kwargs)
+                if block is None:
+                    text = yield from call
+                else:
+                    text = yield self._in_savepoint(call)
             except Exception as error:
-                event = {"type": "step_failed", "step": step, "error": _error_text(error)}
-                with contextlib.suppress(FlowStoreError):  # the function's own error says more
-                    yield self._record(event)
+                if event["type"] == "step_failed":
+                    self._has_failed = True
+                    event["error"] = _error_text(error)
+                    with contextlib.suppress(FlowStoreError):  # the function's own error says more
+                        yield self._record(event)
                 raise
-            seconds = round(_monotonic() - start, 6)
-            event = {"type": "step_completed", "step": step, "result": result, "seconds": seconds}
-            text = yield self._record(event)
         except BaseException:
             self._release(step)
+            if event["type"] == "step_completed":
+                self._doubt(step)
             raise
         finally:
             self._active_at = _monotonic()
-            self._under_way.discard(step)
+            self._under_way.pop(step, None)
         return _decode_json(text)["result"]
+
+    def _call(self, event: dict[str, Any], function: Callable[[], Any]) -> _Steps[str]:
+        """Call the function of a step, and record the event with its result; its text."""
+        start = _monotonic()
+        result = yield function()
+        seconds = round(_monotonic() - start, 6)
+        event.update(type="step_completed", result=result, seconds=seconds)
+        return cast("str", (yield self._record(event)))
+
+    @_steps
+    def _walk(self, steps: _Steps[Any]) -> _Steps[Any]:
+        return (yield from steps)
+
+    def _in_savepoint(self, steps: _Steps[Any]) -> Any:
+        """Walk through steps in the caller's transaction. An error undoes what they wrote."""
+        with _Block(self._engine):
+            return self._walk(steps)
 
     @_steps
     def sleep(self, seconds: float, *, name: str = "sleep") -> _Steps[None]:
@@ -7409,7 +7459,7 @@ class Run(_RunFacet):
     def sleep_until(self, time: datetime, *, name: str = "sleep") -> _Steps[None]:
         """As `sleep`, until a time."""
         until = _microseconds(time, "time")
-        step, event = self._begin(name, "sleep_started")
+        step, event = yield from self._ask(name, "sleep_started")
         if event is not None:
             until = _since_epoch(datetime.fromisoformat(event["until"]))
         if event is None or _datetime_of(until) > self._engine.now():
@@ -7434,12 +7484,13 @@ class Run(_RunFacet):
         event_name = _key(event_name, "event_name")
         event_key = _key(event_key, "event_key")
         until = _LAST_TIME if timeout is None else self._after(timeout, "timeout")
-        step, event = self._begin(
+        step, event = yield from self._ask(
             event_name if name is None else name, "wait_completed", "wait_timed_out"
         )
         if event is None:
             event = yield from self._wait(_Wait(step, until, event_name, event_key))
         if event["type"] == "wait_timed_out":
+            self._has_failed = True
             raise TimeoutError(f"run {self.id!r}: no event came in time for {step!r}")
         return event["data"]
 
@@ -7448,6 +7499,28 @@ class Run(_RunFacet):
         self._recorded.update((stored.id, stored.event) for stored in log)
 
     # --- names ---
+    def _ask(self, name: str, *kinds: str) -> _Steps[tuple[str, Any]]:
+        """The next step of a name, and its event if it is recorded."""
+        if self._doubtful:
+            found = yield self._look_again()
+            self._recorded.update(found)
+            self._doubtful.difference_update(found)
+        step, event = self._begin(name, *kinds)
+        take = self._take
+        if event is None and take is not None:
+            try:
+                self._engine.forbid_inside("the first new step of a completed run")
+                _, self._item = yield from take()
+                # Another worker may have done new steps since this one has read the log.
+                self._recall((yield self._read_chunk(self.id, 0, _INT_MAX)))
+            except BaseException:
+                self._release(step)
+                raise
+            self._take = None
+            self._release(step)
+            step, event = self._begin(name, *kinds)
+        return step, event
+
     def _begin(self, name: str, *kinds: str) -> tuple[str, Any]:
         """The next step of a name, and its event if it is recorded."""
         name = _text(name, "name", 200, 1)
@@ -7475,22 +7548,38 @@ class Run(_RunFacet):
             self._taken.discard(step)
             self._next.clear()
 
+    def _doubt(self, step: str) -> None:
+        """Let the same name again be this step, if the log does not have it by then."""
+        self._doubtful.add(f"step:{step}")
+        self._release(step)
+
+    @_write_row
+    def _look_again(self, tx: _Tx) -> dict[str | None, Any]:
+        """The events of the doubtful steps. As a write, it comes behind a call that goes on."""
+        self._row(tx, _RUN_LOCK, self.id, self._item.lease_fence)
+        return self._find_doubtful(tx)
+
+    def _find_doubtful(self, tx: _Tx) -> dict[str | None, Any]:
+        found: dict[str | None, Any] = dict.fromkeys(self._doubtful)
+        for id in found:
+            where = {"execution_id": self.id, "event_id": id}
+            for stored in self._find(tx, _STORED, "", index="flowstore_log_by_event_id", **where):
+                found[id] = stored.event
+        return found
+
     # --- the lease ---
     def _go_on(self) -> _Steps[None]:
         """Before anything new is done: only in a run that is this worker's, and goes on."""
         crew = self._crew
+        if crew is None and self._closed:
+            raise LeaseLost(self.id)
         if crew is not None and (self._suspended or crew.stops()):
             handled = sys.exception()
             unwinds = handled is not None and _other_than_suspension(handled) is None
-            if not unwinds and not crew.stops():
-                yield from self._ask_for_more(crew)
+            if not (unwinds or self._closed or crew.stops()):
+                yield from self._ask_for_more()
             self._suspended = True
             raise _Suspended
-        take = self._take
-        if take is not None:
-            self._engine.forbid_inside("the first new step of a completed run")
-            _, self._item = yield from take()
-            self._take = None
         yield self._look()
 
     @_read
@@ -7534,8 +7623,8 @@ class Run(_RunFacet):
                     if crew is not None and self._suspend(crew, _BRANCH_SECONDS):
                         raise _Suspended
         except BaseException as error:
-            if wait.event_name is not None:
-                self._recorded.pop(f"step:{wait.step}", None)  # it may have been rolled back
+            if not isinstance(error, _Suspended):
+                self._doubtful.add(f"step:{wait.step}")
             if isinstance(error, Exception):  # else it may have been recorded all the same
                 self._release(wait.step)
             if self._suspended and isinstance(error, LeaseLost):  # the run is parked
@@ -7546,6 +7635,18 @@ class Run(_RunFacet):
             if not self._suspended:
                 self._waits.pop(wait.step, None)
 
+    def _end_steps(self) -> _Steps[None]:
+        """Begin nothing new from now on, and wait for the steps of other branches under way.
+
+        They would be lost, and done again, perhaps by two at once."""
+        self._suspended = True
+        yield self._poll(self._is_idle, math.inf)
+
+    def _is_idle(self) -> bool:
+        owner = self._owner()
+        others = [one for one in list(self._under_way.values()) if one != owner]
+        return not any(map(self._is_live, others))
+
     def _suspend(self, crew: _Crew, seconds: float) -> bool:
         """Begin nothing new from now on, if nothing has been done for that long; whether it is so.
 
@@ -7555,15 +7656,19 @@ class Run(_RunFacet):
             self._suspended |= crew.stops() or (not self._under_way and idle >= seconds)
             return self._suspended
 
-    def _ask_for_more(self, crew: _Crew) -> _Steps[None]:
-        """A branch was about to begin something when a wait suspended the run.
-
-        If nobody knew of other branches, the run is done again at once, and now it is known."""
-        if self._function not in crew.branching:
-            crew.branching.add(self._function)
-            self._has_more = True
+    def _ask_for_more(self) -> _Steps[None]:
+        """A branch was about to begin something when a wait suspended the run."""
+        if self._know_branches():
             with contextlib.suppress(FlowStoreError):  # the suspension says more
                 yield self._make_due()
+
+    def _know_branches(self) -> bool:
+        """The function has branches. If nobody knew of them, the run is done again at once."""
+        functions = cast("_Crew", self._crew).branching
+        is_new = self._function not in functions
+        functions.add(self._function)
+        self._has_more |= is_new
+        return is_new
 
     @_write_row
     def _make_due(self, tx: _Tx) -> None:
@@ -7573,6 +7678,8 @@ class Run(_RunFacet):
     @_snapshot
     def _is_over(self, tx: _Tx, wait: _Wait) -> bool:
         """Whether another attempt would end a wait. Raises LeaseLost."""
+        if self._closed:
+            raise LeaseLost(self.id)
         self._check_lease(tx, self._item, _RUN_LOOK)
         return self._outcome(tx, wait) is not None
 
@@ -7619,8 +7726,10 @@ class Run(_RunFacet):
         step, until, name, key = wait
         is_late = tx.now() >= until
         if name is not None:
-            others = [one for id, one in list(self._recorded.items()) if id != f"step:{step}"]
-            had = {one["event"] for one in others if one["type"] == "wait_completed"}
+            recorded = self._recorded | self._find_doubtful(tx)
+            recorded.pop(f"step:{step}", None)
+            waits = [one for one in recorded.values() if one and one["type"] == "wait_completed"]
+            had = {one["event"] for one in waits}
             events = self._find(
                 tx,
                 _EVENT,
@@ -7699,8 +7808,11 @@ class _RunRecords(_RunFacet):
 
         One of that id with these fields is left as it is. With a payload it has to be new."""
         known = None if id is None else self._get(tx, _RUN, _IS_RUN, execution_id=id)
-        if known and payload is None and fields.items() <= vars(known).items():
-            return known.execution_id
+        if known and payload is None:
+            # As JSON: in Python, 1 equals True.
+            same = {name: getattr(known, name) for name in fields}
+            if json.dumps(same, sort_keys=True) == json.dumps(fields, sort_keys=True):
+                return known.execution_id
         given = {"initial_input": None} | fields
         record = WorkflowExecution(**given, **_without_none(execution_id=id))
         id = record.execution_id
@@ -7713,6 +7825,8 @@ class _RunRecords(_RunFacet):
                 )
             raise taken
         self._do(tx, StateBackend.create_execution, record)
+        # The waits of an earlier run of this id, which was pruned, would end at that one's times.
+        tx.run(tx.dialect.resolve(_DROP_WAITS), id)
         start = {"type": "execution_started", "input": record.initial_input}
         self._append(tx, id, record.tenant_id, start)
         item = WorkItem(id=id, execution_id=id, node_id=record.workflow_id, **options)
@@ -7799,8 +7913,8 @@ class _RunRecords(_RunFacet):
             self._do(tx, StateBackend.complete_work_item, id)
         else:
             self._do(tx, StateBackend.fail_work_item, id, detail.get("error", status))
-        self._set_status(tx, id, status)
-        tx.run(tx.dialect.resolve(_END_WAITS), tx.now(), id)
+        now = self._set_status(tx, id, status)
+        tx.run(tx.dialect.resolve(_END_WAITS), now, id)  # a prune drops them with the run
         self._append(tx, id, item.tenant_id, {"type": f"execution_{status}", **detail})
 
     @_write
@@ -7819,6 +7933,7 @@ class _RunRecords(_RunFacet):
         record, item = self._need_run(tx, id)
         step = _key(before, "before")
         log = self._events_after(tx, item.id, 0)
+        log = [one for one in log if one.event["type"] in _STEP_EVENTS]
         kept = list(itertools.takewhile(lambda one: one.event.get("step") != step, log))
         if len(kept) == len(log):
             raise NotFound("step", step)
@@ -7873,6 +7988,7 @@ class _RunBlock:
     wait: float | None
     run: Any = None
     hold: Any = None
+    process: int = 0
     # No other block has this name: steps side by side may take a completed run again.
     worker_id: str = field(default_factory=lambda: f"process {os.getpid()}, block {new_id()}")
 
@@ -7946,6 +8062,9 @@ class _BlockRuns(_RunRecords):
         record, item = self._need_run(tx, id)
         if record.status == "cancelled":
             raise RunCancelled(id)
+        is_settled = item.settled_at is not None
+        if is_settled and (again or record.status != "completed"):
+            self._queue._refuse_second_key(tx, item)
         now = tx.now()
         expires = _time_after(now, block.lease, "lease_seconds")
         if self._run(tx, _RUN_TAKE, block.worker_id, now, expires, id, now, again):
@@ -7968,7 +8087,7 @@ class _BlockRuns(_RunRecords):
     def _leave(self, block: _RunBlock, error: BaseException | None) -> _Steps[None]:
         """End the run of a block."""
         run = block.run
-        if run._take is not None:
+        if block.hold is None:
             return  # it was complete, and nothing was added
         end = _End(run._item)
         if error is None:
@@ -7976,6 +8095,9 @@ class _BlockRuns(_RunRecords):
         elif isinstance(error, Exception):
             end = _End(run._item, "failed", {"error": _error_text(error)})
         try:
+            if error is None or isinstance(error, Exception):
+                run._closed = True
+                yield from run._end_steps()
             yield self._end_and_claim(None, end)
         except FlowStoreError as problem:
             if error is None:  # else the error of the block says more
@@ -7991,9 +8113,12 @@ class _ThreadRunBlock(_RunBlock):
     """`with store.run(id) as run:` a run that is done by this thread."""
 
     def __enter__(self) -> Run:
+        self.process = os.getpid()
         return cast("Run", self.runs._enter(self))
 
     def __exit__(self, kind: object, error: Any, traceback: object) -> None:
+        if self.process != os.getpid():
+            return  # in the child of a fork: the run is the parent's
         try:
             self.runs._leave(self, error)
         finally:
@@ -8028,6 +8153,8 @@ class _Crew:
         self.until_idle = _bool(until_idle, "until_idle")
         # Seconds between two renewals.
         self.interval = min(max(0.01, runs._lease(None) / 3), threading.TIMEOUT_MAX)
+        self.concurrency = concurrency
+        self.idle: set[object] = set()  # threads or tasks that found no run
         self.is_ending = False
         self.ended = 0
         self.branching: set[str] = set()  # functions with a branch that a wait had not known of
@@ -8036,6 +8163,11 @@ class _Crew:
     def stops(self) -> bool:
         """Whether no more is to be begun."""
         return self.is_ending or (self.stop is not None and bool(self.stop.is_set()))
+
+    def is_over(self) -> bool:
+        """Whether no run will be claimed any more. A run under way may start others."""
+        is_idle = len(self.idle) == self.concurrency
+        return self.stops() or bool(self.until_idle and is_idle)
 
 
 class Runs(_BlockRuns):
@@ -8089,6 +8221,7 @@ class Runs(_BlockRuns):
     @_steps
     def _serve(self, crew: _Crew) -> _Steps[None]:
         """Do one run after another, in a thread or a task."""
+        owner = self._owner()
         end: _End | None = None
         try:
             while True:
@@ -8108,10 +8241,12 @@ class Runs(_BlockRuns):
                 end = None
                 if claimed is not None:
                     end = yield from self._do_run(crew, *claimed)
-                elif crew.until_idle or crew.stops():
+                    continue
+                crew.idle.add(owner)
+                yield self._poll(self._has_work, math.inf, crew)
+                if crew.is_over():
                     return
-                else:
-                    yield self._poll(self._has_work, math.inf, crew)
+                crew.idle.discard(owner)
         except BaseException:
             crew.is_ending = True
             raise
@@ -8124,29 +8259,50 @@ class Runs(_BlockRuns):
         try:
             if crew.stops():
                 return _End(item)
-            run._recall((yield self._read_chunk(item.id, 0, _INT_MAX)))
-            result = yield crew.functions[record.workflow_id](run, run.input)
-            end = _End(item, "completed", {"result": result})
-            _json(end.detail, "run")  # here, or the worker would end with it
-            if not run._suspended:  # it may have caught that
-                return end
-        except (_Suspended, Exception, BaseExceptionGroup) as error:
-            failure = _other_than_suspension(error)
-            if failure is not None:
-                if not isinstance(failure, Exception):
-                    yield from self._give_back(item)
-                    raise
-                return _End(item, detail={"error": _error_text(failure)})
+            end = yield from self._call(run, crew.functions[record.workflow_id])
+            run._closed = end is not None
+            yield from run._end_steps()
         except BaseException:
             yield from self._give_back(item)
             raise
         finally:
             del crew.under_way[owner]
-        return _End(item, parks=run if run._waits and not crew.stops() else None)
+        return end or _End(item, parks=run if run._waits and not crew.stops() else None)
+
+    def _call(self, run: Run, function: Callable[..., Any]) -> _Steps[_End | None]:
+        """Call the function of a run; how the run's claim ends, None if the run is suspended."""
+        item = run._item
+        try:
+            run._recall((yield self._read_chunk(item.id, 0, _INT_MAX)))
+            result = yield function(run, run.input)
+            if run._suspended:  # it has caught that
+                return None
+            end = _End(item, "completed", {"result": result})
+            _json(end.detail, "run")  # here, or the worker would end with it
+            return end
+        except BaseException as error:
+            if not self._is_of_function(error):
+                raise
+            failure = _other_than_suspension(error)
+            if failure is None:
+                if isinstance(error, BaseExceptionGroup):
+                    run._know_branches()
+                return None
+            if isinstance(failure, BaseExceptionGroup) and not isinstance(failure, Exception):
+                raise
+            if run._suspended and not run._has_failed:
+                # It was raised for the suspension itself, as the result of a branch. Or it has
+                # another cause: then it is raised again when a wait has ended.
+                return None
+            return _End(item, detail={"error": _error_text(failure)})
+
+    def _is_of_function(self, error: BaseException) -> bool:
+        """Whether an error is one of the function's, and does not break off the worker."""
+        return isinstance(error, (_Suspended, Exception, BaseExceptionGroup))
 
     def _has_work(self, crew: _Crew) -> Any:
         """Whether to look for a run again."""
-        return crew.stops() or self._queue._claimable(crew.queues, crew.functions)
+        return crew.is_over() or self._queue._claimable(crew.queues, crew.functions)
 
     @_steps
     def _renew(self, crew: _Crew) -> _Steps[None]:
@@ -8812,6 +8968,7 @@ class _AsyncBlock:
         import asyncio
 
         block = self._block
+        undo = block.undo
         may_end = False
         try:
             await self._engine.wait_for_nested(block)
@@ -8820,6 +8977,12 @@ class _AsyncBlock:
         except StorageError:
             if kind is None:
                 raise  # else what the block raised says more
+        except (
+            BaseException
+        ):  # the task was cancelled, and the block perhaps committed all the same
+            for each in undo:
+                each()
+            raise
         finally:
             if may_end:
                 block.turn.release()
@@ -8946,11 +9109,22 @@ class AsyncPersistenceProvider(_AsyncFacet, PersistenceProvider):
 class AsyncRun(_AsyncFacet, Run):
     """`Run`, awaited; the function of a step may be a coroutine function."""
 
+    async def _in_savepoint(self, steps: _Steps[Any]) -> Any:
+        async with _AsyncBlock(self._engine, False):
+            return await self._walk(steps)
+
 
 class AsyncRuns(_AsyncFacet, Runs):
     """`Runs`, awaited; the functions of runs may be coroutine functions."""
 
     _run_type = AsyncRun
+
+    def _is_of_function(self, error: BaseException) -> bool:
+        import asyncio
+
+        if isinstance(error, asyncio.CancelledError):  # of the worker, or of another task
+            return not cast("Any", asyncio.current_task()).cancelling()
+        return super()._is_of_function(error)
 
     async def work(  # type: ignore[override]
         self,
@@ -8983,9 +9157,10 @@ class AsyncRuns(_AsyncFacet, Runs):
                 if not task.cancelling():  # else it is giving its run back
                     task.cancel()
             await asyncio.wait([*tasks, *watches])
-        for task in tasks:
-            if not task.cancelled():
-                task.result()
+            # Asked for even where this task was cancelled: else asyncio reports them.
+            errors = [task.exception() for task in tasks if not task.cancelled()]
+        for error in filter(None, errors):
+            raise error
         return crew.ended
 
 
@@ -10570,6 +10745,10 @@ def _work(args: Any) -> None:
         return
     except InvalidData as error:  # no functions, or no number of threads
         raise _WrongUsage(error) from error
+    except (Exception, SystemExit):
+        raise
+    except BaseException as error:  # of a function
+        raise SystemExit(_error_text(error)) from error
 
 
 async def _work_in_tasks(args: Any, functions: Sequence[Any]) -> None:

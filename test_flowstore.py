@@ -4554,7 +4554,8 @@ class ItemRules(Machine):
         if fence not in (None, item.lease_fence) or item.status not in allowed:
             return self.refuses(LeaseLost(id), call)
         holder = self.holder_of_key(item)
-        if how == "retry" and item.status == "failed" and holder:
+        is_last = item.attempt + 1 >= item.max_attempts  # a dead letter needs no key
+        if how == "retry" and item.status == "failed" and holder and not is_last:
             return self.refuses(AlreadyExists("work item", holder.id), call)
         if how == "retry":
             self.attempted(id, "again", delay)
@@ -12771,6 +12772,31 @@ def due(store: Store, function: Callable[..., Any], **options: Any) -> int:
     return int(store.runs.work(function, until_idle=True, **options))
 
 
+class Alarm(Exception):
+    """What a signal handler raises."""
+
+
+def interrupt_behind(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Any) -> None:
+    """The next call of a method is done, and then interrupted."""
+    method = owner.__dict__[name]
+    errors = [error]
+
+    async def interrupted(call: Any) -> Any:
+        await call
+        raise errors.pop()
+
+    def call(one: Any, *arguments: Any) -> Any:
+        outcome = method.__get__(one)(*arguments)
+        vars(one).pop(name, None)
+        if not errors:
+            return outcome
+        if inspect.isawaitable(outcome):
+            return interrupted(outcome)
+        raise errors.pop()
+
+    monkeypatch.setattr(owner, name, call)
+
+
 # --- blocks ---
 def test_a_block_does_its_steps_once_and_keeps_its_result(store: Store, calls: Calls) -> None:
     with store.run("a", input={"n": 1}) as run:
@@ -12830,6 +12856,25 @@ def test_code_that_has_grown_adds_its_step_to_a_completed_run(store: Store, call
     ]
 
 
+def test_of_two_blocks_that_add_to_a_completed_run_the_second_finds_what_the_first_has_added(
+    store: Store, calls: Calls
+) -> None:
+    with store.run("a"):
+        pass
+    for data in (1, 2):
+        store.runs.emit("e", data=data)
+    with store.run("a") as late:
+        with store.run("a") as early:
+            assert early.step("new", calls, 1) == 1
+            assert early.wait_for("e", name="first") == 1
+        assert late.step("new", calls, 2) == 1
+        with store.transaction():
+            assert late.step("new", calls, 3) == 3
+        assert late.wait_for("e", name="second") == 2
+    assert calls == [1, 3]
+    assert run_steps(store, "a") == ["new", "first", "new#2", "second"]
+
+
 def test_a_failed_block_tells_so_and_goes_on_where_it_was(store: Store, calls: Calls) -> None:
     with pytest.raises(ZeroDivisionError), store.run("a") as run:
         run.step("one", calls, 1)
@@ -12870,6 +12915,24 @@ def test_ctrl_c_while_a_block_begins_gives_its_run_back(
         with pytest.raises(KeyboardInterrupt):
             store.run("a").__enter__()
     assert run_status(store, "a") == ("pending", "pending")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform has no fork")
+def test_a_forked_child_that_leaves_a_block_leaves_the_run_to_its_parent(path: Path) -> None:
+    with flowstore.open(path) as store:
+        child = -1
+        try:
+            with store.run("a") as run:
+                child = os.fork()
+                if not child:
+                    sys.exit()
+                os.waitpid(child, 0)
+                run.result = run.step("one", str, 1)
+        except BaseException:
+            if child:
+                raise
+            os._exit(0)
+        assert run_status(store, "a") == ("completed", "completed")
 
 
 def test_a_run_that_another_is_doing_is_already_running(store: Store) -> None:
@@ -12938,6 +13001,23 @@ def test_another_input_or_workflow_is_not_that_run(store: Store) -> None:
     assert contents(store)["items"] == before["items"]
 
 
+@parametrize("first", [{}, {"max_attempts": 1}], ids=["completed", "dead letter"])
+def test_a_run_whose_unique_key_another_has_now_is_not_taken_again(
+    store: Store, first: Any
+) -> None:
+    def work(run: Any, input: Any) -> Any:
+        return 1 // ("max_attempts" not in first)
+
+    store.runs.start(work, id="a", unique_key="k", **first)
+    assert due(store, work) == 1
+    store.runs.start(work, id="b", unique_key="k")
+    before = contents(store)
+    with pytest.raises(AlreadyExists) as caught, store.run("a", workflow_id="work") as run:
+        run.step("new", str)
+    assert (caught.value.kind, caught.value.id) == ("work item", "b")
+    assert contents(store) == before
+
+
 def test_a_cancelled_run_is_not_begun_again(store: Store) -> None:
     lost_block(store, "a")
     store.runs.cancel("a")
@@ -12979,6 +13059,51 @@ def test_a_step_that_is_recorded_already_has_the_recorded_result(
     assert first.step("one", calls, 1) == 1
     assert second.step("one", calls, 2) == 1
     assert run_steps(store, id) == ["one"]
+
+
+@parametrize("error", [KeyboardInterrupt, Alarm])
+def test_a_step_whose_record_was_interrupted_is_looked_for_in_the_log(
+    store: Store, calls: Calls, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    with store.run("a") as run:
+        interrupt_behind(monkeypatch, flowstore.Run, "_record", error)
+        with pytest.raises(error):
+            run.step("charge", calls, 1)
+        assert run.step("charge", calls, 2) == 1
+        with pytest.raises(error), store.transaction():
+            interrupt_behind(monkeypatch, flowstore.Run, "_record", error)
+            run.step("rolled back", calls, 3)
+        assert run.step("rolled back", calls, 4) == 4
+    assert calls == [1, 3, 4]
+    assert run_steps(store, "a") == ["charge", "rolled back"]
+
+
+@parametrize("error", [KeyboardInterrupt, Alarm])
+def test_the_steps_of_a_block_whose_end_was_interrupted_are_looked_for_in_the_log(
+    store: Store, calls: Calls, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    with store.run("a") as run:
+        interrupt_behind(monkeypatch, flowstore._Block, "_return_connection", error)
+        for again in range(3):
+            with suppress(error), store.transaction():
+                run.step("pay", calls, again)
+    assert calls == [0, 2]
+    assert run_steps(store, "a") == ["pay", "pay#2"]
+
+
+@parametrize("error", [KeyboardInterrupt, Alarm])
+def test_an_event_of_a_wait_that_was_interrupted_is_not_had_twice(
+    store: Store, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    with store.run("a") as run:
+        for data in (1, 2):
+            store.runs.emit("e", data=data)
+        interrupt_behind(monkeypatch, flowstore.Run, "_attempt", error)
+        with pytest.raises(error):
+            run.wait_for("e", name="one")
+        assert run.wait_for("e", name="two") == 2
+    with store.run("a") as run:
+        assert [run.wait_for("e", name=name) for name in ("one", "two")] == [1, 2]
 
 
 def test_names_and_ordinals_tell_steps_apart(store: Store, calls: Calls) -> None:
@@ -13045,6 +13170,32 @@ def test_a_step_in_a_nested_transaction_is_undone_with_it(store: Store, calls: C
         run.step("s", calls, 3)
     assert run_steps(store, "a") == ["s", "s#2"]
     assert calls == [1, 2, 3]
+
+
+def test_a_step_that_fails_in_a_transaction_leaves_nothing_of_what_it_wrote(store: Store) -> None:
+    execute(store, "CREATE TABLE payments (id INTEGER)")
+    with store.run("a") as run, store.transaction() as tx:
+
+        def pay(result: Any) -> Any:
+            tx.execute("INSERT INTO payments VALUES (7)")
+            run.step("inner", str)
+            if isinstance(result, BaseException):
+                raise result
+            return result
+
+        for bad, error in (
+            (OSError("slow"), OSError),
+            (Stop(), Stop),
+            (object(), InvalidData),
+        ):
+            with pytest.raises(error):
+                run.step("pay", pay, bad)
+            assert tx.execute("SELECT id FROM payments") == []
+        assert run.step("pay", pay, 7) == 7
+    assert execute(store, "SELECT id FROM payments") == [(7,)]
+    log = run_log(store, "a")
+    assert {"type": "step_failed", "step": "pay", "error": "OSError: slow"} in log
+    assert run_steps(store, "a") == ["inner", "pay"]
 
 
 def test_steps_side_by_side_are_each_done_once(store: Store) -> None:
@@ -13342,6 +13493,72 @@ def test_a_stopped_worker_records_the_step_under_way_and_gives_the_run_back(
     assert calls == [1, 2]
 
 
+@parametrize("end", ["raise", "return", "stop", "leave a block"])
+def test_a_claim_ends_when_no_step_is_under_way_any_more(
+    store: Store, calls: Calls, end: str
+) -> None:
+    begun, over, stop = threading.Event(), threading.Event(), threading.Event()
+    runs = []
+
+    def charge() -> Any:
+        begun.set()
+        over.wait(60)
+        time.sleep(0.1)
+        return calls(7)
+
+    def pay(run: Any, input: Any) -> None:
+        runs.append(run)
+        pool.submit(run.step, "charge", charge)
+        begun.wait(60)
+        try:
+            if end == "stop":
+                stop.set()
+                run.step("suspended", calls, 8)
+            elif end != "return":
+                raise OSError
+        finally:
+            over.set()
+
+    with ThreadPoolExecutor(1) as pool:
+        if end == "leave a block":
+            with pytest.raises(OSError), store.run("a") as run:
+                pay(run, None)
+        else:
+            store.runs.start(pay, id="a")
+            due(store, pay, stop=stop)
+    assert run_steps(store, "a") == ["charge"]
+    assert calls == [7]
+    with pytest.raises((LeaseLost, flowstore._Suspended)):
+        runs[0].step("late", calls, 9)
+
+
+@parametrize("way", ["worker", "block"])
+def test_a_wait_inside_a_step_of_a_branch_ends_when_its_run_fails(store: Store, way: str) -> None:
+    begun = threading.Event()
+
+    def fail(run: Any, input: Any) -> None:
+        def outer() -> None:
+            begun.set()
+            run.wait_for("never")
+
+        pool.submit(run.step, "outer", outer)
+        begun.wait(60)
+        raise OSError
+
+    def block() -> None:
+        with store.run("a") as run:
+            fail(run, None)
+
+    with ThreadPoolExecutor(1) as pool:
+        if way == "block":
+            assert isinstance(Caller(block).outcome(), OSError)
+        else:
+            store.runs.start(fail, id="a", max_attempts=1)
+            assert Caller(due, store, fail).outcome() == 1
+    with pytest.raises(flowstore.RunFailed, match="OSError"):
+        store.runs.result("a")
+
+
 def test_a_worker_does_so_many_runs_at_a_time(store: Store) -> None:
     barrier = threading.Barrier(3)
 
@@ -13351,6 +13568,21 @@ def test_a_worker_does_so_many_runs_at_a_time(store: Store) -> None:
     for _ in range(6):
         store.runs.start(meet)
     assert due(store, meet, concurrency=3) == 6
+
+
+def test_a_worker_is_not_idle_while_a_run_waits_for_another_one(store: Store) -> None:
+    def child(run: Any, input: Any) -> Any:
+        return input * 2
+
+    def parent(run: Any, input: Any) -> Any:
+        run.step("the others look for a run", time.sleep, 0.1)
+        ids = [run.step("start", store.runs.start, child, number) for number in range(3)]
+        return [run.step("result", store.runs.result, id, timeout=3) for id in ids]
+
+    id = store.runs.start(parent)
+    worker = Caller(lambda: store.runs.work(parent, child, concurrency=3, until_idle=True))
+    assert worker.outcome() == 4
+    assert store.runs.result(id) == [0, 2, 4]
 
 
 def test_an_idle_worker_takes_a_run_that_is_started(store: Store) -> None:
@@ -13555,6 +13787,47 @@ def test_a_parked_run_wakes_at_the_end_of_its_timeout(store: Store, clock: Clock
         store.runs.result(id)
 
 
+def test_a_wait_of_a_pruned_run_is_none_of_the_next_run_of_its_id(
+    store: Store, clock: Clock
+) -> None:
+    def wait(run: Any, input: Any) -> Any:
+        run.wait_for("e", timeout=3600)
+
+    store.runs.start(wait, id="nightly")
+    due(store, wait)
+    store.state.update_execution_status("nightly", "failed")
+    clock.advance(7200)
+    store.prune(timedelta(0))
+    assert store.state.get_execution("nightly") is None
+    store.workflows.create_event_subscription(subscription(id="other", workflow_id="nightly"))
+    store.runs.start(wait, id="nightly")
+    assert store.workflows.get_subscriptions("e", "", clock.now) == []
+    assert store.workflows.get_subscription("other").workflow_id == "nightly"
+    assert due(store, wait) == 0
+    assert run_log(store, "nightly")[1:] == []
+    assert look(store, "nightly").available_at == clock.now + seconds(3600)
+
+
+def test_a_run_and_its_waits_end_at_one_time(make_store: MakeStore) -> None:
+    clock = Clock(START)
+
+    def ticking() -> datetime:
+        clock.advance(1)
+        return clock.now
+
+    store = make_store(clock=ticking)
+
+    def wait(run: Any, input: Any) -> Any:
+        run.wait_for("e")
+
+    store.runs.start(wait, id="a")
+    due(store, wait)
+    store.runs.cancel("a")
+    ends = """SELECT terminated_at - completed_at FROM event_subscriptions
+        JOIN flowstore_runs ON execution_id = event_subscriptions.workflow_id"""
+    assert execute(store, ends) == [(0,)]
+
+
 def test_a_wait_lets_the_steps_of_another_thread_go_on(
     store: Store, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -13674,6 +13947,38 @@ def test_an_error_of_a_branch_beside_a_wait_is_an_attempt(store: Store, clock: C
         store.runs.result(id)
 
 
+def test_an_error_on_the_way_of_a_suspension_is_no_attempt(store: Store) -> None:
+    def fail(run: Any, input: Any) -> Any:
+        try:
+            return run.wait_for("e")
+        finally:
+            raise OSError("close failed")
+
+    def grouped(run: Any, input: Any) -> Any:
+        try:
+            return fail(run, input)
+        except OSError as error:
+            raise BaseExceptionGroup("as a TaskGroup does", [error]) from None
+
+    ids = [store.runs.start(function) for function in (fail, grouped)]
+    assert due(store, fail) == due(store, grouped) == 0
+    for id in ids:
+        assert run_status(store, id) == ("pending", "pending")
+        assert look(store, id).attempt == 0
+
+
+def test_errors_whose_contexts_are_a_circle_are_an_attempt(store: Store) -> None:
+    def fail(run: Any, input: Any) -> None:
+        one, other = ValueError("one"), ValueError("other")
+        one.__context__, other.__context__ = other, one
+        raise one
+
+    id = store.runs.start(fail, max_attempts=1)
+    assert Caller(due, store, fail).outcome(5) == 1
+    with pytest.raises(flowstore.RunFailed, match="one"):
+        store.runs.result(id)
+
+
 def test_a_step_on_the_way_of_a_suspension_is_done_when_the_run_ends(
     store: Store, calls: Calls
 ) -> None:
@@ -13744,7 +14049,7 @@ def test_emit_races_wait_for_and_no_event_is_missed(make_store: MakeStore) -> No
         ids.append(again(partial(store.runs.start, wait, id=f"r{n}")))
         time.sleep(random.random() * 0.003)
         again(partial(store.runs.emit, "e", f"r{n}", n))
-    assert [store.runs.result(id, timeout=60) for id in ids] == list(range(200))
+    assert [store.runs.result(id, timeout=3) for id in ids] == list(range(200))
     stop.set()
     worker.outcome()
 
@@ -13848,6 +14153,18 @@ def test_a_fork_goes_on_before_a_step(store: Store, calls: Calls) -> None:
         store.runs.fork(bad, before="s", new_id="copy")
 
 
+def test_a_fork_is_not_misled_by_other_events_of_the_log(store: Store) -> None:
+    with store.run("a") as run:
+        run.step("one", str, 1)
+        store.events.append("a", "default", {"type": "tool_called", "step": "two"})
+        run.step("between", str, 2)
+        run.step("two", str, 3)
+    assert run_steps(store, store.runs.fork("a", before="two")) == ["one", "between"]
+    store.events.append("a", "default", {"type": "tool_called", "step": "none"})
+    with pytest.raises(NotFound):
+        store.runs.fork("a", before="none")
+
+
 # --- in an event loop ---
 def test_a_task_does_its_steps_once(in_loop: Loop) -> None:
     done: list[int] = []
@@ -13884,6 +14201,91 @@ def test_a_task_does_its_steps_once(in_loop: Loop) -> None:
 
     in_loop(main)
     assert sorted(done) == [0, 1, 2, 3, 4, 9]
+
+
+def test_a_step_of_a_task_that_fails_in_a_transaction_leaves_nothing_of_what_it_wrote(
+    in_loop: Loop,
+) -> None:
+    async def main(store: AsyncStore) -> None:
+        async with store.transaction() as tx:
+            await tx.execute("CREATE TABLE payments (id INTEGER)")
+
+        async def pay(tx: Any, error: BaseException | None) -> int:
+            await asyncio.gather(tx.execute("INSERT INTO payments VALUES (7)"))
+            if error:
+                raise error
+            return 7
+
+        async with store.run("a") as run:
+            async with store.transaction() as tx:
+                for error in (OSError(), asyncio.CancelledError()):
+                    with pytest.raises(type(error)):
+                        await run.step("pay", pay, tx, error)
+                    assert await tx.execute("SELECT id FROM payments") == []
+                assert await run.step("pay", pay, tx, None) == 7
+            async with store.transaction() as tx:
+                assert await tx.execute("SELECT id FROM payments") == [(7,)]
+        assert types_in(await store.events.load_events("a"))[1:-1] == [
+            "step_failed",
+            "step_completed",
+        ]
+
+    in_loop(main)
+
+
+def test_what_a_cancelled_task_has_committed_is_not_done_again(
+    in_loop: Loop, monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    async def main(store: AsyncStore) -> None:
+        async with store.run("a") as run:
+            interrupt_behind(monkeypatch, flowstore.Run, "_record", asyncio.CancelledError)
+            with pytest.raises(asyncio.CancelledError):
+                await run.step("charge", calls, 1)
+            assert await run.step("charge", calls, 2) == 1
+            for data in (1, 2):
+                await store.runs.emit("e", data=data)
+            interrupt_behind(monkeypatch, flowstore.Run, "_attempt", asyncio.CancelledError)
+            with pytest.raises(asyncio.CancelledError):
+                await run.wait_for("e", name="one")
+            assert await run.wait_for("e", name="two") == 2
+
+    in_loop(main)
+    assert calls == [1]
+
+
+def test_a_step_is_not_done_again_whose_task_was_cancelled_at_the_end_of_its_transaction(
+    in_loop: Loop, monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    finish = flowstore._Block.finish
+    committed, goes_on = threading.Event(), threading.Event()
+
+    def slow(block: Any, commit: bool) -> None:
+        finish(block, commit)
+        committed.set()
+        goes_on.wait(60)
+
+    async def main(store: AsyncStore) -> None:
+        async def pay(run: Any) -> Any:
+            async with store.transaction():
+                return await run.step("pay", calls, 7)
+
+        async with store.run("a") as run:
+            with monkeypatch.context() as patch:
+                patch.setattr(flowstore._Block, "finish", slow)
+                patch.setattr(
+                    flowstore.AsyncRun, "_in_savepoint", lambda run, steps: run._walk(steps)
+                )
+                task = asyncio.create_task(pay(run))
+                await asyncio.to_thread(committed.wait, 60)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            goes_on.set()
+            assert await pay(run) == 7
+        assert types_in(await store.events.load_events("a"))[1:-1] == ["step_completed"]
+
+    in_loop(main)
+    assert calls == [7]
 
 
 def test_new_steps_of_a_completed_run_may_be_done_side_by_side(in_loop: Loop) -> None:
@@ -14013,6 +14415,105 @@ def test_a_wait_beside_a_step_parks_the_run_when_the_step_is_recorded(in_loop: L
     in_loop(main)
 
 
+@parametrize("way", ["worker", "block"])
+def test_a_step_of_a_task_is_recorded_although_the_run_fails_beside_it(
+    in_loop: Loop, calls: Calls, way: str
+) -> None:
+    async def charge(failed: asyncio.Event) -> Any:
+        await failed.wait()
+        await asyncio.sleep(0.1)
+        return calls(7)
+
+    async def pay(run: Any, input: Any) -> Any:
+        failed = asyncio.Event()
+
+        def fail() -> None:
+            failed.set()
+            if run.attempt == 0:
+                raise OSError
+
+        steps = run.step("charge", charge, failed), run.step("fail", fail)
+        return await asyncio.gather(*steps)
+
+    async def main(store: AsyncStore) -> None:
+        if way == "worker":
+            await store.runs.start(pay, id="a")
+            store._engine.options.backoff = lambda attempt: 0
+            assert await store.runs.work(pay, until_idle=True) == 1
+        else:
+            for _ in range(2):
+                with suppress(OSError):
+                    async with store.run("a") as run:
+                        run.result = await pay(run, None)
+        assert await store.runs.result("a") == [7, None]
+
+    in_loop(main)
+    assert calls == [7]
+
+
+def test_a_group_whose_body_waits_does_its_other_tasks(in_loop: Loop, calls: Calls) -> None:
+    async def ask(run: Any) -> None:
+        await asyncio.sleep(0.05)  # the wait has suspended the run by then
+        await run.step("ask", calls, run.attempt)
+
+    async def asks(run: Any, input: Any) -> Any:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(ask(run))
+            return await run.wait_for("approved", run.id)
+
+    async def main(store: AsyncStore) -> None:
+        id = await store.runs.start(asks)
+        assert await store.runs.work(asks, until_idle=True) == 0
+        assert calls == [0]
+        await store.runs.emit("approved", id, "yes")
+        assert await store.runs.work(asks, until_idle=True) == 1
+        assert await store.runs.result(id) == "yes"
+
+    in_loop(main)
+    assert calls == [0]
+
+
+def test_an_error_that_is_made_of_a_suspension_is_no_attempt(in_loop: Loop) -> None:
+    async def agent(run: Any, input: Any) -> Any:
+        calls = run.step("search", str, 1), run.wait_for("approved", run.id)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        if failed := [one for one in results if isinstance(one, BaseException)]:
+            raise RuntimeError(f"tools failed: {failed}")
+        return results
+
+    async def main(store: AsyncStore) -> None:
+        id = await store.runs.start(agent, max_attempts=1)
+        assert await store.runs.work(agent, until_idle=True) == 0
+        await store.runs.emit("approved", id, "yes")
+        assert await store.runs.work(agent, until_idle=True) == 1
+        assert await store.runs.result(id) == ["1", "yes"]
+
+    in_loop(main)
+
+
+def test_a_failure_of_a_branch_beside_a_wait_is_an_attempt_when_the_wait_has_ended(
+    in_loop: Loop,
+) -> None:
+    async def bad(run: Any) -> None:
+        await asyncio.sleep(0.05)
+        raise ValueError("bad")
+
+    async def agent(run: Any, input: Any) -> Any:
+        calls = bad(run), run.wait_for("approved", run.id)
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        raise results[0]
+
+    async def main(store: AsyncStore) -> None:
+        id = await store.runs.start(agent, max_attempts=1)
+        assert await store.runs.work(agent, until_idle=True) == 0
+        await store.runs.emit("approved", id)
+        assert await store.runs.work(agent, until_idle=True) == 1
+        with pytest.raises(flowstore.RunFailed, match="ValueError: bad"):
+            await store.runs.result(id)
+
+    in_loop(main)
+
+
 def test_a_wait_lets_the_steps_of_another_task_go_on(
     in_loop: Loop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -14035,6 +14536,42 @@ def test_a_wait_lets_the_steps_of_another_task_go_on(
         assert await store.runs.work(both, until_idle=True) == 1
         assert await store.runs.result(id) == [7, None]
         assert begun == [0, 1, 2, 3]
+
+    in_loop(main)
+
+
+def test_the_tasks_of_a_worker_are_not_idle_while_a_run_waits_for_another_one(
+    in_loop: Loop,
+) -> None:
+    async def child(run: Any, input: Any) -> Any:
+        return input * 2
+
+    async def main(store: AsyncStore) -> None:
+        async def parent(run: Any, input: Any) -> Any:
+            await run.step("the others look for a run", asyncio.sleep, 0.1)
+            ids = [await run.step("start", store.runs.start, child, n) for n in range(3)]
+            return [await run.step("result", store.runs.result, id) for id in ids]
+
+        id = await store.runs.start(parent)
+        assert await store.runs.work(parent, child, concurrency=3, until_idle=True) == 4
+        assert await store.runs.result(id) == [0, 2, 4]
+
+    in_loop(main)
+
+
+def test_a_task_of_the_functions_own_that_was_cancelled_is_a_failure_of_the_function(
+    in_loop: Loop,
+) -> None:
+    async def give_up(run: Any, input: Any) -> None:
+        tool = asyncio.create_task(asyncio.sleep(60))
+        asyncio.get_running_loop().call_soon(tool.cancel)
+        await tool
+
+    async def main(store: AsyncStore) -> None:
+        id = await store.runs.start(give_up, max_attempts=1)
+        assert await store.runs.work(give_up, until_idle=True) == 1
+        with pytest.raises(flowstore.RunFailed, match="CancelledError"):
+            await store.runs.result(id)
 
     in_loop(main)
 
@@ -14173,6 +14710,25 @@ def test_the_work_command_ends_as_a_module_that_exits_says(worked: Path) -> None
         child = work_command(worked, "a.db", "exits:double")
         assert child.communicate(timeout=60)[1] == says
         assert child.returncode == status
+
+
+@parametrize("word", ["def", "async def"])
+def test_the_work_command_tells_in_one_line_of_what_a_function_raises_to_end_it(
+    worked: Path, word: str
+) -> None:
+    for raises, status, says in [
+        ("sys.exit('bye')", 1, "flowstore: bye\n"),
+        ("sys.exit(7)", 7, ""),
+        ("raise Odd('strange')", 1, "flowstore: Odd: strange\n"),
+    ]:
+        source = f"import sys\nclass Odd(BaseException): pass\n{word} end(run, input): {raises}\n"
+        (worked / "ends.py").write_text(source)
+        with flowstore.open(worked / "a.db") as store:
+            store.runs.start("end", id="a")
+            child = work_command(worked, "a.db", "ends:end")
+            assert child.communicate(timeout=60)[1] == says
+            assert child.returncode == status
+            assert run_status(store, "a") == ("pending", "pending")
 
 
 # --- views ---
@@ -15497,6 +16053,8 @@ def test_a_run_with_another_input_is_refused_with_what_to_do(store: Store) -> No
     for again in (
         lambda: store.run("r", input=2).__enter__(),
         lambda: store.runs.start("script", 2, id="r"),
+        lambda: store.runs.start("script", True, id="r"),
+        lambda: store.runs.start("script", 1.0, id="r"),
     ):
         with pytest.raises(AlreadyExists) as caught:
             again()
