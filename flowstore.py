@@ -3253,6 +3253,22 @@ def _parameter_rows(rows: Any) -> list[Any]:
     return [_parameters(row, "rows") for row in _read_foreign(list, rows, "rows", list)]
 
 
+def _in_savepoint(tx: _Tx, action: Callable[[], R]) -> R:
+    """Run a part of an operation; its error undoes that part alone."""
+    lines = len(tx.lines)
+    tx.run("SAVEPOINT flowstore_part")
+    try:
+        result = action()
+    except BaseException:
+        del tx.lines[lines:]
+        if tx.db.in_transaction:  # SQLite rolls everything back after some errors
+            tx.run("ROLLBACK TO flowstore_part")
+            tx.run("RELEASE flowstore_part")
+        raise
+    tx.run("RELEASE flowstore_part")
+    return result
+
+
 def _reserve_stack(frames: int) -> None:
     """RecursionError now, while nothing is held, if the end of a block would not have that many
     frames."""
@@ -3303,12 +3319,19 @@ class Transaction:
         return innermost
 
 
-class _Nested(NamedTuple):
-    """A block nested in an outermost one, its savepoint, and how many lines of the log it found."""
+class _Savepoint(NamedTuple):
+    """A savepoint in the transaction of an outermost block, which a nested block or a call has set.
 
-    block: weakref.ref[_Block]
-    savepoint: str
-    lines: int
+    It is kept until it is released. So whoever comes next finds what an interrupt has left."""
+
+    name: str
+    lines: int  # of the program's log, when it was set
+    block: weakref.ref[_Block] | None = None  # the nested block
+
+    def was_left(self) -> bool:
+        """Whether its block has ended, or its call: while a call runs, nobody asks."""
+        block = None if self.block is None else self.block()
+        return block is None or not block.is_open
 
 
 class _Block:
@@ -3327,8 +3350,8 @@ class _Block:
         self.owner: object = None
         self.begun = False  # True until the block ends
         self.parent: _Block | None = None
-        self.nested: list[_Nested] = []  # of an outermost block: open blocks, the innermost last
-        self.savepoint = ""
+        self.savepoints: list[_Savepoint] = []  # of an outermost block, the innermost last
+        self.savepoint = ""  # of a nested block
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
         self.undo: list[Callable[[], object]] = []  # is called if the block is rolled back
         self._call: _Call | None = None  # of an outermost block that leads the writer
@@ -3362,16 +3385,19 @@ class _Block:
         if self.parent is None:
             self._begin_transaction(deadline)
             self.engine.open_blocks[self.owner] = self._ref
+            self.begun = True
         else:
+            # What is nested in the block that a running call belongs to would be a part of that.
+            self.parent._refuse_inside_call()
             connection = self.parent.connection
             with connection.lock:
                 tx = self.parent.tx()
                 self._connection = connection
-                # A new name: the savepoint of a block whose end never ran may still be there.
                 self.savepoint = f"flowstore_{new_id()[24:]}"
                 tx.run(f"SAVEPOINT {self.savepoint}")
-                self.root.nested.append(_Nested(self._ref, self.savepoint, len(tx.lines)))
-        self.begun = True
+                self.begun = True
+                savepoint = _Savepoint(self.savepoint, len(tx.lines), self._ref)
+                self.root.savepoints.append(savepoint)
 
     def _begin_transaction(self, deadline: float) -> None:
         engine = self.engine
@@ -3439,17 +3465,26 @@ class _Block:
             raise StorageError(
                 "the database ended this transaction, nothing of it was stored: run the block again"
             )
-        nested = self.root.nested
-        while nested and nested[-1].block() is None:  # its end never ran
-            with contextlib.suppress(StorageError):  # or only its RELEASE did
-                tx.run(f"ROLLBACK TO {nested[-1].savepoint}")
-            del tx.lines[nested.pop().lines :]
-        innermost = nested[-1].block() if nested else self.root
-        if innermost is not self:
+        self._undo_left(tx)
+        savepoints = self.root.savepoints
+        innermost = savepoints[-1].block if savepoints else self.root._ref
+        if innermost is not self._ref:
             raise StorageError(
                 "another task has a transaction nested in this one: let it end first"
             )
         return tx
+
+    def _undo_left(self, tx: _Tx) -> None:
+        """Undo what was written behind savepoints that blocks and calls have left."""
+        savepoints = self.root.savepoints
+        while savepoints and savepoints[-1].was_left():
+            left = savepoints[-1]
+            # There is none where only the interrupt came after RELEASE, or the transaction ended.
+            with contextlib.suppress(StorageError):
+                tx.run(f"ROLLBACK TO {left.name}")
+                tx.run(f"RELEASE {left.name}")
+            del tx.lines[left.lines :]
+            savepoints.pop()
 
     def run(self, call: _Call) -> Any:
         """Run an operation as a savepoint of its own."""
@@ -3462,7 +3497,7 @@ class _Block:
                     raise StorageError("the transaction is read-only: nothing can be changed in it")
             elif not self.engine.failed_reads_end_transactions:
                 return call.run(tx)
-            return self._in_savepoint(tx, lambda: call.run(tx))
+            return self._in_own_savepoint(tx, lambda: call.run(tx))
 
     def execute(self, sql: object, parameters: Any, *, many: bool = False) -> list[tuple[Any, ...]]:
         """Run a statement of the user's own."""
@@ -3485,7 +3520,7 @@ class _Block:
                 return rows
 
             try:
-                return self._in_savepoint(tx, run)
+                return self._in_own_savepoint(tx, run)
             except (*_DRIVER_ERRORS, ValueError, LookupError) as error:
                 raise StorageError(f"the statement failed: {error}") from error
             except Exception as error:
@@ -3501,19 +3536,17 @@ class _Block:
         if self.connection.lock._is_owned():  # type: ignore[attr-defined]
             raise StorageError(_INTERRUPTS)
 
-    @staticmethod
-    def _in_savepoint(tx: _Tx, action: Callable[[], R]) -> R:
-        lines = len(tx.lines)
+    def _in_own_savepoint(self, tx: _Tx, action: Callable[[], R]) -> R:
+        savepoints = self.root.savepoints
+        savepoints.append(_Savepoint("flowstore_call", len(tx.lines)))
         tx.run("SAVEPOINT flowstore_call")
         try:
             result = action()
         except BaseException:
-            del tx.lines[lines:]
-            if tx.db.in_transaction:  # SQLite rolls everything back after some errors
-                tx.run("ROLLBACK TO flowstore_call")
-                tx.run("RELEASE flowstore_call")
+            self._undo_left(tx)
             raise
         tx.run("RELEASE flowstore_call")
+        savepoints.pop()
         return result
 
     def __exit__(
@@ -3536,10 +3569,12 @@ class _Block:
                 if self.leads:
                     self._set_query_only(False)
                 if self.parent is not None:
-                    if not commit:
-                        tx.run(f"ROLLBACK TO {self.savepoint}")
-                        del tx.lines[self.root.nested[-1].lines :]
-                    tx.run(f"RELEASE {self.savepoint}")
+                    if commit:
+                        tx.run(f"RELEASE {self.savepoint}")
+                        self.root.savepoints.pop()
+                    else:
+                        self.begun = False
+                        self._undo_left(tx)
                 elif commit and self._call is None:
                     self.engine.commit_pooled(tx)
                     lines = tx.take_lines()
@@ -3561,8 +3596,6 @@ class _Block:
         if self.parent is None:
             self.engine.open_blocks.pop(self.owner, None)
             self._return_connection()
-        else:
-            self.root.nested[:] = [one for one in self.root.nested if one.block is not self._ref]
 
     def _return_connection(self) -> None:
         """After an outermost block: hand the lead on, or check the reader in. Either rolls back
@@ -4498,7 +4531,7 @@ def _drop_or_keep(
     if not keys:
         return *_drop(tx, rule, key, room), None
     try:
-        return *_Block._in_savepoint(tx, lambda: _drop(tx, rule, key, room)), None
+        return *_in_savepoint(tx, lambda: _drop(tx, rule, key, room)), None
     except StorageError as error:
         kinds = [kind.__name__ for kind in type(error.__cause__).__mro__]
         if "IntegrityError" not in kinds or not tx.db.in_transaction:
@@ -4601,7 +4634,7 @@ class _Retention:
             following: _PruneCursor | None = None
             drop = functools.partial(_prune_step, tx, keys, rule, before, cursor, room)
             try:
-                step = _Block._in_savepoint(tx, drop)
+                step = _in_savepoint(tx, drop)
                 following = step.cursor
                 room -= step.rows
                 if step.gone:

@@ -8797,6 +8797,38 @@ def test_an_interrupt_caught_inside_a_block_leaves_all_or_nothing_of_the_call_an
     assert set(there) >= {f"{place}, after" for place in places}
 
 
+def fail_nested(store: Store, tx: flowstore.Transaction, key: int) -> None:
+    """A nested block that an exception leaves."""
+    with suppress(Stop), store.transaction():
+        tx.execute("INSERT INTO mine VALUES (?)", (key,))
+        tx.execute("INSERT INTO mine VALUES (?)", (-key,))
+        raise Stop
+
+
+def fail_many(store: Store, tx: flowstore.Transaction, key: int) -> None:
+    """A call that fails after some of its rows were written."""
+    with suppress(StorageError):
+        tx.executemany("INSERT INTO mine VALUES (?)", [(key,), (-key,), (0,)])
+
+
+@swallows
+@parametrize("call", [fail_nested, fail_many])
+@sqlite_only
+def test_an_interrupt_at_any_step_of_what_fails_inside_a_block_keeps_nothing_of_it(
+    store: Store, call: Callable[[Store, flowstore.Transaction, int], None]
+) -> None:
+    execute(store, "CREATE TABLE mine(id INTEGER PRIMARY KEY)")
+    execute(store, "INSERT INTO mine VALUES (0)")
+    with store.transaction() as tx:
+        places = steps(partial(call, store, tx, 1))
+    for place in places:
+        striker = Striker(place)
+        with store.transaction() as tx:
+            striker.run(partial(call, store, tx, place))
+        found = execute(store, "SELECT id FROM mine")
+        assert found == [(0,)], f"{found} after a strike at\n{striker.where}"
+
+
 # ----------------------------------------------------------------------------------------------- isolation
 
 
