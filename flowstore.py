@@ -2835,6 +2835,7 @@ class _Writer(_CallQueue):
         # same call in C as COMMIT.
         self.commit_flag: list[object] = []
         self.next_yield = 0.0
+        self.refuses_writes = False  # since a block that only reads, until the next transaction
         self.log = log
         self.checkpointer: _Checkpointer | None = None
         if log is not None:
@@ -2954,7 +2955,8 @@ class _Writer(_CallQueue):
             tx = self.connection.tx or self.connection.use()
             if tx.db.in_transaction:  # left by an interrupt, or by a block whose end never ran
                 tx.db.rollback()
-                tx.db.execute("PRAGMA query_only = OFF")
+            if self.refuses_writes:
+                self._allow_writes(tx)
             if engine.log_may_vanish and not engine.has_log():
                 leader.file_is_busy = True
                 return None
@@ -3126,7 +3128,15 @@ class _Writer(_CallQueue):
             if tx is not None and call.waits_since:
                 tx.lines += self.engine.wait_lines(call.waits_since)
                 call.waits_since = 0.0
+            if tx is not None and not writes:
+                self.refuses_writes = True
+                tx.run("PRAGMA query_only = ON")
         return tx is not None
+
+    def _allow_writes(self, tx: _Tx) -> None:
+        """Undo what a block that only reads has set on the one connection to the memory."""
+        tx.db.execute("PRAGMA query_only = OFF")
+        self.refuses_writes = False
 
     def commit_block(self, call: _Call) -> bool:
         """Commit the transaction of a block that leads."""
@@ -3142,7 +3152,10 @@ class _Writer(_CallQueue):
 
         def run(_: _Call) -> bool:
             with self.connection.lock:
-                results.append(action(self.connection.use()))
+                tx = self.connection.use()
+                if self.refuses_writes:
+                    self._allow_writes(tx)
+                results.append(action(tx))
             return True
 
         self.lead(_Call(), run)
@@ -3404,9 +3417,9 @@ class _Block:
         if self.leads:
             self._connection = engine.writer.connection
             self._call = _Call(deadline=deadline)
-            begin = functools.partial(engine.writer.begin_block, writes=not self.read_only)
+            writes = not (self.read_only or engine.options.read_only)
+            begin = functools.partial(engine.writer.begin_block, writes=writes)
             engine.writer.lead(self._call, begin, keep=True)
-            self._set_query_only(self.read_only)
         else:
             engine.retry_while_busy(self._begin_pooled)
 
@@ -3418,12 +3431,6 @@ class _Block:
         except BaseException:
             self._return_connection()
             raise
-
-    def _set_query_only(self, on: bool) -> None:
-        """In memory there is one connection, which has to refuse writes for the time of a block."""
-        if self.read_only:
-            with self.connection.lock:
-                self.connection.use().run(f"PRAGMA query_only = {on:d}")
 
     @property
     def is_open(self) -> bool:
@@ -3566,8 +3573,6 @@ class _Block:
         try:
             with self.connection.lock:
                 tx = self.tx()
-                if self.leads:
-                    self._set_query_only(False)
                 if self.parent is not None:
                     if commit:
                         tx.run(f"RELEASE {self.savepoint}")

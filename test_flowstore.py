@@ -6279,9 +6279,11 @@ def test_a_read_only_store_refuses_every_write_and_answers_every_read(
     assert path.read_bytes() == before
 
 
-def test_a_read_only_store_refuses_the_users_own_writes(at_rest: Path) -> None:
+@parametrize("at", ["file", "memory"])
+def test_a_read_only_store_refuses_the_users_own_writes(at_rest: Path, at: str) -> None:
     before = at_rest.read_bytes()
-    with flowstore.open(at_rest, read_only=True) as store, store.transaction() as tx:
+    target = at_rest if at == "file" else ":memory:"
+    with flowstore.open(target, read_only=True) as store, store.transaction() as tx:
         assert tx.execute("SELECT 1 + 1") == [(2,)]
         raises(
             StorageError,
@@ -6289,6 +6291,7 @@ def test_a_read_only_store_refuses_the_users_own_writes(at_rest: Path) -> None:
             lambda: tx.execute("DELETE FROM flows"),
             lambda: tx.executemany("DELETE FROM flows WHERE id = ?", [("f",)]),
         )
+        assert tx.execute("SELECT id FROM flowstore_tenants") == [("default",)]
     assert at_rest.read_bytes() == before
 
 
@@ -8989,6 +8992,25 @@ def test_a_read_only_transaction_is_one_snapshot_that_waits_for_no_writer(store:
         store.transaction(read_only=1)  # type: ignore[arg-type]
 
 
+def read_in_block(store: Store) -> None:
+    with store.transaction(read_only=True):
+        store.flows.get("f")
+
+
+@swallows
+def test_a_memory_store_can_be_written_again_wherever_a_read_only_transaction_was_struck() -> None:
+    with flowstore.open(":memory:", busy_timeout=1) as store:
+        for place in steps(partial(read_in_block, store)):
+            striker = Striker(place)
+            striker.run(partial(read_in_block, store))
+            try:
+                write(store, "run")
+                read_in_block(store)
+                store.compact()
+            except StorageError as error:
+                raise AssertionError(f"{error} after a strike at\n{striker.where}") from error
+
+
 def test_a_read_only_transaction_begins_while_another_one_writes(path: Path) -> None:
     with flowstore.open(path, synchronous="OFF") as store:
         write(store, "e1")
@@ -9398,6 +9420,23 @@ def memory_fork() -> None:
 @forking
 def test_a_memory_store_forks_into_two_independent_ones() -> None:
     in_child(memory_fork)
+
+
+@forking
+def test_a_memory_store_forked_inside_a_read_only_transaction_can_be_written_in_the_child() -> None:
+    with flowstore.open(":memory:") as store:
+        entered, leave = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with store.transaction(read_only=True):
+                entered.set()
+                leave.wait(WATCHDOG)
+
+        holding = Caller(hold)
+        assert entered.wait(WATCHDOG)
+        assert in_fork(lambda: write(store, "run")) == 1
+        leave.set()
+        assert holding.outcome() is None
 
 
 def fork_beside_a_waiting_call_and_a_generator(path: str) -> None:
