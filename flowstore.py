@@ -3180,7 +3180,7 @@ def _refuse_own_block(engine: _Engine) -> None:
         if (
             block is not None
             and block.is_open
-            and not block.read_only
+            and block.leads
             and block.thread == threading.get_ident()
             and block.engine.path == engine.path
         ):
@@ -3359,6 +3359,8 @@ class _Block:
         self.read_only = read_only
         # Or it has a connection of its own, as one that only reads a file has.
         self.leads = engine.blocks_lead() and (engine.in_memory or not read_only)
+        # Whether writers may have to wait for its end.
+        self.holds_writers = self.leads or not (read_only or engine.options.read_only)
         self.thread: int | None = None  # the owner's; 0: a task, whose statements run in a worker
         self.owner: object = None
         self.begun = False  # True until the block ends
@@ -3397,7 +3399,8 @@ class _Block:
         """Begin a transaction, or a savepoint in the parent's. Raises StoreBusy."""
         if self.parent is None:
             self._begin_transaction(deadline)
-            self.engine.open_blocks[self.owner] = self._ref
+            if self.holds_writers:
+                self.engine.open_blocks[hash(self.owner)] = self._ref
             self.begun = True
         else:
             # What is nested in the block that a running call belongs to would be a part of that.
@@ -3424,10 +3427,10 @@ class _Block:
             engine.retry_while_busy(self._begin_pooled)
 
     def _begin_pooled(self) -> None:
-        self._connection = self.engine.pool.check_out(writes=not self.read_only)
+        self._connection = self.engine.pool.check_out(writes=self.holds_writers)
         try:
             with self._connection.lock:
-                self.engine.begin_pooled(self._connection.use(), self.read_only)
+                self.engine.begin_pooled(self._connection.use(), not self.holds_writers)
         except BaseException:
             self._return_connection()
             raise
@@ -3599,7 +3602,9 @@ class _Block:
     def _unregister(self) -> None:
         self.begun = False
         if self.parent is None:
-            self.engine.open_blocks.pop(self.owner, None)
+            open_blocks = self.engine.open_blocks
+            if open_blocks.get(hash(self.owner)) is self._ref:
+                del open_blocks[hash(self.owner)]
             self._return_connection()
 
     def _return_connection(self) -> None:
@@ -3806,7 +3811,9 @@ class _Engine(_Database):
             self.retention = _Retention(self.foreign_keys, options.keep)
         self.commits = 0
         self.listeners = _CommitListeners()
-        self.open_blocks: dict[object, weakref.ref[_Block]] = {}  # by their thread or task
+        # The blocks for which writers wait, by the hash of their thread or task: a task that is a
+        # key would never be collected.
+        self.open_blocks: dict[int, weakref.ref[_Block]] = {}
         self.mutex = threading.RLock()
         self.pool = self.make_pool()
         self.writer = _Writer(self, self.log)
@@ -4005,10 +4012,10 @@ class _Engine(_Database):
         return None
 
     def has_block(self, owner: object) -> bool:
-        """Whether a thread or task has a transaction block open."""
-        reference = self.open_blocks.get(owner)
+        """Whether a thread or task has a transaction block open for which writers wait."""
+        reference = self.open_blocks.get(hash(owner))
         block = reference() if reference is not None else None
-        return block is not None and block.is_open
+        return block is not None and block.is_open and block.owner == owner
 
     def forbid_inside(self, what: str) -> None:
         """StorageError inside one's own transaction."""
@@ -4130,6 +4137,7 @@ class _Engine(_Database):
                     connection.leak()
         self.process = os.getpid()
         self.listeners = _CommitListeners()
+        self.open_blocks.clear()
         self.writer.leader = None
         self.writer.queue.clear()
         self.writer.group = []
@@ -8545,7 +8553,7 @@ class _AsyncEngine:
 
     def pool_of(self, block: _Block) -> Any:
         """The threads that run the statements of a block."""
-        return self.worker if block.leads or not block.read_only else self._readers
+        return self.worker if block.holds_writers else self._readers
 
     async def run_steps(
         self, method: _Method[Any, Any, R], facet: Any, /, *args: Any, **kwargs: Any
@@ -8729,7 +8737,7 @@ class _AsyncBlock:
             if block.parent is not None:
                 await engine.wait_for_nested(block.parent)
                 self._turn.callback(block.parent.turn.release)
-            elif block.leads or not block.read_only:
+            elif block.holds_writers:
                 await engine.take_turn(deadline)
                 self._turn.callback(engine.turn.release)
             begun = engine.in_thread(block.begin, deadline, pool=engine.pool_of(block))
@@ -11328,7 +11336,7 @@ class _PostgresEngine(_Engine):
         tx.lines.clear()
         if not read_only:
             self._sweep(tx)
-        tx.db.begin("" if read_only or self.options.read_only else "SERIALIZABLE")
+        tx.db.begin("" if read_only else "SERIALIZABLE")
 
     def commit_pooled(self, tx: _Tx) -> None:
         """Commit. When the connection is lost in the middle, the server is asked whether it has
@@ -11410,6 +11418,7 @@ class _PostgresEngine(_Engine):
             connection.lock._at_fork_reinit()  # type: ignore[attr-defined]
             connection.leak()
         self.listeners = _CommitListeners()
+        self.open_blocks.clear()
         self.pool.forget_callers()
 
 

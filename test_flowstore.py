@@ -10612,6 +10612,15 @@ def test_hold_renews_the_lease_in_the_background(store: Store, clock: Clock) -> 
     assert store.state.complete_work_item(item).status == "completed"
 
 
+def test_hold_renews_the_lease_while_a_read_only_transaction_is_open(
+    file_store: Store, clock: Clock
+) -> None:
+    item = claimed(file_store)
+    with file_store.state.hold(item, lease_seconds=0.3), file_store.transaction(read_only=True):
+        expiry = clock.advance(0.2) + seconds(0.3)
+        until(lambda: in_thread(lambda: look(file_store, item.id)).lease_expires_at == expiry)
+
+
 def test_hold_tells_meanwhile_that_the_lease_was_lost(store: Store, clock: Clock) -> None:
     item = claimed(store)
     with pytest.raises(LeaseLost) as caught, store.state.hold(item, lease_seconds=0.03) as held:
@@ -15589,6 +15598,23 @@ def test_a_second_store_on_the_file_is_refused_in_a_block_that_it_would_wait_for
         assert write(second, "run") == 1
 
 
+@parametrize("options", [{}, {"read_only": True}], ids=["plain", "read-only"])
+def test_a_second_store_waits_for_others_in_a_block_for_which_no_writer_waits(
+    path: Path, options: dict[str, bool]
+) -> None:
+    with (
+        flowstore.open(path) as store,
+        flowstore.open(path, read_only=True) as reader,
+        closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other,
+        reader.transaction(**options),
+    ):
+        other.execute("BEGIN IMMEDIATE")
+        timer = threading.Timer(0.1, other.rollback)
+        timer.start()
+        assert write(store, "run") == 1
+        timer.join()
+
+
 @sqlite_only
 def test_a_signal_handlers_call_while_a_block_ends_is_no_part_of_anothers_block(
     make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
@@ -16750,6 +16776,25 @@ def test_an_async_hold_renews_and_tells_a_lost_lease(in_loop: Any) -> None:
                 assert again is not None and again.lease_fence > item.lease_fence
 
     in_loop(body)
+
+
+def test_an_async_hold_renews_while_a_read_only_transaction_is_open(path: Path) -> None:
+    async def main() -> None:
+        async with flowstore.open_async(path, synchronous="OFF") as store:
+            await write(store, "run")
+            await store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="q"))
+            item = await store.state.claim_work_item("w", ["q"])
+            assert item is not None
+            async with (
+                asyncio.timeout(WATCHDOG),
+                store.state.hold(item, lease_seconds=0.09) as hold,
+                store.transaction(read_only=True),
+            ):
+                held = hold.expires
+                while hold.expires == held:
+                    await asyncio.sleep(0.005)
+
+    asyncio.run(main())
 
 
 def test_an_async_view_isolates_as_the_sync_one(in_loop: Loop) -> None:
@@ -19001,6 +19046,57 @@ def test_who_holds_a_row_goes_on_however_many_tasks_have_given_up_waiting_for_it
             } == {TimeoutError}
 
     asyncio.run(body())
+
+
+@postgres_only
+def test_a_task_may_write_while_another_one_of_its_thread_reads_in_a_block(server: Store) -> None:
+    async def read(begun: asyncio.Event, leave: asyncio.Event) -> None:
+        with server.transaction(read_only=True):
+            begun.set()
+            await leave.wait()
+
+    async def main() -> None:
+        begun, leave = asyncio.Event(), asyncio.Event()
+        reader = asyncio.create_task(read(begun, leave))
+        await begun.wait()
+        assert write(server, "e1") == 1
+        leave.set()
+        await reader
+
+    asyncio.run(main())
+
+
+@postgres_only
+def test_a_task_that_reads_in_a_block_hides_no_block_of_another_one_of_its_thread(
+    server: Store,
+) -> None:
+    flow = server.flows.insert(Flow())
+
+    async def hold(begun: asyncio.Event, leave: asyncio.Event) -> None:
+        with server.transaction():
+            server.flows.update_with_revision(flow)
+            begun.set()
+            await leave.wait()
+
+    async def main() -> None:
+        begun, leave = asyncio.Event(), asyncio.Event()
+        holder = asyncio.create_task(hold(begun, leave))
+        await begun.wait()
+        with server.transaction(read_only=True):
+            assert server.flows.get(flow.id) == flow
+        with pytest.raises(StorageError, match="wait for itself"):
+            server.flows.update_with_revision(flow)
+        leave.set()
+        await holder
+
+    asyncio.run(main())
+
+
+@postgres_only
+@forking
+def test_a_thread_of_a_forked_child_has_no_block_of_a_thread_of_its_parent(server: Store) -> None:
+    with held_block(server):
+        assert in_fork(lambda: in_thread(lambda: write(server, "e1"))) == 1
 
 
 @postgres_only
