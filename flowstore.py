@@ -2444,16 +2444,17 @@ class _Database:
 
     def retry_while_busy(self, action: Callable[[], R]) -> R:
         """Run `action` again while another process holds the file, for `busy_timeout` at most."""
-        since = 0.0
+        since = _monotonic()  # before the first try: on a server, a statement waits by itself
+        is_busy = False
         try:
             while True:
                 try:
                     return action()
                 except StoreBusy:
-                    since = since or _monotonic()
+                    is_busy = True
                     self.pause(since + self.options.busy_timeout)
         finally:
-            if since:
+            if is_busy:
                 _write_lines(self.wait_lines(since))
 
     def wait_lines(self, since: float) -> list[_Line]:

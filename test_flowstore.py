@@ -19049,6 +19049,26 @@ def test_who_holds_a_row_goes_on_however_many_tasks_have_given_up_waiting_for_it
 
 
 @postgres_only
+def test_a_call_that_waited_in_the_server_for_busy_timeout_is_not_tried_again(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with flowstore.open(postgres.target(), busy_timeout=0.2) as store:
+        flow = store.flows.insert(Flow())
+        with held_block(store, partial(store.flows.update_with_revision, flow)):
+            tries: list[object] = []
+            run_on = store._engine.run_on
+
+            def counted(*arguments: Any) -> Any:
+                tries.append(arguments)
+                return run_on(*arguments)
+
+            monkeypatch.setattr(store._engine, "run_on", counted)
+            with pytest.raises(StoreBusy):
+                store.flows.update_with_revision(flow)
+        assert len(tries) == 1
+
+
+@postgres_only
 def test_a_task_may_write_while_another_one_of_its_thread_reads_in_a_block(server: Store) -> None:
     async def read(begun: asyncio.Event, leave: asyncio.Event) -> None:
         with server.transaction(read_only=True):
