@@ -2848,8 +2848,10 @@ class _Writer(_CallQueue):
         """Run operations in one transaction, each on its own: every call gets its result or
         error."""
         call = _Call(batch=calls, deadline=max(one.deadline for one in calls))
-        self.lead(call, self.commit_calls)
-        _write_lines(call.lines)
+        try:
+            self.lead(call, self.commit_calls)
+        finally:
+            _write_lines(call.lines)
         if call.error is not None:
             raise call.error
 
@@ -2974,6 +2976,7 @@ class _Writer(_CallQueue):
                 self.checkpointer.checkpoint(tx)
             if writes and engine.retention is not None and engine.retention.is_due(tx):
                 engine.retention.sweep(tx, functools.partial(tx.run, "COMMIT"))
+                leader.lines = [*leader.lines, *tx.take_lines()]
                 tx.db.execute("BEGIN IMMEDIATE")
         except (sqlite3.Error, StoreBusy) as error:
             failure = _failure(error) if isinstance(error, sqlite3.Error) else error
@@ -3119,7 +3122,7 @@ class _Writer(_CallQueue):
                 "look whether this was stored"
             )
         if tx.lines:
-            leader.lines = tx.take_lines()
+            leader.lines = [*leader.lines, *tx.take_lines()]
 
     # --- leading alone: blocks, and work outside transactions ---
     def begin_block(self, call: _Call, writes: bool) -> bool:
@@ -3589,7 +3592,6 @@ class _Block:
                     lines = tx.take_lines()
             if commit and self._call is not None:
                 self.engine.writer.lead(self._call, self.engine.writer.commit_block)
-                lines = self._call.lines
             if commit:
                 if self.parent is not None:
                     self.parent.undo += self.undo
@@ -3598,7 +3600,7 @@ class _Block:
             self._unregister()
             for undo in self.undo:
                 undo()
-        _write_lines(lines)
+            _write_lines(lines if self._call is None else self._call.lines)
 
     def _unregister(self) -> None:
         self.begun = False
@@ -3855,9 +3857,11 @@ class _Engine(_Database):
             return self.run_pooled(call)
         if operation.writes and self.options.read_only:
             self.refuse_read_only()
-        self.run_write(call)
-        if call.lines:
-            _write_lines(call.lines)
+        try:
+            self.run_write(call)
+        finally:
+            if call.lines:
+                _write_lines(call.lines)
         if call.error is not None:
             try:
                 raise call.error
@@ -11330,6 +11334,7 @@ class _PostgresEngine(_Engine):
                 tx.db.begin("SERIALIZABLE")
                 tx.run("SET LOCAL lock_timeout = 10")
                 self.retention.sweep(tx, functools.partial(self.commit_pooled, tx))
+            _write_lines(tx.take_lines())
 
     def begin_pooled(self, tx: _Tx, read_only: bool = True) -> None:
         """Begin the transaction of a block. One that loses against another is StoreBusy, and run

@@ -15450,6 +15450,35 @@ def test_a_sweep_whose_commit_fails_is_not_the_failure_of_the_call(
         assert store.events.count_events("heartbeat") == 3 and store.flows.get("f") is not None
 
 
+def fail(store: Store) -> None:
+    store.flows.update_with_revision(Flow(id="unknown"))
+
+
+def fail_in_block(store: Store) -> None:
+    with store.transaction():
+        fail(store)
+
+
+@parametrize("call", [fail, fail_in_block])
+def test_what_a_sweep_has_dropped_is_told_though_the_call_fails(
+    make_store: MakeStore,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    call: Callable[[Store], None],
+) -> None:
+    caplog.set_level(logging.INFO, "flowstore")
+    store = make_store(clock=clock, keep=timedelta(0))
+    flow_with(store, "failed")
+    for _ in range(20):  # a sweep looks through some of the kinds
+        clock.advance(1)
+        with pytest.raises(NotFound):
+            call(store)
+    assert store.stats()["tables"]["flows"] == 0
+    assert [line for line in pruned_lines(caplog) if "went" in line] == [
+        "prune: 1 flows went, kept {}"
+    ]
+
+
 def test_a_sweep_that_took_long_takes_less_the_next_time(
     make_store: MakeStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
