@@ -8150,6 +8150,7 @@ class _StoreBase(_Facet):
 
     def now(self) -> datetime:
         """The store's time, in UTC."""
+        self._engine.refuse_closed()
         time: datetime = self._engine.now()
         return time
 

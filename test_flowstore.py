@@ -5045,9 +5045,10 @@ CLASSES: dict[str, type] = {
 }
 
 
-# What does not reach the database. An async store does not await it, nor what is used with `async with` or `async for`.
-UNTOUCHED = {"state.for_tenant", "workflows.supports_scheduled_commands", "store.now"}
+# What does not reach the store. An async store does not await it, nor what is used with `async with` or `async for`.
+UNTOUCHED = {"state.for_tenant", "workflows.supports_scheduled_commands"}
 NOT_AWAITED = UNTOUCHED | {
+    "store.now",
     "state.hold",
     "store.transaction",
     "store.run",
