@@ -1931,10 +1931,11 @@ class _Pool:
             self.connections.add(connection)
         return connection
 
-    def check_out(self, writes: bool = False) -> _Connection:
+    def check_out(self, writes: bool = False, waits: bool = True) -> _Connection:
         """A connection for one call or block, an idle one first.
 
-        `writes` matters on a server, where the connections that write are limited."""
+        The rest matters on a server, where the number of connections is limited: whether it is
+        one that writes, and whether the caller can wait for it."""
         # (An interrupt between a call and `return` inside `with` would leave the mutex locked.)
         with self.mutex:
             connection = self.idle.pop() if self.idle else None
@@ -2635,6 +2636,7 @@ class _Call(SimpleNamespace):
     error: BaseException | None = None
     gate: threading.Lock | None = None  # what its thread waits at
     deadline = 0.0
+    waits = True  # for a connection, where their number is limited
     file_is_busy = False  # as leader: another process has the file
     runs_alone = False  # it failed in another's group by a foreign error: its own thread runs it
     waits_since = 0.0  # as leader: when it first found that another process has the file
@@ -3801,6 +3803,7 @@ class _Engine(_Database):
     way."""
 
     max_writers = 1  # connections that write side by side
+    max_readers = sys.maxsize  # connections that read side by side
     poll_seconds = 0.02  # between two looks of a waiting thread at the commits of other processes
     failed_reads_end_transactions = False
 
@@ -3872,7 +3875,8 @@ class _Engine(_Database):
     def run_pooled(self, call: _Call) -> Any:
         """Run an operation on a connection of the pool: one that reads, and on a server each."""
         run = functools.partial(self.run_on, call)
-        read = functools.partial(self.with_connection, run, call.operation.writes)
+        writes = call.operation.writes
+        read = functools.partial(self.with_connection, run, writes, call.waits)
         if self.cannot_lock or self.log_may_vanish:
             return self.retry_while_busy(lambda: self._read_again_if_changed(read))
         return self.retry_while_busy(read)
@@ -3906,10 +3910,12 @@ class _Engine(_Database):
             tx.run("BEGIN")
         return call.run(tx)
 
-    def with_connection(self, action: Callable[[_Tx], R], writes: bool = False) -> R:
+    def with_connection(
+        self, action: Callable[[_Tx], R], writes: bool = False, waits: bool = True
+    ) -> R:
         """Run `action` on a connection from the pool."""
         self.refuse_unprepared_fork()
-        connection = self.pool.check_out(writes)
+        connection = self.pool.check_out(writes, waits)
         # Under its lock to the end: a fork would take a read that is over for an open transaction.
         with connection.lock:
             try:
@@ -8500,6 +8506,9 @@ class _AsyncEngine:
         self.engine = engine
         self.loop = asyncio.get_running_loop()
         self.turn = asyncio.Semaphore(engine.max_writers)
+        # Of blocks that only read: one that waited for a connection in a thread would keep that
+        # thread from those that could give theirs back.
+        self.read_turn = asyncio.Semaphore(engine.max_readers)
         self._waiting: list[_Call] = []  # for the next batch
         self._sender: asyncio.Task[None] | None = None
         self._is_committing = False  # a batch
@@ -8511,6 +8520,7 @@ class _AsyncEngine:
         self.worker = ThreadPoolExecutor(threads, "flowstore-writer")
         self._writers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-beside")
         self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
+        self._block_readers = ThreadPoolExecutor(2 * _IDLE_READERS, "flowstore-block-reader")
         self._others = ThreadPoolExecutor(32, "flowstore-aside")
 
     def __getattr__(self, name: str) -> Any:
@@ -8559,7 +8569,7 @@ class _AsyncEngine:
 
     def pool_of(self, block: _Block) -> Any:
         """The threads that run the statements of a block."""
-        return self.worker if block.holds_writers else self._readers
+        return self.worker if block.holds_writers else self._block_readers
 
     async def run_steps(
         self, method: _Method[Any, Any, R], facet: Any, /, *args: Any, **kwargs: Any
@@ -8617,7 +8627,7 @@ class _AsyncEngine:
         """Wait for the turn, then send the calls that wait. `_answer` gives the turn back."""
         first = self._waiting[0]
         try:
-            await self.take_turn(first.deadline)
+            await self.take_turn(self.turn, first.deadline)
             batch = [call for call in self._waiting[:_GROUP_MOST] if not call.future.done()]
             if not batch:  # all were cancelled
                 self.turn.release()
@@ -8645,10 +8655,10 @@ class _AsyncEngine:
                 call.future.set_result(call.result)
 
     # --- turns ---
-    async def take_turn(self, deadline: float) -> None:
+    async def take_turn(self, turn: Any, deadline: float) -> None:
         """Wait for the end of other tasks' batch or transaction; StoreBusy at the deadline."""
-        while not await self._acquire(self.turn, deadline):
-            if self.turn.locked() and not self._is_committing:
+        while not await self._acquire(turn, deadline):
+            if turn.locked() and not self._is_committing:
                 raise self.engine.busy_error()
             deadline = _monotonic() + 0.01  # a commit does not hold the store
 
@@ -8693,9 +8703,11 @@ class _AsyncEngine:
         await asyncio.shield(self._closing)
 
     def _end_waiting(self, closing: object) -> None:
-        for pool in (self.worker, self._readers, self._writers, self._others):
+        pools = self.worker, self._readers, self._block_readers, self._writers, self._others
+        for pool in pools:
             pool.shutdown(wait=False)
         self.turn.release()
+        self.read_turn.release()
 
 
 class AsyncTransaction:
@@ -8743,9 +8755,10 @@ class _AsyncBlock:
             if block.parent is not None:
                 await engine.wait_for_nested(block.parent)
                 self._turn.callback(block.parent.turn.release)
-            elif block.holds_writers:
-                await engine.take_turn(deadline)
-                self._turn.callback(engine.turn.release)
+            else:
+                turn = engine.turn if block.holds_writers else engine.read_turn
+                await engine.take_turn(turn, deadline)
+                self._turn.callback(turn.release)
             begun = engine.in_thread(block.begin, deadline, pool=engine.pool_of(block))
             begun.add_done_callback(asyncio.Future.exception)  # else asyncio may report it
             try:
@@ -8757,7 +8770,7 @@ class _AsyncBlock:
             except BaseException:
                 # The task may be cancelled while a thread still begins the block. The rollback
                 # comes behind that, and before any later call.
-                if engine.max_writers == 1:
+                if block.leads:
                     self._roll_back()
                 else:
                     begun.add_done_callback(self._roll_back)
@@ -8844,7 +8857,7 @@ class AsyncEventStore(_AsyncFacet, EventStore):
         # The cursor is that of the call, not of the first event that is awaited. In memory, it is
         # behind the writes that were sent before.
         operation = EventStore.__dict__["_tail_start"]
-        call = _Call(operation=operation, facet=self, args=(after, execution_id))
+        call = _Call(operation=operation, facet=self, args=(after, execution_id), waits=False)
         self._engine.refuse_foreign()
         return (self._engine.send if self._engine.in_memory else self._engine.run_pooled)(call)
 
@@ -11135,9 +11148,11 @@ class _LimitedPool(_Pool):
             weakref.WeakValueDictionary[int, threading.Lock](),
         )
 
-    def check_out(self, writes: bool = False) -> _Connection:
+    def check_out(self, writes: bool = False, waits: bool = True) -> _Connection:
         """A connection for one call or block; StoreBusy when all connections stay in use too
         long."""
+        if not waits:
+            return super().check_out()  # even if it is one too many
         gate = threading.Lock()
         gates = self.gates[writes]
         deadline = _monotonic() + self.engine.options.busy_timeout
@@ -11191,6 +11206,7 @@ class _PostgresEngine(_Engine):
     own."""
 
     max_writers = _CONNECTIONS
+    max_readers = _CONNECTIONS
     dialect = _POSTGRES
     types: ClassVar[dict[str, str]] = {
         "INTEGER": "BIGINT",

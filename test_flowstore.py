@@ -19150,6 +19150,44 @@ def test_a_thread_of_a_forked_child_has_no_block_of_a_thread_of_its_parent(serve
 
 
 @postgres_only
+def test_more_tasks_that_read_in_blocks_than_there_are_connections_take_turns(
+    postgres: PostgresServer,
+) -> None:
+    async def main() -> None:
+        async with flowstore.open_async(postgres.target(), busy_timeout=60) as store:
+
+            async def read() -> None:
+                async with store.transaction(read_only=True):
+                    for _ in range(3):
+                        await store.flows.get("f")
+
+            async with asyncio.timeout(20):
+                reads = [store.flows.get("f") for _ in range(3 * flowstore._CONNECTIONS)]
+                blocks = [read() for _ in range(3 * flowstore._CONNECTIONS)]
+                await asyncio.gather(*blocks, *reads, *(read() for _ in blocks))
+
+    asyncio.run(main())
+
+
+@postgres_only
+def test_async_tail_does_not_wait_for_a_connection(postgres: PostgresServer) -> None:
+    async def main() -> None:
+        async with (
+            flowstore.open_async(postgres.target(), busy_timeout=0.5) as store,
+            contextlib.AsyncExitStack() as held,
+        ):
+            for _ in range(flowstore._CONNECTIONS):
+                block = store.transaction(read_only=True)
+                await asyncio.create_task(held.enter_async_context(block))
+            tail = store.events.tail(timeout=WATCHDOG)
+            await write(store, "run", "later")
+            await held.aclose()
+            assert (await anext(tail)).event["key"] == "later"
+
+    asyncio.run(main())
+
+
+@postgres_only
 @forking
 def test_a_fork_while_all_connections_are_in_use_leaves_the_child_its_own(server: Store) -> None:
     with ExitStack() as stack:
