@@ -1799,6 +1799,8 @@ class _Tx:
         self.db = db  # an sqlite3.Connection, or what is used like one
         self.file_id: tuple[int, ...] = ()  # of the database file, if its connections are counted
         self.lines: list[_Line] = []  # of the program's log, written after the commit
+        # Size and time of the file when it was opened, where SQLite takes no lock on it.
+        self.stamp: tuple[int, int] | None = None
         self._clock = clock
 
     def rows(self, sql: str, *params: Any) -> list[tuple[Any, ...]]:
@@ -2019,6 +2021,9 @@ def _explain(error: sqlite3.Error, path: str, read_only: bool) -> FlowStoreError
     return failure
 
 
+_WITHOUT_LOCKS = "?mode=ro&immutable=1"
+
+
 def _file_uri(path: str, read_only: bool) -> str:
     """The URI that opens a file without creating it, and read-only in the way its folder allows.
 
@@ -2039,13 +2044,13 @@ def _file_uri(path: str, read_only: bool) -> str:
             "once where it may be written, or copy it together with its -wal"
         )
     # The file is at rest. Whether another process writes to it is checked after each read.
-    return uri + "?mode=ro&immutable=1"
+    return uri + _WITHOUT_LOCKS
 
 
-def _connect_file(path: str, read_only: bool) -> sqlite3.Connection:
+def _connect_file(path: str, uri: str, read_only: bool) -> sqlite3.Connection:
     try:
         return sqlite3.connect(
-            _file_uri(path, read_only),
+            uri,
             uri=True,
             timeout=0,  # pause() waits for other processes, in shorter steps than SQLite's 100 ms
             isolation_level=None,
@@ -2304,6 +2309,9 @@ _INTERRUPTS = (
 )
 
 
+_WRITTEN = "the file was written meanwhile, and cannot be locked here: read it again"
+
+
 class _Database:
     """One SQLite database: how it is opened, what guards it, its size and its copies."""
 
@@ -2340,7 +2348,22 @@ class _Database:
             db.execute("PRAGMA foreign_keys = ON")
             db.execute("PRAGMA temp_store = MEMORY")
             return _Tx(db, self.options.clock)
-        tx = _Tx(_connect_file(self.path, self.options.read_only), self.options.clock)
+        if not self.cannot_lock:
+            return self._connect_to_file(self.path)
+        stamps = self._file_stamps()
+        try:
+            return self._connect_to_file(self.path)
+        except StorageError as error:
+            if self._file_stamps() == stamps:
+                raise
+            raise StoreBusy(_WRITTEN) from error  # its log was there a moment ago, or is now
+
+    def _connect_to_file(self, path: str) -> _Tx:
+        stamp = _size_and_mtime(path)
+        uri = _file_uri(path, self.options.read_only)
+        tx = _Tx(_connect_file(path, uri, self.options.read_only), self.options.clock)
+        if uri.endswith(_WITHOUT_LOCKS):
+            tx.stamp = stamp
         try:
             for pragma in (
                 "foreign_keys = ON",
@@ -2357,7 +2380,7 @@ class _Database:
                 tx.run(f"PRAGMA {pragma}")
             if not self.cannot_lock and tx.row("PRAGMA journal_mode") == ("wal",):
                 tx.row("PRAGMA schema_version")  # a read takes the shared lock, and opens the log
-                pinned = _count_connection(self.path, tx)
+                pinned = _count_connection(path, tx)
                 self.log_may_vanish = not pinned and os.name == "posix"
                 if self.log is not None:
                     self.log.open(tx.rows("PRAGMA page_size")[0][0])
@@ -2372,6 +2395,27 @@ class _Database:
             _close_database(tx)
         else:
             tx.db.close()
+
+    def _file_stamps(self) -> list[tuple[int, int]]:
+        """What changes when the file is written."""
+        return [_size_and_mtime(f"{self.path}{suffix}") for suffix in ("", "-wal")]
+
+    def unless_written(self, tx: _Tx, action: Callable[[], R]) -> R:
+        """Read without locks; StoreBusy, whatever was read, if the file was written meanwhile.
+
+        With locks, SQLite sees to that."""
+        try:
+            result = action()
+        except Exception as error:
+            if self._was_written(tx):
+                raise StoreBusy(_WRITTEN) from error
+            raise
+        if self._was_written(tx):
+            raise StoreBusy(_WRITTEN)
+        return result
+
+    def _was_written(self, tx: _Tx) -> bool:
+        return tx.stamp is not None and _size_and_mtime(str(self.path)) != tx.stamp
 
     def begin_pooled(self, tx: _Tx, read_only: bool = True) -> None:
         """Begin the transaction of a block on a connection of the pool: one snapshot."""
@@ -3512,7 +3556,7 @@ class _Block:
                 if self.read_only:
                     raise StorageError("the transaction is read-only: nothing can be changed in it")
             elif not self.engine.failed_reads_end_transactions:
-                return call.run(tx)
+                return self.engine.unless_written(tx, lambda: call.run(tx))
             return self._in_own_savepoint(tx, lambda: call.run(tx))
 
     def execute(self, sql: object, parameters: Any, *, many: bool = False) -> list[tuple[Any, ...]]:
@@ -3536,7 +3580,7 @@ class _Block:
                 return rows
 
             try:
-                return self._in_own_savepoint(tx, run)
+                return self.engine.unless_written(tx, lambda: self._in_own_savepoint(tx, run))
             except (*_DRIVER_ERRORS, ValueError, LookupError) as error:
                 raise StorageError(f"the statement failed: {error}") from error
             except Exception as error:
@@ -3875,17 +3919,20 @@ class _Engine(_Database):
     def run_pooled(self, call: _Call) -> Any:
         """Run an operation on a connection of the pool: one that reads, and on a server each."""
         run = functools.partial(self.run_on, call)
+        if self.cannot_lock:
+            run = functools.partial(self._run_without_locks, call)
         writes = call.operation.writes
         read = functools.partial(self.with_connection, run, writes, call.waits)
-        if self.cannot_lock or self.log_may_vanish:
-            return self.retry_while_busy(lambda: self._read_again_if_changed(read))
+        if self.log_may_vanish:
+            return self.retry_while_busy(lambda: self._read_again_if_log_lost(read))
         return self.retry_while_busy(read)
 
-    def _read_again_if_changed(self, read: Callable[[], Any]) -> Any:
-        """Read without a lock that holds: once more, if the file was written or its log deleted
-        meanwhile."""
+    def _run_without_locks(self, call: _Call, tx: _Tx) -> Any:
+        return self.unless_written(tx, lambda: self.run_on(call, tx))
+
+    def _read_again_if_log_lost(self, read: Callable[[], Any]) -> Any:
+        """Read without a lock that holds: once more, if the log was deleted meanwhile."""
         while True:
-            stamps = self._file_stamps()
             result: Any = None
             error: FlowStoreError | None = None
             try:
@@ -3894,14 +3941,10 @@ class _Engine(_Database):
                 error = failure
             if self.log is not None and self.log.was_deleted():
                 self.reopen_after_lost_log()
-            elif not self.cannot_lock or self._file_stamps() == stamps:
-                if error is not None:
-                    raise error
+            elif error is not None:
+                raise error
+            else:
                 return result
-
-    def _file_stamps(self) -> list[tuple[int, int]]:
-        """What changes when the file is written."""
-        return [_size_and_mtime(f"{self.path}{suffix}") for suffix in ("", "-wal")]
 
     def run_on(self, call: _Call, tx: _Tx) -> Any:
         """Run an operation on a connection of the pool. What it leaves open is rolled back as the
@@ -3933,7 +3976,8 @@ class _Engine(_Database):
             connection = self.pool.new_connection()
             with connection.lock:
                 try:
-                    return action(connection.use())
+                    tx = connection.use()
+                    return self.unless_written(tx, lambda: action(tx))
                 finally:
                     connection.close()
 

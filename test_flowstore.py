@@ -6436,6 +6436,108 @@ def test_sqlite_a_log_that_goes_while_a_reader_looks_for_it_is_none(
         assert store.events.list_executions() == []
 
 
+@pytest.fixture
+def unwritable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever only reads cannot write the folder, and so cannot lock the file."""
+    monkeypatch.setattr(flowstore, "_can_lock", lambda path: False)
+
+
+def rename_flow(path: Path, goal: str) -> None:
+    """What an owner of the file does to its one flow, before it closes the file."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as owner:
+        owner.execute("UPDATE flows SET goal = ?", (goal,))
+    os.utime(path, (0, path.stat().st_mtime + 1))  # the clock of a file system is coarse
+
+
+def before_each(store: Store, method: str, act: Call, most: int) -> list[int]:
+    """Acts before each call of the engine's method, so often at most; returns a list that counts the calls."""
+    calls: list[int] = []
+    called = getattr(store._engine, method)
+
+    def call(*arguments: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) <= most:
+            act()
+        return called(*arguments)
+
+    setattr(store._engine, method, call)
+    return calls
+
+
+@pytest.mark.usefixtures("unwritable")
+def test_sqlite_a_read_under_its_owners_locks_is_made_once_however_often_the_file_is_written(
+    file_store: Store, path: Path
+) -> None:
+    flow = file_store.flows.insert(Flow())
+    with flowstore.open(path, read_only=True) as reader:
+        calls = before_each(reader, "run_on", lambda: write(file_store, "run"), 5)
+        assert reader.flows.get(flow.id) == flow
+        assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("unwritable")
+def test_sqlite_a_read_without_locks_gives_up_when_the_file_is_written_for_busy_timeout(
+    at_rest: Path,
+) -> None:
+    times = itertools.count(10**9)
+
+    def touch() -> None:
+        os.utime(at_rest, (0, next(times)))
+
+    with flowstore.open(at_rest, read_only=True, busy_timeout=0.05) as reader:
+        calls = before_each(reader, "run_on", touch, 10**4)
+        with pytest.raises(StoreBusy):
+            reader.flows.get("f")
+        assert 1 < len(calls) < 10**4
+
+
+@pytest.mark.usefixtures("unwritable")
+def test_sqlite_a_block_without_locks_ends_when_the_file_is_written(path: Path) -> None:
+    with flowstore.open(path) as store:
+        store.flows.insert(Flow(id="f", goal="old"))
+    with flowstore.open(path, read_only=True) as reader:
+        reads: list[Callable[[flowstore.Transaction], object]] = [
+            lambda tx: tx.execute("SELECT goal FROM flows"),
+            lambda tx: reader.flows.get("f"),
+        ]
+        for read in reads:
+            with pytest.raises(StoreBusy, match="was written"), reader.transaction() as tx:
+                read(tx)
+                rename_flow(path, "new")
+                read(tx)
+            with reader.transaction(read_only=True) as tx:
+                read(tx)
+                assert tx.execute("SELECT goal FROM flows") == [("new",)]
+
+
+@pytest.mark.usefixtures("unwritable")
+def test_sqlite_a_backup_and_a_check_without_locks_begin_again_when_the_file_is_written(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with flowstore.open(path) as store:
+        store.flows.insert(Flow(id="f", goal="old"))
+    with flowstore.open(path, read_only=True) as reader:
+        # Its snapshot begins before the file is written, as far as it can tell.
+        calls = before_each(reader, "begin_pooled", lambda: rename_flow(path, "new"), 1)
+        reader.backup(tmp_path / "copy.db")
+        assert len(calls) == 2
+        problems = flowstore._problems
+        checks: list[object] = []
+
+        def check(tx: Any) -> list[str]:
+            checks.append(tx)
+            if len(checks) == 1:
+                rename_flow(path, "newer")
+                return ["torn"]
+            return problems(tx)
+
+        monkeypatch.setattr(flowstore, "_problems", check)
+        assert reader.check() == []
+    monkeypatch.undo()
+    with flowstore.open(tmp_path / "copy.db") as copy:
+        assert copy.check() == [] and execute(copy, "SELECT goal FROM flows") == [("new",)]
+
+
 def test_sqlite_a_file_named_by_a_link_has_its_log_beside_itself(path: Path) -> None:
     (path.parent / "links").mkdir()
     link = path.parent / "links" / "app.db"
