@@ -8835,6 +8835,11 @@ class _AsyncBlock:
         with contextlib.suppress(StorageError):  # the store is closed
             self._finish(False)
 
+    def __del__(self) -> None:
+        if self._block.begun:  # its task was collected, and its end was not run
+            with contextlib.suppress(RuntimeError):  # the loop has ended, too
+                self._engine.loop.call_soon_threadsafe(self._roll_back)
+
     async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         import asyncio
 

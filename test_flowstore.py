@@ -16607,6 +16607,31 @@ def test_a_cancelled_begin_gives_the_writer_back(in_loop: Any, tmp_path: Path) -
     in_loop(body)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@parametrize("nested", [False, True], ids=["outermost", "nested"])
+@sqlite_only
+def test_a_task_that_is_collected_in_its_block_leaves_the_store_to_others(
+    in_loop: Any, nested: bool
+) -> None:
+    async def body(store: AsyncStore) -> None:
+        async def hold() -> None:
+            async with store.transaction():
+                await store.flows.insert(Flow(id="lost"))
+                if nested:
+                    async with store.transaction():
+                        await asyncio.get_running_loop().create_future()
+                await asyncio.get_running_loop().create_future()
+
+        holder = weakref.ref(asyncio.create_task(hold()))
+        await asyncio.sleep(0.1)
+        gc.collect()
+        assert holder() is None
+        assert await store.flows.insert(Flow(id="other")) == await store.flows.get("other")
+        assert await store.flows.get("lost") is None
+
+    in_loop(body, busy_timeout=5)
+
+
 def test_a_loop_that_ends_in_the_middle_leaves_all_or_nothing(tmp_path: Path) -> None:
     async def body() -> None:
         store = await flowstore.open_async(tmp_path / "s.db")
