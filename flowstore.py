@@ -1810,6 +1810,8 @@ class _Tx:
         self.db = db  # an sqlite3.Connection, or what is used like one
         self.file_id: tuple[int, ...] = ()  # of the database file, if its connections are counted
         self.lines: list[_Line] = []  # of the program's log, written after the commit
+        # Size and time of the file when it was opened, where SQLite takes no lock on it.
+        self.stamp: tuple[int, int] | None = None
         self._clock = clock
 
     def rows(self, sql: str, *params: Any) -> list[tuple[Any, ...]]:
@@ -1942,10 +1944,11 @@ class _Pool:
             self.connections.add(connection)
         return connection
 
-    def check_out(self, writes: bool = False) -> _Connection:
+    def check_out(self, writes: bool = False, waits: bool = True) -> _Connection:
         """A connection for one call or block, an idle one first.
 
-        `writes` matters on a server, where the connections that write are limited."""
+        The rest matters on a server, where the number of connections is limited: whether it is
+        one that writes, and whether the caller can wait for it."""
         # (An interrupt between a call and `return` inside `with` would leave the mutex locked.)
         with self.mutex:
             connection = self.idle.pop() if self.idle else None
@@ -2029,6 +2032,9 @@ def _explain(error: sqlite3.Error, path: str, read_only: bool) -> FlowStoreError
     return failure
 
 
+_WITHOUT_LOCKS = "?mode=ro&immutable=1"
+
+
 def _file_uri(path: str, read_only: bool) -> str:
     """The URI that opens a file without creating it, and read-only in the way its folder allows.
 
@@ -2049,13 +2055,13 @@ def _file_uri(path: str, read_only: bool) -> str:
             "once where it may be written, or copy it together with its -wal"
         )
     # The file is at rest. Whether another process writes to it is checked after each read.
-    return uri + "?mode=ro&immutable=1"
+    return uri + _WITHOUT_LOCKS
 
 
-def _connect_file(path: str, read_only: bool) -> sqlite3.Connection:
+def _connect_file(path: str, uri: str, read_only: bool) -> sqlite3.Connection:
     try:
         return sqlite3.connect(
-            _file_uri(path, read_only),
+            uri,
             uri=True,
             timeout=0,  # pause() waits for other processes, in shorter steps than SQLite's 100 ms
             isolation_level=None,
@@ -2314,6 +2320,9 @@ _INTERRUPTS = (
 )
 
 
+_WRITTEN = "the file was written meanwhile, and cannot be locked here: read it again"
+
+
 class _Database:
     """One SQLite database: how it is opened, what guards it, its size and its copies."""
 
@@ -2350,7 +2359,22 @@ class _Database:
             db.execute("PRAGMA foreign_keys = ON")
             db.execute("PRAGMA temp_store = MEMORY")
             return _Tx(db, self.options.clock)
-        tx = _Tx(_connect_file(self.path, self.options.read_only), self.options.clock)
+        if not self.cannot_lock:
+            return self._connect_to_file(self.path)
+        stamps = self._file_stamps()
+        try:
+            return self._connect_to_file(self.path)
+        except StorageError as error:
+            if self._file_stamps() == stamps:
+                raise
+            raise StoreBusy(_WRITTEN) from error  # its log was there a moment ago, or is now
+
+    def _connect_to_file(self, path: str) -> _Tx:
+        stamp = _size_and_mtime(path)
+        uri = _file_uri(path, self.options.read_only)
+        tx = _Tx(_connect_file(path, uri, self.options.read_only), self.options.clock)
+        if uri.endswith(_WITHOUT_LOCKS):
+            tx.stamp = stamp
         try:
             for pragma in (
                 "foreign_keys = ON",
@@ -2367,7 +2391,7 @@ class _Database:
                 tx.run(f"PRAGMA {pragma}")
             if not self.cannot_lock and tx.row("PRAGMA journal_mode") == ("wal",):
                 tx.row("PRAGMA schema_version")  # a read takes the shared lock, and opens the log
-                pinned = _count_connection(self.path, tx)
+                pinned = _count_connection(path, tx)
                 self.log_may_vanish = not pinned and os.name == "posix"
                 if self.log is not None:
                     self.log.open(tx.rows("PRAGMA page_size")[0][0])
@@ -2382,6 +2406,27 @@ class _Database:
             _close_database(tx)
         else:
             tx.db.close()
+
+    def _file_stamps(self) -> list[tuple[int, int]]:
+        """What changes when the file is written."""
+        return [_size_and_mtime(f"{self.path}{suffix}") for suffix in ("", "-wal")]
+
+    def unless_written(self, tx: _Tx, action: Callable[[], R]) -> R:
+        """Read without locks; StoreBusy, whatever was read, if the file was written meanwhile.
+
+        With locks, SQLite sees to that."""
+        try:
+            result = action()
+        except Exception as error:
+            if self._was_written(tx):
+                raise StoreBusy(_WRITTEN) from error
+            raise
+        if self._was_written(tx):
+            raise StoreBusy(_WRITTEN)
+        return result
+
+    def _was_written(self, tx: _Tx) -> bool:
+        return tx.stamp is not None and _size_and_mtime(str(self.path)) != tx.stamp
 
     def begin_pooled(self, tx: _Tx, read_only: bool = True) -> None:
         """Begin the transaction of a block on a connection of the pool: one snapshot."""
@@ -2455,16 +2500,17 @@ class _Database:
 
     def retry_while_busy(self, action: Callable[[], R]) -> R:
         """Run `action` again while another process holds the file, for `busy_timeout` at most."""
-        since = 0.0
+        since = _monotonic()  # before the first try: on a server, a statement waits by itself
+        is_busy = False
         try:
             while True:
                 try:
                     return action()
                 except StoreBusy:
-                    since = since or _monotonic()
+                    is_busy = True
                     self.pause(since + self.options.busy_timeout)
         finally:
-            if since:
+            if is_busy:
                 _write_lines(self.wait_lines(since))
 
     def wait_lines(self, since: float) -> list[_Line]:
@@ -2645,6 +2691,7 @@ class _Call(SimpleNamespace):
     error: BaseException | None = None
     gate: threading.Lock | None = None  # what its thread waits at
     deadline = 0.0
+    waits = True  # for a connection, where their number is limited
     file_is_busy = False  # as leader: another process has the file
     runs_alone = False  # it failed in another's group by a foreign error: its own thread runs it
     waits_since = 0.0  # as leader: when it first found that another process has the file
@@ -2846,6 +2893,7 @@ class _Writer(_CallQueue):
         # same call in C as COMMIT.
         self.commit_flag: list[object] = []
         self.next_yield = 0.0
+        self.refuses_writes = False  # since a block that only reads, until the next transaction
         self.log = log
         self.checkpointer: _Checkpointer | None = None
         if log is not None:
@@ -2857,8 +2905,10 @@ class _Writer(_CallQueue):
         """Run operations in one transaction, each on its own: every call gets its result or
         error."""
         call = _Call(batch=calls, deadline=max(one.deadline for one in calls))
-        self.lead(call, self.commit_calls)
-        _write_lines(call.lines)
+        try:
+            self.lead(call, self.commit_calls)
+        finally:
+            _write_lines(call.lines)
         if call.error is not None:
             raise call.error
 
@@ -2965,7 +3015,8 @@ class _Writer(_CallQueue):
             tx = self.connection.tx or self.connection.use()
             if tx.db.in_transaction:  # left by an interrupt, or by a block whose end never ran
                 tx.db.rollback()
-                tx.db.execute("PRAGMA query_only = OFF")
+            if self.refuses_writes:
+                self._allow_writes(tx)
             if engine.log_may_vanish and not engine.has_log():
                 leader.file_is_busy = True
                 return None
@@ -2982,6 +3033,7 @@ class _Writer(_CallQueue):
                 self.checkpointer.checkpoint(tx)
             if writes and engine.retention is not None and engine.retention.is_due(tx):
                 engine.retention.sweep(tx, functools.partial(tx.run, "COMMIT"))
+                leader.lines = [*leader.lines, *tx.take_lines()]
                 tx.db.execute("BEGIN IMMEDIATE")
         except (sqlite3.Error, StoreBusy) as error:
             failure = _failure(error) if isinstance(error, sqlite3.Error) else error
@@ -3127,7 +3179,7 @@ class _Writer(_CallQueue):
                 "look whether this was stored"
             )
         if tx.lines:
-            leader.lines = tx.take_lines()
+            leader.lines = [*leader.lines, *tx.take_lines()]
 
     # --- leading alone: blocks, and work outside transactions ---
     def begin_block(self, call: _Call, writes: bool) -> bool:
@@ -3137,7 +3189,15 @@ class _Writer(_CallQueue):
             if tx is not None and call.waits_since:
                 tx.lines += self.engine.wait_lines(call.waits_since)
                 call.waits_since = 0.0
+            if tx is not None and not writes:
+                self.refuses_writes = True
+                tx.run("PRAGMA query_only = ON")
         return tx is not None
+
+    def _allow_writes(self, tx: _Tx) -> None:
+        """Undo what a block that only reads has set on the one connection to the memory."""
+        tx.db.execute("PRAGMA query_only = OFF")
+        self.refuses_writes = False
 
     def commit_block(self, call: _Call) -> bool:
         """Commit the transaction of a block that leads."""
@@ -3153,7 +3213,10 @@ class _Writer(_CallQueue):
 
         def run(_: _Call) -> bool:
             with self.connection.lock:
-                results.append(action(self.connection.use()))
+                tx = self.connection.use()
+                if self.refuses_writes:
+                    self._allow_writes(tx)
+                results.append(action(tx))
             return True
 
         self.lead(_Call(), run)
@@ -3178,7 +3241,7 @@ def _refuse_own_block(engine: _Engine) -> None:
         if (
             block is not None
             and block.is_open
-            and not block.read_only
+            and block.leads
             and block.thread == threading.get_ident()
             and block.engine.path == engine.path
         ):
@@ -3264,6 +3327,22 @@ def _parameter_rows(rows: Any) -> list[Any]:
     return [_parameters(row, "rows") for row in _read_foreign(list, rows, "rows", list)]
 
 
+def _in_savepoint(tx: _Tx, action: Callable[[], R]) -> R:
+    """Run a part of an operation; its error undoes that part alone."""
+    lines = len(tx.lines)
+    tx.run("SAVEPOINT flowstore_part")
+    try:
+        result = action()
+    except BaseException:
+        del tx.lines[lines:]
+        if tx.db.in_transaction:  # SQLite rolls everything back after some errors
+            tx.run("ROLLBACK TO flowstore_part")
+            tx.run("RELEASE flowstore_part")
+        raise
+    tx.run("RELEASE flowstore_part")
+    return result
+
+
 def _reserve_stack(frames: int) -> None:
     """RecursionError now, while nothing is held, if the end of a block would not have that many
     frames."""
@@ -3314,12 +3393,19 @@ class Transaction:
         return innermost
 
 
-class _Nested(NamedTuple):
-    """A block nested in an outermost one, its savepoint, and how many lines of the log it found."""
+class _Savepoint(NamedTuple):
+    """A savepoint in the transaction of an outermost block, which a nested block or a call has set.
 
-    block: weakref.ref[_Block]
-    savepoint: str
-    lines: int
+    It is kept until it is released. So whoever comes next finds what an interrupt has left."""
+
+    name: str
+    lines: int  # of the program's log, when it was set
+    block: weakref.ref[_Block] | None = None  # the nested block
+
+    def was_left(self) -> bool:
+        """Whether its block has ended, or its call: while a call runs, nobody asks."""
+        block = None if self.block is None else self.block()
+        return block is None or not block.is_open
 
 
 class _Block:
@@ -3334,12 +3420,14 @@ class _Block:
         self.read_only = read_only
         # Or it has a connection of its own, as one that only reads a file has.
         self.leads = engine.blocks_lead() and (engine.in_memory or not read_only)
+        # Whether writers may have to wait for its end.
+        self.holds_writers = self.leads or not (read_only or engine.options.read_only)
         self.thread: int | None = None  # the owner's; 0: a task, whose statements run in a worker
         self.owner: object = None
         self.begun = False  # True until the block ends
         self.parent: _Block | None = None
-        self.nested: list[_Nested] = []  # of an outermost block: open blocks, the innermost last
-        self.savepoint = ""
+        self.savepoints: list[_Savepoint] = []  # of an outermost block, the innermost last
+        self.savepoint = ""  # of a nested block
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
         self.undo: list[
             Callable[[], object]
@@ -3374,43 +3462,41 @@ class _Block:
         """Begin a transaction, or a savepoint in the parent's. Raises StoreBusy."""
         if self.parent is None:
             self._begin_transaction(deadline)
-            self.engine.open_blocks[self.owner] = self._ref
+            if self.holds_writers:
+                self.engine.open_blocks[hash(self.owner)] = self._ref
+            self.begun = True
         else:
+            # What is nested in the block that a running call belongs to would be a part of that.
+            self.parent._refuse_inside_call()
             connection = self.parent.connection
             with connection.lock:
                 tx = self.parent.tx()
                 self._connection = connection
-                # A new name: the savepoint of a block whose end never ran may still be there.
                 self.savepoint = f"flowstore_{new_id()[24:]}"
                 tx.run(f"SAVEPOINT {self.savepoint}")
-                self.root.nested.append(_Nested(self._ref, self.savepoint, len(tx.lines)))
-        self.begun = True
+                self.begun = True
+                savepoint = _Savepoint(self.savepoint, len(tx.lines), self._ref)
+                self.root.savepoints.append(savepoint)
 
     def _begin_transaction(self, deadline: float) -> None:
         engine = self.engine
         if self.leads:
             self._connection = engine.writer.connection
             self._call = _Call(deadline=deadline)
-            begin = functools.partial(engine.writer.begin_block, writes=not self.read_only)
+            writes = not (self.read_only or engine.options.read_only)
+            begin = functools.partial(engine.writer.begin_block, writes=writes)
             engine.writer.lead(self._call, begin, keep=True)
-            self._set_query_only(self.read_only)
         else:
             engine.retry_while_busy(self._begin_pooled)
 
     def _begin_pooled(self) -> None:
-        self._connection = self.engine.pool.check_out(writes=not self.read_only)
+        self._connection = self.engine.pool.check_out(writes=self.holds_writers)
         try:
             with self._connection.lock:
-                self.engine.begin_pooled(self._connection.use(), self.read_only)
+                self.engine.begin_pooled(self._connection.use(), not self.holds_writers)
         except BaseException:
             self._return_connection()
             raise
-
-    def _set_query_only(self, on: bool) -> None:
-        """In memory there is one connection, which has to refuse writes for the time of a block."""
-        if self.read_only:
-            with self.connection.lock:
-                self.connection.use().run(f"PRAGMA query_only = {on:d}")
 
     @property
     def is_open(self) -> bool:
@@ -3452,17 +3538,26 @@ class _Block:
             raise StorageError(
                 "the database ended this transaction, nothing of it was stored: run the block again"
             )
-        nested = self.root.nested
-        while nested and nested[-1].block() is None:  # its end never ran
-            with contextlib.suppress(StorageError):  # or only its RELEASE did
-                tx.run(f"ROLLBACK TO {nested[-1].savepoint}")
-            del tx.lines[nested.pop().lines :]
-        innermost = nested[-1].block() if nested else self.root
-        if innermost is not self:
+        self._undo_left(tx)
+        savepoints = self.root.savepoints
+        innermost = savepoints[-1].block if savepoints else self.root._ref
+        if innermost is not self._ref:
             raise StorageError(
                 "another task has a transaction nested in this one: let it end first"
             )
         return tx
+
+    def _undo_left(self, tx: _Tx) -> None:
+        """Undo what was written behind savepoints that blocks and calls have left."""
+        savepoints = self.root.savepoints
+        while savepoints and savepoints[-1].was_left():
+            left = savepoints[-1]
+            # There is none where only the interrupt came after RELEASE, or the transaction ended.
+            with contextlib.suppress(StorageError):
+                tx.run(f"ROLLBACK TO {left.name}")
+                tx.run(f"RELEASE {left.name}")
+            del tx.lines[left.lines :]
+            savepoints.pop()
 
     def run(self, call: _Call) -> Any:
         """Run an operation as a savepoint of its own."""
@@ -3474,8 +3569,8 @@ class _Block:
                 if self.read_only:
                     raise StorageError("the transaction is read-only: nothing can be changed in it")
             elif not self.engine.failed_reads_end_transactions:
-                return call.run(tx)
-            return self._in_savepoint(tx, lambda: call.run(tx))
+                return self.engine.unless_written(tx, lambda: call.run(tx))
+            return self._in_own_savepoint(tx, lambda: call.run(tx))
 
     def execute(self, sql: object, parameters: Any, *, many: bool = False) -> list[tuple[Any, ...]]:
         """Run a statement of the user's own."""
@@ -3498,7 +3593,7 @@ class _Block:
                 return rows
 
             try:
-                return self._in_savepoint(tx, run)
+                return self.engine.unless_written(tx, lambda: self._in_own_savepoint(tx, run))
             except (*_DRIVER_ERRORS, ValueError, LookupError) as error:
                 raise StorageError(f"the statement failed: {error}") from error
             except Exception as error:
@@ -3514,19 +3609,17 @@ class _Block:
         if self.connection.lock._is_owned():  # type: ignore[attr-defined]
             raise StorageError(_INTERRUPTS)
 
-    @staticmethod
-    def _in_savepoint(tx: _Tx, action: Callable[[], R]) -> R:
-        lines = len(tx.lines)
+    def _in_own_savepoint(self, tx: _Tx, action: Callable[[], R]) -> R:
+        savepoints = self.root.savepoints
+        savepoints.append(_Savepoint("flowstore_call", len(tx.lines)))
         tx.run("SAVEPOINT flowstore_call")
         try:
             result = action()
         except BaseException:
-            del tx.lines[lines:]
-            if tx.db.in_transaction:  # SQLite rolls everything back after some errors
-                tx.run("ROLLBACK TO flowstore_call")
-                tx.run("RELEASE flowstore_call")
+            self._undo_left(tx)
             raise
         tx.run("RELEASE flowstore_call")
+        savepoints.pop()
         return result
 
     def __exit__(
@@ -3551,19 +3644,18 @@ class _Block:
         try:
             with self.connection.lock:
                 tx = self.tx()
-                if self.leads:
-                    self._set_query_only(False)
                 if self.parent is not None:
-                    if not commit:
-                        tx.run(f"ROLLBACK TO {self.savepoint}")
-                        del tx.lines[self.root.nested[-1].lines :]
-                    tx.run(f"RELEASE {self.savepoint}")
+                    if commit:
+                        tx.run(f"RELEASE {self.savepoint}")
+                        self.root.savepoints.pop()
+                    else:
+                        self.begun = False
+                        self._undo_left(tx)
                 elif commit and self._call is None:
                     self.engine.commit_pooled(tx)
                     lines = tx.take_lines()
             if commit and self._call is not None:
                 self.engine.writer.lead(self._call, self.engine.writer.commit_block)
-                lines = self._call.lines
             if commit:
                 if self.parent is not None:
                     self.parent.undo += self.undo
@@ -3572,15 +3664,15 @@ class _Block:
             self._unregister()
             for undo in self.undo:
                 undo()
-        _write_lines(lines)
+            _write_lines(lines if self._call is None else self._call.lines)
 
     def _unregister(self) -> None:
         self.begun = False
         if self.parent is None:
-            self.engine.open_blocks.pop(self.owner, None)
+            open_blocks = self.engine.open_blocks
+            if open_blocks.get(hash(self.owner)) is self._ref:
+                del open_blocks[hash(self.owner)]
             self._return_connection()
-        else:
-            self.root.nested[:] = [one for one in self.root.nested if one.block is not self._ref]
 
     def _return_connection(self) -> None:
         """After an outermost block: hand the lead on, or check the reader in. Either rolls back
@@ -3775,6 +3867,7 @@ class _Engine(_Database):
     way."""
 
     max_writers = 1  # connections that write side by side
+    max_readers = sys.maxsize  # connections that read side by side
     poll_seconds = 0.02  # between two looks of a waiting thread at the commits of other processes
     failed_reads_end_transactions = False
 
@@ -3788,7 +3881,9 @@ class _Engine(_Database):
             self.retention = _Retention(self.foreign_keys, options.keep)
         self.commits = 0
         self.listeners = _CommitListeners()
-        self.open_blocks: dict[object, weakref.ref[_Block]] = {}  # by their thread or task
+        # The blocks for which writers wait, by the hash of their thread or task: a task that is a
+        # key would never be collected.
+        self.open_blocks: dict[int, weakref.ref[_Block]] = {}
         self.mutex = threading.RLock()
         self.pool = self.make_pool()
         self.writer = _Writer(self, self.log)
@@ -3829,9 +3924,11 @@ class _Engine(_Database):
             return self.run_pooled(call)
         if operation.writes and self.options.read_only:
             self.refuse_read_only()
-        self.run_write(call)
-        if call.lines:
-            _write_lines(call.lines)
+        try:
+            self.run_write(call)
+        finally:
+            if call.lines:
+                _write_lines(call.lines)
         if call.error is not None:
             try:
                 raise call.error
@@ -3842,16 +3939,20 @@ class _Engine(_Database):
     def run_pooled(self, call: _Call) -> Any:
         """Run an operation on a connection of the pool: one that reads, and on a server each."""
         run = functools.partial(self.run_on, call)
-        read = functools.partial(self.with_connection, run, call.operation.writes)
-        if self.cannot_lock or self.log_may_vanish:
-            return self.retry_while_busy(lambda: self._read_again_if_changed(read))
+        if self.cannot_lock:
+            run = functools.partial(self._run_without_locks, call)
+        writes = call.operation.writes
+        read = functools.partial(self.with_connection, run, writes, call.waits)
+        if self.log_may_vanish:
+            return self.retry_while_busy(lambda: self._read_again_if_log_lost(read))
         return self.retry_while_busy(read)
 
-    def _read_again_if_changed(self, read: Callable[[], Any]) -> Any:
-        """Read without a lock that holds: once more, if the file was written or its log deleted
-        meanwhile."""
+    def _run_without_locks(self, call: _Call, tx: _Tx) -> Any:
+        return self.unless_written(tx, lambda: self.run_on(call, tx))
+
+    def _read_again_if_log_lost(self, read: Callable[[], Any]) -> Any:
+        """Read without a lock that holds: once more, if the log was deleted meanwhile."""
         while True:
-            stamps = self._file_stamps()
             result: Any = None
             error: FlowStoreError | None = None
             try:
@@ -3860,14 +3961,10 @@ class _Engine(_Database):
                 error = failure
             if self.log is not None and self.log.was_deleted():
                 self.reopen_after_lost_log()
-            elif not self.cannot_lock or self._file_stamps() == stamps:
-                if error is not None:
-                    raise error
+            elif error is not None:
+                raise error
+            else:
                 return result
-
-    def _file_stamps(self) -> list[tuple[int, int]]:
-        """What changes when the file is written."""
-        return [_size_and_mtime(f"{self.path}{suffix}") for suffix in ("", "-wal")]
 
     def run_on(self, call: _Call, tx: _Tx) -> Any:
         """Run an operation on a connection of the pool. What it leaves open is rolled back as the
@@ -3876,10 +3973,12 @@ class _Engine(_Database):
             tx.run("BEGIN")
         return call.run(tx)
 
-    def with_connection(self, action: Callable[[_Tx], R], writes: bool = False) -> R:
+    def with_connection(
+        self, action: Callable[[_Tx], R], writes: bool = False, waits: bool = True
+    ) -> R:
         """Run `action` on a connection from the pool."""
         self.refuse_unprepared_fork()
-        connection = self.pool.check_out(writes)
+        connection = self.pool.check_out(writes, waits)
         # Under its lock to the end: a fork would take a read that is over for an open transaction.
         with connection.lock:
             try:
@@ -3897,7 +3996,8 @@ class _Engine(_Database):
             connection = self.pool.new_connection()
             with connection.lock:
                 try:
-                    return action(connection.use())
+                    tx = connection.use()
+                    return self.unless_written(tx, lambda: action(tx))
                 finally:
                     connection.close()
 
@@ -3987,10 +4087,10 @@ class _Engine(_Database):
         return None
 
     def has_block(self, owner: object) -> bool:
-        """Whether a thread or task has a transaction block open."""
-        reference = self.open_blocks.get(owner)
+        """Whether a thread or task has a transaction block open for which writers wait."""
+        reference = self.open_blocks.get(hash(owner))
         block = reference() if reference is not None else None
-        return block is not None and block.is_open
+        return block is not None and block.is_open and block.owner == owner
 
     def forbid_inside(self, what: str) -> None:
         """StorageError inside one's own transaction."""
@@ -4112,6 +4212,7 @@ class _Engine(_Database):
                     connection.leak()
         self.process = os.getpid()
         self.listeners = _CommitListeners()
+        self.open_blocks.clear()
         self.writer.leader = None
         self.writer.queue.clear()
         self.writer.group = []
@@ -4518,7 +4619,7 @@ def _drop_or_keep(
     if not keys:
         return *_drop(tx, rule, key, room), None
     try:
-        return *_Block._in_savepoint(tx, lambda: _drop(tx, rule, key, room)), None
+        return *_in_savepoint(tx, lambda: _drop(tx, rule, key, room)), None
     except StorageError as error:
         kinds = [kind.__name__ for kind in type(error.__cause__).__mro__]
         if "IntegrityError" not in kinds or not tx.db.in_transaction:
@@ -4621,7 +4722,7 @@ class _Retention:
             following: _PruneCursor | None = None
             drop = functools.partial(_prune_step, tx, keys, rule, before, cursor, room)
             try:
-                step = _Block._in_savepoint(tx, drop)
+                step = _in_savepoint(tx, drop)
                 following = step.cursor
                 room -= step.rows
                 if step.gone:
@@ -8333,6 +8434,7 @@ class _StoreBase(_Facet):
 
     def now(self) -> datetime:
         """The store's time, in UTC."""
+        self._engine.refuse_closed()
         time: datetime = self._engine.now()
         return time
 
@@ -8686,6 +8788,9 @@ class _AsyncEngine:
         self.engine = engine
         self.loop = asyncio.get_running_loop()
         self.turn = asyncio.Semaphore(engine.max_writers)
+        # Of blocks that only read: one that waited for a connection in a thread would keep that
+        # thread from those that could give theirs back.
+        self.read_turn = asyncio.Semaphore(engine.max_readers)
         self._waiting: list[_Call] = []  # for the next batch
         self._sender: asyncio.Task[None] | None = None
         self._is_committing = False  # a batch
@@ -8697,6 +8802,7 @@ class _AsyncEngine:
         self.worker = ThreadPoolExecutor(threads, "flowstore-writer")
         self._writers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-beside")
         self._readers = ThreadPoolExecutor(_IDLE_READERS, "flowstore-reader")
+        self._block_readers = ThreadPoolExecutor(2 * _IDLE_READERS, "flowstore-block-reader")
         self._others = ThreadPoolExecutor(32, "flowstore-aside")
 
     def __getattr__(self, name: str) -> Any:
@@ -8745,7 +8851,7 @@ class _AsyncEngine:
 
     def pool_of(self, block: _Block) -> Any:
         """The threads that run the statements of a block."""
-        return self.worker if block.leads or not block.read_only else self._readers
+        return self.worker if block.holds_writers else self._block_readers
 
     async def run_steps(
         self, method: _Method[Any, Any, R], facet: Any, /, *args: Any, **kwargs: Any
@@ -8803,7 +8909,7 @@ class _AsyncEngine:
         """Wait for the turn, then send the calls that wait. `_answer` gives the turn back."""
         first = self._waiting[0]
         try:
-            await self.take_turn(first.deadline)
+            await self.take_turn(self.turn, first.deadline)
             batch = [call for call in self._waiting[:_GROUP_MOST] if not call.future.done()]
             if not batch:  # all were cancelled
                 self.turn.release()
@@ -8831,10 +8937,10 @@ class _AsyncEngine:
                 call.future.set_result(call.result)
 
     # --- turns ---
-    async def take_turn(self, deadline: float) -> None:
+    async def take_turn(self, turn: Any, deadline: float) -> None:
         """Wait for the end of other tasks' batch or transaction; StoreBusy at the deadline."""
-        while not await self._acquire(self.turn, deadline):
-            if self.turn.locked() and not self._is_committing:
+        while not await self._acquire(turn, deadline):
+            if turn.locked() and not self._is_committing:
                 raise self.engine.busy_error()
             deadline = _monotonic() + 0.01  # a commit does not hold the store
 
@@ -8879,9 +8985,11 @@ class _AsyncEngine:
         await asyncio.shield(self._closing)
 
     def _end_waiting(self, closing: object) -> None:
-        for pool in (self.worker, self._readers, self._writers, self._others):
+        pools = self.worker, self._readers, self._block_readers, self._writers, self._others
+        for pool in pools:
             pool.shutdown(wait=False)
         self.turn.release()
+        self.read_turn.release()
 
 
 class AsyncTransaction:
@@ -8929,9 +9037,10 @@ class _AsyncBlock:
             if block.parent is not None:
                 await engine.wait_for_nested(block.parent)
                 self._turn.callback(block.parent.turn.release)
-            elif block.leads or not block.read_only:
-                await engine.take_turn(deadline)
-                self._turn.callback(engine.turn.release)
+            else:
+                turn = engine.turn if block.holds_writers else engine.read_turn
+                await engine.take_turn(turn, deadline)
+                self._turn.callback(turn.release)
             begun = engine.in_thread(block.begin, deadline, pool=engine.pool_of(block))
             begun.add_done_callback(asyncio.Future.exception)  # else asyncio may report it
             try:
@@ -8943,7 +9052,7 @@ class _AsyncBlock:
             except BaseException:
                 # The task may be cancelled while a thread still begins the block. The rollback
                 # comes behind that, and before any later call.
-                if engine.max_writers == 1:
+                if block.leads:
                     self._roll_back()
                 else:
                     begun.add_done_callback(self._roll_back)
@@ -8963,6 +9072,11 @@ class _AsyncBlock:
     def _roll_back(self, begun: object = None) -> None:
         with contextlib.suppress(StorageError):  # the store is closed
             self._finish(False)
+
+    def __del__(self) -> None:
+        if self._block.begun:  # its task was collected, and its end was not run
+            with contextlib.suppress(RuntimeError):  # the loop has ended, too
+                self._engine.loop.call_soon_threadsafe(self._roll_back)
 
     async def __aexit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         import asyncio
@@ -9037,7 +9151,7 @@ class AsyncEventStore(_AsyncFacet, EventStore):
         # The cursor is that of the call, not of the first event that is awaited. In memory, it is
         # behind the writes that were sent before.
         operation = EventStore.__dict__["_tail_start"]
-        call = _Call(operation=operation, facet=self, args=(after, execution_id))
+        call = _Call(operation=operation, facet=self, args=(after, execution_id), waits=False)
         self._engine.refuse_foreign()
         return (self._engine.send if self._engine.in_memory else self._engine.run_pooled)(call)
 
@@ -11345,9 +11459,11 @@ class _LimitedPool(_Pool):
             weakref.WeakValueDictionary[int, threading.Lock](),
         )
 
-    def check_out(self, writes: bool = False) -> _Connection:
+    def check_out(self, writes: bool = False, waits: bool = True) -> _Connection:
         """A connection for one call or block; StoreBusy when all connections stay in use too
         long."""
+        if not waits:
+            return super().check_out()  # even if it is one too many
         gate = threading.Lock()
         gates = self.gates[writes]
         deadline = _monotonic() + self.engine.options.busy_timeout
@@ -11401,6 +11517,7 @@ class _PostgresEngine(_Engine):
     own."""
 
     max_writers = _CONNECTIONS
+    max_readers = _CONNECTIONS
     dialect = _POSTGRES
     types: ClassVar[dict[str, str]] = {
         "INTEGER": "BIGINT",
@@ -11545,6 +11662,7 @@ class _PostgresEngine(_Engine):
                 tx.db.begin("SERIALIZABLE")
                 tx.run("SET LOCAL lock_timeout = 10")
                 self.retention.sweep(tx, functools.partial(self.commit_pooled, tx))
+            _write_lines(tx.take_lines())
 
     def begin_pooled(self, tx: _Tx, read_only: bool = True) -> None:
         """Begin the transaction of a block. One that loses against another is StoreBusy, and run
@@ -11552,7 +11670,7 @@ class _PostgresEngine(_Engine):
         tx.lines.clear()
         if not read_only:
             self._sweep(tx)
-        tx.db.begin("" if read_only or self.options.read_only else "SERIALIZABLE")
+        tx.db.begin("" if read_only else "SERIALIZABLE")
 
     def commit_pooled(self, tx: _Tx) -> None:
         """Commit. When the connection is lost in the middle, the server is asked whether it has
@@ -11634,6 +11752,7 @@ class _PostgresEngine(_Engine):
             connection.lock._at_fork_reinit()  # type: ignore[attr-defined]
             connection.leak()
         self.listeners = _CommitListeners()
+        self.open_blocks.clear()
         self.pool.forget_callers()
 
 

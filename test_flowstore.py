@@ -5046,9 +5046,10 @@ CLASSES: dict[str, type] = {
 }
 
 
-# What does not reach the database. An async store does not await it, nor what is used with `async with` or `async for`.
-UNTOUCHED = {"state.for_tenant", "workflows.supports_scheduled_commands", "store.now"}
+# What does not reach the store. An async store does not await it, nor what is used with `async with` or `async for`.
+UNTOUCHED = {"state.for_tenant", "workflows.supports_scheduled_commands"}
 NOT_AWAITED = UNTOUCHED | {
+    "store.now",
     "state.hold",
     "store.transaction",
     "store.run",
@@ -6280,9 +6281,11 @@ def test_a_read_only_store_refuses_every_write_and_answers_every_read(
     assert path.read_bytes() == before
 
 
-def test_a_read_only_store_refuses_the_users_own_writes(at_rest: Path) -> None:
+@parametrize("at", ["file", "memory"])
+def test_a_read_only_store_refuses_the_users_own_writes(at_rest: Path, at: str) -> None:
     before = at_rest.read_bytes()
-    with flowstore.open(at_rest, read_only=True) as store, store.transaction() as tx:
+    target = at_rest if at == "file" else ":memory:"
+    with flowstore.open(target, read_only=True) as store, store.transaction() as tx:
         assert tx.execute("SELECT 1 + 1") == [(2,)]
         raises(
             StorageError,
@@ -6290,6 +6293,7 @@ def test_a_read_only_store_refuses_the_users_own_writes(at_rest: Path) -> None:
             lambda: tx.execute("DELETE FROM flows"),
             lambda: tx.executemany("DELETE FROM flows WHERE id = ?", [("f",)]),
         )
+        assert tx.execute("SELECT id FROM flowstore_tenants") == [("default",)]
     assert at_rest.read_bytes() == before
 
 
@@ -6431,6 +6435,108 @@ def test_sqlite_a_log_that_goes_while_a_reader_looks_for_it_is_none(
     )  # a moment ago
     with flowstore.open(path, read_only=True) as store:
         assert store.events.list_executions() == []
+
+
+@pytest.fixture
+def unwritable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever only reads cannot write the folder, and so cannot lock the file."""
+    monkeypatch.setattr(flowstore, "_can_lock", lambda path: False)
+
+
+def rename_flow(path: Path, goal: str) -> None:
+    """What an owner of the file does to its one flow, before it closes the file."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as owner:
+        owner.execute("UPDATE flows SET goal = ?", (goal,))
+    os.utime(path, (0, path.stat().st_mtime + 1))  # the clock of a file system is coarse
+
+
+def before_each(store: Store, method: str, act: Call, most: int) -> list[int]:
+    """Acts before each call of the engine's method, so often at most; returns a list that counts the calls."""
+    calls: list[int] = []
+    called = getattr(store._engine, method)
+
+    def call(*arguments: Any) -> Any:
+        calls.append(len(calls))
+        if len(calls) <= most:
+            act()
+        return called(*arguments)
+
+    setattr(store._engine, method, call)
+    return calls
+
+
+@pytest.mark.usefixtures("unwritable")
+def test_sqlite_a_read_under_its_owners_locks_is_made_once_however_often_the_file_is_written(
+    file_store: Store, path: Path
+) -> None:
+    flow = file_store.flows.insert(Flow())
+    with flowstore.open(path, read_only=True) as reader:
+        calls = before_each(reader, "run_on", lambda: write(file_store, "run"), 5)
+        assert reader.flows.get(flow.id) == flow
+        assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("unwritable")
+def test_sqlite_a_read_without_locks_gives_up_when_the_file_is_written_for_busy_timeout(
+    at_rest: Path,
+) -> None:
+    times = itertools.count(10**9)
+
+    def touch() -> None:
+        os.utime(at_rest, (0, next(times)))
+
+    with flowstore.open(at_rest, read_only=True, busy_timeout=0.05) as reader:
+        calls = before_each(reader, "run_on", touch, 10**4)
+        with pytest.raises(StoreBusy):
+            reader.flows.get("f")
+        assert 1 < len(calls) < 10**4
+
+
+@pytest.mark.usefixtures("unwritable")
+def test_sqlite_a_block_without_locks_ends_when_the_file_is_written(path: Path) -> None:
+    with flowstore.open(path) as store:
+        store.flows.insert(Flow(id="f", goal="old"))
+    with flowstore.open(path, read_only=True) as reader:
+        reads: list[Callable[[flowstore.Transaction], object]] = [
+            lambda tx: tx.execute("SELECT goal FROM flows"),
+            lambda tx: reader.flows.get("f"),
+        ]
+        for read in reads:
+            with pytest.raises(StoreBusy, match="was written"), reader.transaction() as tx:
+                read(tx)
+                rename_flow(path, "new")
+                read(tx)
+            with reader.transaction(read_only=True) as tx:
+                read(tx)
+                assert tx.execute("SELECT goal FROM flows") == [("new",)]
+
+
+@pytest.mark.usefixtures("unwritable")
+def test_sqlite_a_backup_and_a_check_without_locks_begin_again_when_the_file_is_written(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with flowstore.open(path) as store:
+        store.flows.insert(Flow(id="f", goal="old"))
+    with flowstore.open(path, read_only=True) as reader:
+        # Its snapshot begins before the file is written, as far as it can tell.
+        calls = before_each(reader, "begin_pooled", lambda: rename_flow(path, "new"), 1)
+        reader.backup(tmp_path / "copy.db")
+        assert len(calls) == 2
+        problems = flowstore._problems
+        checks: list[object] = []
+
+        def check(tx: Any) -> list[str]:
+            checks.append(tx)
+            if len(checks) == 1:
+                rename_flow(path, "newer")
+                return ["torn"]
+            return problems(tx)
+
+        monkeypatch.setattr(flowstore, "_problems", check)
+        assert reader.check() == []
+    monkeypatch.undo()
+    with flowstore.open(tmp_path / "copy.db") as copy:
+        assert copy.check() == [] and execute(copy, "SELECT goal FROM flows") == [("new",)]
 
 
 def test_sqlite_a_file_named_by_a_link_has_its_log_beside_itself(path: Path) -> None:
@@ -8798,6 +8904,38 @@ def test_an_interrupt_caught_inside_a_block_leaves_all_or_nothing_of_the_call_an
     assert set(there) >= {f"{place}, after" for place in places}
 
 
+def fail_nested(store: Store, tx: flowstore.Transaction, key: int) -> None:
+    """A nested block that an exception leaves."""
+    with suppress(Stop), store.transaction():
+        tx.execute("INSERT INTO mine VALUES (?)", (key,))
+        tx.execute("INSERT INTO mine VALUES (?)", (-key,))
+        raise Stop
+
+
+def fail_many(store: Store, tx: flowstore.Transaction, key: int) -> None:
+    """A call that fails after some of its rows were written."""
+    with suppress(StorageError):
+        tx.executemany("INSERT INTO mine VALUES (?)", [(key,), (-key,), (0,)])
+
+
+@swallows
+@parametrize("call", [fail_nested, fail_many])
+@sqlite_only
+def test_an_interrupt_at_any_step_of_what_fails_inside_a_block_keeps_nothing_of_it(
+    store: Store, call: Callable[[Store, flowstore.Transaction, int], None]
+) -> None:
+    execute(store, "CREATE TABLE mine(id INTEGER PRIMARY KEY)")
+    execute(store, "INSERT INTO mine VALUES (0)")
+    with store.transaction() as tx:
+        places = steps(partial(call, store, tx, 1))
+    for place in places:
+        striker = Striker(place)
+        with store.transaction() as tx:
+            striker.run(partial(call, store, tx, place))
+        found = execute(store, "SELECT id FROM mine")
+        assert found == [(0,)], f"{found} after a strike at\n{striker.where}"
+
+
 # ----------------------------------------------------------------------------------------------- isolation
 
 
@@ -8956,6 +9094,25 @@ def test_a_read_only_transaction_is_one_snapshot_that_waits_for_no_writer(store:
     execute(store, "INSERT INTO mine VALUES (1)")
     with pytest.raises(InvalidData, match="read_only"):
         store.transaction(read_only=1)  # type: ignore[arg-type]
+
+
+def read_in_block(store: Store) -> None:
+    with store.transaction(read_only=True):
+        store.flows.get("f")
+
+
+@swallows
+def test_a_memory_store_can_be_written_again_wherever_a_read_only_transaction_was_struck() -> None:
+    with flowstore.open(":memory:", busy_timeout=1) as store:
+        for place in steps(partial(read_in_block, store)):
+            striker = Striker(place)
+            striker.run(partial(read_in_block, store))
+            try:
+                write(store, "run")
+                read_in_block(store)
+                store.compact()
+            except StorageError as error:
+                raise AssertionError(f"{error} after a strike at\n{striker.where}") from error
 
 
 def test_a_read_only_transaction_begins_while_another_one_writes(path: Path) -> None:
@@ -9367,6 +9524,23 @@ def memory_fork() -> None:
 @forking
 def test_a_memory_store_forks_into_two_independent_ones() -> None:
     in_child(memory_fork)
+
+
+@forking
+def test_a_memory_store_forked_inside_a_read_only_transaction_can_be_written_in_the_child() -> None:
+    with flowstore.open(":memory:") as store:
+        entered, leave = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with store.transaction(read_only=True):
+                entered.set()
+                leave.wait(WATCHDOG)
+
+        holding = Caller(hold)
+        assert entered.wait(WATCHDOG)
+        assert in_fork(lambda: write(store, "run")) == 1
+        leave.set()
+        assert holding.outcome() is None
 
 
 def fork_beside_a_waiting_call_and_a_generator(path: str) -> None:
@@ -10540,6 +10714,15 @@ def test_hold_renews_the_lease_in_the_background(store: Store, clock: Clock) -> 
         assert held.lost is False
         assert store.state.reclaim_expired_leases() == ReclaimResult(retryable=[], exhausted=[])
     assert store.state.complete_work_item(item).status == "completed"
+
+
+def test_hold_renews_the_lease_while_a_read_only_transaction_is_open(
+    file_store: Store, clock: Clock
+) -> None:
+    item = claimed(file_store)
+    with file_store.state.hold(item, lease_seconds=0.3), file_store.transaction(read_only=True):
+        expiry = clock.advance(0.2) + seconds(0.3)
+        until(lambda: in_thread(lambda: look(file_store, item.id)).lease_expires_at == expiry)
 
 
 def test_hold_tells_meanwhile_that_the_lease_was_lost(store: Store, clock: Clock) -> None:
@@ -15926,6 +16109,35 @@ def test_a_sweep_whose_commit_fails_is_not_the_failure_of_the_call(
         assert store.events.count_events("heartbeat") == 3 and store.flows.get("f") is not None
 
 
+def fail(store: Store) -> None:
+    store.flows.update_with_revision(Flow(id="unknown"))
+
+
+def fail_in_block(store: Store) -> None:
+    with store.transaction():
+        fail(store)
+
+
+@parametrize("call", [fail, fail_in_block])
+def test_what_a_sweep_has_dropped_is_told_though_the_call_fails(
+    make_store: MakeStore,
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    call: Callable[[Store], None],
+) -> None:
+    caplog.set_level(logging.INFO, "flowstore")
+    store = make_store(clock=clock, keep=timedelta(0))
+    flow_with(store, "failed")
+    for _ in range(20):  # a sweep looks through some of the kinds
+        clock.advance(1)
+        with pytest.raises(NotFound):
+            call(store)
+    assert store.stats()["tables"]["flows"] == 0
+    assert [line for line in pruned_lines(caplog) if "went" in line] == [
+        "prune: 1 flows went, kept {}"
+    ]
+
+
 def test_a_sweep_that_took_long_takes_less_the_next_time(
     make_store: MakeStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -16074,6 +16286,23 @@ def test_a_second_store_on_the_file_is_refused_in_a_block_that_it_would_wait_for
                 pass
             assert second.events.load_events("run") == []
         assert write(second, "run") == 1
+
+
+@parametrize("options", [{}, {"read_only": True}], ids=["plain", "read-only"])
+def test_a_second_store_waits_for_others_in_a_block_for_which_no_writer_waits(
+    path: Path, options: dict[str, bool]
+) -> None:
+    with (
+        flowstore.open(path) as store,
+        flowstore.open(path, read_only=True) as reader,
+        closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other,
+        reader.transaction(**options),
+    ):
+        other.execute("BEGIN IMMEDIATE")
+        timer = threading.Timer(0.1, other.rollback)
+        timer.start()
+        assert write(store, "run") == 1
+        timer.join()
 
 
 @sqlite_only
@@ -16936,6 +17165,31 @@ def test_a_cancelled_begin_gives_the_writer_back(in_loop: Any, tmp_path: Path) -
     in_loop(body)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@parametrize("nested", [False, True], ids=["outermost", "nested"])
+@sqlite_only
+def test_a_task_that_is_collected_in_its_block_leaves_the_store_to_others(
+    in_loop: Any, nested: bool
+) -> None:
+    async def body(store: AsyncStore) -> None:
+        async def hold() -> None:
+            async with store.transaction():
+                await store.flows.insert(Flow(id="lost"))
+                if nested:
+                    async with store.transaction():
+                        await asyncio.get_running_loop().create_future()
+                await asyncio.get_running_loop().create_future()
+
+        holder = weakref.ref(asyncio.create_task(hold()))
+        await asyncio.sleep(0.1)
+        gc.collect()
+        assert holder() is None
+        assert await store.flows.insert(Flow(id="other")) == await store.flows.get("other")
+        assert await store.flows.get("lost") is None
+
+    in_loop(body, busy_timeout=5)
+
+
 def test_a_loop_that_ends_in_the_middle_leaves_all_or_nothing(tmp_path: Path) -> None:
     async def body() -> None:
         store = await flowstore.open_async(tmp_path / "s.db")
@@ -17237,6 +17491,25 @@ def test_an_async_hold_renews_and_tells_a_lost_lease(in_loop: Any) -> None:
                 assert again is not None and again.lease_fence > item.lease_fence
 
     in_loop(body)
+
+
+def test_an_async_hold_renews_while_a_read_only_transaction_is_open(path: Path) -> None:
+    async def main() -> None:
+        async with flowstore.open_async(path, synchronous="OFF") as store:
+            await write(store, "run")
+            await store.state.enqueue_work_item(WorkItem(execution_id="run", queue_type="q"))
+            item = await store.state.claim_work_item("w", ["q"])
+            assert item is not None
+            async with (
+                asyncio.timeout(WATCHDOG),
+                store.state.hold(item, lease_seconds=0.09) as hold,
+                store.transaction(read_only=True),
+            ):
+                held = hold.expires
+                while hold.expires == held:
+                    await asyncio.sleep(0.005)
+
+    asyncio.run(main())
 
 
 def test_an_async_view_isolates_as_the_sync_one(in_loop: Loop) -> None:
@@ -19488,6 +19761,115 @@ def test_who_holds_a_row_goes_on_however_many_tasks_have_given_up_waiting_for_it
             } == {TimeoutError}
 
     asyncio.run(body())
+
+
+@postgres_only
+def test_a_call_that_waited_in_the_server_for_busy_timeout_is_not_tried_again(
+    postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with flowstore.open(postgres.target(), busy_timeout=0.2) as store:
+        flow = store.flows.insert(Flow())
+        with held_block(store, partial(store.flows.update_with_revision, flow)):
+            tries: list[object] = []
+            run_on = store._engine.run_on
+
+            def counted(*arguments: Any) -> Any:
+                tries.append(arguments)
+                return run_on(*arguments)
+
+            monkeypatch.setattr(store._engine, "run_on", counted)
+            with pytest.raises(StoreBusy):
+                store.flows.update_with_revision(flow)
+        assert len(tries) == 1
+
+
+@postgres_only
+def test_a_task_may_write_while_another_one_of_its_thread_reads_in_a_block(server: Store) -> None:
+    async def read(begun: asyncio.Event, leave: asyncio.Event) -> None:
+        with server.transaction(read_only=True):
+            begun.set()
+            await leave.wait()
+
+    async def main() -> None:
+        begun, leave = asyncio.Event(), asyncio.Event()
+        reader = asyncio.create_task(read(begun, leave))
+        await begun.wait()
+        assert write(server, "e1") == 1
+        leave.set()
+        await reader
+
+    asyncio.run(main())
+
+
+@postgres_only
+def test_a_task_that_reads_in_a_block_hides_no_block_of_another_one_of_its_thread(
+    server: Store,
+) -> None:
+    flow = server.flows.insert(Flow())
+
+    async def hold(begun: asyncio.Event, leave: asyncio.Event) -> None:
+        with server.transaction():
+            server.flows.update_with_revision(flow)
+            begun.set()
+            await leave.wait()
+
+    async def main() -> None:
+        begun, leave = asyncio.Event(), asyncio.Event()
+        holder = asyncio.create_task(hold(begun, leave))
+        await begun.wait()
+        with server.transaction(read_only=True):
+            assert server.flows.get(flow.id) == flow
+        with pytest.raises(StorageError, match="wait for itself"):
+            server.flows.update_with_revision(flow)
+        leave.set()
+        await holder
+
+    asyncio.run(main())
+
+
+@postgres_only
+@forking
+def test_a_thread_of_a_forked_child_has_no_block_of_a_thread_of_its_parent(server: Store) -> None:
+    with held_block(server):
+        assert in_fork(lambda: in_thread(lambda: write(server, "e1"))) == 1
+
+
+@postgres_only
+def test_more_tasks_that_read_in_blocks_than_there_are_connections_take_turns(
+    postgres: PostgresServer,
+) -> None:
+    async def main() -> None:
+        async with flowstore.open_async(postgres.target(), busy_timeout=60) as store:
+
+            async def read() -> None:
+                async with store.transaction(read_only=True):
+                    for _ in range(3):
+                        await store.flows.get("f")
+
+            async with asyncio.timeout(20):
+                reads = [store.flows.get("f") for _ in range(3 * flowstore._CONNECTIONS)]
+                blocks = [read() for _ in range(3 * flowstore._CONNECTIONS)]
+                await asyncio.gather(*blocks, *reads, *(read() for _ in blocks))
+
+    asyncio.run(main())
+
+
+@postgres_only
+def test_async_tail_does_not_wait_for_a_connection(postgres: PostgresServer) -> None:
+    async def main() -> None:
+        async with (
+            flowstore.open_async(postgres.target(), busy_timeout=0.5) as store,
+            contextlib.AsyncExitStack() as held,
+        ):
+            for _ in range(flowstore._CONNECTIONS):
+                block = store.transaction(read_only=True)
+                await asyncio.create_task(held.enter_async_context(block))
+            tail = store.events.tail(timeout=WATCHDOG)
+            await write(store, "run", "later")
+            await held.aclose()
+            assert (await anext(tail)).event["key"] == "later"
+
+    asyncio.run(main())
 
 
 @postgres_only
