@@ -7294,7 +7294,13 @@ class PersistenceProvider(_CommandFacet):
 
 _BRANCH_SECONDS = 0.2  # so long nothing is done in the other branches of a run before it is parked
 # The log may have events of the user's, too.
-_STEP_EVENTS = "step_completed step_failed sleep_started wait_completed wait_timed_out".split()
+_STEP_EVENTS = [
+    "step_completed",
+    "step_failed",
+    "sleep_started",
+    "wait_completed",
+    "wait_timed_out",
+]
 _BLOCK_QUEUE = "store.run"  # of the runs of blocks: no function has such a name
 _RUN_LOOK = _Sql("""SELECT tenant_id FROM flowstore_work_items
     {by sqlite_autoindex_flowstore_work_items_1}
