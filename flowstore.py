@@ -4860,13 +4860,6 @@ _PRUNED_ARTIFACTS = _PruneRule(
 _PRUNED_SNAPSHOT = _PruneRule("flowstore_snapshots", "id", ())
 
 
-def _drop_rest(tx: _Tx, execution_id: str) -> None:
-    """Drop what a prune has left of an execution, so that its id can begin anew."""
-    sql = "SELECT 1 FROM flowstore_executions WHERE execution_id = ? AND tenant_id = ''"
-    if tx.rows(sql, execution_id):
-        _drop(tx, _PRUNED["executions"], (execution_id,), _INT_MAX)
-
-
 # ==================================================================================================
 # FlowStore: revision-checked flows, their steps and their audit trail
 # ==================================================================================================
@@ -5212,8 +5205,7 @@ class EventStore(_LogFacet):
         tenant = _id(tenant_id, "tenant_id")
         sql = _LOG_HEAD.texts[self._dialect][0]
         head = tx.rows(sql, execution)
-        if not head or not head[0][0]:
-            _drop_rest(tx, execution)
+        if not head:
             if tx.row(_TENANT_STATUS, tenant) is None:
                 _add_tenant(tx, tenant)
             tx.run(_EXECUTION_INSERT, execution, tenant, tx.now())
@@ -5437,10 +5429,8 @@ class _Executions(_StateFacet):
 
         Raises AlreadyExists for an id that has a record or is another tenant's, NotFound for an
         unregistered tenant, LimitExceeded beyond the tenant's `max_concurrent_executions`."""
-        values = _RUN.encode(execution, now=tx.now()) | _without_none(tenant_id=self._tenant)
-        id = values["execution_id"]
-        _drop_rest(tx, id)
-        stored = _insert_values(tx, _RUN, values)
+        stored = _insert_record(tx, _RUN, execution, **_without_none(tenant_id=self._tenant))
+        id = stored.execution_id
         tenant = stored.tenant_id
         tx.run(_EXECUTION_INSERT, id, tenant, tx.now())
         if tx.row(_EXECUTION_TENANT.all, id) != (tenant,):
@@ -9607,9 +9597,13 @@ class _ViewReader:
         for row in self.facet._rows(self.tx, sql, *params):
             values = list(row)
             for index, decode in mapper._decoders:
-                # None stays, and so does what cannot be read: a view shows what is stored.
-                with contextlib.suppress(StoreCorrupt, *_UNREADABLE):
+                # None stays, and so does what cannot be read: a view shows what is stored. But
+                # views compute with times.
+                try:
                     values[index] = decode(values[index])
+                except (StoreCorrupt, *_UNREADABLE):
+                    if decode is _datetime_of and values[index] is not None:
+                        raise
             records.append(dict(zip(mapper.fields, values, strict=True)))
         return records
 

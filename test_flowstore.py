@@ -46,6 +46,7 @@ import threading
 import time
 import traceback
 import types
+import typing
 import unicodedata
 import uuid
 import warnings
@@ -6089,6 +6090,20 @@ def test_each_method_shows_the_contracts_signature_and_a_docstring() -> None:
         assert inspect.getdoc(getattr(CLASSES[facet], method)), name
 
 
+def test_the_hints_of_all_public_classes_and_functions_can_be_read() -> None:
+    for name in flowstore.__all__:
+        public = getattr(flowstore, name)
+        if inspect.isclass(public) or inspect.isfunction(public):
+            typing.get_type_hints(public)
+    assert typing.get_type_hints(flowstore.open)["return"] is Store
+    for name in SURFACE:
+        facet, method = name.split(".")
+        hints = typing.get_type_hints(getattr(CLASSES[facet], method))
+        signature = public_signature(name)
+        assert hints.keys() - {"return"} <= signature.parameters.keys()
+    assert typing.get_type_hints(StateBackend.claim_work_item)["return"] == WorkItem | None
+
+
 def test_every_public_method_has_a_row_in_the_table() -> None:
     there = {
         f"{facet}.{name}"
@@ -10756,6 +10771,23 @@ def test_settling_the_item_inside_the_block_does_not_lose_its_lease(store: Store
     assert look(store, item.id) == settled
 
 
+def test_a_lease_of_ages_is_held_and_its_loss_told(store: Store) -> None:
+    item = claimed(store)
+    with pytest.raises(LeaseLost), store.state.hold(item, lease_seconds=2.4e11) as hold:
+        assert hold.expires.year > 9000
+        in_thread(lambda: store.state.retry_work_item(item.id, delay=0))
+        claim(store, worker="thief")
+
+
+def test_a_lease_ends_in_the_year_9999_at_the_latest(store: Store, clock: Clock) -> None:
+    item = claimed(store)
+    last = datetime.max.replace(tzinfo=UTC)
+    clock.now = last - seconds(10)
+    assert store.state.renew_lease(item, lease_seconds=10) == last
+    with pytest.raises(InvalidData, match="lease_seconds"):
+        store.state.renew_lease(item, lease_seconds=10.000001)
+
+
 def test_a_stale_claim_cannot_be_held(store: Store) -> None:
     item = claimed(store)
     store.state.retry_work_item(item, delay=0)
@@ -10790,6 +10822,30 @@ def test_the_last_attempts_retry_is_a_dead_letter(store: Store) -> None:
         assert (letter.status, letter.dead_lettered_at) == ("dead_lettered", START)
         assert letter in store.state.list_dead_letters()
         assert look(store, item.id).status == "dead_lettered"
+
+
+def test_the_last_attempts_retry_needs_no_key(store: Store) -> None:
+    failed = claimed(store, unique_key="k", max_attempts=1)
+    store.state.fail_work_item(failed, "boom")
+    enqueue(store, unique_key="k")
+    assert isinstance(store.state.retry_work_item(failed.id), DeadLetter)
+
+
+def test_the_error_of_a_retry_is_kept_whatever_it_says(store: Store, clock: Clock) -> None:
+    item = claimed(store)
+    store.state.retry_work_item(item, "first", delay=0)
+    again = store.state.retry_work_item(claim(store), "the lease expired", delay=0)
+    assert again.last_error == "the lease expired"
+
+
+def test_a_dead_letter_is_requeued_under_its_own_fence_alone(store: Store) -> None:
+    old = claimed(store)
+    store.state.retry_work_item(old, delay=0)
+    new = claim(store)
+    store.state.move_to_dead_letter(new, "boom")
+    with pytest.raises(LeaseLost):
+        store.state.requeue_dead_letter(old)
+    assert store.state.requeue_dead_letter(new).id == new.id
 
 
 def test_a_backoff_is_asked_with_the_new_attempt(make_store: MakeStore, clock: Clock) -> None:
@@ -11506,6 +11562,55 @@ def test_max_running_and_rate_are_kept_by_threads_and_processes_that_are_killed(
             assert later - earlier < filled, "more than the bucket and what has filled it since"
 
 
+def test_a_batch_takes_back_as_many_expired_leases_as_single_claims(
+    store: Store, clock: Clock
+) -> None:
+    found = []
+    for batch in (True, False):
+        queue = f"q{batch}"
+        put(store, 40, queue_type=queue, priority=5)
+        store.state.claim_work_items("lost", [queue], 40)
+        clock.advance(60)
+        put(store, 40, queue_type=queue)
+        store.state.set_queue_policy(QueuePolicy(queue_type=queue, max_running=40))
+        if batch:
+            items = store.state.claim_work_items("w", [queue], 40)
+        else:
+            items = [claim(store, queue) for _ in range(40)]
+        found.append([item.priority for item in items])
+        assert store.state.claim_work_item("w", [queue]) is None
+    assert found == [[0] * 40] * 2
+
+
+@parametrize(
+    ("rate", "per_seconds"),
+    [(1, 1e303), (1e-303, 1), (1e100, 1e-300), (10**30, 1), (2**53 + 1, 1), (1e-310, 1)],
+)
+def test_any_rate_can_be_kept(store: Store, rate: float, per_seconds: float) -> None:
+    policy = QueuePolicy(queue_type="q", rate=rate, per_seconds=per_seconds)
+    assert store.state.set_queue_policy(policy) == store.state.get_queue_policy("q")
+    put(store, 2)
+    claim(store)
+    second = store.state.claim_work_item("w", ["q"])
+    assert (second is not None) == (rate > 1)
+
+
+def test_a_rate_goes_on_after_the_clock_was_put_back(store: Store, clock: Clock) -> None:
+    store.state.set_queue_policy(QueuePolicy(queue_type="q", rate=1))
+    now = clock.now
+    for years in (0, 70):
+        clock.now = now - timedelta(days=365 * years)
+        put(store, 2)
+        claim(store)
+        assert store.state.claim_work_item("w", ["q"]) is None
+        clock.advance(1)
+        claim(store)
+        store.state.set_queue_policy(QueuePolicy(queue_type="q", rate=1))
+        clock.now = now - timedelta(days=365 * 80)
+        put(store, 1)
+        claim(store)  # of a new policy the bucket is full, also before 1970
+
+
 @sqlite_only
 def test_an_enqueue_a_claim_and_an_end_write_few_pages(path: Path) -> None:
     with flowstore.open(path, synchronous="OFF") as store:
@@ -11938,6 +12043,16 @@ def test_an_empty_id_is_made_and_the_record_given_stays_as_it_was(
     assert uuid.UUID(made).version == 7
     assert (given.id, given.name, given.create_time) == ("", "", None)
     assert workflows.get_workflow_instance(uuid.UUID(made)).id == made
+
+
+def test_an_empty_id_of_a_subclass_with_an_init_of_its_own_is_made(
+    workflows: PersistenceProvider,
+) -> None:
+    class Mine(WorkflowInstance):
+        def __init__(self, definition: str) -> None:
+            super().__init__(id="", workflow_definition_id=definition)
+
+    assert workflows.get_workflow_instance(workflows.create_new_workflow(Mine("order")))
 
 
 def test_an_empty_name_is_the_next_of_its_definition_that_is_not_taken(
@@ -15477,6 +15592,14 @@ def test_a_prune_takes_the_data_of_every_tenant_and_leaves_each_its_own(
         assert view.get_events(f"ended of {tenant}") == []
 
 
+def test_a_prune_of_a_time_to_come_leaves_valid_tokens(store: Store, clock: Clock) -> None:
+    for days in (-1, 1):
+        plain, _ = store.state.create_token("n", "r", expires_at=clock.now + timedelta(days=days))
+    later = clock.now + timedelta(days=2)
+    assert store.prune(later, dry_run=True)["tokens"] == store.prune(later)["tokens"] == 1
+    assert store.state.validate_token(plain) is not None
+
+
 def test_an_execution_that_goes_in_pieces_is_nobodys_meanwhile(
     store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -17555,6 +17678,17 @@ def test_tail_gives_what_comes_each_once_in_order(store: Store) -> None:
     assert keys_in([*store.events.tail(found[-2].position, timeout=0)]) == ["2499"]
 
 
+def test_tail_goes_on_behind_any_number_of_events_that_it_passes_over(store: Store) -> None:
+    after = (write(store, "first") and store.events.read_all()[-1].position) + 1500
+    tails = [store.events.tail(after, timeout=0, execution_id=run) for run in ("e", None)]
+    with store.transaction():
+        # On a server positions have gaps, and those of a later transaction are far higher.
+        store.events.append_batch("e", "default", [EVENT] * 1600)
+    found = [[stored.sequence for stored in tail] for tail in tails]
+    assert found[0] == found[1]
+    assert found[0][-100:] == [*range(1501, 1601)]
+
+
 def test_tail_of_a_tenant_or_an_execution(store: Store) -> None:
     store.events.append("a", "acme", event("0"))
     place = store.events.read_all()[-1].position
@@ -18275,6 +18409,43 @@ def scrape(text: str) -> dict[str, dict[tuple[str, ...], float]]:
 
 def rendered_metrics(store: Store) -> str:
     return flowstore._render_metrics(flowstore._read_views(store)[0])
+
+
+@parametrize(
+    "damage",
+    [
+        "execution_pointers SET status = 'Pendinh'",
+        "flow_steps SET runtime = 'maNaged'",
+        "flow_steps SET created_at = 'x'",
+        "flowstore_work_items SET status = 'pendinh'",
+        "flowstore_work_items SET available_at = 'soon'",
+        "flowstore_log SET timestamp = 'x'",
+        "flows SET updated_at = 'x'",
+    ],
+)
+def test_a_damaged_value_is_shown_or_told_of_in_one_line(
+    path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with flowstore.open(path) as store:
+        furnish_plainly(store)
+        flow = flow_with(store)
+        store.flows.insert_step(FlowStep(flow_id=flow.id, run_id="r"))
+        host = created(store.workflows, execution_pointers=pointers("p"))
+        execute(store, f"UPDATE {damage}")
+    looks = [[command, str(path)] for command in ("show", "report", "metrics", "check")]
+    looks += [["show", str(path), id] for id in ("e1", flow.id, host.id)]
+    for look_at in looks:
+        assert flowstore.main(look_at) in (0, 1)
+        assert re.fullmatch(r"(flowstore: [^\n]+\n)?", capsys.readouterr().err)
+
+
+def test_metrics_are_utf_8_in_every_locale(path: Path) -> None:
+    with flowstore.open(path) as store:
+        enqueue(store, queue_type="f\xfcllen")
+    command = [sys.executable, str(flowstore.__file__), "metrics", str(path)]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=ascii_only, check=True)
+    assert 'queue="f\xfcllen"' in done.stdout.decode()
 
 
 def test_metrics_are_what_the_store_holds_whatever_its_queues_are_called(
@@ -19109,6 +19280,168 @@ with flowstore.open(sys.argv[1]) as store:
     for number in range(int(sys.argv[3])):
         print(store.events.append(sys.argv[2], "default", {"type": "t", "pid": os.getpid()}), flush=True)
 """
+
+
+@pytest.fixture
+def two_stores(postgres: PostgresServer, clock: Clock) -> Iterator[tuple[Store, Store]]:
+    """Two stores on one schema, with one clock."""
+    options: dict[str, Any] = {"clock": clock, "lease_seconds": 10, "synchronous": "OFF"}
+    with (
+        flowstore.open(postgres.target(), **options) as one,
+        flowstore.open(one.target, **options) as other,
+    ):
+        create(one)
+        yield one, other
+
+
+@postgres_only
+def test_a_claim_of_several_queues_locks_no_other_item_than_its_own(
+    two_stores: tuple[Store, Store],
+) -> None:
+    store, other = two_stores
+    for queue, priority in (("a", 50), ("b", 10), ("b", 5), ("c", 1), ("d", 50), ("d", 40)):
+        enqueue(store, queue_type=queue, priority=priority)
+    with store.transaction():
+        assert claim(store, "a", "b").priority == 50
+        assert claim(other, "b").priority == 10
+        batch = store.state.claim_work_items("w", ["c", "d"], 2)
+        assert [item.priority for item in batch] == [50, 40]
+        assert claim(other, "c").priority == 1
+
+
+@postgres_only
+def test_an_item_that_is_being_claimed_hides_no_other_one_of_its_queue(
+    two_stores: tuple[Store, Store],
+) -> None:
+    store, other = two_stores
+    for queue, priority in (("a", 10), ("a", 5), ("b", 0)):
+        enqueue(store, queue_type=queue, priority=priority)
+    with store.transaction():
+        assert claim(store, "a").priority == 10
+        assert claim(other, "a", "b").priority == 5
+
+
+@postgres_only
+def test_an_enqueue_that_keeps_the_holder_of_its_key_hides_it_from_no_claim(
+    two_stores: tuple[Store, Store],
+) -> None:
+    store, other = two_stores
+    id = enqueue(store, unique_key="k", priority=10)
+    enqueue(store)
+    again = WorkItem(execution_id="e1", queue_type="q", unique_key="k")
+    with store.transaction():
+        assert store.state.enqueue_work_item(again, on_conflict="keep") == id
+        assert claim(other).id == id
+
+
+@postgres_only
+def test_a_block_that_counted_the_leases_before_another_claim_is_refused(
+    two_stores: tuple[Store, Store],
+) -> None:
+    store, other = two_stores
+    store.state.set_queue_policy(QueuePolicy(queue_type="q", max_running=1))
+    enqueue(store)
+
+    def block() -> None:
+        with store.transaction():
+            store.flows.get("what a block reads first sets its snapshot")
+            enqueue(other, priority=10)
+            claim(other)
+            claim(store)
+
+    with pytest.raises(StoreBusy):
+        block()
+    assert len(store.state.list_work_items(status="claimed")) == 1
+
+
+@postgres_only
+@parametrize("policy", [False, True])
+def test_a_claim_that_has_waited_has_a_whole_lease(
+    two_stores: tuple[Store, Store], clock: Clock, policy: bool
+) -> None:
+    store, other = two_stores
+    if policy:
+        store.state.set_queue_policy(QueuePolicy(queue_type="q", max_running=9))
+    put(store, 2 if policy else 1)
+    with pytest.raises(Stop), store.transaction():
+        claim(store)
+        waiting = Caller(lambda: claim(other))
+        until(waiting.waits)
+        clock.advance(60)
+        raise Stop
+    item = waiting.result()
+    assert (item.claimed_at, item.lease_expires_at) == (clock.now, clock.now + seconds(10))
+
+
+@postgres_only
+def test_a_waiting_claim_does_not_spin_while_an_expired_lease_is_locked(
+    two_stores: tuple[Store, Store], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = two_stores
+    item = claimed(store)
+    clock.advance(60)
+    asked: list[datetime] = []
+
+    def ask(self: Clock) -> datetime:
+        asked.append(self.now)
+        return self.now
+
+    with store.transaction():
+        store.state.renew_lease(item)
+        monkeypatch.setattr(Clock, "__call__", ask)
+        assert in_thread(lambda: other.state.claim_work_item("w", ["q"], wait=1)) is None
+    assert len(asked) < 200, "each look asks the clock a few times"
+
+
+@postgres_only
+def test_the_positions_of_a_run_follow_its_sequences_and_a_tail_misses_none(
+    server: Store,
+) -> None:
+    tail = server.events.tail(0, timeout=30, execution_id="run")
+    with server.run("run") as run:
+
+        def steps(me: int) -> None:
+            for n in range(25):
+                run.step(f"{me}.{n}", str, n)
+
+        crowd(4, steps)
+    found = [next(tail).sequence for _ in range(102)]
+    assert found == [*range(1, 103)]
+    assert [stored.sequence for stored in server.events.read_all()] == found
+
+
+@postgres_only
+def test_a_tail_that_began_behind_many_uncommitted_numbers_goes_on(
+    two_stores: tuple[Store, Store],
+) -> None:
+    store, other = two_stores
+    with store.transaction():
+        store.flows.insert(Flow(id="older than all that follows"))
+        other.events.append_batch("e", "default", [EVENT] * 1100)
+        tails = [other.events.tail(timeout=0, execution_id=run) for run in ("e", None)]
+        write(other, "e", "new")
+    assert [keys_in([*tail]) for tail in tails] == [["new"], ["new"]]
+
+
+@postgres_only
+def test_in_a_block_read_all_shows_no_event_before_one_that_may_still_come(
+    two_stores: tuple[Store, Store],
+) -> None:
+    store, other = two_stores
+    with store.transaction():  # so many that both blocks are on other pages of each index
+        for n in range(2000):
+            write(store, f"seed-{n:05}")
+    last = store.events.read_all(limit=3000)[-1].position
+
+    def project() -> list[str]:
+        with other.transaction():
+            write(other, "seed-01999", "mine")
+            return keys_in(other.events.read_all(last))
+
+    with store.transaction():
+        write(store, "seed-00001", "slow")
+        assert in_thread(project) == []
+    assert project() == ["slow", "mine", "mine"]
 
 
 @postgres_only
