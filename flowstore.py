@@ -2743,10 +2743,10 @@ class _Checkpointer:
 
         Past 16 MB it waits, for a second at most, until the present readers have ended: new ones
         read past the log meanwhile. If a foreign reader holds the log longer, the next try comes 16
-        MB later."""
+        MB later. It does not wait while a block of this store is open that only reads."""
         try:
             size = self.log.size()
-            waits = size >= self.wait_at_bytes
+            waits = size >= self.wait_at_bytes and not self.connection.engine.snapshots
             deadline = _monotonic() + 1
             complete = self._copy_log()
             while waits and not complete and _monotonic() < deadline:
@@ -3464,6 +3464,8 @@ class _Block:
             self._begin_transaction(deadline)
             if self.holds_writers:
                 self.engine.open_blocks[hash(self.owner)] = self._ref
+            else:
+                self.engine.snapshots.add(self)
             self.begun = True
         else:
             # What is nested in the block that a running call belongs to would be a part of that.
@@ -3672,6 +3674,7 @@ class _Block:
             open_blocks = self.engine.open_blocks
             if open_blocks.get(hash(self.owner)) is self._ref:
                 del open_blocks[hash(self.owner)]
+            self.engine.snapshots.discard(self)
             self._return_connection()
 
     def _return_connection(self) -> None:
@@ -3884,6 +3887,7 @@ class _Engine(_Database):
         # The blocks for which writers wait, by the hash of their thread or task: a task that is a
         # key would never be collected.
         self.open_blocks: dict[int, weakref.ref[_Block]] = {}
+        self.snapshots: weakref.WeakSet[_Block] = weakref.WeakSet()  # the other open blocks
         self.mutex = threading.RLock()
         self.pool = self.make_pool()
         self.writer = _Writer(self, self.log)
@@ -4213,6 +4217,7 @@ class _Engine(_Database):
         self.process = os.getpid()
         self.listeners = _CommitListeners()
         self.open_blocks.clear()
+        self.snapshots.clear()
         self.writer.leader = None
         self.writer.queue.clear()
         self.writer.group = []

@@ -8283,6 +8283,30 @@ def test_an_append_an_enqueue_a_claim_and_an_end_take_few_python_calls(path: Pat
     )
 
 
+def test_no_checkpoint_waits_for_a_read_only_transaction_of_its_own_store(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with flowstore.open(path, synchronous="OFF") as store:
+        write(store, "e")
+        checkpointer = store._engine.writer.checkpointer
+        assert checkpointer is not None
+        copies: list[bool] = []
+        copy_log = checkpointer._copy_log
+
+        def noted() -> bool:
+            copies.append(copy_log())
+            return copies[-1]
+
+        monkeypatch.setattr(checkpointer, "_copy_log", noted)
+        with store.transaction(read_only=True):
+            for _ in range(5):
+                in_thread(lambda: store.state.put_artifact(os.urandom(5 << 20)))
+        assert copies.count(False) > 1 and len(copies) <= 5
+        copies.clear()
+        store.state.put_artifact(os.urandom(5 << 20))
+        assert copies[-1:] == [True]
+
+
 def test_nobody_checkpoints_without_the_write_lock(path: Path) -> None:
     """SQLite 3.7.0 to 3.51.2 can lose what another process commits while a checkpoint without it begins."""
     locked: list[tuple[str, bool]] = []
