@@ -3973,11 +3973,11 @@ class _Engine(_Database):
                 return block
         return None
 
-    def has_block(self, owner: object) -> bool:
-        """Whether a thread or task has a transaction block open."""
-        reference = self.open_blocks.get(owner)
-        block = reference() if reference is not None else None
-        return block is not None and block.is_open
+    def has_block(self, *owners: object) -> bool:
+        """Whether one of these threads or tasks has a transaction block open."""
+        references = [self.open_blocks[one] for one in owners if one in self.open_blocks]
+        blocks = [reference() for reference in references]
+        return any(block is not None and block.is_open for block in blocks)
 
     def forbid_inside(self, what: str) -> None:
         """StorageError inside one's own transaction."""
@@ -6505,7 +6505,7 @@ class _LeaseKeeper:
         self.lease_seconds = lease_seconds
         self._interval = max(0.01, lease_seconds / 3)  # seconds between two renewals
         self._state = state
-        self._owner: object = None  # the thread or task of the block
+        self._owners: set[object] = set()  # the thread or task of the block
 
     def _end(self, kind: type[BaseException] | None) -> None:
         if self.lost and kind is None:
@@ -6528,7 +6528,7 @@ class Hold(_LeaseKeeper):
         import _thread
 
         _reserve_stack(20)
-        self._owner = threading.get_ident()
+        self._owners.add(threading.get_ident())
         self._process = os.getpid()
         self._gate = threading.Lock()  # is released to end the renewals
         self._gate.acquire()
@@ -6572,7 +6572,7 @@ def _keep_lease(
             if hold is None:
                 return
             if not (
-                hold._state._engine.has_block(hold._owner) or hold._state._renew_lease_of(hold)
+                hold._state._engine.has_block(*hold._owners) or hold._state._renew_lease_of(hold)
             ):
                 return
             del hold
@@ -7115,7 +7115,13 @@ class PersistenceProvider(_CommandFacet):
 
 _BRANCH_SECONDS = 0.2  # so long nothing is done in the other branches of a run before it is parked
 # The log may have events of the user's, too.
-_STEP_EVENTS = "step_completed step_failed sleep_started wait_completed wait_timed_out".split()
+_STEP_EVENTS = (
+    "step_completed",
+    "step_failed",
+    "sleep_started",
+    "wait_completed",
+    "wait_timed_out",
+)
 _BLOCK_QUEUE = "store.run"  # of the runs of blocks: no function has such a name
 _RUN_LOOK = _Sql("""SELECT tenant_id FROM flowstore_work_items
     {by sqlite_autoindex_flowstore_work_items_1}
@@ -7322,6 +7328,7 @@ class Run(_RunFacet):
         step, event = yield from self._ask(name, "step_completed")
         block = self._engine.block()
         if block is not None:
+            self._branches.add(block.root.owner)
             block.undo.append(functools.partial(self._doubt, step))
         if event is not None:
             return event["result"]
@@ -7329,8 +7336,10 @@ class Run(_RunFacet):
         try:
             with self._lock:
                 self._under_way[step] = self._owner()
-            yield from self._go_on()
-            call = self._call(event, functools.partial(function, *args, **kwargs))
+            # In a block the row is locked: no other worker takes the run over before the commit.
+            yield from self._go_on(_RUN_LOOK if block is None else _RUN_LOCK)
+            bound = functools.partial(function, *args, **kwargs)
+            call = self._call(event, bound, block is not None)
             try:
                 if block is None:
                     text = yield from call
@@ -7341,7 +7350,7 @@ class Run(_RunFacet):
                     self._has_failed = True
                     event["error"] = _error_text(error)
                     with contextlib.suppress(FlowStoreError):  # the function's own error says more
-                        yield self._record(event)
+                        yield self._record(event, block is not None)
                 raise
         except BaseException:
             self._release(step)
@@ -7353,13 +7362,15 @@ class Run(_RunFacet):
             self._under_way.pop(step, None)
         return _decode_json(text)["result"]
 
-    def _call(self, event: dict[str, Any], function: Callable[[], Any]) -> _Steps[str]:
+    def _call(
+        self, event: dict[str, Any], function: Callable[[], Any], in_block: bool
+    ) -> _Steps[str]:
         """Call the function of a step, and record the event with its result; its text."""
         start = _monotonic()
         result = yield function()
         seconds = round(_monotonic() - start, 6)
         event.update(type="step_completed", result=result, seconds=seconds)
-        return cast("str", (yield self._record(event)))
+        return cast("str", (yield self._record(event, in_block)))
 
     @_steps
     def _walk(self, steps: _Steps[Any]) -> _Steps[Any]:
@@ -7491,7 +7502,7 @@ class Run(_RunFacet):
         return found
 
     # --- the lease ---
-    def _go_on(self) -> _Steps[None]:
+    def _go_on(self, look: _Sql = _RUN_LOOK) -> _Steps[None]:
         """Before anything new is done: only in a run that is this worker's, and goes on."""
         crew = self._crew
         if crew is None and self._closed:
@@ -7503,15 +7514,20 @@ class Run(_RunFacet):
                 yield from self._ask_for_more()
             self._suspended = True
             raise _Suspended
-        yield self._look()
+        yield self._look(look)
 
     @_read
-    def _look(self, tx: _Tx) -> None:
-        self._check_lease(tx, self._item, _RUN_LOOK)
+    def _look(self, tx: _Tx, look: _Sql) -> None:
+        self._check_lease(tx, self._item, look)
 
     @_write_row
-    def _record(self, tx: _Tx, event: Mapping[str, Any]) -> str:
-        self._check_lease(tx, self._item)
+    def _record(self, tx: _Tx, event: Mapping[str, Any], in_block: bool) -> str:
+        item: Any = self._item
+        self._check_lease(tx, item)
+        if in_block:  # during which the lease was not renewed
+            lease = (item.lease_expires_at - item.claimed_at).total_seconds()
+            expires = _time_after(tx.now(), lease, "lease_seconds")
+            self._run(tx, _RENEW, expires, item.id, item.lease_fence, None)
         return self._append(tx, self.id, self._item.tenant_id, event)
 
     # --- waiting ---
@@ -7911,6 +7927,7 @@ class _RunBlock:
     wait: float | None
     run: Any = None
     hold: Any = None
+    branches: set[object] = field(default_factory=set)
     process: int = 0
     # No other block has this name: steps side by side may take a completed run again.
     worker_id: str = field(default_factory=lambda: f"process {os.getpid()}, block {new_id()}")
@@ -7937,6 +7954,8 @@ class _BlockRuns(_RunRecords):
             raise
         run: Run = self._run_type(self._engine, record, item)
         run._recall(log)
+        block.branches |= run._branches
+        run._branches = block.branches
         block.run = run
         if block.hold is None:
             run.result = _result_in(log)
@@ -7958,6 +7977,7 @@ class _BlockRuns(_RunRecords):
             if item.worker_id == block.worker_id:
                 if block.hold is None:
                     block.hold = self._queue.hold(item, lease_seconds=block.lease)
+                    block.hold._owners = block.branches
                     block.hold.expires = item.lease_expires_at
                     try:
                         block.hold._start()
@@ -8080,7 +8100,7 @@ class _Crew:
         self.is_ending = False
         self.ended = 0
         self.branching: set[str] = set()  # functions with a branch that a wait had not known of
-        self.under_way: dict[object, WorkItem] = {}  # by their thread or task
+        self.under_way: dict[object, Run] = {}  # by their thread or task
 
     def stops(self) -> bool:
         """Whether no more is to be begun."""
@@ -8145,6 +8165,7 @@ class Runs(_BlockRuns):
         """Do one run after another, in a thread or a task."""
         owner = self._owner()
         end: _End | None = None
+        found_none = False
         try:
             while True:
                 try:
@@ -8163,8 +8184,12 @@ class Runs(_BlockRuns):
                 end = None
                 if claimed is not None:
                     end = yield from self._do_run(crew, *claimed)
+                    found_none = False
                     continue
                 crew.idle.add(owner)
+                if found_none:  # what is due is locked: by its run, whose lease has run out
+                    yield self._engine.wait(self._engine.commits, 1.0)
+                found_none = True
                 yield self._poll(self._has_work, math.inf, crew)
                 if crew.is_over():
                     return
@@ -8176,8 +8201,8 @@ class Runs(_BlockRuns):
     def _do_run(self, crew: _Crew, record: WorkflowExecution, item: WorkItem) -> _Steps[_End]:
         """Call the function of a run; how its claim ends."""
         owner = self._owner()
-        crew.under_way[owner] = item
         run: Run = self._run_type(self._engine, record, item, crew)
+        crew.under_way[owner] = run
         try:
             if crew.stops():
                 return _End(item)
@@ -8229,10 +8254,10 @@ class Runs(_BlockRuns):
     @_steps
     def _renew(self, crew: _Crew) -> _Steps[None]:
         """Renew the leases of the runs under way, except of those with an open transaction."""
-        for owner, item in list(crew.under_way.items()):
-            if not self._engine.has_block(owner):
+        for run in list(crew.under_way.values()):
+            if not self._engine.has_block(*run._branches):
                 with contextlib.suppress(FlowStoreError):  # the run finds out, or the next renewal
-                    yield self._queue.renew_lease(item)
+                    yield self._queue.renew_lease(run._item)
 
 
 # ==================================================================================================
@@ -8991,7 +9016,7 @@ class AsyncHold(_LeaseKeeper):
         import asyncio
 
         engine = self._state._engine
-        self._owner = asyncio.current_task()
+        self._owners.add(asyncio.current_task())
         self._task = engine.loop.create_task(self._keep()) if engine.block() is None else None
 
     async def _keep(self) -> None:
@@ -9000,7 +9025,7 @@ class AsyncHold(_LeaseKeeper):
         while True:
             await asyncio.sleep(self._interval)
             if not (
-                self._state._engine.has_block(self._owner)
+                self._state._engine.has_block(*self._owners)
                 or await self._state._renew_lease_of(self)
             ):
                 return
