@@ -3330,9 +3330,7 @@ class _Block:
         self.nested: list[_Nested] = []  # of an outermost block: open blocks, the innermost last
         self.savepoint = ""
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
-        self.undo: list[
-            Callable[[], object]
-        ] = []  # is called if the block is not committed for sure
+        self.undo: list[Callable[[], object]] = []  # is called unless it is surely committed
         self._call: _Call | None = None  # of an outermost block that leads the writer
         self._connection: _Connection | None = None
         self._ref: weakref.ref[_Block] = weakref.ref(self)
@@ -3975,8 +3973,8 @@ class _Engine(_Database):
 
     def has_block(self, *owners: object) -> bool:
         """Whether one of these threads or tasks has a transaction block open."""
-        references = [self.open_blocks[one] for one in owners if one in self.open_blocks]
-        blocks = [reference() for reference in references]
+        references = [self.open_blocks.get(owner) for owner in owners]
+        blocks = [reference() for reference in references if reference is not None]
         return any(block is not None and block.is_open for block in blocks)
 
     def forbid_inside(self, what: str) -> None:
@@ -7339,7 +7337,7 @@ class Run(_RunFacet):
             # In a block the row is locked: no other worker takes the run over before the commit.
             yield from self._go_on(_RUN_LOOK if block is None else _RUN_LOCK)
             bound = functools.partial(function, *args, **kwargs)
-            call = self._call(event, bound, block is not None)
+            call = self._call_and_record(event, bound, block is not None)
             try:
                 if block is None:
                     text = yield from call
@@ -7353,16 +7351,16 @@ class Run(_RunFacet):
                         yield self._record(event, block is not None)
                 raise
         except BaseException:
-            self._release(step)
             if event["type"] == "step_completed":
-                self._doubt(step)
+                self._doubt(step)  # its record may be stored all the same
+            self._release(step)
             raise
         finally:
             self._active_at = _monotonic()
             self._under_way.pop(step, None)
         return _decode_json(text)["result"]
 
-    def _call(
+    def _call_and_record(
         self, event: dict[str, Any], function: Callable[[], Any], in_block: bool
     ) -> _Steps[str]:
         """Call the function of a step, and record the event with its result; its text."""
@@ -7374,6 +7372,7 @@ class Run(_RunFacet):
 
     @_steps
     def _walk(self, steps: _Steps[Any]) -> _Steps[Any]:
+        """Walk through the steps of a generator."""
         return (yield from steps)
 
     def _in_savepoint(self, steps: _Steps[Any]) -> Any:
@@ -7752,6 +7751,8 @@ class _RunRecords(_RunFacet):
             same = {name: getattr(known, name) for name in fields}
             if json.dumps(same, sort_keys=True) == json.dumps(fields, sort_keys=True):
                 return known.execution_id
+        if id is not None:  # waits of an earlier run of it, which was pruned, have their old ends
+            tx.run(tx.dialect.resolve(_DROP_WAITS), id)
         given = {"initial_input": None} | fields
         record = WorkflowExecution(**given, **_without_none(execution_id=id))
         id = record.execution_id
@@ -7764,8 +7765,6 @@ class _RunRecords(_RunFacet):
                 )
             raise taken
         self._do(tx, StateBackend.create_execution, record)
-        # The waits of an earlier run of this id, which was pruned, would end at that one's times.
-        tx.run(tx.dialect.resolve(_DROP_WAITS), id)
         start = {"type": "execution_started", "input": record.initial_input}
         self._append(tx, id, record.tenant_id, start)
         item = WorkItem(id=id, execution_id=id, node_id=record.workflow_id, **options)
@@ -8005,8 +8004,7 @@ class _BlockRuns(_RunRecords):
         record, item = self._need_run(tx, id)
         if record.status == "cancelled":
             raise RunCancelled(id)
-        is_settled = item.settled_at is not None
-        if is_settled and (again or record.status != "completed"):
+        if item.settled_at and (again or record.status != "completed"):
             self._queue._refuse_second_key(tx, item)
         now = tx.now()
         expires = _time_after(now, block.lease, "lease_seconds")
@@ -8038,7 +8036,7 @@ class _BlockRuns(_RunRecords):
         elif isinstance(error, Exception):
             end = _End(run._item, "failed", {"error": _error_text(error)})
         try:
-            if error is None or isinstance(error, Exception):
+            if end.status != "pending":  # Ctrl-C and a cancelled task do not wait
                 run._closed = True
                 yield from run._end_steps()
             yield self._end_and_claim(None, end)
@@ -8206,7 +8204,7 @@ class Runs(_BlockRuns):
         try:
             if crew.stops():
                 return _End(item)
-            end = yield from self._call(run, crew.functions[record.workflow_id])
+            end = yield from self._call_function(run, crew.functions[record.workflow_id])
             run._closed = end is not None
             yield from run._end_steps()
         except BaseException:
@@ -8216,7 +8214,7 @@ class Runs(_BlockRuns):
             del crew.under_way[owner]
         return end or _End(item, parks=run if run._waits and not crew.stops() else None)
 
-    def _call(self, run: Run, function: Callable[..., Any]) -> _Steps[_End | None]:
+    def _call_function(self, run: Run, function: Callable[..., Any]) -> _Steps[_End | None]:
         """Call the function of a run; how the run's claim ends, None if the run is suspended."""
         item = run._item
         try:
@@ -8920,9 +8918,7 @@ class _AsyncBlock:
         except StorageError:
             if kind is None:
                 raise  # else what the block raised says more
-        except (
-            BaseException
-        ):  # the task was cancelled, and the block perhaps committed all the same
+        except BaseException:  # it was cancelled, and perhaps committed all the same
             for each in undo:
                 each()
             raise
