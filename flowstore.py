@@ -7319,9 +7319,11 @@ class Run(_RunFacet):
         """The result of `function(*args, **kwargs)`, done once however often the run begins again.
 
         The result is JSON, and comes back as JSON gives it back. In the caller's transaction, what
-        the function writes and the record of the step are stored together, exactly once. Outside,
-        the function is called again if its process was lost before the record. What the function
-        raises is recorded, and goes on. Raises InvalidData for a result that is not JSON."""
+        the function writes and the record of the step are stored together, exactly once; an error
+        undoes what it wrote. Outside, the function is called again if its process was lost before
+        the record. What the function raises is recorded, and goes on. A run ends, fails or is given
+        back when no step is under way in any thread or task. Raises InvalidData for a result that
+        is not JSON."""
         _check_callable(function, "function")
         step, event = yield from self._ask(name, "step_completed")
         block = self._engine.block()
