@@ -3429,9 +3429,7 @@ class _Block:
         self.savepoints: list[_Savepoint] = []  # of an outermost block, the innermost last
         self.savepoint = ""  # of a nested block
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
-        self.undo: list[
-            Callable[[], object]
-        ] = []  # is called if the block is not committed for sure
+        self.undo: list[Callable[[], object]] = []  # is called unless it is surely committed
         self._call: _Call | None = None  # of an outermost block that leads the writer
         self._connection: _Connection | None = None
         self._ref: weakref.ref[_Block] = weakref.ref(self)
@@ -4090,11 +4088,14 @@ class _Engine(_Database):
                 return block
         return None
 
-    def has_block(self, owner: object) -> bool:
-        """Whether a thread or task has a transaction block open for which writers wait."""
-        reference = self.open_blocks.get(hash(owner))
-        block = reference() if reference is not None else None
-        return block is not None and block.is_open and block.owner == owner
+    def has_block(self, *owners: object) -> bool:
+        """Whether one of these threads or tasks has a block open for which writers wait."""
+        for owner in owners:
+            reference = self.open_blocks.get(hash(owner))
+            block = reference() if reference is not None else None
+            if block is not None and block.is_open and block.owner == owner:
+                return True
+        return False
 
     def forbid_inside(self, what: str) -> None:
         """StorageError inside one's own transaction."""
@@ -6679,7 +6680,7 @@ class _LeaseKeeper:
         # Seconds between two renewals.
         self._interval = min(max(0.01, lease_seconds / 3), threading.TIMEOUT_MAX)
         self._state = state
-        self._owner: object = None  # the thread or task of the block
+        self._owners: set[object] = set()  # the thread or task of the block
 
     def _end(self, kind: type[BaseException] | None) -> None:
         if self.lost and kind is None:
@@ -6702,7 +6703,7 @@ class Hold(_LeaseKeeper):
         import _thread
 
         _reserve_stack(20)
-        self._owner = threading.get_ident()
+        self._owners.add(threading.get_ident())
         self._process = os.getpid()
         self._gate = threading.Lock()  # is released to end the renewals
         self._gate.acquire()
@@ -6746,7 +6747,7 @@ def _keep_lease(
             if hold is None:
                 return
             if not (
-                hold._state._engine.has_block(hold._owner) or hold._state._renew_lease_of(hold)
+                hold._state._engine.has_block(*hold._owners) or hold._state._renew_lease_of(hold)
             ):
                 return
             del hold
@@ -7289,13 +7290,13 @@ class PersistenceProvider(_CommandFacet):
 
 _BRANCH_SECONDS = 0.2  # so long nothing is done in the other branches of a run before it is parked
 # The log may have events of the user's, too.
-_STEP_EVENTS = [
+_STEP_EVENTS = (
     "step_completed",
     "step_failed",
     "sleep_started",
     "wait_completed",
     "wait_timed_out",
-]
+)
 _BLOCK_QUEUE = "store.run"  # of the runs of blocks: no function has such a name
 _RUN_LOOK = _Sql("""SELECT tenant_id FROM flowstore_work_items
     {by sqlite_autoindex_flowstore_work_items_1}
@@ -7494,13 +7495,16 @@ class Run(_RunFacet):
         """The result of `function(*args, **kwargs)`, done once however often the run begins again.
 
         The result is JSON, and comes back as JSON gives it back. In the caller's transaction, what
-        the function writes and the record of the step are stored together, exactly once. Outside,
-        the function is called again if its process was lost before the record. What the function
-        raises is recorded, and goes on. Raises InvalidData for a result that is not JSON."""
+        the function writes and the record of the step are stored together, exactly once; an error
+        undoes what it wrote. Outside, the function is called again if its process was lost before
+        the record. What the function raises is recorded, and goes on. A run ends, fails or is given
+        back when no step is under way in any thread or task. Raises InvalidData for a result that
+        is not JSON."""
         _check_callable(function, "function")
         step, event = yield from self._ask(name, "step_completed")
         block = self._engine.block()
         if block is not None:
+            self._branches.add(block.root.owner)
             block.undo.append(functools.partial(self._doubt, step))
         if event is not None:
             return event["result"]
@@ -7508,8 +7512,10 @@ class Run(_RunFacet):
         try:
             with self._lock:
                 self._under_way[step] = self._owner()
-            yield from self._go_on()
-            call = self._call(event, functools.partial(function, *args, **kwargs))
+            # In a block the row is locked: no other worker takes the run over before the commit.
+            yield from self._go_on(_RUN_LOOK if block is None else _RUN_LOCK)
+            bound = functools.partial(function, *args, **kwargs)
+            call = self._call_and_record(event, bound, block is not None)
             try:
                 if block is None:
                     text = yield from call
@@ -7520,28 +7526,31 @@ class Run(_RunFacet):
                     self._has_failed = True
                     event["error"] = _error_text(error)
                     with contextlib.suppress(FlowStoreError):  # the function's own error says more
-                        yield self._record(event)
+                        yield self._record(event, block is not None)
                 raise
         except BaseException:
-            self._release(step)
             if event["type"] == "step_completed":
-                self._doubt(step)
+                self._doubt(step)  # its record may be stored all the same
+            self._release(step)
             raise
         finally:
             self._active_at = _monotonic()
             self._under_way.pop(step, None)
         return _decode_json(text)["result"]
 
-    def _call(self, event: dict[str, Any], function: Callable[[], Any]) -> _Steps[str]:
+    def _call_and_record(
+        self, event: dict[str, Any], function: Callable[[], Any], in_block: bool
+    ) -> _Steps[str]:
         """Call the function of a step, and record the event with its result; its text."""
         start = _monotonic()
         result = yield function()
         seconds = round(_monotonic() - start, 6)
         event.update(type="step_completed", result=result, seconds=seconds)
-        return cast("str", (yield self._record(event)))
+        return cast("str", (yield self._record(event, in_block)))
 
     @_steps
     def _walk(self, steps: _Steps[Any]) -> _Steps[Any]:
+        """Walk through the steps of a generator."""
         return (yield from steps)
 
     def _in_savepoint(self, steps: _Steps[Any]) -> Any:
@@ -7670,7 +7679,7 @@ class Run(_RunFacet):
         return found
 
     # --- the lease ---
-    def _go_on(self) -> _Steps[None]:
+    def _go_on(self, look: _Sql = _RUN_LOOK) -> _Steps[None]:
         """Before anything new is done: only in a run that is this worker's, and goes on."""
         crew = self._crew
         if crew is None and self._closed:
@@ -7682,15 +7691,20 @@ class Run(_RunFacet):
                 yield from self._ask_for_more()
             self._suspended = True
             raise _Suspended
-        yield self._look()
+        yield self._look(look)
 
     @_read
-    def _look(self, tx: _Tx) -> None:
-        self._check_lease(tx, self._item, _RUN_LOOK)
+    def _look(self, tx: _Tx, look: _Sql) -> None:
+        self._check_lease(tx, self._item, look)
 
     @_write_row
-    def _record(self, tx: _Tx, event: Mapping[str, Any]) -> str:
-        self._check_lease(tx, self._item)
+    def _record(self, tx: _Tx, event: Mapping[str, Any], in_block: bool) -> str:
+        item: Any = self._item
+        self._check_lease(tx, item)
+        if in_block:  # during which the lease was not renewed
+            lease = (item.lease_expires_at - item.claimed_at).total_seconds()
+            expires = _time_after(tx.now(), lease, "lease_seconds")
+            self._run(tx, _RENEW, expires, item.id, item.lease_fence, None)
         return self._append(tx, self.id, self._item.tenant_id, event)
 
     # --- waiting ---
@@ -7915,6 +7929,8 @@ class _RunRecords(_RunFacet):
             same = {name: getattr(known, name) for name in fields}
             if json.dumps(same, sort_keys=True) == json.dumps(fields, sort_keys=True):
                 return known.execution_id
+        if id is not None:  # waits of an earlier run of it, which was pruned, have their old ends
+            tx.run(tx.dialect.resolve(_DROP_WAITS), id)
         given = {"initial_input": None} | fields
         record = WorkflowExecution(**given, **_without_none(execution_id=id))
         id = record.execution_id
@@ -7927,8 +7943,6 @@ class _RunRecords(_RunFacet):
                 )
             raise taken
         self._do(tx, StateBackend.create_execution, record)
-        # The waits of an earlier run of this id, which was pruned, would end at that one's times.
-        tx.run(tx.dialect.resolve(_DROP_WAITS), id)
         start = {"type": "execution_started", "input": record.initial_input}
         self._append(tx, id, record.tenant_id, start)
         item = WorkItem(id=id, execution_id=id, node_id=record.workflow_id, **options)
@@ -8090,6 +8104,7 @@ class _RunBlock:
     wait: float | None
     run: Any = None
     hold: Any = None
+    branches: set[object] = field(default_factory=set)
     process: int = 0
     # No other block has this name: steps side by side may take a completed run again.
     worker_id: str = field(default_factory=lambda: f"process {os.getpid()}, block {new_id()}")
@@ -8116,6 +8131,8 @@ class _BlockRuns(_RunRecords):
             raise
         run: Run = self._run_type(self._engine, record, item)
         run._recall(log)
+        block.branches |= run._branches
+        run._branches = block.branches
         block.run = run
         if block.hold is None:
             run.result = _result_in(log)
@@ -8137,6 +8154,7 @@ class _BlockRuns(_RunRecords):
             if item.worker_id == block.worker_id:
                 if block.hold is None:
                     block.hold = self._queue.hold(item, lease_seconds=block.lease)
+                    block.hold._owners = block.branches
                     block.hold.expires = item.lease_expires_at
                     try:
                         block.hold._start()
@@ -8164,8 +8182,7 @@ class _BlockRuns(_RunRecords):
         record, item = self._need_run(tx, id)
         if record.status == "cancelled":
             raise RunCancelled(id)
-        is_settled = item.settled_at is not None
-        if is_settled and (again or record.status != "completed"):
+        if item.settled_at and (again or record.status != "completed"):
             self._queue._refuse_second_key(tx, item)
         now = tx.now()
         expires = _time_after(now, block.lease, "lease_seconds")
@@ -8197,7 +8214,7 @@ class _BlockRuns(_RunRecords):
         elif isinstance(error, Exception):
             end = _End(run._item, "failed", {"error": _error_text(error)})
         try:
-            if error is None or isinstance(error, Exception):
+            if end.status != "pending":  # Ctrl-C and a cancelled task do not wait
                 run._closed = True
                 yield from run._end_steps()
             yield self._end_and_claim(None, end)
@@ -8260,7 +8277,7 @@ class _Crew:
         self.is_ending = False
         self.ended = 0
         self.branching: set[str] = set()  # functions with a branch that a wait had not known of
-        self.under_way: dict[object, WorkItem] = {}  # by their thread or task
+        self.under_way: dict[object, Run] = {}  # by their thread or task
 
     def stops(self) -> bool:
         """Whether no more is to be begun."""
@@ -8325,6 +8342,7 @@ class Runs(_BlockRuns):
         """Do one run after another, in a thread or a task."""
         owner = self._owner()
         end: _End | None = None
+        found_none = False
         try:
             while True:
                 try:
@@ -8343,8 +8361,12 @@ class Runs(_BlockRuns):
                 end = None
                 if claimed is not None:
                     end = yield from self._do_run(crew, *claimed)
+                    found_none = False
                     continue
                 crew.idle.add(owner)
+                if found_none:  # what is due is locked: by its run, whose lease has run out
+                    yield self._engine.wait(self._engine.commits, 1.0)
+                found_none = True
                 yield self._poll(self._has_work, math.inf, crew)
                 if crew.is_over():
                     return
@@ -8356,12 +8378,12 @@ class Runs(_BlockRuns):
     def _do_run(self, crew: _Crew, record: WorkflowExecution, item: WorkItem) -> _Steps[_End]:
         """Call the function of a run; how its claim ends."""
         owner = self._owner()
-        crew.under_way[owner] = item
         run: Run = self._run_type(self._engine, record, item, crew)
+        crew.under_way[owner] = run
         try:
             if crew.stops():
                 return _End(item)
-            end = yield from self._call(run, crew.functions[record.workflow_id])
+            end = yield from self._call_function(run, crew.functions[record.workflow_id])
             run._closed = end is not None
             yield from run._end_steps()
         except BaseException:
@@ -8371,7 +8393,7 @@ class Runs(_BlockRuns):
             del crew.under_way[owner]
         return end or _End(item, parks=run if run._waits and not crew.stops() else None)
 
-    def _call(self, run: Run, function: Callable[..., Any]) -> _Steps[_End | None]:
+    def _call_function(self, run: Run, function: Callable[..., Any]) -> _Steps[_End | None]:
         """Call the function of a run; how the run's claim ends, None if the run is suspended."""
         item = run._item
         try:
@@ -8409,10 +8431,10 @@ class Runs(_BlockRuns):
     @_steps
     def _renew(self, crew: _Crew) -> _Steps[None]:
         """Renew the leases of the runs under way, except of those with an open transaction."""
-        for owner, item in list(crew.under_way.items()):
-            if not self._engine.has_block(owner):
+        for run in list(crew.under_way.values()):
+            if not self._engine.has_block(*run._branches):
                 with contextlib.suppress(FlowStoreError):  # the run finds out, or the next renewal
-                    yield self._queue.renew_lease(item)
+                    yield self._queue.renew_lease(run._item)
 
 
 # ==================================================================================================
@@ -9092,9 +9114,7 @@ class _AsyncBlock:
         except StorageError:
             if kind is None:
                 raise  # else what the block raised says more
-        except (
-            BaseException
-        ):  # the task was cancelled, and the block perhaps committed all the same
+        except BaseException:  # it was cancelled, and perhaps committed all the same
             for each in undo:
                 each()
             raise
@@ -9188,7 +9208,7 @@ class AsyncHold(_LeaseKeeper):
         import asyncio
 
         engine = self._state._engine
-        self._owner = asyncio.current_task()
+        self._owners.add(asyncio.current_task())
         self._task = engine.loop.create_task(self._keep()) if engine.block() is None else None
 
     async def _keep(self) -> None:
@@ -9197,7 +9217,7 @@ class AsyncHold(_LeaseKeeper):
         while True:
             await asyncio.sleep(self._interval)
             if not (
-                self._state._engine.has_block(self._owner)
+                self._state._engine.has_block(*self._owners)
                 or await self._state._renew_lease_of(self)
             ):
                 return

@@ -13482,6 +13482,48 @@ def test_a_step_in_a_transaction_is_stored_with_what_it_writes(store: Store) -> 
     assert execute(store, "SELECT id FROM orders ORDER BY id") == [(2,), (3,)]
 
 
+def test_a_step_in_a_transaction_that_outlasts_the_lease_renews_it(
+    store: Store, clock: Clock
+) -> None:
+    def slow() -> None:
+        clock.advance(60)
+        if store._engine.max_writers > 1:  # others write during the transaction
+            assert Caller(store.state.reclaim_expired_leases).outcome().retryable == []
+
+    with store.run("a", lease_seconds=7) as run:
+        with store.transaction():
+            run.step("slow", slow)
+        assert look(store, "a").lease_expires_at == clock.now + seconds(7)
+        assert store.state.reclaim_expired_leases().retryable == []
+    assert run_status(store, "a") == ("completed", "completed")
+
+
+@parametrize("way", ["worker", "block"])
+def test_the_lease_of_a_run_is_not_renewed_while_a_branch_has_a_transaction(
+    make_store: MakeStore, calls: Calls, way: str
+) -> None:
+    store = make_store(lease_seconds=0.6)
+
+    def branch(run: Any) -> None:
+        run.step("before", str)
+        with store.transaction():
+            time.sleep(0.4)  # longer than a third of the lease
+            run.step("slow", calls, 7)
+
+    def work(run: Any, input: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(branch, run).result()
+
+    if way == "block":
+        with store.run("a") as run:
+            work(run, None)
+    else:
+        store.runs.start(work, id="a", max_attempts=1)
+        assert due(store, work) == 1
+    assert run_status(store, "a") == ("completed", "completed")
+    assert calls == [7]
+
+
 def test_a_step_in_a_nested_transaction_is_undone_with_it(store: Store, calls: Calls) -> None:
     with store.run("a") as run:
         with store.transaction():
@@ -13979,6 +14021,29 @@ except KeyboardInterrupt:
     with flowstore.open(path) as store:
         assert run_status(store, "a") == ("pending", "pending")
         assert look(store, "a").attempt == 0
+
+
+def test_an_idle_worker_looks_now_and_then_for_an_expired_run_that_is_locked(
+    server: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = flowstore._RunRecords.__dict__["_end_and_claim"]
+    look, looks = method.function, []
+
+    def counted(*arguments: Any) -> Any:
+        looks.append(1)
+        return look(*arguments)
+
+    monkeypatch.setattr(method, "function", counted)
+    stop = threading.Event()
+    server.runs.start(do_nothing, id="a")
+    assert server.state.claim_work_item("lost", ["do_nothing"], lease_seconds=0)
+    with server.transaction() as tx:
+        tx.execute("SELECT id FROM flowstore_work_items WHERE id = 'a' FOR UPDATE")
+        worker = Caller(partial(server.runs.work, do_nothing, stop=stop))
+        time.sleep(0.5)
+        stop.set()
+        worker.outcome()
+    assert 1 < len(looks) < 50
 
 
 # --- results ---
