@@ -3671,7 +3671,7 @@ class _Block:
         if self.parent is None:
             open_blocks = self.engine.open_blocks
             if open_blocks.get(hash(self.owner)) is self._ref:
-                del open_blocks[hash(self.owner)]
+                open_blocks.pop(hash(self.owner), None)  # a signal handler's block may have been
             self.engine.snapshots.discard(self)
             self._return_connection()
 
@@ -10367,7 +10367,9 @@ def _print_metrics(args: Any) -> None:
     """Print counts, ages and sizes in Prometheus' text format."""
     with open(args.store, read_only=True) as store:
         text = _render_metrics(_read_views(store)[0])
-    sys.stdout.buffer.write(text.encode())  # UTF-8 in every locale
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")  # in every locale
+    print(text, end="")
 
 
 def _tail(args: Any) -> None:
