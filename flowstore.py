@@ -3671,7 +3671,7 @@ class _Block:
         if self.parent is None:
             open_blocks = self.engine.open_blocks
             if open_blocks.get(hash(self.owner)) is self._ref:
-                open_blocks.pop(hash(self.owner), None)  # a signal handler's block may have been
+                open_blocks.pop(hash(self.owner), None)  # a handler's block may have taken it
             self.engine.snapshots.discard(self)
             self._return_connection()
 
