@@ -6455,29 +6455,24 @@ class _Keepsakes(_StateFacet):
         execution = _id(execution_id, "execution_id")
         return _SNAPSHOT.maybe(self._row(tx, _SNAPSHOT_LATEST, execution, _INT_MAX))
 
-    @_steps
-    def prune_snapshots(self, execution_id: AnyId, keep: int = 1) -> _Steps[int]:
+    @_write
+    def prune_snapshots(self, tx: _Tx, execution_id: AnyId, keep: int = 1) -> int:
         """Drop all but the newest `keep` snapshots of an execution; how many went.
 
         As in `Store.prune`, a snapshot stays when rows of the user's own tables refer to it by a
         foreign key."""
-        holders = yield self._prune_snapshots(execution_id, keep)
-        kept = Counter(filter(None, holders))
-        gone = len(holders) - kept.total()
-        if kept:
-            _log(_INFO, _PRUNE_LINE, gone, "snapshots", dict(kept))
-        return gone
-
-    @_write
-    def _prune_snapshots(self, tx: _Tx, execution_id: AnyId, keep: int) -> list[str | None]:
-        """For each of the older snapshots: None, or the table that refers to it and keeps it."""
         execution = _id(execution_id, "execution_id")
         older = self._rows(tx, _OLDER_SNAPSHOTS, execution, execution, _count(keep, "keep"))
         keys = _foreign_keys(tx, self._engine.foreign_keys)
         if not keys:
             tx.run_many("DELETE FROM flowstore_snapshots WHERE id = ?", older)
-            return [None] * len(older)
-        return [_drop_whole(tx, _PRUNED_SNAPSHOT, id, keys) for (id,) in older]
+            return len(older)
+        holders = [_drop_whole(tx, _PRUNED_SNAPSHOT, id, keys) for (id,) in older]
+        kept = Counter(filter(None, holders))
+        gone = len(older) - kept.total()
+        if kept:
+            tx.lines.append((_INFO, _PRUNE_LINE, gone, "snapshots", dict(kept)))
+        return gone
 
     @_steps
     def replay(
