@@ -8295,13 +8295,10 @@ class Runs(_BlockRuns):
         try:
             serving.extend(pool.submit(self._serve, crew) for _ in range(concurrency))
             keep_leases()
-        except BaseException:  # Ctrl-C; another one does not wait for the steps under way
-            crew.is_ending = True
-            keep_leases()
-            raise
-        finally:
+        finally:  # after Ctrl-C, too; another one does not wait for the steps under way
             crew.is_ending = True
             pool.shutdown(wait=False)
+            keep_leases()
         for future in serving:
             future.result()
         return crew.ended
