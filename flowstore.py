@@ -407,7 +407,7 @@ class SchemaError(StorageError):
 DEFAULT_TENANT = "default"
 """The tenant that is always registered."""
 
-# Annotations of records. The chapter Rows finds the codec of a column by this name.
+# Annotations of records. By this name, the chapter Rows finds how a field is written and read.
 Id = str
 Ref = str
 Key = str
@@ -1478,35 +1478,38 @@ def _error_text(error: BaseException) -> str:
     return text.replace("\0", "").encode(errors="backslashreplace").decode()
 
 
-# How a field goes into its column, and comes out of it, by the field's annotation.
+# By the annotation of a field: how it goes into its column, and how it comes out of it. Without a
+# decoder it comes out as it is stored.
 _Encoder: TypeAlias = "Callable[[Any, str], Any]"
 _Decoder: TypeAlias = "Callable[[Any], Any]"
-_CODECS: dict[str, tuple[_Encoder, _Decoder | None]] = {
-    "Id": (_id, None),
-    "Ref": (_ref, None),
-    "Key": (_key, None),
-    "Data": (functools.partial(_text, most=512), None),
-    "str": (_text, None),
-    "int": (_int, None),
-    "Limit": (functools.partial(_int, least=0), None),
-    "Attempts": (functools.partial(_int, least=0, most=2**31 - 1), None),
-    "Priority": (functools.partial(_int, least=-100, most=100), None),
-    "Concurrency": (functools.partial(_int, least=1), None),
-    "Rate": (
-        functools.partial(_number, needed="a finite number above 0", least=sys.float_info.min),
-        None,
-    ),
-    "float": (functools.partial(_number, needed="an amount of 0 or more", least=0), None),
-    "bool": (_bool, bool),
-    "datetime": (_microseconds, _datetime_of),
-    "int | datetime": (_milliseconds, None),
-    "Json": (_json, _decode_json),
-    "list[str]": (_texts, _decode_json),
-    "dict[str, Any]": (_json_object, _decode_json),
-    "TenantLimits": (
-        lambda value, path: _json(_LIMITS.encode(value, path), path),
-        lambda text: TenantLimits(**_decode_json(text)),
-    ),
+_ENCODERS: dict[str, _Encoder] = {
+    "Id": _id,
+    "Ref": _ref,
+    "Key": _key,
+    "Data": functools.partial(_text, most=512),
+    "str": _text,
+    "int": _int,
+    "Limit": functools.partial(_int, least=0),
+    "Attempts": functools.partial(_int, least=0, most=2**31 - 1),
+    "Priority": functools.partial(_int, least=-100, most=100),
+    "Concurrency": functools.partial(_int, least=1),
+    "Rate": functools.partial(_number, needed="a finite number above 0", least=sys.float_info.min),
+    "float": functools.partial(_number, needed="an amount of 0 or more", least=0),
+    "bool": _bool,
+    "datetime": _microseconds,
+    "int | datetime": _milliseconds,
+    "Json": _json,
+    "list[str]": _texts,
+    "dict[str, Any]": _json_object,
+    "TenantLimits": lambda value, path: _json(_LIMITS.encode(value, path), path),
+}
+_DECODERS: dict[str, _Decoder] = {
+    "bool": bool,
+    "datetime": _datetime_of,
+    "Json": _decode_json,
+    "list[str]": _decode_json,
+    "dict[str, Any]": _decode_json,
+    "TenantLimits": lambda text: TenantLimits(**_decode_json(text)),
 }
 for _enum_type in (
     FlowStatus,
@@ -1519,10 +1522,8 @@ for _enum_type in (
     PointerStatus,
     CommandName,
 ):
-    _CODECS[_enum_type.__name__] = (
-        functools.partial(_enum_member, _enum_type),
-        {str(member): member for member in _enum_type}.__getitem__,
-    )
+    _ENCODERS[_enum_type.__name__] = functools.partial(_enum_member, _enum_type)
+    _DECODERS[_enum_type.__name__] = {str(member): member for member in _enum_type}.__getitem__
 
 _UNCHANGING_COLUMNS = ("id", "flow_id", "created_at", "create_time")
 # Columns of times that the store's clock fills where the record has None.
@@ -1551,24 +1552,23 @@ class _Mapper(Generic[T]):
 
     def __post_init__(self) -> None:
         self.fields: list[str] = []
-        self.codecs: dict[str, _Encoder] = {}
+        self.encoders: dict[str, _Encoder] = {}  # by column
+        self.decoders: dict[str, _Decoder] = {}  # by field
         self._nullable: set[str] = set()
-        self._decoders: list[tuple[int, _Decoder]] = []
         for spec in dataclasses.fields(self.record):  # type: ignore[arg-type]
             annotation, optional, _ = str(spec.type).partition(" | None")
-            if annotation not in _CODECS:
+            if annotation not in _ENCODERS:
                 continue  # pointers have rows of their own
-            encode, decode = _CODECS[annotation]
-            if decode is not None:
-                self._decoders.append((len(self.fields), decode))
             column = self.named.get(spec.name, spec.name)
+            self.fields.append(spec.name)
+            self.encoders[column] = _ENCODERS[annotation]
+            if annotation in _DECODERS:
+                self.decoders[spec.name] = _DECODERS[annotation]
             if optional:
                 self._nullable.add(column)
-            self.codecs[column] = encode
-            self.fields.append(spec.name)
         self._read = operator.attrgetter(*self.fields)
-        self.columns = ", ".join(self.codecs)
-        self.written = [*self.codecs, *self.more]
+        self.columns = ", ".join(self.encoders)
+        self.written = [*self.encoders, *self.more]
         changed = [name for name in self.written if name not in _UNCHANGING_COLUMNS]
         # INSERT of the columns `written`, in that order; of nothing where a unique key is taken.
         self.insert = (
@@ -1584,10 +1584,6 @@ class _Mapper(Generic[T]):
         others = [name for name in self.written if name not in unique.split(", ")]
         changed = ", ".join(f"{name} = excluded.{name}" for name in others)
         return self.insert.replace("DO NOTHING", f"({unique}) DO UPDATE SET {changed}")
-
-    def select(self, rest: str) -> str:
-        """SELECT of all columns; `rest` follows FROM."""
-        return f"SELECT {self.columns} FROM {rest}"
 
     def encode(self, record: object, path: str = "", now: int | None = None) -> dict[str, Any]:
         """Values by column, with `now` for the clock's times that are None.
@@ -1615,38 +1611,37 @@ class _Mapper(Generic[T]):
     @functools.cached_property
     def _encode_fields(self) -> Any:
         """A function from the fields' values to those of the columns."""
-        members = []
-        names: dict[str, Any] = {"codecs": self.codecs}
-        for name, column in zip(self.fields, self.codecs, strict=True):
-            value = f"codecs[{column!r}]({name}, prefix + {column!r})"
+        values = {}
+        names: dict[str, Any] = {"encoders": self.encoders}
+        for name, column in zip(self.fields, self.encoders, strict=True):
+            value = f"encoders[{column!r}]({name}, prefix + {column!r})"
             default = getattr(self.record, name, None)
             if column in self._nullable:
                 empty = "now" if column in _CLOCK_COLUMNS else None
                 value = f"{empty} if {name} is None else {value}"
             elif default is not None:  # a field that has its default needs no check
                 names[f"default_{name}"] = default
-                names[f"stored_{name}"] = self.codecs[column](default, name)
+                names[f"stored_{name}"] = self.encoders[column](default, name)
                 value = f"stored_{name} if {name} is default_{name} else {value}"
-            members.append(f"{column!r}: {value}")
-        return self._compile("now, prefix, ", members, **names)
+            values[column] = value
+        return self._compile("now, prefix, ", values, **names)
 
     @functools.cached_property
     def _decode_fields(self) -> Any:
         """A function from the values of a row to those of the fields."""
-        members = [f"{name!r}: {name}" for name in self.fields]
-        for index, decode in self._decoders:
-            name = self.fields[index]
-            value = f"decoders[{index}]({name})"
+        values = {name: name for name in self.fields}
+        for name, decode in self.decoders.items():
+            value = f"decoders[{name!r}]({name})"
             if decode is _datetime_of:  # the most frequent: without the call
                 value = f"epoch + {name} * microsecond"
-            members[index] = f"{name!r}: None if {name} is None else {value}"
-        decoders = dict(self._decoders)
-        return self._compile("", members, decoders=decoders, epoch=_EPOCH, microsecond=_MICROSECOND)
+            values[name] = f"None if {name} is None else {value}"
+        names = {"decoders": self.decoders, "epoch": _EPOCH, "microsecond": _MICROSECOND}
+        return self._compile("", values, **names)
 
-    def _compile(self, more: str, members: list[str], **names: Any) -> Any:
+    def _compile(self, more: str, values: dict[str, str], **names: Any) -> Any:
         """A function that makes a dict of the fields: a loop over them takes twice as long."""
-        text = f"lambda {more}{', '.join(self.fields)}: {{{', '.join(members)}}}"
-        return eval(text, names)
+        members = ", ".join(f"{name!r}: {value}" for name, value in values.items())
+        return eval(f"lambda {more}{', '.join(self.fields)}: {{{members}}}", names)
 
     def maybe(self, row: Iterable[Any] | None) -> T | None:
         """The record of a row, None without one."""
@@ -4202,7 +4197,7 @@ class _Facet:
     ) -> list[T]:
         """The records with these values in their columns. The values are checked as those of fields
         are."""
-        values = [mapper.codecs[name](value, name) for name, value in where.items()]
+        values = [mapper.encoders[name](value, name) for name, value in where.items()]
         sql = _select(mapper, rest, *where, index=index)
         return mapper.decode_all(self._rows(tx, sql, *values, *params))
 
@@ -4229,7 +4224,7 @@ class _Facet:
         record = self._get(tx, mapper, rest, **where)
         if record is None:
             name, value = next(iter(where.items()))
-            raise NotFound(mapper.kind, mapper.codecs[name](value, name))
+            raise NotFound(mapper.kind, mapper.encoders[name](value, name))
         return record
 
     def _change(self, tx: _Tx, mapper: _Mapper[Any], changes: str, id: AnyId, *params: Any) -> None:
@@ -4282,7 +4277,9 @@ def _select(mapper: _Mapper[Any], rest: str, *conditions: str, index: str = "") 
     It names the index, unless the conditions are on a whole unique key."""
     where = "".join(f" AND {each if ' ' in each else f'{each} = ?'}" for each in conditions)
     by = f"{{by {index}}} " if index else ""
-    return _Sql(mapper.select(f"{mapper.table} {by}WHERE true{where} {{tenant}} {rest}"))
+    return _Sql(
+        f"SELECT {mapper.columns} FROM {mapper.table} {by}WHERE true{where} {{tenant}} {rest}"
+    )
 
 
 @functools.cache
@@ -4300,7 +4297,7 @@ def _insert_values(tx: _Tx, mapper: _Mapper[T], values: dict[str, Any]) -> T:
     """Insert a row, and return it as a record; AlreadyExists for a taken id."""
     if not tx.run(mapper.insert, *map(values.__getitem__, mapper.written)):
         raise AlreadyExists(mapper.kind, values[mapper.key])
-    return mapper.decode(map(values.__getitem__, mapper.codecs))
+    return mapper.decode(map(values.__getitem__, mapper.encoders))
 
 
 def _insert_record(tx: _Tx, mapper: _Mapper[T], record: T, path: str = "", **more: Any) -> T:
@@ -4898,12 +4895,8 @@ _LOG_BY_EVENT_ID = """SELECT sequence FROM flowstore_log {by flowstore_log_by_ev
     WHERE execution_id = ? AND event_id = ?"""
 _LOG_IN_ORDER = "flowstore_log {by_key|flowstore_log_by_tenant}"
 # The row that stands for a pruned end of the log has no execution: it is no event.
-_LOG_FROM = _Sql(
-    _STORED.select(
-        f"""{_LOG_IN_ORDER} WHERE position > ? {{in_order}} AND execution_id <> '' {{tenant}}
-        ORDER BY position LIMIT ?"""
-    )
-)
+_LOG_FROM = _Sql(f"""SELECT {_STORED.columns} FROM {_LOG_IN_ORDER}
+    WHERE position > ? {{in_order}} AND execution_id <> '' {{tenant}} ORDER BY position LIMIT ?""")
 _LOG_END = _Sql(f"SELECT MAX(position) FROM {_LOG_IN_ORDER} WHERE true {{in_order}} {{tenant}}")
 _LOG_LAST = _Sql(
     f"SELECT MAX(sequence) FROM flowstore_log {{by {_LOG_KEY}}} WHERE execution_id = ? {{tenant}}"
@@ -5499,7 +5492,7 @@ _LEASE_COUNT = """SELECT COUNT(*) FROM (SELECT 1 FROM flowstore_work_items {by f
 
 def _items_as(**changed: str) -> str:
     """The columns of items for a SELECT, some in place of what is stored."""
-    return ", ".join(changed.get(name, name) for name in _ITEM.codecs)
+    return ", ".join(changed.get(name, name) for name in _ITEM.encoders)
 
 
 # A SELECT of items as a claim will leave them, and the claim; the same for an end. On a server, an
@@ -6577,9 +6570,8 @@ def _keep_lease(
 # PersistenceProvider: workflow instances, events, subscriptions, commands
 # ==================================================================================================
 
-_INSTANCES = _INSTANCE.select(
-    "workflows {by sqlite_autoindex_workflows_1} WHERE id IN ({}) ORDER BY id"
-)
+_INSTANCES = f"""SELECT {_INSTANCE.columns} FROM workflows {{by sqlite_autoindex_workflows_1}}
+    WHERE id IN ({{}}) ORDER BY id"""
 _INSTANCE_BY_ID = "SELECT name, stamp FROM workflows WHERE id = ?"
 _INSTANCE_BY_NAME = "SELECT id FROM workflows WHERE name = ?"
 _INSTANCES_RUNNABLE = _Sql("""SELECT id FROM workflows {by workflows_runnable}
@@ -9221,17 +9213,17 @@ class _ViewReader:
         """Records as dicts. Long texts and JSON are cut; JSON that is cut stays a text."""
         columns = [
             _CUT.replace("column", name) if encode in _LONG_CODECS else name
-            for name, encode in mapper.codecs.items()
+            for name, encode in mapper.encoders.items()
         ]
         sql = _statement(f"SELECT {', '.join(columns)} FROM {source}")
         records = []
         for row in self.facet._rows(self.tx, sql, *params):
-            values = list(row)
-            for index, decode in mapper._decoders:
+            record = dict(zip(mapper.fields, row, strict=True))
+            for name, decode in mapper.decoders.items():
                 # None stays, and so does what cannot be read: a view shows what is stored.
                 with contextlib.suppress(StoreCorrupt, TypeError, ValueError):
-                    values[index] = decode(values[index])
-            records.append(dict(zip(mapper.fields, values, strict=True)))
+                    record[name] = decode(record[name])
+            records.append(record)
         return records
 
     def record(self, mapper: _Mapper[Any], id: str) -> _Row | None:
