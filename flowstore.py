@@ -3678,11 +3678,8 @@ class _Method(Generic[F, P, R]):
 
     def __init__(self, function: Callable[..., Any], kind: str) -> None:
         self.function = function
+        self.kind = kind
         self.writes = kind in ("write", "row", "statement")
-        self.row_decides = kind in ("row", "statement")
-        self.statement_decides = kind == "statement"
-        self.snapshot = kind == "snapshot"
-        self.steps = kind == "steps"
         self.name = function.__name__
         self.__doc__ = function.__doc__
 
@@ -3717,7 +3714,7 @@ class _Method(Generic[F, P, R]):
         engine's."""
         if facet is None:
             return self.unbound
-        run = facet._engine.run_steps if self.steps else facet._engine.run
+        run = facet._engine.run_steps if self.kind == "steps" else facet._engine.run
         function = functools.update_wrapper(functools.partial(run, self), self.unbound)
         bound = types.MethodType(function, facet)
         facet.__dict__[self.name] = bound
@@ -3847,7 +3844,7 @@ class _Engine(_Database):
     def run_on(self, call: _Call, tx: _Tx) -> Any:
         """Run an operation on a connection of the pool. What it leaves open is rolled back as the
         connection goes back."""
-        if call.operation.snapshot:
+        if call.operation.kind == "snapshot":
             tx.run("BEGIN")
         return call.run(tx)
 
@@ -10845,6 +10842,13 @@ _PLACEHOLDERS = re.compile(
     """,
     re.DOTALL | re.VERBOSE,
 )
+# The level of each kind of operation, "" where it only reads; one that is a single read has none.
+_ISOLATION = {
+    "write": "SERIALIZABLE",
+    "row": "READ COMMITTED",
+    "statement": "READ COMMITTED",
+    "snapshot": "",
+}
 _IN_DOUBT = "the server was lost during COMMIT: look whether this was stored"
 # What became of a transaction, and whether the server has run since the time given without a crash.
 # A crash resets the statistics, and the server may then use the number of a lost transaction again.
@@ -11233,19 +11237,17 @@ class _PostgresEngine(_Engine):
         Where the first statement decides, it is a transaction of its own: that saves BEGIN and
         COMMIT."""
         operation = call.operation
-        begins_before = 2 if operation.statement_decides and call.facet._tenant is None else 0
+        isolation = _ISOLATION.get(operation.kind)
+        is_statement = operation.kind == "statement" and call.facet._tenant is None
+        begins_before = 2 if is_statement else 0
 
         tx.lines.clear()
         if operation.writes:
             self._sweep(tx)
 
         def run_once() -> Any:
-            if operation.row_decides:
-                tx.db.begin("READ COMMITTED", begins_before)
-            elif operation.writes:
-                tx.db.begin("SERIALIZABLE")
-            elif operation.snapshot:
-                tx.db.begin("")
+            if isolation is not None:
+                tx.db.begin(isolation, begins_before)
             result = call.run(tx)
             if operation.writes:
                 self.commit_pooled(tx)
