@@ -3749,6 +3749,7 @@ class _Engine(_Database):
     max_writers = 1  # connections that write side by side
     poll_seconds = 0.02  # between two looks of a waiting thread at the commits of other processes
     failed_reads_end_transactions = False
+    pool_type: type[_Pool] = _Pool
 
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
         super().__init__(target, path, options)
@@ -3762,7 +3763,9 @@ class _Engine(_Database):
         self.listeners = _CommitListeners()
         self.open_blocks: dict[object, weakref.ref[_Block]] = {}  # by their thread or task
         self.mutex = threading.RLock()
-        self.pool = self.make_pool()
+        self.pool = self.pool_type(self)
+        # Without locks, the next call may have to open the file in another way.
+        self.pool.keeps_idle = not self.cannot_lock
         self.writer = _Writer(self, self.log)
         # Runs a call that writes. A partial calls no Python function but the writer's.
         self.run_write: Callable[[_Call], object] = functools.partial(
@@ -3781,13 +3784,6 @@ class _Engine(_Database):
     def blocks_lead(self) -> bool:
         """Whether a transaction block leads the writer. Else it has a connection of its own."""
         return self.max_writers == 1 and (self.in_memory or not self.options.read_only)
-
-    def make_pool(self) -> _Pool:
-        """The pool of readers."""
-        pool = _Pool(self)
-        # Without locks, the next call may have to open the file in another way.
-        pool.keeps_idle = not self.cannot_lock
-        return pool
 
     # --- running operations ---
     def run(self, operation: _AnyMethod, facet: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -3928,19 +3924,15 @@ class _Engine(_Database):
         processes' commits."""
         gate = threading.Lock()
         gate.acquire()
-        with self.listen(gate.release):
-            if self.commits == seen:
-                gate.acquire(timeout=self.listeners.poll_interval(seconds, self.poll_seconds))
-
-    @contextlib.contextmanager
-    def listen(self, wake: Callable[[], object]) -> Iterator[None]:
-        """Have `wake` called at each commit, and at the end of the store, while the block runs."""
-        self.listeners.wakers.add(wake)
+        wake = gate.release  # is called at each commit, and at the end of the store
+        listeners = self.listeners
+        listeners.wakers.add(wake)
         try:
             self.refuse_closed()
-            yield
+            if self.commits == seen:
+                gate.acquire(timeout=listeners.poll_interval(seconds, self.poll_seconds))
         finally:
-            self.listeners.wakers.discard(wake)
+            listeners.wakers.discard(wake)
 
     # --- transaction blocks ---
     def block(self) -> _Block | None:
@@ -11145,6 +11137,7 @@ class _PostgresEngine(_Engine):
     poll_seconds = 0.1  # the server tells of commits: this is for what it did not tell
     failed_reads_end_transactions = True
     pool: _LimitedPool
+    pool_type = _LimitedPool
 
     def __init__(self, target: str, options: SimpleNamespace) -> None:
         import importlib
@@ -11172,10 +11165,6 @@ class _PostgresEngine(_Engine):
             SET default_transaction_read_only = {"on" if options.read_only else "off"}"""
         super().__init__(re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target), None, options)
         self.run_write = self._write_beside_others
-
-    def make_pool(self) -> _Pool:
-        """Connections for reads and for writes, a limited number of each."""
-        return _LimitedPool(self)
 
     def connect(self) -> _Tx:
         """A new connection to the server."""
