@@ -3793,10 +3793,10 @@ class _Engine(_Database):
             block = self.block()
             if block is not None:
                 return block.run(call)
-        if not (operation.writes or self.in_memory):
-            return self.run_pooled(call)
         if operation.writes and self.options.read_only:
             self.refuse_read_only()
+        if self.max_writers > 1 or not (operation.writes or self.in_memory):
+            return self.run_pooled(call)
         self.run_write(call)
         if call.lines:
             _write_lines(call.lines)
@@ -3809,11 +3809,14 @@ class _Engine(_Database):
 
     def run_pooled(self, call: _Call) -> Any:
         """Run an operation on a connection of the pool: one that reads, and on a server each."""
-        run = functools.partial(self.run_on, call)
-        read = functools.partial(self.with_connection, run, call.operation.writes)
+        action = functools.partial(self.run_on, call)
+        run = functools.partial(self.with_connection, action, call.operation.writes)
         if self.cannot_lock or self.log_may_vanish:
-            return self.retry_while_busy(lambda: self._read_again_if_changed(read))
-        return self.retry_while_busy(read)
+            run = functools.partial(self._read_again_if_changed, run)
+        result = self.retry_while_busy(run)
+        if call.lines:
+            _write_lines(call.lines)
+        return result
 
     def _read_again_if_changed(self, read: Callable[[], Any]) -> Any:
         """Read without a lock that holds: once more, if the file was written or its log deleted
@@ -11164,7 +11167,6 @@ class _PostgresEngine(_Engine):
             SET synchronous_commit = {"on" if options.synchronous == "FULL" else "off"};
             SET default_transaction_read_only = {"on" if options.read_only else "off"}"""
         super().__init__(re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target), None, options)
-        self.run_write = self._write_beside_others
 
     def connect(self) -> _Tx:
         """A new connection to the server."""
@@ -11211,15 +11213,6 @@ class _PostgresEngine(_Engine):
         return int(tx.rows(_MISSING_BASE)[0][0])
 
     # --- running operations ---
-    def _write_beside_others(self, call: _Call) -> None:
-        call.result = super().run_pooled(call)
-
-    def run_pooled(self, call: _Call) -> Any:
-        """Run an operation of a task, then write what it has to tell to the program's log."""
-        result = super().run_pooled(call)
-        _write_lines(call.lines)
-        return result
-
     def run_on(self, call: _Call, tx: _Tx) -> Any:
         """Run an operation at the isolation that it needs; a write is committed.
 
