@@ -4391,12 +4391,10 @@ def _terminal(
 def _foreign_keys(tx: _Tx, sql: str) -> _ForeignKeys:
     """The foreign keys of the user's tables; none if none refers to a table of ours."""
     keys: _ForeignKeys = {}
-    columns: dict[tuple[str, int], list[tuple[str, str]]] = {}
-    for name, child, number, own, table, theirs, on_delete in tx.rows(sql):
-        if (child, number) not in columns:
-            columns[child, number] = []
-            keys.setdefault(table, []).append((name, child, columns[child, number], on_delete))
-        columns[child, number].append((own, theirs))
+    for key, columns in itertools.groupby(tx.rows(sql), operator.itemgetter(0, 1, 2, 4, 6)):
+        name, child, _, table, on_delete = key
+        pairs = [(column[3], column[5]) for column in columns]
+        keys.setdefault(table, []).append((name, child, pairs, on_delete))
     return keys if any(f'"{table}"' in keys for table in _TABLE_NAMES) else {}
 
 
@@ -4484,10 +4482,11 @@ def _drop_or_keep(
 ) -> tuple[int, bool, str | None]:
     """As `_drop`; when a constraint of the user's tables refuses it, nothing goes, and the reason
     is returned."""
+    drop = functools.partial(_drop, tx, rule, key, room)
     if not keys:
-        return *_drop(tx, rule, key, room), None
+        return *drop(), None
     try:
-        return *_Block._in_savepoint(tx, lambda: _drop(tx, rule, key, room)), None
+        return *_Block._in_savepoint(tx, drop), None
     except StorageError as error:
         kinds = [kind.__name__ for kind in type(error.__cause__).__mro__]
         if "IntegrityError" not in kinds or not tx.db.in_transaction:
