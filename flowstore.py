@@ -4543,8 +4543,8 @@ class _Retention:
         self.keep = keep  # microseconds
         self.swept_at = 0  # by the store's clock
         self.room = _SWEPT_AT_FIRST  # rows of the next sweep
-        self.kind = 0  # the rule with which the next sweep begins
-        self.cursors: dict[str, _PruneCursor] = {}  # by kind, where the next sweep goes on
+        self.number = 0  # of the rule with which the next sweep begins
+        self.cursor: _PruneCursor = (0,)  # where in it
 
     def is_due(self, tx: _Tx) -> bool:
         """Whether it is time for a sweep. If so, the caller has to do it: the next is due a second
@@ -4584,25 +4584,22 @@ class _Retention:
         rules = list(_PRUNED.items())
         looked_through = 0
         while looked_through < len(rules):
-            kind, rule = rules[self.kind]
-            cursor = self.cursors.pop(kind, (0,))
-            following: _PruneCursor | None = None
-            drop = functools.partial(_prune_step, tx, keys, rule, before, cursor, room)
+            kind, rule = rules[self.number]
+            drop = functools.partial(_prune_step, tx, keys, rule, before, self.cursor, room)
             try:
                 step = _Block._in_savepoint(tx, drop)
-                following = step.cursor
-                room -= step.rows
-                if step.gone:
-                    tx.lines.append((_INFO, _PRUNE_LINE, step.gone, kind, dict(step.kept)))
             except StorageError as error:
                 if not tx.db.in_transaction:
                     raise
                 tx.warn("keep= could drop no %s: %s", kind, error)
-            if following is None:
+                step = _PruneStep(None)
+            room -= step.rows
+            if step.gone:
+                tx.lines.append((_INFO, _PRUNE_LINE, step.gone, kind, dict(step.kept)))
+            if step.cursor is None:
                 looked_through += 1
-                self.kind = (self.kind + 1) % len(rules)
-            else:
-                self.cursors[kind] = following
+                self.number = (self.number + 1) % len(rules)
+            self.cursor = step.cursor or (0,)
             if room <= 0 or _monotonic() - start > _SWEEP_SECONDS:
                 return True
         return False
