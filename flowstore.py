@@ -4230,22 +4230,13 @@ class _Facet:
             return self._engine.options.lease_seconds  # type: ignore[no-any-return]
         return _span(lease_seconds, "lease_seconds")
 
-    def _prune_rule(
-        self,
-        kind: str,
-        rule: _PruneRule,
-        before: int,
-        whole: bool = False,
-    ) -> _Steps[int]:
-        """Drop, in short transactions, what a rule names and ended before a time; how many went.
-
-        With `whole` each goes in one transaction, however large: what may still be in use must not
-        be half gone."""
+    def _prune_rule(self, kind: str, rule: _PruneRule, before: int) -> _Steps[int]:
+        """Drop, in short transactions, what a rule names and ended before a time; how many went."""
         gone = 0
         kept = Counter[str]()
         cursor: _PruneCursor | None = (0,)
         while cursor is not None:
-            step = yield self._prune_some(rule, before, cursor, whole)
+            step = yield self._prune_some(rule, before, cursor)
             gone += step.gone
             kept += step.kept
             cursor = step.cursor
@@ -4255,11 +4246,11 @@ class _Facet:
 
     @_write
     def _prune_some(
-        self, tx: _Tx, rule: _PruneRule, before: int, cursor: _PruneCursor, whole: bool
+        self, tx: _Tx, rule: _PruneRule, before: int, cursor: _PruneCursor
     ) -> _PruneStep:
         """Drop as much as fits into a short transaction, from the cursor on."""
         keys = _foreign_keys(tx, self._engine.foreign_keys)
-        return _prune_step(tx, keys, rule, before, cursor, whole=whole)
+        return _prune_step(tx, keys, rule, before, cursor)
 
 
 @functools.cache
@@ -4350,7 +4341,8 @@ class _PruneRule(NamedTuple):
     key: str  # one column, or several (only where there are no parts)
     sources: tuple[_PruneSource, ...]
     parts: tuple[_PrunePart, ...] = ()
-    mark: str = ""  # run when not all rows of a thing fitted into the transaction
+    # Run when not all rows of a thing fitted into the transaction. Without it, a thing goes whole.
+    mark: str = ""
     unless: str = ""  # a SELECT that finds a row if the thing stays though it has ended
     at_once: int = 0  # rows in one transaction, if fewer than usual
 
@@ -4501,7 +4493,6 @@ def _prune_step(
     before: int,
     cursor: _PruneCursor,
     room: int = 0,
-    whole: bool = False,
 ) -> _PruneStep:
     """Drop what a rule names, from the cursor on, until `room` rows went; with 0, as many as the
     rule allows."""
@@ -4514,7 +4505,7 @@ def _prune_step(
         if number == most or step.rows >= room:
             return step
         if reason is None:
-            left = _INT_MAX if whole else room - step.rows
+            left = room - step.rows if rule.mark else _INT_MAX
             dropped, went, reason = _drop_or_keep(tx, rule, key, left, keys)
             step.rows += dropped
             step.gone += went
@@ -6948,8 +6939,9 @@ class PersistenceProvider(_CommandFacet):
         word = _enum_member(WorkflowStatus, status, "status")
         before = _microseconds(older_than, "older_than")
         ended = _terminal("workflows", "workflows_by_age", _WORKFLOW_TIME, word)
-        rule = _PRUNED["workflows"]._replace(sources=ended)
-        return (yield from self._prune_rule("workflows", rule, before, whole=True))
+        # Without the mark: others may work on an instance, so none is left in pieces.
+        rule = _PRUNED["workflows"]._replace(sources=ended, mark="")
+        return (yield from self._prune_rule("workflows", rule, before))
 
     # --- subscriptions and events ---
     @_write

@@ -15104,7 +15104,7 @@ def test_a_row_that_refers_to_what_is_left_in_pieces_holds_up_nothing_else(
     monkeypatch.setattr(flowstore, "_PRUNED_AT_ONCE", 10)
     for run in ("first", "giant", "last"):
         ended_log(store, run, 55)
-    store._prune_some(flowstore._PRUNED["executions"], 2**52, (0,), False)
+    store._prune_some(flowstore._PRUNED["executions"], 2**52, (0,))
     sql = "SELECT execution_id FROM flowstore_executions WHERE tenant_id = ''"
     [(left,)] = execute(store, sql)
     refer(store, "flowstore_log", "position", f"execution_id = '{left}' AND sequence = 20")
@@ -16823,7 +16823,7 @@ def test_a_tail_of_an_execution_goes_on_when_it_was_pruned_and_begun_anew(
 def test_what_a_prune_has_left_in_pieces_is_not_known_any_more(store: Store) -> None:
     create(store, status="completed")
     store.events.append_batch("e1", "default", [EVENT] * 600)
-    store._prune_some(flowstore._PRUNED["executions"], 2**52, (0,), False)
+    store._prune_some(flowstore._PRUNED["executions"], 2**52, (0,))
     assert 0 < len(store.events.load_events("e1")) < 600
     assert not store.events.execution_exists("e1")
     for call in (
