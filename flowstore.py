@@ -4105,8 +4105,8 @@ _TENANT_TABLES = re.compile(
 )
 
 
-class _Sql:
-    """A statement on a table that has tenants, in two texts: for all of them, and for one.
+class _Sql(dict[_Dialect, tuple[str, str]]):
+    """A statement on a table that has tenants. By dialect: its texts for all of them, and for one.
 
     `{tenant}` marks the place of the condition. A statement without the mark is refused when the
     module is imported, unless it inserts, so no statement can forget the tenant. (Not `? IS NULL OR
@@ -4124,25 +4124,10 @@ class _Sql:
         # behind the parameters before the mark.
         marks = re.finditer("{tenant}", text)
         self.places = [text[: mark.start()].replace("{tenant}", "?").count("?") for mark in marks]
-        self.texts = _Texts(text)
-        self.all, self.one = self.texts[_SQLITE]
-
-    def scoped(self, params: Iterable[Any], tenant: str) -> list[Any]:
-        """The parameters of the text for one tenant."""
-        scoped = list(params)
-        for place in self.places:
-            scoped.insert(place, tenant)
-        return scoped
-
-
-class _Texts(dict[_Dialect, tuple[str, str]]):
-    """By dialect, the text of a statement for all tenants and the text for one; each is made
-    once."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
+        self.all, self.one = self[_SQLITE]
 
     def __missing__(self, dialect: _Dialect) -> tuple[str, str]:
+        """The two texts, which are made once."""
         of_all = re.sub(r"\|\w+}", "}", self.text)
         of_tenant = re.sub(r"{by\w* ?\w*\|", "{by ", self.text)
         of_tenant = of_tenant.replace("{status}", "{tenant_status}")
@@ -4151,6 +4136,13 @@ class _Texts(dict[_Dialect, tuple[str, str]]):
             dialect.resolve(of_tenant, tenant="AND tenant_id = ?"),
         )
         return self[dialect]
+
+    def scoped(self, params: Iterable[Any], tenant: str) -> list[Any]:
+        """The parameters of the text for one tenant."""
+        scoped = list(params)
+        for place in self.places:
+            scoped.insert(place, tenant)
+        return scoped
 
 
 # A statement that is put together when it is needed.
@@ -4168,7 +4160,7 @@ class _Facet:
 
     def _rows(self, tx: _Tx, sql: _Sql, *params: Any) -> list[tuple[Any, ...]]:
         """The rows of a statement, of this view's tenant alone."""
-        of_all, of_tenant = sql.texts[self._dialect]
+        of_all, of_tenant = sql[self._dialect]
         if self._tenant is None:
             return tx.rows(of_all, *params)
         return tx.rows(of_tenant, *sql.scoped(params, self._tenant))
@@ -4179,7 +4171,7 @@ class _Facet:
 
     def _run(self, tx: _Tx, sql: _Sql, *params: Any) -> int:
         """Execute a statement for this view's tenant alone; how many rows it wrote."""
-        of_all, of_tenant = sql.texts[self._dialect]
+        of_all, of_tenant = sql[self._dialect]
         if self._tenant is None:
             return tx.run(of_all, *params)
         return tx.run(of_tenant, *sql.scoped(params, self._tenant))
@@ -5037,7 +5029,7 @@ class EventStore(_LogFacet):
         A new log is made known."""
         execution = _id(execution_id, "execution_id")
         tenant = _id(tenant_id, "tenant_id")
-        sql = _LOG_HEAD.texts[self._dialect][0]
+        sql = _LOG_HEAD[self._dialect][0]
         head = tx.rows(sql, execution)
         if not head:
             if tx.row(_TENANT_STATUS, tenant) is None:

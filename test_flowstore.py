@@ -9576,7 +9576,7 @@ def test_no_statement_scans_a_table_or_sorts(
         both = {value.all, value.one} if isinstance(value, flowstore._Sql) else set()
         # With {tenant}, a text is the beginning of several statements.
         marked = isinstance(value, str) and STATEMENT.match(value) and "{tenant}" not in value
-        texts = {flowstore._SQLITE.resolve(value).replace("{}", "?")} if marked else both
+        texts = {flowstore._SQLITE.resolve(str(value)).replace("{}", "?")} if marked else both
         if any(
             STATEMENT.match(text) and not re.search("pg_|pragma_|BY INDEX ", text) for text in texts
         ):
@@ -18339,7 +18339,7 @@ def test_a_claim_on_a_server_looks_at_few_pages_whatever_waits_or_is_leased_else
         for sql, values in looks:
             for place in sql.places if tenant else ():
                 values.insert(place, tenant)
-            text = sql.texts[flowstore._POSTGRES][tenant is not None]
+            text = sql[flowstore._POSTGRES][tenant is not None]
             [([plan],)] = tx.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {text}", values)
             assert plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"] < 60
 
@@ -18381,7 +18381,7 @@ def test_no_marker_of_a_statement_is_left_to_an_engine() -> None:
     assert flowstore._SQLITE.markers.keys() == flowstore._POSTGRES.markers.keys()
     for dialect in (flowstore._SQLITE, flowstore._POSTGRES):
         for sql in statements:
-            for text in sql.texts[dialect]:
+            for text in sql[dialect]:
                 assert not re.search(r"{\w+}", text)
 
 
