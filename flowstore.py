@@ -6685,10 +6685,12 @@ class _CommandFacet(_Facet):
         handled_keys = set[tuple[str, str]]()  # scheduled again, they wait for a later call
         count: int = 0
         errors = []
-        ended: tuple[Any, ...] | None = None  # the command before: whether it returned, its key
+        returned: bool | None = (
+            None  # the handler of the command at the cursor; None: there is none
+        )
         try:
             while True:
-                step = self._next_command(token, ended, due, cursor, handled_keys, lease)
+                step = self._next_command(token, returned, due, cursor, handled_keys, lease)
                 finished, cursor = yield step
                 count += finished
                 if cursor is None:
@@ -6697,11 +6699,10 @@ class _CommandFacet(_Facet):
                 handled_keys.add(cursor[1:])
                 try:
                     yield handler(_COMMAND.decode((*key, execute_time)))
+                    returned = True
                 except Exception as error:
                     errors.append(error)
-                    ended = False, *key
-                else:
-                    ended = True, *key
+                    returned = False
         except Exception:
             raise
         except BaseException as error:
@@ -6719,34 +6720,33 @@ class _CommandFacet(_Facet):
         self,
         tx: _Tx,
         token: str,
-        ended: tuple[Any, ...] | None,
+        returned: bool | None,
         due: int,
         cursor: tuple[Any, ...],
         handled_keys: set[tuple[str, str]],
         lease: float,
     ) -> tuple[int, tuple[Any, ...] | None]:
-        """End the command before, and lease the next free one that is due, in one commit.
+        """End the command at the cursor, and lease the next free one that is due, in one commit.
 
         Returns whether the one before was removed, 0 when its lease was lost; and the next one's
         time, name and data, the cursor."""
         now = tx.now()
+        key = cursor[1:]
         finished = 0
-        if ended is not None:
-            returned, *key = ended
-            if returned:
-                # Deleted, or kept for the time for which it was scheduled again.
-                held = token, now, *key
-                finished = tx.run(_COMMAND_AGAIN, *held) or tx.run(_COMMAND_DELETE, *held)
-            else:
-                self._run(tx, _RELEASE_ONE, token, now, due, *key)
-        while (row := self._row(tx, _COMMAND_DUE, due, now, *cursor)) is not None:
-            cursor = row
-            following = row[1:]
-            if following not in handled_keys:
+        if returned:
+            # Deleted, or kept for the time for which it was scheduled again.
+            held = token, now, *key
+            finished = tx.run(_COMMAND_AGAIN, *held) or tx.run(_COMMAND_DELETE, *held)
+        elif returned is not None:
+            self._run(tx, _RELEASE_ONE, token, now, due, *key)
+        following: Any = cursor
+        while following := self._row(tx, _COMMAND_DUE, due, now, *following):
+            key = following[1:]
+            if key not in handled_keys:
                 expires = _time_after(now, lease, "lease_seconds")
-                tx.run(_COMMAND_LEASE, token, expires, *following)
-                return finished, cursor
-        return finished, None
+                tx.run(_COMMAND_LEASE, token, expires, *key)
+                break
+        return finished, following
 
     @_write
     def _release_commands(self, tx: _Tx, token: str, due: int) -> None:
