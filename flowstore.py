@@ -4200,8 +4200,11 @@ class _Facet:
         rest = f"{condition} ORDER BY {order} LIMIT ? OFFSET ?"
         return self._find(tx, mapper, rest, *page, index=index, **where)
 
-    def _get(self, tx: _Tx, mapper: _Mapper[T], rest: str = "", **where: Any) -> T | None:
-        found = self._find(tx, mapper, rest, **where)
+    def _get(
+        self, tx: _Tx, mapper: _Mapper[T], rest: str = "", *params: Any, **where: Any
+    ) -> T | None:
+        """The first of the records that `_find` finds, or None."""
+        found = self._find(tx, mapper, rest, *params, **where)
         return found[0] if found else None
 
     def _need(self, tx: _Tx, mapper: _Mapper[T], rest: str = "", **where: Any) -> T:
@@ -6823,16 +6826,16 @@ class PersistenceProvider(_CommandFacet):
         self, tx: _Tx, values: dict[str, Any], instance: object, stored_write_id: int = -1
     ) -> None:
         """Write the pointers that differ from the stored ones, and delete those that are gone."""
+        workflow_id = values["id"]
         listed = _read_field("execution_pointers", instance, WorkflowInstance, "instance")
         pointers = _check_list(listed, "execution_pointers")
         fingerprints = _fingerprints(pointers)
         cacheable = len(fingerprints) == len(pointers)
-        before = (
-            self._pointer_cache.pop((values["id"], stored_write_id), None) if cacheable else None
-        )
+        cached = self._pointer_cache.pop((workflow_id, stored_write_id), None)
+        before = cached if cacheable else None
         encode_all = before is None
         if before is None:
-            stored = tx.rows(tx.dialect.resolve(_POINTERS).format("?"), values["id"])
+            stored = tx.rows(tx.dialect.resolve(_POINTERS).format("?"), workflow_id)
             before = {row[0]: (row[:-2], row[-1]) for row in stored}
         after: dict[str, tuple[Any, int]] = {}
         changed = []
@@ -6850,14 +6853,14 @@ class PersistenceProvider(_CommandFacet):
             last = ordinal if ordinal > last else last + 1
             if content != old_content or last != ordinal:
                 row = row or _pointer_row(pointers, index)
-                changed.append((*row, values["id"], last))
+                changed.append((*row, workflow_id, last))
             after[id] = fingerprints.get(id), last
-        tx.run_many(_POINTER_DELETE, [(values["id"], id) for id in before])
+        tx.run_many(_POINTER_DELETE, [(workflow_id, id) for id in before])
         tx.run_many(_POINTER_WRITE, changed)
         if len(self._pointer_cache) * max(10, len(pointers)) >= _POINTER_CACHE_SIZE:
             self._pointer_cache.clear()
         if cacheable:
-            self._pointer_cache[values["id"], values["stamp"]] = after
+            self._pointer_cache[workflow_id, values["stamp"]] = after
 
     @_read
     def get_runnable_instances(self, tx: _Tx, as_at: datetime | None = None) -> list[str]:
@@ -6971,7 +6974,7 @@ class PersistenceProvider(_CommandFacet):
         self, tx: _Tx, event_name: str, event_key: str, as_of: datetime | None = None
     ) -> EventSubscription | None:
         """The oldest of them with no token, or an expired one, or None."""
-        subscriptions = self._find(
+        return self._get(
             tx,
             _SUBSCRIPTION,
             f"{_SUBSCRIBED} AND {_SUBSCRIPTION_FREE} ORDER BY subscribe_as_of, id LIMIT 1",
@@ -6981,7 +6984,6 @@ class PersistenceProvider(_CommandFacet):
             event_name=event_name,
             event_key=event_key,
         )
-        return subscriptions[0] if subscriptions else None
 
     @_write_row
     def set_subscription_token(
