@@ -3866,11 +3866,8 @@ class _Engine(_Database):
 
         def run() -> R:
             connection = self.pool.new_connection()
-            with connection.lock:
-                try:
-                    return action(connection.use())
-                finally:
-                    connection.close()
+            with connection.lock, contextlib.closing(connection):
+                return action(connection.use())
 
         return self.retry_while_busy(run)
 
@@ -4007,8 +4004,7 @@ class _Engine(_Database):
         """Return free pages in small steps, then empty the log."""
         self.refuse_read_only()
         while self._alone(_vacuum_step):
-            if self.log is not None:
-                self._alone(self.writer.mind_log)
+            self._alone(self.writer.mind_log)
         if self.log is not None:
             self._alone(self.writer.empty_log)
 
@@ -11087,12 +11083,10 @@ class _LimitedPool(_Pool):
 
     def check_in(self, connection: _Connection) -> None:
         """Take a connection back, and let the next caller have it."""
-        with connection.lock:
+        # Before it counts as free: another caller would open one more meanwhile.
+        with connection.lock, contextlib.suppress(StorageError):
             if connection.tx is not None:
-                try:
-                    connection.tx.rollback()
-                except StorageError:  # the connection is lost
-                    connection.close()
+                connection.tx.rollback()
         with self.mutex:
             self.in_use.pop(connection, None)
         super().check_in(connection)
