@@ -1101,7 +1101,8 @@ _QUOTED_TABLE_NAMES = ", ".join(f"'{name}'" for name in _TABLE_NAMES)
 # The foreign keys of the user's tables, one row for each column: the table's name, the table, the
 # number of the key, the column, the table and the column to which it refers, and what happens to
 # the row when the other row is deleted.
-_FOREIGN_KEYS = f"""SELECT m.name, lower(printf('"%w"', m.name)), k.id, printf('"%w"', k."from"),
+_SQLITE.markers["foreign_keys"] = f"""SELECT
+    m.name, lower(printf('"%w"', m.name)), k.id, printf('"%w"', k."from"),
     lower(printf('"%w"', k."table")), printf('"%w"', c.name), k.on_delete
     FROM sqlite_master m JOIN pragma_foreign_key_list(m.name) k JOIN pragma_table_info(k."table") c
         ON c.name = k."to" COLLATE NOCASE OR (k."to" IS NULL AND c.pk = k.seq + 1)
@@ -2303,7 +2304,6 @@ class _Database:
 
     dialect = _SQLITE
     types: ClassVar[dict[str, str]] = {}  # its names of column types, where not SQLite's
-    foreign_keys = _FOREIGN_KEYS
 
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
         self.target = target
@@ -3758,7 +3758,7 @@ class _Engine(_Database):
         # Drops what ended long ago, if open() was told how long.
         self.retention: _Retention | None = None
         if options.keep is not None and not options.read_only:
-            self.retention = _Retention(self.foreign_keys, options.keep)
+            self.retention = _Retention(options.keep)
         self.commits = 0
         self.listeners = _CommitListeners()
         self.open_blocks: dict[object, weakref.ref[_Block]] = {}  # by their thread or task
@@ -4240,7 +4240,7 @@ class _Facet:
         self, tx: _Tx, rule: _PruneRule, before: int, cursor: _PruneCursor
     ) -> _PruneStep:
         """Drop as much as fits into a short transaction, from the cursor on."""
-        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        keys = _foreign_keys(tx)
         return _prune_step(tx, keys, rule, before, cursor)
 
 
@@ -4371,10 +4371,11 @@ def _terminal(
     )
 
 
-def _foreign_keys(tx: _Tx, sql: str) -> _ForeignKeys:
+def _foreign_keys(tx: _Tx) -> _ForeignKeys:
     """The foreign keys of the user's tables; none if none refers to a table of ours."""
     keys: _ForeignKeys = {}
-    for key, columns in itertools.groupby(tx.rows(sql), operator.itemgetter(0, 1, 2, 4, 6)):
+    rows = tx.rows(tx.dialect.resolve("{foreign_keys}"))
+    for key, columns in itertools.groupby(rows, operator.itemgetter(0, 1, 2, 4, 6)):
         name, child, _, table, on_delete = key
         pairs = [(column[3], column[5]) for column in columns]
         keys.setdefault(table, []).append((name, child, pairs, on_delete))
@@ -4520,8 +4521,7 @@ class _Retention:
     """What `keep=` of open() does: once a second, a call that writes first drops some rows of what
     ended long ago, in a commit of its own, so that no failure of that is the call's."""
 
-    def __init__(self, foreign_keys: str, keep: int) -> None:
-        self.foreign_keys = foreign_keys
+    def __init__(self, keep: int) -> None:
         self.keep = keep  # microseconds
         self.swept_at = 0  # by the store's clock
         self.room = _SWEPT_AT_FIRST  # rows of the next sweep
@@ -4560,7 +4560,7 @@ class _Retention:
 
     def _drop(self, tx: _Tx, start: float) -> bool:
         """Go through the kinds, until the room or the time is used up; whether that was so."""
-        keys = _foreign_keys(tx, self.foreign_keys)
+        keys = _foreign_keys(tx)
         before = max(_FIRST_TIME, self.swept_at - self.keep)
         room = self.room
         rules = list(_PRUNED.items())
@@ -6281,7 +6281,7 @@ class _Keepsakes(_StateFacet):
         """For each of the older snapshots: None, or the table that refers to it and keeps it."""
         execution = _id(execution_id, "execution_id")
         older = self._rows(tx, _OLDER_SNAPSHOTS, execution, execution, _count(keep, "keep"))
-        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        keys = _foreign_keys(tx)
         if not keys:
             tx.run_many("DELETE FROM flowstore_snapshots WHERE id = ?", older)
             return [None] * len(older)
@@ -6921,7 +6921,7 @@ class PersistenceProvider(_CommandFacet):
         """Delete an instance, or return the name of the table that refers to it."""
         key = _id(id, "id")
         _or_not_found(tx.row(_INSTANCE_BY_ID, key), "workflow", key)
-        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        keys = _foreign_keys(tx)
         return _drop_whole(tx, _PRUNED["workflows"], key, keys)
 
     @_steps
@@ -8140,7 +8140,7 @@ class _StoreBase(_Facet):
 
     @_snapshot
     def _prunable(self, tx: _Tx, before: int, rules: dict[str, _PruneRule]) -> dict[str, int]:
-        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        keys = _foreign_keys(tx)
         counts = dict.fromkeys(rules, 0)
         for kind, rule in rules.items():
             for source in rule.sources:
@@ -10827,7 +10827,7 @@ _IN_DOUBT = "the server was lost during COMMIT: look whether this was stored"
 # A crash resets the statistics, and the server may then use the number of a lost transaction again.
 _TRANSACTION_STATUS = """SELECT pg_xact_status(?::xid8),
     GREATEST(pg_postmaster_start_time(), stats_reset) < ?::timestamptz FROM pg_stat_bgwriter"""
-_POSTGRES_FOREIGN_KEYS = f"""WITH named AS NOT MATERIALIZED (
+_POSTGRES.markers["foreign_keys"] = f"""WITH named AS NOT MATERIALIZED (
     SELECT oid, relname, relnamespace = to_regnamespace(current_schema()) AS here,
         CASE relnamespace WHEN to_regnamespace(current_schema())
         THEN '"' || replace(relname, '"', '""') || '"' ELSE oid::regclass::text END AS sql
@@ -11112,7 +11112,6 @@ class _PostgresEngine(_Engine):
         "TEXT": 'TEXT COLLATE "C"',  # compared byte by byte
         "BLOB": "BYTEA",
     }
-    foreign_keys = _POSTGRES_FOREIGN_KEYS
     poll_seconds = 0.1  # the server tells of commits: this is for what it did not tell
     failed_reads_end_transactions = True
     pool: _LimitedPool
