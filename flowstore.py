@@ -4151,12 +4151,11 @@ class _Facet:
 
     def __init__(self, engine: Any, tenant: str | None = None) -> None:
         self._engine = engine
-        self._dialect: _Dialect = engine.dialect
         self._tenant = tenant
 
     def _rows(self, tx: _Tx, sql: _Sql, *params: Any) -> list[tuple[Any, ...]]:
         """The rows of a statement, of this view's tenant alone."""
-        of_all, of_tenant = sql[self._dialect]
+        of_all, of_tenant = sql[tx.dialect]
         if self._tenant is None:
             return tx.rows(of_all, *params)
         return tx.rows(of_tenant, *sql.scoped(params, self._tenant))
@@ -4167,7 +4166,7 @@ class _Facet:
 
     def _run(self, tx: _Tx, sql: _Sql, *params: Any) -> int:
         """Execute a statement for this view's tenant alone; how many rows it wrote."""
-        of_all, of_tenant = sql[self._dialect]
+        of_all, of_tenant = sql[tx.dialect]
         if self._tenant is None:
             return tx.run(of_all, *params)
         return tx.run(of_tenant, *sql.scoped(params, self._tenant))
@@ -5028,7 +5027,7 @@ class EventStore(_LogFacet):
         A new log is made known."""
         execution = _id(execution_id, "execution_id")
         tenant = _id(tenant_id, "tenant_id")
-        sql = _LOG_HEAD[self._dialect][0]
+        sql = _LOG_HEAD[tx.dialect][0]
         head = tx.rows(sql, execution)
         if not head:
             if tx.row(_TENANT_STATUS, tenant) is None:
@@ -10618,7 +10617,9 @@ def _copied_tables() -> list[_CopiedTable]:
 
 def _reader_in(store: Store, transaction: Transaction) -> _ReadRows:
     """A function that runs a statement with markers in a transaction of a store."""
-    return lambda sql, parameters: transaction.execute(store._dialect.resolve(sql), parameters)
+    return lambda sql, parameters: transaction.execute(
+        store._engine.dialect.resolve(sql), parameters
+    )
 
 
 def _copy_tables(read: _ReadRows, target: Store) -> None:
@@ -11034,9 +11035,8 @@ class _LimitedPool(_Pool):
 
     Reads have a line of their own: writes may wait for each other."""
 
-    def __init__(self, engine: _PostgresEngine) -> None:
+    def __init__(self, engine: _Engine) -> None:
         super().__init__(engine)
-        self.engine = engine
         self.forget_callers()
 
     def forget_callers(self) -> None:
