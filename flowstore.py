@@ -3767,10 +3767,6 @@ class _Engine(_Database):
         # Without locks, the next call may have to open the file in another way.
         self.pool.keeps_idle = not self.cannot_lock
         self.writer = _Writer(self, self.log)
-        # Runs a call that writes. A partial calls no Python function but the writer's.
-        self.run_write: Callable[[_Call], object] = functools.partial(
-            self.writer.lead, action=self.writer.commit_calls
-        )
         with _process.lock:
             _process.engines.add(self)
         try:
@@ -3797,7 +3793,8 @@ class _Engine(_Database):
             self.refuse_read_only()
         if self.max_writers > 1 or not (operation.writes or self.in_memory):
             return self.run_pooled(call)
-        self.run_write(call)
+        writer = self.writer
+        writer.lead(call, writer.commit_calls)
         if call.lines:
             _write_lines(call.lines)
         if call.error is not None:
