@@ -411,7 +411,7 @@ class SchemaError(StorageError):
 DEFAULT_TENANT = "default"
 """The tenant that is always registered."""
 
-# Annotations of records. The chapter Rows finds the codec of a column by this name.
+# Annotations of records. By this name, the chapter Rows finds how a field is written and read.
 Id = str
 Ref = str
 Key = str
@@ -1108,7 +1108,8 @@ _QUOTED_TABLE_NAMES = ", ".join(f"'{name}'" for name in _TABLE_NAMES)
 # The foreign keys of the user's tables, one row for each column: the table's name, the table, the
 # number of the key, the column, the table and the column to which it refers, and what happens to
 # the row when the other row is deleted.
-_FOREIGN_KEYS = f"""SELECT m.name, lower(printf('"%w"', m.name)), k.id, printf('"%w"', k."from"),
+_SQLITE.markers["foreign_keys"] = f"""SELECT
+    m.name, lower(printf('"%w"', m.name)), k.id, printf('"%w"', k."from"),
     lower(printf('"%w"', k."table")), printf('"%w"', c.name), k.on_delete
     FROM sqlite_master m JOIN pragma_foreign_key_list(m.name) k JOIN pragma_table_info(k."table") c
         ON c.name = k."to" COLLATE NOCASE OR (k."to" IS NULL AND c.pk = k.seq + 1)
@@ -1490,32 +1491,38 @@ def _error_text(error: BaseException) -> str:
     return text.replace("\0", "").encode(errors="backslashreplace").decode()
 
 
-# How a field goes into its column, and comes out of it, by the field's annotation.
+# By the annotation of a field: how it goes into its column, and how it comes out of it. Without a
+# decoder it comes out as it is stored.
 _Encoder: TypeAlias = "Callable[[Any, str], Any]"
 _Decoder: TypeAlias = "Callable[[Any], Any]"
-_CODECS: dict[str, tuple[_Encoder, _Decoder | None]] = {
-    "Id": (_id, None),
-    "Ref": (_ref, None),
-    "Key": (_key, None),
-    "Data": (functools.partial(_text, most=512), None),
-    "str": (_text, None),
-    "int": (_int, None),
-    "Limit": (functools.partial(_int, least=0), None),
-    "Attempts": (functools.partial(_int, least=0, most=2**31 - 1), None),
-    "Priority": (functools.partial(_int, least=-100, most=100), None),
-    "Concurrency": (functools.partial(_int, least=1), None),
-    "Rate": (_rate, None),
-    "float": (functools.partial(_number, needed="an amount of 0 or more", least=0), None),
-    "bool": (_bool, bool),
-    "datetime": (_microseconds, _datetime_of),
-    "int | datetime": (_milliseconds, None),
-    "Json": (_json, _decode_json),
-    "list[str]": (_texts, _decode_json),
-    "dict[str, Any]": (_json_object, _decode_json),
-    "TenantLimits": (
-        lambda value, path: _json(_LIMITS.encode(value, path), path),
-        lambda text: TenantLimits(**_decode_json(text)),
-    ),
+_ENCODERS: dict[str, _Encoder] = {
+    "Id": _id,
+    "Ref": _ref,
+    "Key": _key,
+    "Data": functools.partial(_text, most=512),
+    "str": _text,
+    "int": _int,
+    "Limit": functools.partial(_int, least=0),
+    "Attempts": functools.partial(_int, least=0, most=2**31 - 1),
+    "Priority": functools.partial(_int, least=-100, most=100),
+    "Concurrency": functools.partial(_int, least=1),
+    "Rate": _rate,
+    "float": functools.partial(_number, needed="an amount of 0 or more", least=0),
+    "bool": _bool,
+    "datetime": _microseconds,
+    "int | datetime": _milliseconds,
+    "Json": _json,
+    "list[str]": _texts,
+    "dict[str, Any]": _json_object,
+    "TenantLimits": lambda value, path: _json(_LIMITS.encode(value, path), path),
+}
+_DECODERS: dict[str, _Decoder] = {
+    "bool": bool,
+    "datetime": _datetime_of,
+    "Json": _decode_json,
+    "list[str]": _decode_json,
+    "dict[str, Any]": _decode_json,
+    "TenantLimits": lambda text: TenantLimits(**_decode_json(text)),
 }
 for _enum_type in (
     FlowStatus,
@@ -1528,10 +1535,8 @@ for _enum_type in (
     PointerStatus,
     CommandName,
 ):
-    _CODECS[_enum_type.__name__] = (
-        functools.partial(_enum_member, _enum_type),
-        {str(member): member for member in _enum_type}.__getitem__,
-    )
+    _ENCODERS[_enum_type.__name__] = functools.partial(_enum_member, _enum_type)
+    _DECODERS[_enum_type.__name__] = {str(member): member for member in _enum_type}.__getitem__
 
 # What comes of reading a stored value that is damaged.
 _UNREADABLE = (ValueError, TypeError, OverflowError, LookupError)
@@ -1562,24 +1567,23 @@ class _Mapper(Generic[T]):
 
     def __post_init__(self) -> None:
         self.fields: list[str] = []
-        self.codecs: dict[str, _Encoder] = {}
+        self.encoders: dict[str, _Encoder] = {}  # by column
+        self.decoders: dict[str, _Decoder] = {}  # by field
         self._nullable: set[str] = set()
-        self._decoders: list[tuple[int, _Decoder]] = []
         for spec in dataclasses.fields(self.record):  # type: ignore[arg-type]
             annotation, optional, _ = str(spec.type).partition(" | None")
-            if annotation not in _CODECS:
+            if annotation not in _ENCODERS:
                 continue  # pointers have rows of their own
-            encode, decode = _CODECS[annotation]
-            if decode is not None:
-                self._decoders.append((len(self.fields), decode))
             column = self.named.get(spec.name, spec.name)
+            self.fields.append(spec.name)
+            self.encoders[column] = _ENCODERS[annotation]
+            if annotation in _DECODERS:
+                self.decoders[spec.name] = _DECODERS[annotation]
             if optional:
                 self._nullable.add(column)
-            self.codecs[column] = encode
-            self.fields.append(spec.name)
         self._read = operator.attrgetter(*self.fields)
-        self.columns = ", ".join(self.codecs)
-        self.written = [*self.codecs, *self.more]
+        self.columns = ", ".join(self.encoders)
+        self.written = [*self.encoders, *self.more]
         changed = [name for name in self.written if name not in _UNCHANGING_COLUMNS]
         # INSERT of the columns `written`, in that order; of nothing where a unique key is taken.
         self.insert = (
@@ -1595,10 +1599,6 @@ class _Mapper(Generic[T]):
         others = [name for name in self.written if name not in unique.split(", ")]
         changed = ", ".join(f"{name} = excluded.{name}" for name in others)
         return self.insert.replace("DO NOTHING", f"({unique}) DO UPDATE SET {changed}")
-
-    def select(self, rest: str) -> str:
-        """SELECT of all columns; `rest` follows FROM."""
-        return f"SELECT {self.columns} FROM {rest}"
 
     def encode(self, record: object, path: str = "", now: int | None = None) -> dict[str, Any]:
         """Values by column, with `now` for the clock's times that are None.
@@ -1626,38 +1626,37 @@ class _Mapper(Generic[T]):
     @functools.cached_property
     def _encode_fields(self) -> Any:
         """A function from the fields' values to those of the columns."""
-        members = []
-        names: dict[str, Any] = {"codecs": self.codecs}
-        for name, column in zip(self.fields, self.codecs, strict=True):
-            value = f"codecs[{column!r}]({name}, prefix + {column!r})"
+        values = {}
+        names: dict[str, Any] = {"encoders": self.encoders}
+        for name, column in zip(self.fields, self.encoders, strict=True):
+            value = f"encoders[{column!r}]({name}, prefix + {column!r})"
             default = getattr(self.record, name, None)
             if column in self._nullable:
                 empty = "now" if column in _CLOCK_COLUMNS else None
                 value = f"{empty} if {name} is None else {value}"
             elif default is not None:  # a field that has its default needs no check
                 names[f"default_{name}"] = default
-                names[f"stored_{name}"] = self.codecs[column](default, name)
+                names[f"stored_{name}"] = self.encoders[column](default, name)
                 value = f"stored_{name} if {name} is default_{name} else {value}"
-            members.append(f"{column!r}: {value}")
-        return self._compile("now, prefix, ", members, **names)
+            values[column] = value
+        return self._compile("now, prefix, ", values, **names)
 
     @functools.cached_property
     def _decode_fields(self) -> Any:
         """A function from the values of a row to those of the fields."""
-        members = [f"{name!r}: {name}" for name in self.fields]
-        for index, decode in self._decoders:
-            name = self.fields[index]
-            value = f"decoders[{index}]({name})"
+        values = {name: name for name in self.fields}
+        for name, decode in self.decoders.items():
+            value = f"decoders[{name!r}]({name})"
             if decode is _datetime_of:  # the most frequent: without the call
                 value = f"epoch + {name} * microsecond"
-            members[index] = f"{name!r}: None if {name} is None else {value}"
-        decoders = dict(self._decoders)
-        return self._compile("", members, decoders=decoders, epoch=_EPOCH, microsecond=_MICROSECOND)
+            values[name] = f"None if {name} is None else {value}"
+        names = {"decoders": self.decoders, "epoch": _EPOCH, "microsecond": _MICROSECOND}
+        return self._compile("", values, **names)
 
-    def _compile(self, more: str, members: list[str], **names: Any) -> Any:
+    def _compile(self, more: str, values: dict[str, str], **names: Any) -> Any:
         """A function that makes a dict of the fields: a loop over them takes twice as long."""
-        text = f"lambda {more}{', '.join(self.fields)}: {{{', '.join(members)}}}"
-        return eval(text, names)
+        members = ", ".join(f"{name!r}: {value}" for name, value in values.items())
+        return eval(f"lambda {more}{', '.join(self.fields)}: {{{members}}}", names)
 
     def maybe(self, row: Iterable[Any] | None) -> T | None:
         """The record of a row, None without one."""
@@ -2328,7 +2327,6 @@ class _Database:
 
     dialect = _SQLITE
     types: ClassVar[dict[str, str]] = {}  # its names of column types, where not SQLite's
-    foreign_keys = _FOREIGN_KEYS
 
     def __init__(self, target: str, path: str | None, options: SimpleNamespace) -> None:
         self.target = target
@@ -3877,7 +3875,7 @@ class _Engine(_Database):
         # Drops what ended long ago, if open() was told how long.
         self.retention: _Retention | None = None
         if options.keep is not None and not options.read_only:
-            self.retention = _Retention(self.foreign_keys, options.keep)
+            self.retention = _Retention(options.keep)
         self.commits = 0
         self.listeners = _CommitListeners()
         # The blocks for which writers wait, by the hash of their thread or task: a task that is a
@@ -3889,10 +3887,6 @@ class _Engine(_Database):
         # Without locks, the next call may have to open the file in another way.
         self.pool.keeps_idle = not self.cannot_lock
         self.writer = _Writer(self, self.log)
-        # Runs a call that writes. A partial calls no Python function but the writer's.
-        self.run_write: Callable[[_Call], object] = functools.partial(
-            self.writer.lead, action=self.writer.commit_calls
-        )
         with _process.lock:
             _process.engines.add(self)
         try:
@@ -3915,12 +3909,13 @@ class _Engine(_Database):
             block = self.block()
             if block is not None:
                 return block.run(call)
-        if not (operation.writes or self.in_memory):
-            return self.run_pooled(call)
         if operation.writes and self.options.read_only:
             self.refuse_read_only()
+        if self.max_writers > 1 or not (operation.writes or self.in_memory):
+            return self.run_pooled(call)
+        writer = self.writer
         try:
-            self.run_write(call)
+            writer.lead(call, writer.commit_calls)
         finally:
             if call.lines:
                 _write_lines(call.lines)
@@ -3933,14 +3928,16 @@ class _Engine(_Database):
 
     def run_pooled(self, call: _Call) -> Any:
         """Run an operation on a connection of the pool: one that reads, and on a server each."""
-        run = functools.partial(self.run_on, call)
+        action = functools.partial(self.run_on, call)
         if self.cannot_lock:
-            run = functools.partial(self._run_without_locks, call)
-        writes = call.operation.writes
-        read = functools.partial(self.with_connection, run, writes, call.waits)
+            action = functools.partial(self._run_without_locks, call)
+        run = functools.partial(self.with_connection, action, call.operation.writes, call.waits)
         if self.log_may_vanish:
-            return self.retry_while_busy(lambda: self._read_again_if_log_lost(read))
-        return self.retry_while_busy(read)
+            run = functools.partial(self._read_again_if_log_lost, run)
+        result = self.retry_while_busy(run)
+        if call.lines:
+            _write_lines(call.lines)
+        return result
 
     def _run_without_locks(self, call: _Call, tx: _Tx) -> Any:
         return self.unless_written(tx, lambda: self.run_on(call, tx))
@@ -3989,12 +3986,9 @@ class _Engine(_Database):
 
         def run() -> R:
             connection = self.pool.new_connection()
-            with connection.lock:
-                try:
-                    tx = connection.use()
-                    return self.unless_written(tx, lambda: action(tx))
-                finally:
-                    connection.close()
+            with connection.lock, contextlib.closing(connection):
+                tx = connection.use()
+                return self.unless_written(tx, lambda: action(tx))
 
         return self.retry_while_busy(run)
 
@@ -4134,8 +4128,7 @@ class _Engine(_Database):
         """Return free pages in small steps, then empty the log."""
         self.refuse_read_only()
         while self._alone(_vacuum_step):
-            if self.log is not None:
-                self._alone(self.writer.mind_log)
+            self._alone(self.writer.mind_log)
         if self.log is not None:
             self._alone(self.writer.empty_log)
 
@@ -4309,7 +4302,7 @@ class _Facet:
     ) -> list[T]:
         """The records with these values in their columns. The values are checked as those of fields
         are."""
-        values = [mapper.codecs[name](value, name) for name, value in where.items()]
+        values = [mapper.encoders[name](value, name) for name, value in where.items()]
         sql = _select(mapper, rest, *where, index=index)
         return mapper.decode_all(self._rows(tx, sql, *values, *params))
 
@@ -4339,7 +4332,7 @@ class _Facet:
         record = self._get(tx, mapper, rest, **where)
         if record is None:
             name, value = next(iter(where.items()))
-            raise NotFound(mapper.kind, mapper.codecs[name](value, name))
+            raise NotFound(mapper.kind, mapper.encoders[name](value, name))
         return record
 
     def _change(self, tx: _Tx, mapper: _Mapper[Any], changes: str, id: AnyId, *params: Any) -> None:
@@ -4372,7 +4365,7 @@ class _Facet:
         self, tx: _Tx, rule: _PruneRule, before: int, cursor: _PruneCursor
     ) -> _PruneStep:
         """Drop as much as fits into a short transaction, from the cursor on."""
-        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        keys = _foreign_keys(tx)
         return _prune_step(tx, keys, rule, before, cursor)
 
 
@@ -4383,7 +4376,9 @@ def _select(mapper: _Mapper[Any], rest: str, *conditions: str, index: str = "") 
     It names the index, unless the conditions are on a whole unique key."""
     where = "".join(f" AND {each if ' ' in each else f'{each} = ?'}" for each in conditions)
     by = f"{{by {index}}} " if index else ""
-    return _Sql(mapper.select(f"{mapper.table} {by}WHERE true{where} {{tenant}} {rest}"))
+    return _Sql(
+        f"SELECT {mapper.columns} FROM {mapper.table} {by}WHERE true{where} {{tenant}} {rest}"
+    )
 
 
 @functools.cache
@@ -4401,7 +4396,7 @@ def _insert_values(tx: _Tx, mapper: _Mapper[T], values: dict[str, Any]) -> T:
     """Insert a row, and return it as a record; AlreadyExists for a taken id."""
     if not tx.run(mapper.insert, *map(values.__getitem__, mapper.written)):
         raise AlreadyExists(mapper.kind, values[mapper.key])
-    return mapper.decode(map(values.__getitem__, mapper.codecs))
+    return mapper.decode(map(values.__getitem__, mapper.encoders))
 
 
 def _insert_record(tx: _Tx, mapper: _Mapper[T], record: T, path: str = "", **more: Any) -> T:
@@ -4501,15 +4496,14 @@ def _terminal(
     )
 
 
-def _foreign_keys(tx: _Tx, sql: str) -> _ForeignKeys:
+def _foreign_keys(tx: _Tx) -> _ForeignKeys:
     """The foreign keys of the user's tables; none if none refers to a table of ours."""
     keys: _ForeignKeys = {}
-    columns: dict[tuple[str, int], list[tuple[str, str]]] = {}
-    for name, child, number, own, table, theirs, on_delete in tx.rows(sql):
-        if (child, number) not in columns:
-            columns[child, number] = []
-            keys.setdefault(table, []).append((name, child, columns[child, number], on_delete))
-        columns[child, number].append((own, theirs))
+    rows = tx.rows(tx.dialect.resolve("{foreign_keys}"))
+    for key, columns in itertools.groupby(rows, operator.itemgetter(0, 1, 2, 4, 6)):
+        name, child, _, table, on_delete = key
+        pairs = [(column[3], column[5]) for column in columns]
+        keys.setdefault(table, []).append((name, child, pairs, on_delete))
     return keys if any(f'"{table}"' in keys for table in _TABLE_NAMES) else {}
 
 
@@ -4597,10 +4591,11 @@ def _drop_or_keep(
 ) -> tuple[int, bool, str | None]:
     """As `_drop`; when a constraint of the user's tables refuses it, nothing goes, and the reason
     is returned."""
+    drop = functools.partial(_drop, tx, rule, key, room)
     if not keys:
-        return *_drop(tx, rule, key, room), None
+        return *drop(), None
     try:
-        return *_in_savepoint(tx, lambda: _drop(tx, rule, key, room)), None
+        return *_in_savepoint(tx, drop), None
     except StorageError as error:
         kinds = [kind.__name__ for kind in type(error.__cause__).__mro__]
         if "IntegrityError" not in kinds or not tx.db.in_transaction:
@@ -4651,13 +4646,12 @@ class _Retention:
     """What `keep=` of open() does: once a second, a call that writes first drops some rows of what
     ended long ago, in a commit of its own, so that no failure of that is the call's."""
 
-    def __init__(self, foreign_keys: str, keep: int) -> None:
-        self.foreign_keys = foreign_keys
+    def __init__(self, keep: int) -> None:
         self.keep = keep  # microseconds
         self.swept_at = 0  # by the store's clock
         self.room = _SWEPT_AT_FIRST  # rows of the next sweep
-        self.kind = 0  # the rule with which the next sweep begins
-        self.cursors: dict[str, _PruneCursor] = {}  # by kind, where the next sweep goes on
+        self.number = 0  # of the rule with which the next sweep begins
+        self.cursor: _PruneCursor = (0,)  # where in it
 
     def is_due(self, tx: _Tx) -> bool:
         """Whether it is time for a sweep. If so, the caller has to do it: the next is due a second
@@ -4691,31 +4685,28 @@ class _Retention:
 
     def _drop(self, tx: _Tx, start: float) -> bool:
         """Go through the kinds, until the room or the time is used up; whether that was so."""
-        keys = _foreign_keys(tx, self.foreign_keys)
+        keys = _foreign_keys(tx)
         before = max(_FIRST_TIME, self.swept_at - self.keep)
         room = self.room
         rules = list(_PRUNED.items())
         looked_through = 0
         while looked_through < len(rules):
-            kind, rule = rules[self.kind]
-            cursor = self.cursors.pop(kind, (0,))
-            following: _PruneCursor | None = None
-            drop = functools.partial(_prune_step, tx, keys, rule, before, cursor, room)
+            kind, rule = rules[self.number]
+            drop = functools.partial(_prune_step, tx, keys, rule, before, self.cursor, room)
             try:
                 step = _in_savepoint(tx, drop)
-                following = step.cursor
-                room -= step.rows
-                if step.gone:
-                    tx.lines.append((_INFO, _PRUNE_LINE, step.gone, kind, dict(step.kept)))
             except StorageError as error:
                 if not tx.db.in_transaction:
                     raise
                 tx.warn("keep= could drop no %s: %s", kind, error)
-            if following is None:
+                step = _PruneStep(None)
+            room -= step.rows
+            if step.gone:
+                tx.lines.append((_INFO, _PRUNE_LINE, step.gone, kind, dict(step.kept)))
+            if step.cursor is None:
                 looked_through += 1
-                self.kind = (self.kind + 1) % len(rules)
-            else:
-                self.cursors[kind] = following
+                self.number = (self.number + 1) % len(rules)
+            self.cursor = step.cursor or (0,)
             if room <= 0 or _monotonic() - start > _SWEEP_SECONDS:
                 return True
         return False
@@ -4999,12 +4990,8 @@ _LOG_BY_EVENT_ID = """SELECT sequence FROM flowstore_log {by flowstore_log_by_ev
     WHERE execution_id = ? AND event_id = ?"""
 _LOG_IN_ORDER = "flowstore_log {by_key|flowstore_log_by_tenant}"
 # The row that stands for a pruned end of the log has no execution: it is no event.
-_LOG_FROM = _Sql(
-    _STORED.select(
-        f"""{_LOG_IN_ORDER} WHERE position > ? {{in_order}} AND execution_id <> '' {{tenant}}
-        ORDER BY position LIMIT ?"""
-    )
-)
+_LOG_FROM = _Sql(f"""SELECT {_STORED.columns} FROM {_LOG_IN_ORDER}
+    WHERE position > ? {{in_order}} AND execution_id <> '' {{tenant}} ORDER BY position LIMIT ?""")
 _LOG_END = _Sql(f"SELECT MAX(position) FROM {_LOG_IN_ORDER} WHERE true {{in_order}} {{tenant}}")
 _LOG_LAST = _Sql(
     f"SELECT MAX(sequence) FROM flowstore_log {{by {_LOG_KEY}}} WHERE execution_id = ? {{tenant}}"
@@ -5623,7 +5610,7 @@ _LEASE_COUNT = """SELECT COUNT(*) FROM (SELECT 1 FROM flowstore_work_items {by f
 
 def _items_as(**changed: str) -> str:
     """The columns of items for a SELECT, some in place of what is stored."""
-    return ", ".join(changed.get(name, name) for name in _ITEM.codecs)
+    return ", ".join(changed.get(name, name) for name in _ITEM.encoders)
 
 
 # A SELECT of items as a claim will leave them, and the claim; the same for an end. On a server, an
@@ -6463,7 +6450,7 @@ class _Keepsakes(_StateFacet):
         foreign key."""
         execution = _id(execution_id, "execution_id")
         older = self._rows(tx, _OLDER_SNAPSHOTS, execution, execution, _count(keep, "keep"))
-        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        keys = _foreign_keys(tx)
         if not keys:
             tx.run_many("DELETE FROM flowstore_snapshots WHERE id = ?", older)
             return len(older)
@@ -6728,9 +6715,8 @@ def _keep_lease(
 # PersistenceProvider: workflow instances, events, subscriptions, commands
 # ==================================================================================================
 
-_INSTANCES = _INSTANCE.select(
-    "workflows {by sqlite_autoindex_workflows_1} WHERE id IN ({}) ORDER BY id"
-)
+_INSTANCES = f"""SELECT {_INSTANCE.columns} FROM workflows {{by sqlite_autoindex_workflows_1}}
+    WHERE id IN ({{}}) ORDER BY id"""
 _INSTANCE_BY_ID = "SELECT name, stamp FROM workflows WHERE id = ?"
 _INSTANCE_BY_NAME = "SELECT id FROM workflows WHERE name = ?"
 _INSTANCES_RUNNABLE = _Sql("""SELECT id FROM workflows {by workflows_runnable}
@@ -7110,7 +7096,7 @@ class PersistenceProvider(_CommandFacet):
         """Delete an instance, or return the name of the table that refers to it."""
         key = _id(id, "id")
         _or_not_found(tx.row(_INSTANCE_BY_ID, key), "workflow", key)
-        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        keys = _foreign_keys(tx)
         return _drop_whole(tx, _PRUNED["workflows"], key, keys)
 
     @_steps
@@ -8507,7 +8493,7 @@ class _StoreBase(_Facet):
     def _prunable(
         self, tx: _Tx, times: dict[str, int], rules: dict[str, _PruneRule]
     ) -> dict[str, int]:
-        keys = _foreign_keys(tx, self._engine.foreign_keys)
+        keys = _foreign_keys(tx)
         counts = dict.fromkeys(rules, 0)
         for kind, rule in rules.items():
             for source in rule.sources:
@@ -9581,21 +9567,21 @@ class _ViewReader:
         """Records as dicts. Long texts and JSON are cut; JSON that is cut stays a text."""
         columns = [
             _CUT.replace("column", name) if encode in _LONG_CODECS else name
-            for name, encode in mapper.codecs.items()
+            for name, encode in mapper.encoders.items()
         ]
         sql = _statement(f"SELECT {', '.join(columns)} FROM {source}")
         records = []
         for row in self.facet._rows(self.tx, sql, *params):
-            values = list(row)
-            for index, decode in mapper._decoders:
+            record = dict(zip(mapper.fields, row, strict=True))
+            for name, decode in mapper.decoders.items():
                 # None stays, and so does what cannot be read: a view shows what is stored. But
                 # views compute with times.
                 try:
-                    values[index] = decode(values[index])
+                    record[name] = decode(record[name])
                 except (StoreCorrupt, *_UNREADABLE):
-                    if decode is _datetime_of and values[index] is not None:
+                    if decode is _datetime_of and record[name] is not None:
                         raise
-            records.append(dict(zip(mapper.fields, values, strict=True)))
+            records.append(record)
         return records
 
     def record(self, mapper: _Mapper[Any], id: str) -> _Row | None:
@@ -11236,7 +11222,7 @@ _IN_DOUBT = "the server was lost during COMMIT: look whether this was stored"
 # A crash resets the statistics, and the server may then use the number of a lost transaction again.
 _TRANSACTION_STATUS = """SELECT pg_xact_status(?::xid8),
     GREATEST(pg_postmaster_start_time(), stats_reset) < ?::timestamptz FROM pg_stat_bgwriter"""
-_POSTGRES_FOREIGN_KEYS = f"""WITH named AS NOT MATERIALIZED (
+_POSTGRES.markers["foreign_keys"] = f"""WITH named AS NOT MATERIALIZED (
     SELECT oid, relname, relnamespace = to_regnamespace(current_schema()) AS here,
         CASE relnamespace WHEN to_regnamespace(current_schema())
         THEN '"' || replace(relname, '"', '""') || '"' ELSE oid::regclass::text END AS sql
@@ -11493,12 +11479,10 @@ class _LimitedPool(_Pool):
 
     def check_in(self, connection: _Connection) -> None:
         """Take a connection back, and let the next caller have it."""
-        with connection.lock:
+        # Before it counts as free: another caller would open one more meanwhile.
+        with connection.lock, contextlib.suppress(StorageError):
             if connection.tx is not None:
-                try:
-                    connection.tx.rollback()
-                except StorageError:  # the connection is lost
-                    connection.close()
+                connection.tx.rollback()
         with self.mutex:
             self.in_use.pop(connection, None)
         super().check_in(connection)
@@ -11525,7 +11509,6 @@ class _PostgresEngine(_Engine):
         "TEXT": 'TEXT COLLATE "C"',  # compared byte by byte
         "BLOB": "BYTEA",
     }
-    foreign_keys = _POSTGRES_FOREIGN_KEYS
     poll_seconds = 0.1  # the server tells of commits: this is for what it did not tell
     failed_reads_end_transactions = True
     pool: _LimitedPool
@@ -11556,7 +11539,6 @@ class _PostgresEngine(_Engine):
             SET synchronous_commit = {"on" if options.synchronous == "FULL" else "off"};
             SET default_transaction_read_only = {"on" if options.read_only else "off"}"""
         super().__init__(re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target), None, options)
-        self.run_write = self._write_beside_others
 
     def connect(self) -> _Tx:
         """A new connection to the server."""
@@ -11603,15 +11585,6 @@ class _PostgresEngine(_Engine):
         return int(tx.rows(_MISSING_BASE)[0][0])
 
     # --- running operations ---
-    def _write_beside_others(self, call: _Call) -> None:
-        call.result = super().run_pooled(call)
-
-    def run_pooled(self, call: _Call) -> Any:
-        """Run an operation of a task, then write what it has to tell to the program's log."""
-        result = super().run_pooled(call)
-        _write_lines(call.lines)
-        return result
-
     def run_on(self, call: _Call, tx: _Tx) -> Any:
         """Run an operation at the isolation that it needs; a write is committed.
 

@@ -7413,7 +7413,8 @@ def test_a_call_that_queued_again_has_no_error_of_the_group_that_was_interrupted
         args=("run", "default", EVENT),
         error=error,
     )
-    store._engine.run_write(call)
+    writer = store._engine.writer
+    writer.lead(call, writer.commit_calls)
     assert (call.result, call.error) == (1, None)
 
 
