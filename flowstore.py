@@ -2739,13 +2739,13 @@ class _Checkpointer:
     def checkpoint(self, writer: _Tx) -> None:
         """Copy the log into the file, in the transaction that the writer has just begun.
 
-        Past 16 MB it waits, for a second at most, until the present readers have ended: new ones
-        read past the log meanwhile. If a foreign reader holds the log longer, the next try comes 16
-        MB later. It does not wait while a block of this store is open that only reads."""
+        Past 16 MB it waits until the present readers have ended: new ones read past the log
+        meanwhile. It waits a second at most, and a tenth of one while a block of this store is open
+        that only reads. If a reader holds the log longer, the next try comes 16 MB later."""
         try:
             size = self.log.size()
-            waits = size >= self.wait_at_bytes and not self.connection.engine.snapshots
-            deadline = _monotonic() + 1
+            waits = size >= self.wait_at_bytes
+            deadline = _monotonic() + (0.1 if self.connection.engine.snapshots else 1)
             complete = self._copy_log()
             while waits and not complete and _monotonic() < deadline:
                 time.sleep(0.001)
@@ -2758,7 +2758,7 @@ class _Checkpointer:
             self.wait_at_bytes = size + _WAL_BOUND
         if not complete:
             if waits:
-                writer.warn("%s has %d bytes: another program reads from it", self.log.path, size)
+                writer.warn("%s has %d bytes: a reader holds it", self.log.path, size)
             return
         self.drain_seconds = min(1.0, 2 * self.drain_seconds) if waits else 0.005
         if waits:
@@ -3413,6 +3413,9 @@ class _Block:
     never runs, the block is collected, and its finalizer marks the call that leads as abandoned:
     the next caller rolls back and leads."""
 
+    # Of an outermost block that leads the writer. An interrupt may strike in __init__.
+    _call: _Call | None = None
+
     def __init__(self, engine: _Engine, read_only: bool = False) -> None:
         self.engine = engine
         self.read_only = read_only
@@ -3428,7 +3431,6 @@ class _Block:
         self.savepoint = ""  # of a nested block
         self.turn: Any = None  # of a task's block: the lock for one statement or nested block
         self.undo: list[Callable[[], object]] = []  # is called unless it is surely committed
-        self._call: _Call | None = None  # of an outermost block that leads the writer
         self._connection: _Connection | None = None
         self._ref: weakref.ref[_Block] = weakref.ref(self)
 
@@ -9126,7 +9128,12 @@ class AsyncEventStore(_AsyncFacet, EventStore):
         operation = EventStore.__dict__["_tail_start"]
         call = _Call(operation=operation, facet=self, args=(after, execution_id), waits=False)
         self._engine.refuse_foreign()
-        return (self._engine.send if self._engine.in_memory else self._engine.run_pooled)(call)
+        if not self._engine.in_memory:
+            return self._engine.run_pooled(call)
+        start = self._engine.send(call)
+        # Else asyncio may report its error, where nobody goes through the tail.
+        start.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return start
 
     async def _generate(self, cursor: Any, behind: Callable[[_LogCursor], Any]) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         cursor = await cursor if inspect.isawaitable(cursor) else cursor
