@@ -5682,11 +5682,17 @@ def _claim_sql(queues: int, functions: int, looks: bool = False) -> _Sql:
     if one:
         head += " {skip_locked}"
     else:
-        head = f"""SELECT i.id {wanted} {{join}} flowstore_work_items i
-            {{by sqlite_autoindex_flowstore_work_items_1}} ON i.id = ({head})
-            ORDER BY i.priority DESC, i.available_at, i.id LIMIT 1"""
-        if not looks:  # the head alone is locked; if another transaction has it, there is none
-            head = f"SELECT id FROM flowstore_work_items WHERE id = ({head}) {{skip_locked}}"
+        best = "ORDER BY i.priority DESC, i.available_at, i.id LIMIT 1"
+        if looks:
+            head = f"""SELECT i.id {wanted} {{join}} flowstore_work_items i
+                {{by sqlite_autoindex_flowstore_work_items_1}} ON i.id = ({head}) {best}"""
+        else:
+            # Other transactions may have locked some. None of a lower priority is taken instead.
+            heads = f"""SELECT h.id {wanted} CROSS JOIN LATERAL (
+                SELECT id, priority {at_top} ORDER BY available_at, id LIMIT 16) h
+                WHERE NOT EXISTS (SELECT 1 {wanted} WHERE {top} > h.priority)"""
+            head = f"""SELECT i.id FROM flowstore_work_items i
+                WHERE i.id IN ({heads}) AND i.status = 'pending' {best} {{skip_locked}}"""
         delayed = f"{top} IS NOT NULL AND NOT EXISTS (SELECT 1 {at_top})"
         obstacle = f"EXISTS (SELECT 1 {wanted} WHERE {obstacle} OR ({delayed}))"
     claimable = f"AND id = ({head}) AND NOT ({obstacle})"
@@ -5930,11 +5936,13 @@ class _Claims(_Items):
         values = _time_after(now, lease, "lease_seconds"), worker_id, now
         if limit == 1 and queues:
             due = now, *functions
+            looks = self._engine.max_writers == 1
             if len(queues) == 1:
                 places = *queues, *queues, *due, *queues, *queues, now
             else:
                 places = *queues, *due, *queues, now, *due
-            looks = self._engine.max_writers == 1
+                if not looks:
+                    places = *queues, *due, *queues, *queues, now, *due
             sql = _claim_sql(len(queues), len(functions), looks)
             rows = self._rows(tx, sql, *values, *places)
             if rows:
@@ -7479,8 +7487,8 @@ class Run(_RunFacet):
                 else:
                     text = yield self._in_savepoint(call)
             except Exception as error:
+                self._has_failed = True
                 if event["type"] == "step_failed":
-                    self._has_failed = True
                     event["error"] = _error_text(error)
                     with contextlib.suppress(FlowStoreError):  # the function's own error says more
                         yield self._record(event, block is not None)
@@ -7700,7 +7708,8 @@ class Run(_RunFacet):
                 self._doubtful.add(f"step:{wait.step}")
             if isinstance(error, Exception):  # else it may have been recorded all the same
                 self._release(wait.step)
-            if self._suspended and isinstance(error, LeaseLost):  # the run is parked
+            is_parked = self._suspended and self._crew is not None
+            if is_parked and isinstance(error, LeaseLost):
                 raise _Suspended from None
             raise
         finally:
@@ -9201,9 +9210,15 @@ class AsyncPersistenceProvider(_AsyncFacet, PersistenceProvider):
 
 
 class AsyncRun(_AsyncFacet, Run):
-    """`Run`, awaited; the function of a step may be a coroutine function."""
+    """`Run`, awaited; the function of a step may be a coroutine function.
+
+    In a transaction, an error undoes what a step wrote only in the task that opened it. Steps of
+    other tasks go on side by side there, so they have no savepoints."""
 
     async def _in_savepoint(self, steps: _Steps[Any]) -> Any:
+        block = self._engine.block()
+        if block is None or block.owner is not self._owner():
+            return await self._walk(steps)
         async with _AsyncBlock(self._engine, False):
             return await self._walk(steps)
 

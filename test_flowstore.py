@@ -13864,6 +13864,13 @@ def test_a_stopped_worker_records_the_step_under_way_and_gives_the_run_back(
     assert calls == [1, 2]
 
 
+def test_a_wait_of_a_thread_that_outlives_its_block_has_lost_the_lease(store: Store) -> None:
+    with store.run("a") as run:
+        waiting = Caller(lambda: run.wait_for("never"))
+        until(waiting.waits)
+    assert isinstance(waiting.outcome(), LeaseLost)
+
+
 @parametrize("end", ["raise", "return", "stop", "leave a block"])
 def test_a_claim_ends_when_no_step_is_under_way_any_more(
     store: Store, calls: Calls, end: str
@@ -14623,6 +14630,28 @@ def test_a_step_of_a_task_that_fails_in_a_transaction_leaves_nothing_of_what_it_
             "step_failed",
             "step_completed",
         ]
+
+    in_loop(main)
+
+
+def test_steps_side_by_side_in_a_transaction_do_not_wait_for_each_other(in_loop: Loop) -> None:
+    async def main(store: AsyncStore) -> None:
+        event = asyncio.Event()
+
+        async def first() -> int:
+            await event.wait()
+            return 1
+
+        async def second(tx: AsyncTransaction) -> int:
+            await tx.execute("SELECT 1")
+            event.set()
+            return 2
+
+        async with store.run("a") as run, store.transaction() as tx:
+            steps = run.step("first", first), run.step("second", second, tx)
+            assert await asyncio.wait_for(asyncio.gather(*steps), 20) == [1, 2]
+        kinds = types_in(await store.events.load_events("a"))
+        assert kinds[1:-1] == ["step_completed"] * 2
 
     in_loop(main)
 
@@ -19587,7 +19616,7 @@ def test_a_claim_on_a_server_looks_at_few_pages_whatever_waits_or_is_leased_else
                 (item,),
             )
     with server.transaction() as tx:
-        places = [*queues, 2**50, *queues, 0, 2**50]
+        places = [*queues, 2**50, *queues, *queues, 0, 2**50]
         if len(queues) == 1:
             places = [*queues, *queues, 2**50, *queues, *queues, 0]
         looks: list[tuple[Any, list[Any]]] = [
