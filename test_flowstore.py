@@ -14642,14 +14642,14 @@ def test_steps_side_by_side_in_a_transaction_do_not_wait_for_each_other(in_loop:
             await event.wait()
             return 1
 
-        async def second(tx: AsyncTransaction) -> int:
+        async def second(tx: Any) -> int:
             await tx.execute("SELECT 1")
             event.set()
             return 2
 
         async with store.run("a") as run, store.transaction() as tx:
             steps = run.step("first", first), run.step("second", second, tx)
-            assert await asyncio.wait_for(asyncio.gather(*steps), 20) == [1, 2]
+            assert [*await asyncio.wait_for(asyncio.gather(*steps), 20)] == [1, 2]
         kinds = types_in(await store.events.load_events("a"))
         assert kinds[1:-1] == ["step_completed"] * 2
 
