@@ -11545,6 +11545,8 @@ class _PostgresEngine(_Engine):
             raise StorageError(
                 "a server's URL needs psycopg: pip install 'flowstore[postgres]'"
             ) from error
+        scheme, rest = target.split(":", 1)
+        target = f"{scheme.lower()}:{rest}"  # libpq knows no other, and would show the password
         own_options = dict(re.findall("[?&](schema|pooler)=([^&]*)", target))
         self.url = re.sub("(?<=[?&])(schema|pooler)=[^&]*&?", "", target)  # libpq knows neither
         self.schema = own_options.get("schema", "flowstore")

@@ -20011,6 +20011,17 @@ def bouncer(postgres: PostgresServer, mode: str) -> Iterator[Callable[[], str]]:
 
 
 @postgres_only
+def test_a_scheme_in_upper_case_is_as_good_and_shows_no_password(postgres: PostgresServer) -> None:
+    pytest.importorskip("psycopg")
+    upper = postgres.target().replace("postgresql:", "PostgreSQL:")
+    with flowstore.open(upper) as store:
+        assert write(store, "e1") == 1
+    with pytest.raises(StorageError) as told:
+        flowstore.open(re.sub(r":\d+/", ":1/", upper))
+    assert "secret" not in str(told.value)
+
+
+@postgres_only
 @parametrize("mode", ["transaction", "statement"])
 def test_a_pooler_that_keeps_no_session_is_told_when_opening_and_left_as_it_was(
     postgres: PostgresServer, mode: str
