@@ -10874,7 +10874,8 @@ async def _work_in_tasks(args: Any, functions: Sequence[Any]) -> None:
 
 def _tell_end(end: _End) -> None:
     outcome = f"failed: {end.detail['error']}" if "error" in end.detail else "completed"
-    print(" ".join(f"{end.item.id}  {end.item.node_id} {outcome}".splitlines()), flush=True)
+    line = " ".join(f"{end.item.id}  {end.item.node_id} {outcome}".splitlines())
+    print(f"{line}\n", end="", flush=True)  # in one write: several threads print
 
 
 def _import_function(text: str) -> Any:
