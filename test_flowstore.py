@@ -10813,10 +10813,14 @@ def test_a_lease_of_ages_is_held_and_its_loss_told(store: Store) -> None:
 def test_a_lease_ends_in_the_year_9999_at_the_latest(store: Store, clock: Clock) -> None:
     item = claimed(store)
     last = datetime.max.replace(tzinfo=UTC)
-    clock.now = last - seconds(10)
-    assert store.state.renew_lease(item, lease_seconds=10) == last
-    with pytest.raises(InvalidData, match="lease_seconds"):
-        store.state.renew_lease(item, lease_seconds=10.000001)
+    left = (last - clock.now) / seconds(1)  # as a float, to some 30 microseconds
+    for step in range(-4, 5):
+        lease = left + step * math.ulp(left)
+        if round(lease * 1e6) > (last - clock.now) // timedelta(microseconds=1):
+            with pytest.raises(InvalidData, match="lease_seconds"):
+                store.state.renew_lease(item, lease_seconds=lease)
+        else:
+            assert store.state.renew_lease(item, lease_seconds=lease) <= last
 
 
 def test_a_stale_claim_cannot_be_held(store: Store) -> None:
