@@ -2874,6 +2874,14 @@ class _CallQueue:
                 group.append(call)
                 self.queue.popleft()
 
+    def send_back(self, call: _Call, group: list[_Call]) -> None:
+        """Move a call from a leader's group back into the queue: its own thread runs it, alone."""
+        with self.mutex:
+            call.runs_alone = True
+            self.queue.appendleft(call)
+            call.state = _WAITING  # before an interrupt can follow remove()
+            group.remove(call)
+
 
 class _Writer(_CallQueue):
     """The one connection that writes, shared by group commit.
@@ -3124,8 +3132,12 @@ class _Writer(_CallQueue):
                         raise StorageError("the database ended the transaction") from error
                     in_own_batch = member is leader and bool(member.batch)
                     if not isinstance(error, FlowStoreError) and not in_own_batch:
-                        if member is leader or self._send_back(member, error):
+                        # From outside, it is this thread's own: a signal handler raised it, or the
+                        # stack was full.
+                        if member is leader or _came_from_outside(error):
+                            member.runs_alone = True
                             raise
+                        self.send_back(member, self.group)
                         return False
                     call.result = None
                     call.error = error
@@ -3137,21 +3149,6 @@ class _Writer(_CallQueue):
                 if savepoints:
                     tx.run("RELEASE flowstore_call")
         return True
-
-    def _send_back(self, member: _Call, error: Exception) -> bool:
-        """Send another thread's call, which raised a foreign error, back to that thread, to be run
-        alone.
-
-        True when the error is this thread's own: a signal handler raised it, or the stack was
-        full."""
-        member.runs_alone = True
-        if _came_from_outside(error):
-            return True
-        with self.mutex:
-            self.queue.appendleft(member)
-            member.state = _WAITING  # before an interrupt can follow remove()
-            self.group.remove(member)
-        return False
 
     def _commit(self, tx: _Tx, leader: _Call) -> None:
         vanishing = self.log if self.engine.log_may_vanish else None
@@ -3628,10 +3625,7 @@ class _Block:
         undo = self.undo
         try:
             self.finish(commit=kind is None)
-        except StorageError:
-            if kind is None:
-                raise  # else the block's own error says more
-        except BaseException:  # it was interrupted, and perhaps committed all the same
+        except BaseException:  # it may be committed all the same
             for each in undo:
                 each()
             raise
@@ -3660,6 +3654,9 @@ class _Block:
                 if self.parent is not None:
                     self.parent.undo += self.undo
                 self.undo = []
+        except StorageError:
+            if commit:
+                raise  # else the block's own error says more
         finally:
             self._unregister()
             for undo in self.undo:
@@ -7410,7 +7407,98 @@ class _RunFacet(_LogFacet):
         return text
 
 
-class Run(_RunFacet):
+class _Journal(_RunFacet):
+    """What the log has of a run, and which names its steps have taken."""
+
+    def __init__(self, engine: Any, record: WorkflowExecution, item: WorkItem) -> None:
+        super().__init__(engine)
+        self.id = record.execution_id
+        self._item = item
+        # Threads or tasks that have asked for steps, and the one that calls the function.
+        self._branches = {self._owner()}
+        self._active_at = _monotonic()  # when a branch last began or ended something
+        self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
+        self._recorded: dict[str | None, Any] = {}  # events (None: there is none), by event_id
+        # Their event_id, where a record or its block was broken off. It may be stored or not.
+        self._doubtful: set[str] = set()
+        self._lock = threading.RLock()  # a signal handler may ask for a step, too
+        self._taken: set[str] = set()  # steps that were asked for, and have not failed
+        self._next: dict[Any, int] = {}  # by name and kinds, an ordinal: those below are taken
+
+    def _recall(self, log: Iterable[StoredEvent]) -> None:
+        """Find in the log what is recorded."""
+        self._recorded.update((stored.id, stored.event) for stored in log)
+
+    def _ask(self, name: str, *kinds: str) -> _Steps[tuple[str, Any]]:
+        """The next step of a name, and its event if it is recorded."""
+        if self._doubtful:
+            found = yield self._look_again()
+            self._recorded.update(found)
+            self._doubtful.difference_update(found)
+        step, event = self._begin(name, *kinds)
+        take = self._take
+        if event is None and take is not None:
+            try:
+                self._engine.forbid_inside("the first new step of a completed run")
+                _, self._item = yield from take()
+                # Another worker may have done new steps since this one has read the log.
+                self._recall((yield self._read_chunk(self.id, 0, _INT_MAX)))
+            except BaseException:
+                self._release(step)
+                raise
+            self._take = None
+            self._release(step)
+            step, event = self._begin(name, *kinds)
+        return step, event
+
+    def _begin(self, name: str, *kinds: str) -> tuple[str, Any]:
+        """The next step of a name, and its event if it is recorded."""
+        name = _text(name, "name", 200, 1)
+        if "#" in name:
+            raise InvalidData("name: '#' is for the ordinals of steps, leave it out")
+        if "step_completed" not in kinds:
+            self._engine.forbid_inside("a wait of a run")
+        self._branches.add(self._owner())
+        self._active_at = _monotonic()
+        with self._lock:
+            ordinal = self._next.get((name, kinds), 1)
+            while True:
+                step = name if ordinal == 1 else f"{name}#{ordinal}"
+                event = self._recorded.get(f"step:{step}")
+                ordinal += 1
+                # What another kind of step has recorded is left to that one.
+                if step not in self._taken and (event is None or event["type"] in kinds):
+                    self._taken.add(step)
+                    self._next[name, kinds] = ordinal
+                    return step, event
+
+    def _release(self, step: str) -> None:
+        """Let the same name again be this step."""
+        with self._lock:
+            self._taken.discard(step)
+            self._next.clear()
+
+    def _doubt(self, step: str) -> None:
+        """Let the same name again be this step, if the log does not have it by then."""
+        self._doubtful.add(f"step:{step}")
+        self._release(step)
+
+    @_write_row
+    def _look_again(self, tx: _Tx) -> dict[str | None, Any]:
+        """The events of the doubtful steps. As a write, it comes behind a call that goes on."""
+        self._row(tx, _RUN_LOCK, self.id, self._item.lease_fence)
+        return self._find_doubtful(tx)
+
+    def _find_doubtful(self, tx: _Tx) -> dict[str | None, Any]:
+        found: dict[str | None, Any] = dict.fromkeys(self._doubtful)
+        for id in found:
+            where = {"execution_id": self.id, "event_id": id}
+            for stored in self._find(tx, _STORED, "", index="flowstore_log_by_event_id", **where):
+                found[id] = stored.event
+        return found
+
+
+class Run(_Journal):
     """One run of a function, while it is done: `id`, `input`, `attempt` (from 0) and `result`.
 
     Each step, sleep and wait is recorded once, under its name. The same name again is another one
@@ -7425,28 +7513,16 @@ class Run(_RunFacet):
         item: WorkItem,
         crew: _Crew | None = None,
     ) -> None:
-        super().__init__(engine)
-        self.id = record.execution_id
+        super().__init__(engine, record, item)
         self.input = record.initial_input
         self.attempt = item.attempt
         self.result: Json = None
-        self._item = item
         self._crew = crew  # of a worker, which parks a run that waits; a block has none
         self._function = record.workflow_id
-        # Threads or tasks that have asked for steps, and the one that calls the function.
-        self._branches = {self._owner()}
-        self._active_at = _monotonic()  # when a branch last began or ended something
         self._suspended = False  # nothing new is begun
         self._closed = False  # the function or the block has ended
         self._has_failed = False  # a step has, or a wait by its timeout
         self._has_more = False  # a branch was suspended that did not only wait
-        self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
-        self._recorded: dict[str | None, Any] = {}  # events (None: there is none), by event_id
-        # Their event_id, where a record or its block was broken off. It may be stored or not.
-        self._doubtful: set[str] = set()
-        self._lock = threading.RLock()  # a signal handler may ask for a step, too
-        self._taken: set[str] = set()  # steps that were asked for, and have not failed
-        self._next: dict[Any, int] = {}  # by name and kinds, an ordinal: those below are taken
         self._under_way: dict[str, object] = {}  # steps being done, and by which thread or task
         self._waits: dict[str, _Wait] = {}  # those that have begun
 
@@ -7569,79 +7645,6 @@ class Run(_RunFacet):
             self._has_failed = True
             raise TimeoutError(f"run {self.id!r}: no event came in time for {step!r}")
         return event["data"]
-
-    def _recall(self, log: Iterable[StoredEvent]) -> None:
-        """Find in the log what is recorded."""
-        self._recorded.update((stored.id, stored.event) for stored in log)
-
-    # --- names ---
-    def _ask(self, name: str, *kinds: str) -> _Steps[tuple[str, Any]]:
-        """The next step of a name, and its event if it is recorded."""
-        if self._doubtful:
-            found = yield self._look_again()
-            self._recorded.update(found)
-            self._doubtful.difference_update(found)
-        step, event = self._begin(name, *kinds)
-        take = self._take
-        if event is None and take is not None:
-            try:
-                self._engine.forbid_inside("the first new step of a completed run")
-                _, self._item = yield from take()
-                # Another worker may have done new steps since this one has read the log.
-                self._recall((yield self._read_chunk(self.id, 0, _INT_MAX)))
-            except BaseException:
-                self._release(step)
-                raise
-            self._take = None
-            self._release(step)
-            step, event = self._begin(name, *kinds)
-        return step, event
-
-    def _begin(self, name: str, *kinds: str) -> tuple[str, Any]:
-        """The next step of a name, and its event if it is recorded."""
-        name = _text(name, "name", 200, 1)
-        if "#" in name:
-            raise InvalidData("name: '#' is for the ordinals of steps, leave it out")
-        if "step_completed" not in kinds:
-            self._engine.forbid_inside("a wait of a run")
-        self._branches.add(self._owner())
-        self._active_at = _monotonic()
-        with self._lock:
-            ordinal = self._next.get((name, kinds), 1)
-            while True:
-                step = name if ordinal == 1 else f"{name}#{ordinal}"
-                event = self._recorded.get(f"step:{step}")
-                ordinal += 1
-                # What another kind of step has recorded is left to that one.
-                if step not in self._taken and (event is None or event["type"] in kinds):
-                    self._taken.add(step)
-                    self._next[name, kinds] = ordinal
-                    return step, event
-
-    def _release(self, step: str) -> None:
-        """Let the same name again be this step."""
-        with self._lock:
-            self._taken.discard(step)
-            self._next.clear()
-
-    def _doubt(self, step: str) -> None:
-        """Let the same name again be this step, if the log does not have it by then."""
-        self._doubtful.add(f"step:{step}")
-        self._release(step)
-
-    @_write_row
-    def _look_again(self, tx: _Tx) -> dict[str | None, Any]:
-        """The events of the doubtful steps. As a write, it comes behind a call that goes on."""
-        self._row(tx, _RUN_LOCK, self.id, self._item.lease_fence)
-        return self._find_doubtful(tx)
-
-    def _find_doubtful(self, tx: _Tx) -> dict[str | None, Any]:
-        found: dict[str | None, Any] = dict.fromkeys(self._doubtful)
-        for id in found:
-            where = {"execution_id": self.id, "event_id": id}
-            for stored in self._find(tx, _STORED, "", index="flowstore_log_by_event_id", **where):
-                found[id] = stored.event
-        return found
 
     # --- the lease ---
     def _go_on(self, look: _Sql = _RUN_LOOK) -> _Steps[None]:

@@ -2820,7 +2820,13 @@ if hasattr(signal, "alarm"):
 def definitions() -> dict[str, tuple[ast.stmt, set[str]]]:
     """Of each name at this file's top level: what defines it, and the names in that."""
     found: dict[str, tuple[ast.stmt, set[str]]] = {}
-    for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
+    source = Path(__file__).read_text(encoding="utf-8")
+    gc.disable()  # what it collects may report an error, which parses too: Python 3.11 fails on that
+    try:
+        module = ast.parse(source)
+    finally:
+        gc.enable()
+    for node in module.body:
         parts = [*ast.walk(node)]
         used = {part.id for part in parts if isinstance(part, ast.Name)}
         if isinstance(node, ast.Import | ast.ImportFrom):
