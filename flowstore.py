@@ -10369,7 +10369,8 @@ def _report(args: Any) -> None:
 
     with open(args.store, read_only=True) as store:
         file = _parse_target(args.store)[1]
-        if args.output and file and _file_id(args.output) == _file_id(file):
+        own = [_file_id(file + suffix) for suffix in ("", "-wal", "-shm")] if file else []
+        if args.output and (_file_id(args.output) or file) in own:
             raise _WrongUsage(f"-o: {args.output} is the store itself: name another file")
         views = _read_views(store, args.id)
         if args.id is None:

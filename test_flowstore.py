@@ -18785,6 +18785,10 @@ def test_report_writes_a_page_that_needs_nothing_else(shop: Path) -> None:
     assert all(attributes["aria-label"] for tag, attributes in page.elements if tag == "svg")
     before = shop.read_bytes()
     assert run("report", shop, "-o", "shop.db", cwd=shop.parent, status=2).stderr
+    with flowstore.open(shop):
+        for own in ("shop.db-wal", "shop.db-shm"):
+            said = run("report", shop, "-o", own, cwd=shop.parent, status=2).stderr
+            assert said == f"flowstore: -o: {own} is the store itself: name another file\n"
     said = run("report", shop, "-o", "no/such/folder.html", cwd=shop.parent, status=1).stderr
     assert re.fullmatch(
         r"flowstore: -o: no/such/folder.html cannot be written .*: name another file\n", said
