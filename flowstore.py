@@ -4472,13 +4472,13 @@ class _PruneStep:
     kept: Counter[str] = field(default_factory=Counter)  # by the table that refers to them
 
 
-def _part(table: str, index: str, owner: str, key: str = "id", order: str = "") -> _PrunePart:
+def _part(table: str, index: str, owner: str, key: str = "id", rest: str = "") -> _PrunePart:
     """A part that is dropped row by row, as far as there is room."""
     return _PrunePart(
         table,
         owner,
         f"DELETE FROM {table} WHERE {key.replace(', ', ' = ? AND ')} = ?",
-        f"SELECT {key} FROM {table} {{by {index}}} WHERE {owner} = ? {order} LIMIT ?",
+        f"SELECT {key} FROM {table} {{by {index}}} WHERE {owner} = ? {rest} LIMIT ?",
     )
 
 
@@ -4718,6 +4718,10 @@ class _Retention:
 # row is deleted: before that row goes, a placeholder (of the execution '') is added one position
 # higher. It goes when there is a later row.
 _ENDED = "completed", "failed", "cancelled", "limit_exceeded"
+# What a run waits for is a subscription as of a time after all times: no host of workflows, which
+# may use the same names and ids, finds it.
+_RUN_WAIT_AS_OF = _LAST_TIME + 1
+_IS_RUN_WAIT = f"subscribe_as_of > {_LAST_TIME}"
 _WORKFLOW_TIME = "COALESCE(complete_time, create_time)"
 _PRUNED: dict[str, _PruneRule] = {
     "errors": _rule_without_parts(
@@ -4738,7 +4742,12 @@ _PRUNED: dict[str, _PruneRule] = {
         _terminal("workflows", "workflows_by_age", _WORKFLOW_TIME, "Complete", "Terminated"),
         (
             _part("execution_errors", "execution_errors_by_workflow", "workflow_id"),
-            _part("event_subscriptions", "event_subscriptions_by_workflow", "workflow_id"),
+            _part(
+                "event_subscriptions",
+                "event_subscriptions_by_workflow",
+                "workflow_id",
+                rest=f"AND NOT {_IS_RUN_WAIT}",
+            ),
             _part(
                 "execution_pointers",
                 "execution_pointers_in_order",
@@ -5565,15 +5574,20 @@ _PARK = _update(
     f"{_UNDER_FENCE} AND {{status}} = 'claimed'",
 )
 _REPLACE = _update(
-    _ITEM, f"{_MAKE_AVAILABLE}, payload = ?, priority = ?", "AND {status} = 'pending'"
+    _ITEM,
+    f"{_MAKE_AVAILABLE}, payload = ?, priority = ?",
+    # The item of a run stays as it is.
+    """AND {status} = 'pending' AND NOT EXISTS (SELECT 1 FROM flowstore_runs r
+    WHERE r.execution_id = id AND id = flowstore_work_items.execution_id
+    AND r.workflow_id = node_id)""",
 )
 _GIVE_UP = _update(
     _DEAD,
     """status = 'dead_lettered', settled_at = ?, attempt = COALESCE(?, attempt),
     last_error = COALESCE(?, last_error), worker_id = NULL, lease_expires_at = NULL""",
-    f"{_UNDER_FENCE} AND status <> 'completed'",
+    f"{_HELD} AND status <> 'completed'",
 )
-_KEY_HOLDER = """SELECT id, status FROM flowstore_work_items {by flowstore_unique_keys}
+_KEY_HOLDER = """SELECT id FROM flowstore_work_items {by flowstore_unique_keys}
     WHERE tenant_id = ? AND queue_type = ? AND {unique_key} = {given_key}
     AND settled_at IS NULL"""
 _DEAD_LETTERS = "AND {status} = 'dead_lettered' AND settled_at IS NOT NULL"
@@ -5586,8 +5600,8 @@ _NEXT_QUEUE = {
 # The record of a run, whose item has its id and its function's name.
 _FOLLOW_ITEM = _Sql("""UPDATE flowstore_runs SET status = ?, updated_at = ?, completed_at = ?
     WHERE execution_id = ? AND workflow_id = ? {tenant}""")
-_END_WAITS = """UPDATE event_subscriptions {by event_subscriptions_by_workflow}
-    SET terminated_at = ? WHERE workflow_id = ? AND terminated_at IS NULL"""
+_END_WAITS = f"""UPDATE event_subscriptions {{by event_subscriptions_by_workflow}}
+    SET terminated_at = ? WHERE workflow_id = ? AND terminated_at IS NULL AND {_IS_RUN_WAIT}"""
 _RECLAIMED_PER_CLAIM = 16
 _LEASE_EXPIRED = "the lease expired"
 
@@ -5724,7 +5738,7 @@ class _Items(_StateFacet):
 
     @staticmethod
     def _key_holder(tx: _Tx, item: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """Id and status of the item that has this item's unique key, None without one."""
+        """The id of the item that has this item's unique key, None without one."""
         if not item["unique_key"]:
             return None
         values = item["tenant_id"], item["queue_type"], item["unique_key"]
@@ -5764,7 +5778,7 @@ class _Items(_StateFacet):
         whole = _Items(self._engine)  # an expired lease may be another tenant's
         attempt = min(item.attempt + 1, 2**31 - 1)
         if attempt >= item.max_attempts:
-            given_up = now, attempt, error, item.id, None
+            given_up = now, attempt, error, item.id, None, None
             letter = whole._change_item(tx, _DEAD, _GIVE_UP, item.id, *given_up)
             return self._follow_item(tx, letter)
         seconds = self._backoff(attempt) if delay is None else delay
@@ -5841,11 +5855,14 @@ class _QueueLimit(NamedTuple):
     """What the policy of a queue allows now."""
 
     room: int  # how many items may be claimed
-    interval: float  # microseconds in which the bucket gets one claim more; 0 without a rate
-    full_at: float  # when the bucket is full
+    has_rate: bool = False
+    # When the bucket is full: the number of claims since the epoch, at the queue's rate. Counted
+    # so, it is not rounded again with each claim.
+    full_at: float = 0.0
+    has_jumped: bool = False  # the clock was put back
 
 
-_NO_LIMIT = _QueueLimit(_INT_MAX, 0, 0)
+_NO_LIMIT = _QueueLimit(_INT_MAX)
 
 
 class _Claims(_Items):
@@ -5980,10 +5997,11 @@ class _Claims(_Items):
                 # Another transaction is claiming the items. That may be undone: wait for its end.
                 locks = "{for_update}"
                 held.clear()
-        for queue, (_, interval, full_at) in limits.items():
+        for queue, allowed in limits.items():
             # On a server always: a block that counted the leases before this one has to fail.
-            if counts[queue] and (interval or self._engine.max_writers > 1):
-                tx.run(_POLICY_SPEND, full_at + counts[queue] * interval, queue)
+            spends = counts[queue] and (allowed.has_rate or self._engine.max_writers > 1)
+            if spends or allowed.has_jumped:
+                tx.run(_POLICY_SPEND, allowed.full_at + counts[queue], queue)
         return claimed
 
     def _heads(
@@ -6016,8 +6034,8 @@ class _Claims(_Items):
         for queue in queues:
             if tx.row(tx.dialect.resolve(f"SELECT 1 {_EXPIRED} LIMIT 1"), queue, now):
                 return True
-            room = limits.get(queue, _NO_LIMIT).room
-            if self._heads(tx, queue, now, min(1, room), functions):
+            limit = limits.get(queue, _NO_LIMIT)
+            if limit.has_jumped or self._heads(tx, queue, now, min(1, limit.room), functions):
                 return True
         return False
 
@@ -6032,7 +6050,7 @@ class _Claims(_Items):
         values = _POLICY.encode(policy)
         if self._tenant is not None:
             raise TenantMismatch(values["queue_type"], self._tenant)
-        tx.run(_POLICY_WRITE, *values.values(), _FIRST_TIME)
+        tx.run(_POLICY_WRITE, *values.values(), -sys.float_info.max)
         return _POLICY.decode(values.values())
 
     @_read
@@ -6056,20 +6074,23 @@ class _Claims(_Items):
         now = tx.now()  # not before the lock
         for queue, paused, max_running, rate, per_seconds, stored_full_at in rows:
             room = 0 if paused else _INT_MAX
-            full_at = stored_full_at
+            full_at = 0.0
+            has_jumped = False
             if max_running is not None:
                 # Counted in the index, never kept beside it: a crash leaves no wrong number.
                 leases = tx.rows(tx.dialect.resolve(_LEASE_COUNT), queue, max_running)[0][0]
                 room = min(room, max_running - leases)
-            interval = 0.0
             if rate is not None:
-                interval = min(max(per_seconds * 1e6 / rate, 1e-6), 1e18)
+                speed = min(rate / (per_seconds * 1e6), 1e18)  # claims in a microsecond
+                time = now * speed
                 bucket = max(1.0, rate)
-                # The clock may have been put back: more than all of it cannot be missing.
-                full_at = min(full_at, now + bucket * interval)
-                missing = max(0.0, full_at - now) / interval
-                room = min(room, int(bucket - missing))
-            limits[queue] = _QueueLimit(room, interval, max(full_at, now))
+                # More than all of it cannot be missing, so the clock was put back. By less than five
+                # seconds it may only be behind that of another machine.
+                has_jumped = stored_full_at > time + bucket + 5e6 * speed
+                full_at = min(max(stored_full_at, time), time + bucket)
+                # Both times are rounded, by less than half a microsecond.
+                room = min(room, int(bucket - (full_at - time) + min(speed / 2, 0.001)))
+            limits[queue] = _QueueLimit(room, rate is not None, full_at, has_jumped)
         return limits
 
 
@@ -6123,11 +6144,10 @@ class _WorkQueue(_Items):
             id = values["id"]
             holder = self._key_holder(tx, values)
             if holder is not None:
-                id, status = holder
-                if on_conflict == "replace" and status == "pending":
-                    changes = values["available_at"], values["payload"], values["priority"], id
-                    self._run(tx, _REPLACE, *changes)
-                elif on_conflict != "keep":
+                (id,) = holder
+                changes = values["available_at"], values["payload"], values["priority"], id
+                replaced = on_conflict == "replace" and self._run(tx, _REPLACE, *changes)
+                if not replaced and on_conflict != "keep":
                     raise AlreadyExists("work item", id)
             elif not tx.run(_ENQUEUE, *_enqueued_values(values)):
                 raise AlreadyExists("work item", id)
@@ -6339,7 +6359,9 @@ class _WorkQueue(_Items):
         Raises NotFound, and LeaseLost for a completed item or a dead letter, or when the item is
         not under the fence of the claim that it was given as."""
         id, fence = _id_and_fence(item_id)
-        values = tx.now(), None, _text(last_error, "last_error"), id, fence
+        # A claim that was taken back has its fence still.
+        held = "claimed" if getattr(item_id, "status", "") == "claimed" else None
+        values = tx.now(), None, _text(last_error, "last_error"), id, fence, held
         letter = self._change_item(tx, _DEAD, _GIVE_UP, id, *values)
         return self._follow_item(tx, letter)
 
@@ -7125,11 +7147,12 @@ class PersistenceProvider(_CommandFacet):
     @_read
     def get_subscription(self, tx: _Tx, id: AnyId) -> EventSubscription:
         """A subscription, terminated ones too. Raises NotFound."""
-        return self._need(tx, _SUBSCRIPTION, id=id)
+        return self._need(tx, _SUBSCRIPTION, f"AND NOT {_IS_RUN_WAIT}", id=id)
 
     @_write
     def terminate_subscription(self, tx: _Tx, id: AnyId) -> None:
         """End a subscription; again has no effect. Raises NotFound."""
+        self._need(tx, _SUBSCRIPTION, f"AND NOT {_IS_RUN_WAIT}", id=id)
         self._change(tx, _SUBSCRIPTION, "terminated_at = COALESCE(terminated_at, ?)", id, tx.now())
 
     @_read
@@ -7284,11 +7307,11 @@ _RUN_STATUS = _update(
 _IS_RUN = """AND EXISTS (SELECT 1 FROM flowstore_work_items i
     WHERE i.id = flowstore_runs.execution_id AND i.execution_id = i.id
     AND i.node_id = flowstore_runs.workflow_id)"""
-_RUN_WAKE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
+_RUN_WAKE = _Sql(f"""UPDATE flowstore_work_items {{by sqlite_autoindex_flowstore_work_items_1}}
     SET available_at = ? WHERE id IN (
-    SELECT workflow_id FROM event_subscriptions {by event_subscriptions_open}
-    WHERE event_name = ? AND event_key = ? AND terminated_at IS NULL)
-    AND status = 'pending' AND available_at > ? {tenant}""")
+    SELECT workflow_id FROM event_subscriptions {{by event_subscriptions_open}}
+    WHERE event_name = ? AND event_key = ? AND terminated_at IS NULL AND {_IS_RUN_WAIT})
+    AND status = 'pending' AND available_at > ? {{tenant}}""")
 _RUN_DUE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
     SET available_at = ? WHERE id = ? AND lease_fence = ? AND status = 'pending' {tenant}""")
 _LAST_EMITTED = f"""SELECT COALESCE(MAX(event_time), {_FIRST_TIME})
@@ -7299,9 +7322,8 @@ _SUBSCRIBE = """INSERT INTO event_subscriptions (id, workflow_id, step_id, execu
     ON CONFLICT (id) DO UPDATE SET terminated_at = NULL, event_name = excluded.event_name,
     event_key = excluded.event_key RETURNING event_subscriptions.subscription_data"""
 _END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
-_DROP_WAITS = """DELETE FROM event_subscriptions {by event_subscriptions_by_workflow}
-    WHERE workflow_id = ?
-    AND id = LENGTH(execution_pointer_id) || ':' || execution_pointer_id || ':' || workflow_id"""
+_DROP_WAITS = f"""DELETE FROM event_subscriptions {{by event_subscriptions_by_workflow}}
+    WHERE workflow_id = ? AND {_IS_RUN_WAIT}"""
 
 
 class _Suspended(BaseException):
@@ -7357,6 +7379,12 @@ class _Wait(NamedTuple):
     until: int
     event_name: str | None = None
     event_key: str = ""
+    lead: int = 0  # of the times of events before the clock, which was put back
+
+
+def _last_emitted(tx: _Tx) -> int:
+    """The time of the last event of `emit`."""
+    return int(tx.rows(tx.dialect.resolve(_LAST_EMITTED))[0][0])
 
 
 def _result_in(log: Iterable[StoredEvent]) -> Any:
@@ -7788,12 +7816,16 @@ class Run(_Journal):
 
     def _begin_or_end(self, tx: _Tx, wait: _Wait) -> tuple[Any, _Wait]:
         """The look for the event and the subscription are one transaction: none falls between."""
-        step, until, name, key = wait
+        step, until, name, key, _ = wait
         id = f"{len(step)}:{step}:{self.id}"
         if name is not None:
-            subscription = id, self.id, step, name, key, tx.now(), str(until)
+            now = tx.now()
+            lead = max(0, _last_emitted(tx) - now)
+            data = json.dumps([now, until, lead])
+            subscription = id, self.id, step, name, key, _RUN_WAIT_AS_OF, data
             (stored,) = tx.rows(_SUBSCRIBE, *subscription)[0]
-            wait = wait._replace(until=int(stored))
+            _, until, lead = json.loads(stored)
+            wait = wait._replace(until=until, lead=lead)
         event = self._outcome(tx, wait)
         append = functools.partial(self._append, tx, self.id, self._item.tenant_id)
         if name is None:
@@ -7808,7 +7840,7 @@ class Run(_Journal):
 
     def _outcome(self, tx: _Tx, wait: _Wait) -> dict[str, Any] | None:
         """The event that ends a wait now, None while it goes on."""
-        step, until, name, key = wait
+        step, until, name, key, lead = wait
         is_late = tx.now() >= until
         if name is not None:
             recorded = self._recorded | self._find_doubtful(tx)
@@ -7818,9 +7850,11 @@ class Run(_Journal):
             events = self._find(
                 tx,
                 _EVENT,
-                "AND event_time > ? AND event_time <= ? ORDER BY event_time, id LIMIT ?",
+                """AND event_time > ? AND event_time <= ? AND (is_processed = 1 OR event_time > ?)
+                ORDER BY event_time, id LIMIT ?""",
                 self._item.payload["events_after"],
-                until if is_late else _LAST_TIME,  # the clock may have been put back since
+                until + lead if is_late else _LAST_TIME,  # the clock may have been put back since
+                self._item.payload["started_at"],  # for an event that `emit` has not stored
                 len(had) + 1,
                 index="events_by_key",
                 event_name=name,
@@ -7907,8 +7941,8 @@ class _RunRecords(_RunFacet):
             taken = AlreadyExists("execution", id)
             if known and payload is None:
                 taken.add_note(
-                    "The run of this id has another input, function or tenant: give another id, "
-                    "or (to go on with it, whatever its input) leave out the input."
+                    "The run of this id has another input, function or tenant: give another id. "
+                    "store.run() goes on with it, whatever its input, if it is given none."
                 )
             raise taken
         self._do(tx, StateBackend.create_execution, record)
@@ -7916,13 +7950,9 @@ class _RunRecords(_RunFacet):
         self._append(tx, id, record.tenant_id, start)
         item = WorkItem(id=id, execution_id=id, node_id=record.workflow_id, **options)
         # Events are stamped in the order of their commits: those emitted later count.
-        item.payload = payload or {"events_after": self._last_emitted(tx)}
+        item.payload = payload or {"events_after": _last_emitted(tx), "started_at": tx.now()}
         self._do(tx, StateBackend.enqueue_work_item, item)
         return id
-
-    @staticmethod
-    def _last_emitted(tx: _Tx) -> int:
-        return int(tx.rows(tx.dialect.resolve(_LAST_EMITTED))[0][0])
 
     def _need_run(self, tx: _Tx, id: AnyId) -> tuple[WorkflowExecution, WorkItem]:
         record = self._need(tx, _RUN, _IS_RUN, execution_id=_id(id, "id"))
@@ -8048,7 +8078,7 @@ class _RunRecords(_RunFacet):
         _json({"data": data}, "event")
         now = tx.now()
         # Later than the event before, whatever the clock did: waits take events in this order.
-        stamp = min(max(now, self._last_emitted(tx) + 1), _LAST_TIME)
+        stamp = min(max(now, _last_emitted(tx) + 1), _LAST_TIME)
         event = Event(
             event_name=event_name,
             event_key=event_key,
@@ -9443,8 +9473,8 @@ class _Kind(NamedTuple):
         return f"{self.mapper.table} {{by {index}}} WHERE {column} = '{status}' {{tenant}}"
 
 
-_OPEN_WAITS = """event_subscriptions {by event_subscriptions_by_workflow}
-    WHERE workflow_id = ? AND terminated_at IS NULL ORDER BY workflow_id"""
+_OPEN_WAITS = f"""event_subscriptions {{by event_subscriptions_by_workflow}}
+    WHERE workflow_id = ? AND terminated_at IS NULL AND {_IS_RUN_WAIT} ORDER BY workflow_id"""
 _EXECUTIONS = _Kind(
     "executions",
     _LogFacet,
@@ -9498,7 +9528,7 @@ _WORKFLOWS = _Kind(
             """execution_pointers {by execution_pointers_in_order} WHERE workflow_id = ?
             ORDER BY place DESC, id DESC""",
         ),
-        "subscriptions": (_SUBSCRIPTION, _OPEN_WAITS),
+        "subscriptions": (_SUBSCRIPTION, _OPEN_WAITS.replace(_IS_RUN_WAIT, f"NOT {_IS_RUN_WAIT}")),
         "errors": (
             _ERROR,
             """execution_errors {by execution_errors_by_workflow} WHERE workflow_id = ?
@@ -9604,7 +9634,7 @@ class _ViewReader:
                 try:
                     record[name] = decode(record[name])
                 except (StoreCorrupt, *_UNREADABLE):
-                    if decode is _datetime_of and record[name] is not None:
+                    if decode is _datetime_of and record[name] not in (None, _RUN_WAIT_AS_OF):
                         raise
             records.append(record)
         return records
@@ -9760,9 +9790,9 @@ class _ViewReader:
                 if name == "waits":
                     row["step_name"] = f"wait {row['execution_pointer_id']}"
                     row["status"] = "waiting"
-                    row["start_time"] = row["subscribe_as_of"]
-                    until = row["subscription_data"]  # a host's has other data
-                    if type(until) is int and _FIRST_TIME <= until < _LAST_TIME:
+                    since, until, _ = row.pop("subscription_data")
+                    row["start_time"] = row["subscribe_as_of"] = _datetime_of(since)
+                    if until < _LAST_TIME:
                         row["until"] = _datetime_of(until)
                 elif mapper is _DEAD and row["status"] == "pending":
                     row["due_at"] = row["available_at"]

@@ -10865,6 +10865,19 @@ def test_the_last_attempts_retry_is_a_dead_letter(store: Store) -> None:
         assert look(store, item.id).status == "dead_lettered"
 
 
+def test_a_claim_that_was_taken_back_moves_nothing_to_the_dead_letters(
+    store: Store, clock: Clock
+) -> None:
+    lost = claimed(store)
+    clock.advance(9999)
+    store.state.reclaim_expired_leases()
+    with pytest.raises(LeaseLost):
+        store.state.move_to_dead_letter(lost, "late")
+    waiting = look(store, lost.id)
+    assert waiting.status == "pending"
+    assert store.state.move_to_dead_letter(waiting, "in time").last_error == "in time"
+
+
 def test_the_last_attempts_retry_needs_no_key(store: Store) -> None:
     failed = claimed(store, unique_key="k", max_attempts=1)
     store.state.fail_work_item(failed, "boom")
@@ -11650,6 +11663,38 @@ def test_a_rate_goes_on_after_the_clock_was_put_back(store: Store, clock: Clock)
         clock.now = now - timedelta(days=365 * 80)
         put(store, 1)
         claim(store)  # of a new policy the bucket is full, also before 1970
+
+
+def test_a_bucket_refills_while_the_clock_catches_up(store: Store, clock: Clock) -> None:
+    put(store, 3)
+    store.state.set_queue_policy(QueuePolicy(queue_type="q", rate=3))
+    assert len(store.state.claim_work_items("w", ["q"], 9)) == 3
+    clock.advance(-3600)
+    put(store, 9)
+    assert store.state.claim_work_items("w", ["q"], 9) == []  # and the bucket is empty from now on
+    for _ in range(3):
+        clock.advance(1)
+        assert len(store.state.claim_work_items("w", ["q"], 9)) == 3
+    clock.advance(-3600)
+    put(store)
+    began = time.monotonic()
+    assert store.state.claim_work_item("w", ["q"], wait=0.05) is None
+    assert time.monotonic() - began < 9
+    clock.advance(1)
+    assert claim(store, wait=0.05)
+
+
+@parametrize("rate", [3, 6, 7, 11, 13])
+def test_the_last_claim_of_a_bucket_is_not_lost_by_rounding(
+    store: Store, clock: Clock, rate: int
+) -> None:
+    put(store, 3 * rate)
+    for most in (1, 2, rate - 1):
+        store.state.set_queue_policy(QueuePolicy(queue_type="q", rate=rate))
+        taken: list[WorkItem] = []
+        while items := store.state.claim_work_items("w", ["q"], most):
+            taken += items
+        assert len(taken) == rate
 
 
 @sqlite_only
@@ -13770,9 +13815,9 @@ def test_a_dead_letter_waits_for_no_event_any_more(store: Store, clock: Clock) -
 
     id = store.runs.start(wait)
     assert due(store, wait) == 0
-    assert len(store.workflows.get_subscriptions("e", "", clock.now)) == 1
+    assert len(store.state.timeline(id)["tables"]["waits"]["rows"]) == 1
     store.state.move_to_dead_letter(id, "given up")
-    assert store.workflows.get_subscriptions("e", "", clock.now) == []
+    assert store.state.timeline(id)["tables"]["waits"]["rows"] == []
     store.state.requeue_dead_letter(id)
     assert due(store, wait) == 0
     store.runs.emit("e", data=7)
@@ -14463,6 +14508,121 @@ def test_emit_races_wait_for_and_no_event_is_missed(make_store: MakeStore) -> No
     assert [store.runs.result(id, timeout=3) for id in ids] == list(range(200))
     stop.set()
     worker.outcome()
+
+
+def test_the_wait_of_a_run_and_the_workflows_of_others_do_not_touch_each_other(
+    store: Store, clock: Clock
+) -> None:
+    """Whatever they have in common: the names of events, and ids."""
+
+    def wait(run: Any, input: Any) -> Any:
+        return run.wait_for("paid", "7")
+
+    host = store.workflows
+
+    def subscribe(workflow_id: str) -> EventSubscription:
+        subscription = EventSubscription(
+            id=f"of {workflow_id}",
+            workflow_id=workflow_id,
+            step_id=0,
+            execution_pointer_id="p",
+            event_name="paid",
+            event_key="7",
+        )
+        return host.get_subscription(host.create_event_subscription(subscription))
+
+    store.runs.start(wait, id="a")
+    host.create_new_workflow(WorkflowInstance(id="a", workflow_definition_id="d"))
+    own, later = subscribe("a"), subscribe("b")
+    store.runs.start(wait, id="b", available_at=clock.now + seconds(3600))
+    assert due(store, wait) == 0
+    clock.advance(1)
+    assert host.get_subscriptions("paid", "7") == [own, later]
+    assert host.get_first_open_subscription("paid", "7") == own
+    (waiting,) = store.state.timeline("a")["tables"]["waits"]["rows"]
+    shown = {view["kind"]: view["tables"] for view in flowstore._read_views(store, "a")}
+    assert len(shown["execution"]["waits"]["rows"]) == 1
+    assert len(shown["workflow"]["subscriptions"]["rows"]) == 1
+    for refused in (host.get_subscription, host.terminate_subscription):
+        with pytest.raises(NotFound):
+            refused(waiting["id"])
+    host.delete_workflow("a")
+    own = subscribe("a")
+    store.runs.emit("paid", "7", "data")
+    assert look(store, "b").available_at == START + seconds(3600)
+    assert due(store, wait) == 1
+    assert store.runs.result("a") == "data"
+    store.runs.cancel("b")
+    assert host.get_subscriptions("paid", "7") == [later, own]
+
+
+def test_an_event_from_before_the_start_ends_no_wait(store: Store, clock: Clock) -> None:
+    def wait(run: Any, input: Any) -> Any:
+        return run.wait_for("e", timeout=60)
+
+    store.workflows.create_event(Event(event_name="e", event_key="", event_data="old"))
+    store.runs.emit("other")
+    clock.advance(1)
+    id = store.runs.start(wait)
+    with store.run("block") as block, pytest.raises(TimeoutError):
+        block.wait_for("e", timeout=0)
+    clock.advance(1)
+    store.workflows.create_event(Event(event_name="e", event_key="", event_data="new"))
+    assert due(store, wait) == 1
+    assert store.runs.result(id) == "new"
+
+
+@parametrize("lead", [60, 86400 * 365])
+def test_an_event_in_time_ends_a_wait_though_the_clock_was_put_back_before(
+    store: Store, clock: Clock, lead: float
+) -> None:
+    """The times of events are in the order of their commits: then they are ahead of the clock."""
+
+    def wait(run: Any, input: Any) -> Any:
+        return run.wait_for("e", timeout=30)
+
+    store.runs.emit("other")
+    clock.advance(-lead)
+    id = store.runs.start(wait)
+    assert due(store, wait) == 0
+    clock.advance(5)
+    store.runs.emit("e", data="in time")
+    clock.advance(60)  # the worker is late
+    assert due(store, wait) == 1
+    assert store.runs.result(id) == "in time"
+
+
+def test_waits_without_patience_take_all_events_that_are_there(store: Store) -> None:
+    """The clock stands still, so the times of the events are ahead of it."""
+
+    def drain(run: Any, input: Any) -> Any:
+        taken = []
+        while True:
+            try:
+                taken.append(run.wait_for("e", timeout=0))
+            except TimeoutError:
+                return taken
+
+    id = store.runs.start(drain)
+    for number in range(4):
+        store.runs.emit("e", data=number)
+    assert due(store, drain) == 1
+    assert store.runs.result(id) == [0, 1, 2, 3]
+
+
+def test_an_item_that_takes_a_runs_key_does_not_replace_the_run(store: Store, clock: Clock) -> None:
+    def wait(run: Any, input: Any) -> Any:
+        return run.wait_for("e")
+
+    id = store.runs.start(wait, unique_key="k")
+    create(store)
+    item = WorkItem(execution_id="e1", queue_type="wait", unique_key="k", payload=[1])
+    with pytest.raises(AlreadyExists) as caught:
+        store.state.enqueue_work_item(item, on_conflict="replace")
+    assert caught.value.id == id
+    assert store.state.enqueue_work_item(item, on_conflict="keep") == id
+    store.runs.emit("e", data=1)
+    assert due(store, wait) == 1
 
 
 # --- cancelling ---
