@@ -1875,11 +1875,12 @@ class _Connection:
 
     It is opened at its first use, and again at its first use after a fork."""
 
+    tx: _Tx | None = None
+    companions: Sequence[Any] = ()  # of the writer: closed before it
+
     def __init__(self, engine: _Engine) -> None:
         self.engine = engine
         self.lock = threading.RLock()
-        self.tx: _Tx | None = None
-        self.companions: list[Any] = []  # of the writer: closed before it
 
     def use(self) -> _Tx:
         """The open connection; the caller holds the lock."""
@@ -3287,7 +3288,7 @@ def _copy_error(error: Exception) -> Exception:
 # that a text of many comments is not searched for other ways to read them.
 _REFUSED_SQL = re.compile(
     r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*+"
-    r"(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|VACUUM|PRAGMA"
+    r"(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|VACUUM|PRAGMA|ABORT|COPY"
     r"|SET(?!\s+(?:LOCAL|CONSTRAINTS)\b)|RESET|DISCARD)\b",
     re.IGNORECASE | re.DOTALL,
 )
@@ -6084,8 +6085,8 @@ class _Claims(_Items):
                 speed = min(rate / (per_seconds * 1e6), 1e18)  # claims in a microsecond
                 time = now * speed
                 bucket = max(1.0, rate)
-                # More than all of it cannot be missing, so the clock was put back. By less than five
-                # seconds it may only be behind that of another machine.
+                # More than all of it cannot be missing: the clock was put back. Five seconds allow
+                # for other machines' clocks.
                 has_jumped = stored_full_at > time + bucket + 5e6 * speed
                 full_at = min(max(stored_full_at, time), time + bucket)
                 # Both times are rounded, by less than half a microsecond.
@@ -6496,23 +6497,28 @@ class _Keepsakes(_StateFacet):
     ) -> _Steps[tuple[Any, int]]:
         """Fold `reducer(state, event)` over the events after the latest snapshot.
 
-        Begins with the state of the snapshot, or with `initial` where there is none. Returns the
-        state and its sequence. The reducer runs outside transactions."""
+        Begins with the state of the snapshot, or with `initial` where there is none; ends with the
+        last event at the time of the call. Returns the state and its sequence. The reducer runs
+        outside transactions. Raises NotFound when the execution is pruned meanwhile."""
         _check_callable(reducer, "reducer")
-        snapshot = yield self._replay_start(execution_id)
+        snapshot, last = yield self._replay_start(execution_id)
         state, sequence = (snapshot.state, snapshot.at_sequence) if snapshot else (initial, 0)
-        while events := (yield self._read_chunk(execution_id, sequence, 1000)):
+        while sequence < last:
+            chunk = min(1000, last - sequence)
+            events = yield self._read_chunk(execution_id, sequence, chunk)
+            if len(events) < chunk:
+                raise NotFound("execution", str(execution_id))  # it was pruned meanwhile
             for event in events:
                 state = yield reducer(state, event)
-            sequence = events[-1].sequence
+            sequence += chunk
         return state, sequence
 
     @_snapshot
-    def _replay_start(self, tx: _Tx, execution_id: AnyId) -> Snapshot | None:
-        """The latest snapshot that does not lie beyond the end of the log."""
+    def _replay_start(self, tx: _Tx, execution_id: AnyId) -> tuple[Snapshot | None, int]:
+        """The latest snapshot that does not lie beyond the end of the log, and that end."""
         last = self._last_sequence(tx, execution_id) or 0
         execution = _id(execution_id, "execution_id")
-        return _SNAPSHOT.maybe(self._row(tx, _SNAPSHOT_LATEST, execution, last))
+        return _SNAPSHOT.maybe(self._row(tx, _SNAPSHOT_LATEST, execution, last)), last
 
     @_write
     def record_effect(
@@ -8685,14 +8691,14 @@ def _parse_target(target: object) -> tuple[str, str | None]:
     name = text = _path_text(target, "target")
     if not issubclass(type(target), str):
         return text, os.path.abspath(text)
-    url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", text)
+    url = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):(//)?", text.strip())
     scheme = url[1].lower() if url else ""
     if scheme in _SERVERS:
-        return text, ""
+        return text.strip(), ""
     if scheme == "sqlite":
         import urllib.parse
 
-        name = text[7:].removeprefix("//")
+        name = text.strip()[7:].removeprefix("//")
         if "?" in name:
             raise InvalidData(
                 "target: a ?query is not understood here: pass options to open() by name"
@@ -9996,7 +10002,7 @@ def _format_value(value: Any, name: str = "") -> str:
     text = str(value) if isinstance(value, str) else _json_text(value)
     if name == "event" and isinstance(value, dict):
         members = [f"{key}={_json_text(value[key])}" for key in value if key != "type"]
-        text = " ".join([str(value["type"]), *members])
+        text = " ".join([str(value.get("type")), *members])
     return _escape_control(text[: 2 * _TEXT_BOUND])
 
 
@@ -10359,12 +10365,17 @@ class _WrongUsage(Exception):
     """Arguments of a command that cannot be used."""
 
 
+def _json_default(value: object) -> str:
+    """A time, or what is stored where no such value belongs, as text."""
+    return value.isoformat() if isinstance(value, datetime) else str(value)
+
+
 def _show(args: Any) -> None:
     """Print what is in a store, or all about one id."""
     with open(args.store, read_only=True) as store:
         views = _read_views(store, args.id)
     if args.json:
-        print(json.dumps(views if args.id else views[0], default=datetime.isoformat))
+        print(json.dumps(views if args.id else views[0], default=_json_default))
     else:
         colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         print("\n\n".join(_render_text(view, colour) for view in views))
@@ -10389,7 +10400,7 @@ def _tail(args: Any) -> None:
                 f"{stored.sequence} {_format_value(stored.event, 'event')}"
             )
             if args.json:
-                line = json.dumps(vars(stored), default=datetime.isoformat)
+                line = json.dumps(vars(stored), default=_json_default)
             print(line, flush=True)
 
 
@@ -10525,12 +10536,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments and arguments[0] in _CHILDREN:
             return _CHILDREN[arguments[0]](*arguments[1:])
-        parsed = _parser().parse_args(arguments)
+        parsed = _parse(arguments)
         has_problem = parsed.function(parsed)
         print(end="", flush=True)  # while a closed pipe can still be handled
         return 1 if has_problem else 0
-    except SystemExit as end:  # of --help and --version, or of the user's code
-        return _complain(end, 1) if isinstance(end.code, str) else int(end.code or 0)
+    except SystemExit as end:  # of --help and --version, or an error of the user's code
+        return int(end.code or 0) if isinstance(end.code, int | None) else _complain(end, 1)
     except _WrongUsage as error:
         return _complain(error, 2)
     except KeyboardInterrupt:
@@ -10554,8 +10565,8 @@ def _prepare_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _parser() -> Any:
-    """The parser of all commands, made from the tables at the chapter's end."""
+def _parse(argv: list[str]) -> Any:
+    """The arguments of a command, by the tables at the chapter's end."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -10570,13 +10581,18 @@ def _parser() -> Any:
         subparser.set_defaults(function=function)
         for argument in arguments.split():
             subparser.add_argument(argument, **_ARGUMENTS[argument])
-    return parser
+    parsed, left = parser.parse_known_args(argv)
+    if len(left) == 1 and left[0][:1] != "-" and getattr(parsed, "id", "") is None:
+        parsed.id = left.pop()  # argparse does not look for it behind an option
+    if left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    return parsed
 
 
 def _complain(problem: object, status: int) -> int:
     """Print a problem as one line on standard error; returns the status."""
     text = " ".join(str(problem).split()) or type(problem).__name__
-    print(f"flowstore: {text}", file=sys.stderr)
+    print(f"flowstore: {_escape_control(text)}", file=sys.stderr)
     return status
 
 
@@ -10744,6 +10760,8 @@ if hasattr(os, "fork"):
 # --- demo: a durable pipeline over real files, one of whose workers is killed ---
 def _demo(args: Any) -> bool:
     """Measure and hash the files of a folder with several processes, one of which is killed."""
+    import shlex
+
     if not os.path.isdir(args.folder):
         raise _WrongUsage(f"{args.folder}: there is no such folder")
     folder = os.path.realpath(args.folder)
@@ -10766,7 +10784,8 @@ def _demo(args: Any) -> bool:
     print(
         "The store stays; files done in it are not read again, even when they have changed: "
         f"delete {store.target} or name another --store to do them again.\n"
-        f"To look at it: python {sys.argv[0]} show {store.target} (or report, or serve)"
+        f"To look at it: {shlex.join(['python', sys.argv[0], 'show', store.target])} "
+        "(or report, or serve)"
     )
     return done < len(paths)
 
@@ -10894,9 +10913,9 @@ def _work(args: Any) -> None:
         return
     except InvalidData as error:  # no functions, or no number of threads
         raise _WrongUsage(error) from error
-    except (Exception, SystemExit):
+    except Exception:
         raise
-    except BaseException as error:  # of a function
+    except BaseException as error:  # of a function, whose run was given back
         raise SystemExit(_error_text(error)) from error
 
 
@@ -10909,7 +10928,8 @@ async def _work_in_tasks(args: Any, functions: Sequence[Any]) -> None:
 def _tell_end(end: _End) -> None:
     outcome = f"failed: {end.detail['error']}" if "error" in end.detail else "completed"
     line = " ".join(f"{end.item.id}  {end.item.node_id} {outcome}".splitlines())
-    print(f"{line}\n", end="", flush=True)  # in one write: several threads print
+    # In one write: several threads print.
+    print(f"{_escape_control(line)}\n", end="", flush=True)
 
 
 def _import_function(text: str) -> Any:
@@ -10925,7 +10945,9 @@ def _import_function(text: str) -> Any:
     sys.modules.setdefault(str(own), sys.modules[__name__])
     try:
         return pkgutil.resolve_name(text)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the module raises
         raise _WrongUsage(f"{text}: {_error_text(error)}") from None
 
 
@@ -10948,7 +10970,7 @@ def _check(args: Any) -> bool:
         print(json.dumps({"store": store.target, "problems": problems, "health": health}))
     else:
         verdict = _plural(len(problems), "problems") if problems else "sound"
-        print(*problems, f"{store.target}: {verdict}", sep="\n")
+        print(*map(_escape_control, problems), f"{store.target}: {verdict}", sep="\n")
         for name, value in health.items():
             print(f"  {_label(name):20} {_format_value(value, name)}")
     return bool(problems)
@@ -11097,6 +11119,7 @@ def _copy_tables(read: _ReadRows, target: Store) -> None:
 def _copy_store(args: Any) -> bool:
     """Copy a store into a new one, from SQLite to PostgreSQL or back, and compare them."""
     differ = []
+    _shared_path(args.target)
     with open(args.store, read_only=True) as source, source.transaction() as snapshot:
         counts = source.stats()["tables"]
         total = sum(counts.values()) - counts["flowstore_meta"]
@@ -11173,7 +11196,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
         "default": "flowstore-demo.db",
         "help": "default: %(default)s",
     },
-    "--target": {"help": "try this store (default: a temporary file)"},
+    "--target": {"help": "try this store, and leave the runs there (default: a temporary file)"},
     "--tenant": {},
 }
 # The function of each command, which returns True for a problem that it found, and its arguments.
@@ -11384,7 +11407,7 @@ class _PostgresDb:
         self.begins_before = begins_before
         if not begins_before:
             writing = f"{isolation}; SELECT pg_current_xact_id()"
-            rest = writing if isolation else "REPEATABLE READ READ ONLY"
+            rest = writing if isolation else "REPEATABLE READ READ ONLY; SELECT 0"  # from now on
             self.transaction_id = self._do(f"BEGIN ISOLATION LEVEL {rest}")
 
     def execute(self, sql: str, parameters: Any = (), many: bool = False) -> Any:
@@ -11578,7 +11601,7 @@ class _PostgresEngine(_Engine):
             self.psycopg: Any = importlib.import_module("psycopg")
         except ImportError as error:
             raise StorageError(
-                "a server's URL needs psycopg: pip install 'flowstore[postgres]'"
+                "a server's URL needs psycopg: pip install 'psycopg[binary]>=3.2'"
             ) from error
         scheme, rest = target.split(":", 1)
         target = f"{scheme.lower()}:{rest}"  # libpq knows no other, and would show the password
@@ -11597,7 +11620,24 @@ class _PostgresEngine(_Engine):
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
             SET synchronous_commit = {"on" if options.synchronous == "FULL" else "off"};
             SET default_transaction_read_only = {"on" if options.read_only else "off"}"""
-        super().__init__(re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target), None, options)
+        super().__init__(self._without_password(target), None, options)
+
+    def _without_password(self, target: str) -> str:
+        """The target as messages show it. Raises InvalidData for one of which that is not sure."""
+        shown = re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target)
+        parse = self.psycopg.conninfo.conninfo_to_dict
+        try:
+            parts = parse(self.url)
+            if parse(re.sub("(?<=[?&])(schema|pooler)=[^&]*&?", "", shown)).get("password"):
+                raise ValueError
+            if "@" in f"{parts.get('host')}{parts.get('dbname')}":
+                raise ValueError
+        except (self.psycopg.Error, ValueError):
+            raise InvalidData(
+                "target: this URL of a server cannot be read: in a password, write %25 for %, "
+                "%40 for @ and %2F for /"
+            ) from None
+        return shown
 
     def connect(self) -> _Tx:
         """A new connection to the server."""
