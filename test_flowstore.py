@@ -20382,6 +20382,12 @@ def test_a_read_that_fails_in_a_block_is_undone_alone_and_what_ends_the_block_is
                 tx.execute(refused)
         write(server, "e1")
     assert server.events.count_events("e1") == 3
+    with pytest.raises(StorageError, match="run it again"), server.transaction() as tx:
+        write(server, "e1")
+        raw: Any = tx._innermost().connection.use().db.db
+        with pytest.raises(Exception, match="division by zero"):
+            raw.execute("SELECT 1 / 0")  # outside of a savepoint: COMMIT would roll back, silently
+    assert server.events.count_events("e1") == 3
 
 
 @postgres_only
