@@ -18959,6 +18959,31 @@ def test_a_reader_that_goes_away_is_met_quietly(shop: Path) -> None:
         assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_an_id_may_stand_behind_an_option(shop: Path) -> None:
+    wanted = run("show", "--json", shop, "order-0").stdout
+    assert '"order-0"' in wanted
+    assert run("show", shop, "--json", "order-0").stdout == wanted
+    for arguments in (["show", shop, "a", "b"], ["show", shop, "--no", "a"], ["check", shop, "a"]):
+        assert "unrecognized arguments" in run(*arguments, status=2).stderr
+
+
+def test_what_does_not_belong_into_a_column_is_shown_as_it_is(shop: Path) -> None:
+    with sqlite3.connect(shop) as db:
+        db.execute("UPDATE flows SET goal = x'fffe' WHERE id = 'flow'")
+        db.execute("UPDATE flowstore_log SET event = '{\"t\": 1}' WHERE position = 1")
+    db.close()
+    assert json_of("show", shop, "flow")[0]["facts"]["goal"] == r"b'\xff\xfe'"
+    child = subprocess.Popen(
+        [sys.executable, flowstore.__file__, "tail", shop, "--after", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert line_of(child).endswith("None t=1")
+    child.send_signal(signal.SIGINT)
+    finished(child)
+
+
 def test_report_writes_a_page_that_needs_nothing_else(shop: Path) -> None:
     run("report", shop, "-o", "page.html", cwd=shop.parent)
     page = Page((shop.parent / "page.html").read_text())
@@ -19564,6 +19589,10 @@ def test_items_of_version_1_have_ended_when_they_were_available(of_version_1: Pa
             datetime(1970, 1, 1, 0, 0, 0, 7, UTC)
         ]
         assert set(ended["pending"]) == {None} and store.check() == []
+
+
+def test_a_copy_into_memory_is_refused(shop: Path) -> None:
+    assert "memory" in run("copy", shop, ":memory:", status=2).stderr
 
 
 def test_a_copy_compares_every_row_of_a_long_table(tmp_path: Path) -> None:
