@@ -7313,20 +7313,25 @@ _RUN_STATUS = _update(
 _IS_RUN = """AND EXISTS (SELECT 1 FROM flowstore_work_items i
     WHERE i.id = flowstore_runs.execution_id AND i.execution_id = i.id
     AND i.node_id = flowstore_runs.workflow_id)"""
-_RUN_WAKE = _Sql(f"""UPDATE flowstore_work_items {{by sqlite_autoindex_flowstore_work_items_1}}
+# By the ids of waits: an earlier build gave them the times of others' subscriptions.
+_RUN_WAKE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
     SET available_at = ? WHERE id IN (
-    SELECT workflow_id FROM event_subscriptions {{by event_subscriptions_open}}
-    WHERE event_name = ? AND event_key = ? AND terminated_at IS NULL AND {_IS_RUN_WAIT})
-    AND status = 'pending' AND available_at > ? {{tenant}}""")
+    SELECT workflow_id FROM event_subscriptions {by event_subscriptions_open}
+    WHERE event_name = ? AND event_key = ? AND terminated_at IS NULL
+    AND id = LENGTH(execution_pointer_id) || ':' || execution_pointer_id || ':' || workflow_id)
+    AND status = 'pending' AND available_at > ? {tenant}""")
 _RUN_DUE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
     SET available_at = ? WHERE id = ? AND lease_fence = ? AND status = 'pending' {tenant}""")
 _LAST_EMITTED = f"""SELECT COALESCE(MAX(event_time), {_FIRST_TIME})
     FROM events {{by events_processed}} WHERE is_processed = 1"""
 # A wait that begins again has its old subscription and end, perhaps for another event.
-_SUBSCRIBE = """INSERT INTO event_subscriptions (id, workflow_id, step_id, execution_pointer_id,
+_SUBSCRIBE = f"""INSERT INTO event_subscriptions (id, workflow_id, step_id, execution_pointer_id,
     event_name, event_key, subscribe_as_of, subscription_data) VALUES (?, ?, 0, ?, ?, ?, ?, ?)
     ON CONFLICT (id) DO UPDATE SET terminated_at = NULL, event_name = excluded.event_name,
-    event_key = excluded.event_key RETURNING event_subscriptions.subscription_data"""
+    event_key = excluded.event_key, subscribe_as_of = excluded.subscribe_as_of,
+    subscription_data = CASE WHEN event_subscriptions.{_IS_RUN_WAIT}
+    THEN event_subscriptions.subscription_data ELSE excluded.subscription_data END
+    RETURNING event_subscriptions.subscription_data"""
 _END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
 _DROP_WAITS = f"""DELETE FROM event_subscriptions {{by event_subscriptions_by_workflow}}
     WHERE workflow_id = ? AND {_IS_RUN_WAIT}"""
@@ -7860,7 +7865,7 @@ class Run(_Journal):
                 ORDER BY event_time, id LIMIT ?""",
                 self._item.payload["events_after"],
                 until + lead if is_late else _LAST_TIME,  # the clock may have been put back since
-                self._item.payload["started_at"],  # for an event that `emit` has not stored
+                self._item.payload.get("started_at", 0),  # for an event that `emit` has not stored
                 len(had) + 1,
                 index="events_by_key",
                 event_name=name,

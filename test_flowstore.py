@@ -14581,6 +14581,25 @@ def test_the_wait_of_a_run_and_the_workflows_of_others_do_not_touch_each_other(
     assert host.get_subscriptions("paid", "7") == [later, own]
 
 
+def test_a_run_that_an_earlier_build_parked_goes_on(store: Store, clock: Clock) -> None:
+    def wait(run: Any, input: Any) -> Any:
+        return run.wait_for("e", timeout=60)
+
+    id = store.runs.start(wait)
+    assert due(store, wait) == 0
+    now = int(clock.now.timestamp() * 1_000_000)
+    execute(
+        store,
+        "UPDATE event_subscriptions SET subscription_data = ?, subscribe_as_of = ?",
+        (str(now + 60_000_000), now),
+    )
+    execute(store, """UPDATE flowstore_work_items SET payload = '{"events_after": 0}'""")
+    clock.advance(30)
+    store.runs.emit("e", data="in time")
+    assert due(store, wait) == 1
+    assert store.runs.result(id) == "in time"
+
+
 def test_an_event_from_before_the_start_ends_no_wait(store: Store, clock: Clock) -> None:
     def wait(run: Any, input: Any) -> Any:
         return run.wait_for("e", timeout=60)
