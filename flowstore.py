@@ -11015,11 +11015,11 @@ def _backup(args: Any) -> None:
     print(f"{args.target}: {os.path.getsize(args.target):,} bytes")
 
 
-def _open_existing(target: str) -> Store:
+def _open_existing(target: str, read_only: bool = False) -> Store:
     """Open a store to change it: a mistyped name must not make a new one."""
     with contextlib.suppress(SchemaError):  # of an older version, which opening it upgrades
         open(target, read_only=True).close()
-    return open(target)
+    return open(target, read_only=read_only)
 
 
 def _compact(args: Any) -> None:
@@ -11036,7 +11036,7 @@ def _prune(args: Any) -> None:
         raise _WrongUsage("--older-than: six digits at most and a unit, as in 30d")
     units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
     older_than = timedelta(**{units[age[2]]: int(age[1])})
-    with _open_existing(args.store) as store:
+    with _open_existing(args.store, read_only=args.dry_run) as store:
         counts = store.prune(older_than, dry_run=args.dry_run, artifacts=args.artifacts)
     if args.json:
         print(json.dumps({"store": store.target, "dry_run": args.dry_run, "pruned": counts}))

@@ -19443,6 +19443,13 @@ def test_prune_from_the_command_line(tmp_path: Path) -> None:
         assert store.events.list_executions() == ["open"] and store.check() == []
 
 
+def test_a_dry_run_of_prune_changes_nothing_of_an_older_file(of_version_1: Path) -> None:
+    before = of_version_1.read_bytes()
+    said = run("prune", of_version_1, "--older-than", "30d", "--dry-run", status=1).stderr
+    assert "older version" in said
+    assert of_version_1.read_bytes() == before
+
+
 def test_prune_drops_artifacts_when_it_is_told_to(tmp_path: Path) -> None:
     then = datetime(2000, 1, 1, tzinfo=UTC)
     with flowstore.open(tmp_path / "app.db", clock=lambda: then) as store:
