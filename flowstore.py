@@ -6064,8 +6064,7 @@ class _Claims(_Items):
         """All policies, by queue."""
         return self._find(tx, _POLICY, "ORDER BY queue_type")
 
-    @staticmethod
-    def _limits(tx: _Tx, queues: list[str], lock: str = "") -> dict[str, _QueueLimit]:
+    def _limits(self, tx: _Tx, queues: list[str], lock: str = "") -> dict[str, _QueueLimit]:
         """What the policies of these queues allow now."""
         marks = ", ".join("?" * len(queues)) or "NULL"
         sql = f"""SELECT queue_type, paused, max_running, rate, per_seconds, full_at
@@ -6085,9 +6084,10 @@ class _Claims(_Items):
                 speed = min(rate / (per_seconds * 1e6), 1e18)  # claims in a microsecond
                 time = now * speed
                 bucket = max(1.0, rate)
-                # More than all of it cannot be missing: the clock was put back. Five seconds allow
-                # for other machines' clocks.
-                has_jumped = stored_full_at > time + bucket + 5e6 * speed
+                # More than all of it cannot be missing: the clock was put back, or other machines'
+                # clocks are ahead.
+                ahead = 5e6 if self._engine.max_writers == 1 else 600e6
+                has_jumped = stored_full_at > time + bucket + ahead * speed
                 full_at = min(max(stored_full_at, time), time + bucket)
                 # Both times are rounded, by less than half a microsecond.
                 room = min(room, int(bucket - (full_at - time) + min(speed / 2, 0.001)))
@@ -6772,7 +6772,7 @@ _SUBSCRIPTION_FREE = "(external_token IS NULL OR external_token_expiry <= ?)"
 _SUBSCRIPTION_TAKE = _update(
     _SUBSCRIPTION,
     "external_token = ?, external_worker_id = ?, external_token_expiry = ?",
-    f"AND terminated_at IS NULL AND {_SUBSCRIPTION_FREE}",
+    f"AND terminated_at IS NULL AND {_SUBSCRIPTION_FREE} AND NOT {_IS_RUN_WAIT}",
 )
 _SUBSCRIPTION_CLEAR = _update(
     _SUBSCRIPTION,
@@ -7204,7 +7204,7 @@ class PersistenceProvider(_CommandFacet):
         lease = _text(token, "token"), _id(worker_id, "worker_id"), _microseconds(expiry, "expiry")
         if self._run(tx, _SUBSCRIPTION_TAKE, *lease, key, tx.now()):
             return True
-        self._need(tx, _SUBSCRIPTION, "AND terminated_at IS NULL", id=id)
+        self._need(tx, _SUBSCRIPTION, f"AND terminated_at IS NULL AND NOT {_IS_RUN_WAIT}", id=id)
         return False
 
     @_write_row
@@ -7333,6 +7333,10 @@ _SUBSCRIBE = f"""INSERT INTO event_subscriptions (id, workflow_id, step_id, exec
     THEN event_subscriptions.subscription_data ELSE excluded.subscription_data END
     RETURNING event_subscriptions.subscription_data"""
 _END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
+_SET_WAIT = "UPDATE event_subscriptions SET subscription_data = ? WHERE id = ?"
+_RUN_WAITS = f"""SELECT id, subscription_data
+    FROM event_subscriptions {{by event_subscriptions_open}}
+    WHERE event_name = ? AND event_key = ? AND terminated_at IS NULL AND {_IS_RUN_WAIT}"""
 _DROP_WAITS = f"""DELETE FROM event_subscriptions {{by event_subscriptions_by_workflow}}
     WHERE workflow_id = ? AND {_IS_RUN_WAIT}"""
 
@@ -7390,7 +7394,7 @@ class _Wait(NamedTuple):
     until: int
     event_name: str | None = None
     event_key: str = ""
-    lead: int = 0  # of the times of events before the clock, which was put back
+    limit: int = 0  # the time of the last event that counts when the worker comes late
 
 
 def _last_emitted(tx: _Tx) -> int:
@@ -7827,16 +7831,16 @@ class Run(_Journal):
 
     def _begin_or_end(self, tx: _Tx, wait: _Wait) -> tuple[Any, _Wait]:
         """The look for the event and the subscription are one transaction: none falls between."""
-        step, until, name, key, _ = wait
+        step, until, name, key, limit = wait
         id = f"{len(step)}:{step}:{self.id}"
         if name is not None:
             now = tx.now()
-            lead = max(0, _last_emitted(tx) - now)
-            data = json.dumps([now, until, lead])
+            # Events that are there are in time, though their times may be ahead of the clock.
+            data = json.dumps([now, until, max(until, _last_emitted(tx))])
             subscription = id, self.id, step, name, key, _RUN_WAIT_AS_OF, data
             (stored,) = tx.rows(_SUBSCRIBE, *subscription)[0]
-            _, until, lead = json.loads(stored)
-            wait = wait._replace(until=until, lead=lead)
+            _, until, limit = json.loads(stored)
+            wait = wait._replace(until=until, limit=limit)
         event = self._outcome(tx, wait)
         append = functools.partial(self._append, tx, self.id, self._item.tenant_id)
         if name is None:
@@ -7851,7 +7855,7 @@ class Run(_Journal):
 
     def _outcome(self, tx: _Tx, wait: _Wait) -> dict[str, Any] | None:
         """The event that ends a wait now, None while it goes on."""
-        step, until, name, key, lead = wait
+        step, until, name, key, limit = wait
         is_late = tx.now() >= until
         if name is not None:
             recorded = self._recorded | self._find_doubtful(tx)
@@ -7861,10 +7865,10 @@ class Run(_Journal):
             events = self._find(
                 tx,
                 _EVENT,
-                """AND event_time > ? AND event_time <= ? AND (is_processed = 1 OR event_time > ?)
+                """AND event_time > ? AND event_time <= ? AND (is_processed = 1 OR event_time >= ?)
                 ORDER BY event_time, id LIMIT ?""",
                 self._item.payload["events_after"],
-                until + lead if is_late else _LAST_TIME,  # the clock may have been put back since
+                limit if is_late else _LAST_TIME,
                 self._item.payload.get("started_at", 0),  # for an event that `emit` has not stored
                 len(had) + 1,
                 index="events_by_key",
@@ -8098,7 +8102,13 @@ class _RunRecords(_RunFacet):
             is_processed=True,
         )
         stored = _insert_record(tx, _EVENT, event)
-        self._run(tx, _RUN_WAKE, now, stored.event_name, stored.event_key, now)
+        topic = stored.event_name, stored.event_key
+        if stamp > now:  # in time all the same, for these
+            for id, data in tx.rows(tx.dialect.resolve(_RUN_WAITS), *topic):
+                since, until, _ = json.loads(data)
+                if now <= until < stamp:
+                    tx.run(_SET_WAIT, json.dumps([since, until, stamp]), id)
+        self._run(tx, _RUN_WAKE, now, *topic, now)
         return stored.id
 
 
@@ -11635,7 +11645,10 @@ class _PostgresEngine(_Engine):
             parts = parse(self.url)
             if parse(re.sub("(?<=[?&])(schema|pooler)=[^&]*&?", "", shown)).get("password"):
                 raise ValueError
-            if "@" in f"{parts.get('host')}{parts.get('dbname')}":
+            login, _, database = re.sub(r"^\w+://|\?.*", "", target).partition("/")
+            if "@" in database or login.count("@") > 1:
+                raise ValueError
+            if not re.fullmatch("[0-9,]*", parts.get("port") or ""):
                 raise ValueError
         except (self.psycopg.Error, ValueError):
             raise InvalidData(

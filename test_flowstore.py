@@ -11694,7 +11694,7 @@ def test_a_bucket_refills_while_the_clock_catches_up(store: Store, clock: Clock)
     put(store, 3)
     store.state.set_queue_policy(QueuePolicy(queue_type="q", rate=3))
     assert len(store.state.claim_work_items("w", ["q"], 9)) == 3
-    clock.advance(-3600)
+    clock.advance(-7200)
     put(store, 9)
     assert store.state.claim_work_items("w", ["q"], 9) == []  # and the bucket is empty from now on
     for _ in range(3):
@@ -14568,7 +14568,12 @@ def test_the_wait_of_a_run_and_the_workflows_of_others_do_not_touch_each_other(
     shown = {view["kind"]: view["tables"] for view in flowstore._read_views(store, "a")}
     assert len(shown["execution"]["waits"]["rows"]) == 1
     assert len(shown["workflow"]["subscriptions"]["rows"]) == 1
-    for refused in (host.get_subscription, host.terminate_subscription):
+    token = "t", "w", clock.now + seconds(9)
+    for refused in (
+        host.get_subscription,
+        host.terminate_subscription,
+        lambda wait_id: host.set_subscription_token(wait_id, *token),
+    ):
         with pytest.raises(NotFound):
             refused(waiting["id"])
     host.delete_workflow("a")
@@ -14632,6 +14637,31 @@ def test_an_event_in_time_ends_a_wait_though_the_clock_was_put_back_before(
     clock.advance(5)
     store.runs.emit("e", data="in time")
     clock.advance(60)  # the worker is late
+    assert due(store, wait) == 1
+    assert store.runs.result(id) == "in time"
+    late = store.runs.start(wait)
+    assert due(store, wait) == 0
+    clock.advance(31)
+    store.runs.emit("e", data="late")
+    due(store, wait)
+    assert [stored.event["type"] for stored in store.events.load_events(late)][
+        1
+    ] == "wait_timed_out"
+
+
+def test_an_event_in_time_ends_a_wait_though_the_clock_was_put_back_since(
+    store: Store, clock: Clock
+) -> None:
+    def wait(run: Any, input: Any) -> Any:
+        return run.wait_for("e", timeout=10)
+
+    id = store.runs.start(wait)
+    assert due(store, wait) == 0
+    clock.advance(3600)
+    store.runs.emit("other")
+    clock.advance(-3599)
+    store.runs.emit("e", data="in time")
+    clock.advance(10)
     assert due(store, wait) == 1
     assert store.runs.result(id) == "in time"
 
@@ -20668,10 +20698,11 @@ def test_no_password_is_told(
         "postgresql:/u:secret@127.0.0.1:1/x",
         "postgresql://u:a/secret@127.0.0.1:1",
         "postgresql://u:a@secret@127.0.0.1:1/x",
+        "postgresql://u:secret",
         "postgresql://127.0.0.1:1/x?passw%6frd=secret",
         "postgresql://127.0.0.1:1/x?PASSWORD=secret",
         " postgresql://u:secret@127.0.0.1:1/x",
-        "postgresql://u:sec%25ret@127.0.0.1:1/x",
+        "postgresql://u:secret@127.0.0.1:1/x%40y",
         "POSTGRES://127.0.0.1:1/x?schema=a&password=secret",
     ],
 )
