@@ -2705,10 +2705,15 @@ class _Call(SimpleNamespace):
 
 class _CommitListeners:
     """The waiters that each commit of this process wakes. Commits of other processes are polled
-    for."""
+    for: a waiter does it for all."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: _Engine) -> None:
+        self.engine = engine
         self.wakers: set[Callable[[], object]] = set()
+        self.next_poll = 0.0
+        self.version: Any = None  # what the last poll has found
+        # By what is looked for: the commits by then, the time of the next look, and who looks.
+        self.looks: dict[Any, tuple[int, float, object]] = {}
 
     def notify(self) -> None:
         """Wake all of them."""
@@ -2717,9 +2722,59 @@ class _CommitListeners:
             with contextlib.suppress(RuntimeError):
                 wake()
 
-    def poll_interval(self, seconds: float, interval: float) -> float:
-        """Seconds until the next poll: twice as many when many waiters poll."""
-        return max(0.0, min(seconds, interval * (2 if len(self.wakers) > 16 else 1)))
+    def wait(self, seen: int, seconds: float, tick: float) -> None:
+        """Wait as `_Engine.wait` says."""
+        engine = self.engine
+        gate = threading.Lock()
+        gate.acquire()
+        wake = gate.release  # is called at each commit, and at the end of the store
+        self.wakers.add(wake)
+        end = _monotonic() + min(seconds, tick)
+        try:
+            while True:
+                engine.refuse_closed()
+                if engine.commits == seen:
+                    # Many waiters poll half as often.
+                    pause = engine.poll_seconds * (2 if len(self.wakers) > 16 else 1)
+                    gate.acquire(timeout=max(0.0, min(seconds, pause)))
+                    self.count_others_commits()
+                if engine.commits != seen or _monotonic() >= end:
+                    return
+        finally:
+            self.wakers.discard(wake)
+
+    def count_others_commits(self) -> None:
+        """Count what other processes have committed since the last poll, as one commit."""
+        engine = self.engine
+        poller = engine.poller
+        polls = engine.counts_all_commits and not engine.in_memory
+        if not polls or not poller.lock.acquire(blocking=False):
+            return
+        try:
+            now = _monotonic()
+            if now >= self.next_poll:
+                tx = poller.use()
+                version = tx, tx.rows("PRAGMA data_version")
+                self.next_poll = now + engine.poll_seconds / 2
+                if version != self.version:
+                    self.version = version
+                    engine.commits += 1
+                    self.notify()
+        finally:
+            poller.lock.release()
+
+    def is_looked_for(self, what: Any, waiter: object) -> bool:
+        """Whether another waiter has just looked for the same thing, since the last commit. Else it
+        is noted that this one does."""
+        now = _monotonic()
+        known = self.engine.commits
+        commits, end, other = self.looks.get(what, (-1, 0.0, None))
+        if other is not waiter and commits == known and now < end:
+            return True
+        if len(self.looks) > 1000:
+            self.looks.clear()
+        self.looks[what] = known, now + self.engine.poll_seconds, waiter
+        return False
 
 
 class _Checkpointer:
@@ -3877,7 +3932,7 @@ class _Engine(_Database):
         if options.keep is not None and not options.read_only:
             self.retention = _Retention(options.keep)
         self.commits = 0
-        self.listeners = _CommitListeners()
+        self.listeners = _CommitListeners(self)
         # The blocks for which writers wait, by the hash of their thread or task: a task that is a
         # key would never be collected.
         self.open_blocks: dict[int, weakref.ref[_Block]] = {}
@@ -3887,6 +3942,7 @@ class _Engine(_Database):
         # Without locks, the next call may have to open the file in another way.
         self.pool.keeps_idle = not self.cannot_lock
         self.writer = _Writer(self, self.log)
+        self.poller = self.pool.new_connection()
         with _process.lock:
             _process.engines.add(self)
         try:
@@ -4040,20 +4096,15 @@ class _Engine(_Database):
         _log(_WARNING, "%s: another process deleted the write-ahead log in use", self.path)
 
     # --- waiting for commits ---
-    def wait(self, seen: int, seconds: float) -> Any:
-        """Wait for a commit after the first `seen` ones, or until it is time to poll for other
-        processes' commits."""
-        gate = threading.Lock()
-        gate.acquire()
-        wake = gate.release  # is called at each commit, and at the end of the store
-        listeners = self.listeners
-        listeners.wakers.add(wake)
-        try:
-            self.refuse_closed()
-            if self.commits == seen:
-                gate.acquire(timeout=listeners.poll_interval(seconds, self.poll_seconds))
-        finally:
-            listeners.wakers.discard(wake)
+    def wait(self, seen: int, seconds: float, tick: float = 0.0) -> Any:
+        """Wait for a commit after the first `seen` ones, or for `tick` seconds, at least until it
+        is time to poll for other processes' commits."""
+        self.listeners.wait(seen, seconds, tick)
+
+    @property
+    def counts_all_commits(self) -> bool:
+        """Whether `commits` counts those of other processes, too."""
+        return not (self.cannot_lock or self.log_may_vanish)
 
     # --- transaction blocks ---
     def block(self) -> _Block | None:
@@ -4198,7 +4249,7 @@ class _Engine(_Database):
                     _process.files_of_parent.add(_file_id(self.path))
                     connection.leak()
         self.process = os.getpid()
-        self.listeners = _CommitListeners()
+        self.listeners = _CommitListeners(self)
         self.open_blocks.clear()
         self.snapshots.clear()
         self.writer.leader = None
@@ -5103,19 +5154,28 @@ class _LogFacet(_Facet):
         return self._events_after(tx, execution_id, after, limit)
 
     @_steps
-    def _poll(self, look: Callable[..., Any], seconds: float, *args: Any) -> _Steps[Any]:
+    def _poll(
+        self, look: Callable[..., Any], seconds: float, *args: Any, due: int | None = None
+    ) -> _Steps[Any]:
         """Call `look(*args)` until it finds something or the seconds are over.
 
-        At each commit of this process, and now and then besides: for other processes' commits, and
-        for what becomes due without a commit."""
+        At each commit, and now and then besides, for what becomes due without a commit: when the
+        store's time is `due`, if that is given."""
+        engine = self._engine
         deadline = _monotonic() + seconds
         while True:
-            commits = self._engine.commits
+            commits = engine.commits
             result = yield look(*args)
-            left = deadline - _monotonic()
-            if result or left <= 0:
-                return result
-            yield self._engine.wait(commits, min(left, threading.TIMEOUT_MAX))
+            while True:
+                left = deadline - _monotonic()
+                if result or left <= 0:
+                    return result
+                tick = 0.25 if due == _LAST_TIME else 0.0
+                yield engine.wait(commits, min(left, threading.TIMEOUT_MAX), tick)
+                if due is None or engine.commits != commits or not engine.counts_all_commits:
+                    break
+                if due < _LAST_TIME and _since_epoch(engine.now()) >= due:
+                    break
 
 
 _LOG_FIND = _select(_STORED, "", "execution_id", "event_id", index="flowstore_log_by_event_id")
@@ -5312,7 +5372,8 @@ class EventStore(_LogFacet):
 
         def behind(cursor: _LogCursor) -> Any:
             self._engine.forbid_inside("tail()")  # a transaction begun since has uncommitted events
-            return self._poll(functools.partial(self._next_events, cursor, tenant, execution), idle)
+            look = functools.partial(self._next_events, cursor, tenant, execution)
+            return self._poll(look, idle, due=_LAST_TIME)
 
         start = self._tail_start(_none_or(_int, after_position, "after_position"), execution)
         return self._generate(start, behind)
@@ -5926,7 +5987,7 @@ class _Claims(_Items):
             return items
         # An idle waiter looks with reads: it leaves the writer to others. In a block it does not
         # wait: the block would not see what others commit.
-        look = functools.partial(self._claimable, queues)
+        look = functools.partial(self._look_for_work, object(), queues)
         deadline = _monotonic() + seconds
         while not items and deadline > _monotonic() and self._engine.block() is None:
             commits = self._engine.commits
@@ -6026,6 +6087,15 @@ class _Claims(_Items):
             left = limit - len(heads)
             heads += self._rows(tx, available, queue, level, now, *functions, left)
         return heads
+
+    def _look_for_work(
+        self, waiter: object, queues: list[str], functions: Collection[str] = ()
+    ) -> Any:
+        """`_claimable`, unless another waiter has just looked: then that one claims."""
+        what = self._tenant, tuple(queues), tuple(functions)
+        return not self._engine.listeners.is_looked_for(what, waiter) and self._claimable(
+            queues, functions
+        )
 
     @_snapshot
     def _claimable(self, tx: _Tx, queues: list[str], functions: Collection[str] = ()) -> bool:
@@ -7746,7 +7816,7 @@ class Run(_Journal):
                     return event
                 self._waits[wait.step] = wait
                 seconds = math.inf if crew is None else _BRANCH_SECONDS
-                while not (yield self._poll(self._is_over, seconds, wait)):
+                while not (yield self._poll(self._is_over, seconds, wait, due=wait.until)):
                     if crew is not None and self._suspend(crew, _BRANCH_SECONDS):
                         raise _Suspended
         except BaseException as error:
@@ -7983,7 +8053,7 @@ class _RunRecords(_RunFacet):
         seconds = math.inf if timeout is None else _span(timeout, "timeout")
         if self._engine.block() is not None:
             seconds = 0.0
-        ended = yield self._poll(self._outcome_of, seconds, id)
+        ended = yield self._poll(self._outcome_of, seconds, id, due=_LAST_TIME)
         if ended is None:
             raise TimeoutError(f"run {id!r} has not ended yet")
         return ended["result"]
@@ -8384,7 +8454,7 @@ class Runs(_BlockRuns):
                 if found_none:  # what is due is locked: by its run, whose lease has run out
                     yield self._engine.wait(self._engine.commits, 1.0)
                 found_none = True
-                yield self._poll(self._has_work, math.inf, crew)
+                yield self._poll(self._has_work, math.inf, crew, owner)
                 if crew.is_over():
                     return
                 crew.idle.discard(owner)
@@ -8441,9 +8511,11 @@ class Runs(_BlockRuns):
         """Whether an error is one of the function's, and does not break off the worker."""
         return isinstance(error, (_Suspended, Exception, BaseExceptionGroup))
 
-    def _has_work(self, crew: _Crew) -> Any:
+    def _has_work(self, crew: _Crew, waiter: object) -> Any:
         """Whether to look for a run again."""
-        return crew.is_over() or self._queue._claimable(crew.queues, crew.functions)
+        if crew.is_over():
+            return True
+        return self._queue._look_for_work(waiter, crew.queues, crew.functions)
 
     @_steps
     def _renew(self, crew: _Crew) -> _Steps[None]:
@@ -8834,7 +8906,8 @@ class _AsyncEngine:
         self._waiting: list[_Call] = []  # for the next batch
         self._sender: asyncio.Task[None] | None = None
         self._is_committing = False  # a batch
-        self._listening: asyncio.Future[None] | None = None
+        self._listening: dict[float, asyncio.Future[None]] = {}  # by the tick of those that wait
+        self._tasks_waiting = 0
         self._closing: asyncio.Future[None] | None = None
         # On a server, writes run side by side. A block has a thread, and another one for its end,
         # which may have to wait for a cancelled statement. Other writes have threads of their own.
@@ -8912,17 +8985,26 @@ class _AsyncEngine:
                 outcome = error
                 resume = steps.throw
 
-    async def wait(self, seen: int, seconds: float) -> None:
-        """Wait for a commit after the first `seen` ones, or for the time of the next look.
+    async def wait(self, seen: int, seconds: float, tick: float = 0.0) -> None:
+        """Wait for a commit after the first `seen` ones, or for the time of the next look, which is
+        later when many tasks wait.
 
-        One thread waits for all tasks."""
+        One thread waits for all tasks, and one for those with a longer tick."""
         import asyncio
 
-        if self.engine.commits == seen:
-            if self._listening is None or self._listening.done():
-                self._listening = self.in_thread(self.engine.wait, seen, seconds)
-                self._listening.add_done_callback(asyncio.Future.exception)
-            await asyncio.wait([self._listening], timeout=seconds)
+        if self.engine.commits != seen:
+            return
+        listening = self._listening.get(tick)
+        if listening is None or listening.done():
+            pause = max(tick, self._tasks_waiting / 1000)
+            listening = self.in_thread(self.engine.wait, seen, seconds, pause)
+            listening.add_done_callback(asyncio.Future.exception)
+            self._listening[tick] = listening
+        self._tasks_waiting += 1
+        try:
+            await asyncio.wait([listening], timeout=seconds)
+        finally:
+            self._tasks_waiting -= 1
 
     # --- batches ---
     def send(self, call: _Call) -> asyncio.Future[Any]:
@@ -11781,7 +11863,9 @@ class _PostgresEngine(_Engine):
             time.sleep(0.05)
         raise StorageError(_IN_DOUBT)
 
-    def wait(self, seen: int, seconds: float) -> Any:
+    counts_all_commits = False  # the server tells of those that callers may be waiting for
+
+    def wait(self, seen: int, seconds: float, tick: float = 0.0) -> Any:
         """Wait until the server tells of a commit. One caller listens, and wakes the others."""
         self.refuse_closed()
         connection = self.writer.connection  # which no operation uses
@@ -11837,7 +11921,7 @@ class _PostgresEngine(_Engine):
         for connection in list(self.pool.connections):
             connection.lock._at_fork_reinit()  # type: ignore[attr-defined]
             connection.leak()
-        self.listeners = _CommitListeners()
+        self.listeners = _CommitListeners(self)
         self.open_blocks.clear()
         self.pool.forget_callers()
 

@@ -8351,10 +8351,54 @@ def test_nobody_checkpoints_without_the_write_lock(path: Path) -> None:
     assert len(in_file(path)) == 40
 
 
+@sqlite_only
+def test_what_only_a_commit_can_end_is_looked_for_after_commits_alone(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = store.runs.start("work")
+    looks: list[object] = []
+    look = store.runs._outcome_of
+
+    def counted(*args: Any) -> Any:
+        looks.append(args)
+        return look(*args)
+
+    monkeypatch.setitem(store.runs.__dict__, "_outcome_of", counted)
+    waiter = Caller(lambda: store.runs.result(id, timeout=20))
+    until(lambda: looks)
+    time.sleep(0.3)
+    assert len(looks) <= 2  # the second one with the first poll
+    write(store, "e1")
+    until(lambda: len(looks) >= 2)
+    store.runs.cancel(id)
+    assert isinstance(waiter.outcome(), flowstore.RunCancelled)
+
+
+def test_of_many_that_wait_for_the_same_work_one_looks(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[object] = []
+    look = store.state._claimable
+
+    def counted(*args: Any) -> Any:
+        looks.append(args)
+        return look(*args)
+
+    monkeypatch.setitem(store.state.__dict__, "_claimable", counted)
+    waiters = [
+        Caller(partial(store.state.claim_work_item, "w", ["q"], wait=20.0)) for _ in range(20)
+    ]
+    until(lambda: looks)
+    time.sleep(0.5)
+    assert len(looks) <= 2 * 0.5 / store._engine.poll_seconds
+    ids = put(store, len(waiters))
+    assert sorted(waiter.outcome().id for waiter in waiters) == sorted(ids)
+
+
 def test_an_idle_wait_is_no_news_to_itself(store: Store) -> None:
     before = store._engine.commits
     assert store.state.claim_work_item("w", ["q"], wait=0.3) is None
-    assert store._engine.commits <= before + 1, "its looks wake it, and so it never rests"
+    assert store._engine.commits <= before + 2, "its looks wake it, and so it never rests"
 
 
 def test_a_store_that_is_dropped_without_close_gives_its_descriptors_back(tmp_path: Path) -> None:
