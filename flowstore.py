@@ -1963,7 +1963,8 @@ class _Pool:
                 except (sqlite3.Error, StorageError):  # it is broken
                     connection.close()
             with self.mutex:
-                if self.keeps_idle and len(self.idle) < _IDLE_READERS:
+                is_open = connection.tx is not None
+                if is_open and self.keeps_idle and len(self.idle) < _IDLE_READERS:
                     self.idle.append(connection)
                     return
             connection.close()
@@ -3344,6 +3345,7 @@ def _copy_error(error: Exception) -> Exception:
 _REFUSED_SQL = re.compile(
     r"(?:[\s;\ufeff]|--[^\n]*(?:\n|$)|/\*.*?(?:\*/|$))*+"
     r"(BEGIN|COMMIT|END|ROLLBACK|SAVEPOINT|RELEASE|ATTACH|DETACH|VACUUM|PRAGMA|ABORT|COPY"
+    r"|PREPARE(?=\s+TRANSACTION)"
     r"|SET(?!\s+(?:LOCAL|CONSTRAINTS)\b)|RESET|DISCARD)\b",
     re.IGNORECASE | re.DOTALL,
 )
@@ -6121,7 +6123,7 @@ class _Claims(_Items):
         values = _POLICY.encode(policy)
         if self._tenant is not None:
             raise TenantMismatch(values["queue_type"], self._tenant)
-        tx.run(_POLICY_WRITE, *values.values(), -sys.float_info.max)
+        tx.run(_POLICY_WRITE, *values.values(), -1e300)
         return _POLICY.decode(values.values())
 
     @_read
@@ -7455,6 +7457,7 @@ class _End(NamedTuple):
     status: str = "pending"
     detail: Mapping[str, Any] = types.MappingProxyType({})
     parks: Run | None = None
+    delay: float = 0.0  # seconds until it may go on
 
 
 class _Wait(NamedTuple):
@@ -8094,7 +8097,7 @@ class _RunRecords(_RunFacet):
 
     def _end(self, tx: _Tx, end: _End) -> bool:
         """End the claim of a run; whether the run has ended. Raises LeaseLost, RunCancelled."""
-        item, status, detail, _ = end
+        item, status, detail, _, delay = end
         self._check_lease(tx, item)
         if status != "pending":
             self._finish(tx, item, status, detail)
@@ -8102,7 +8105,7 @@ class _RunRecords(_RunFacet):
         if detail:
             again = self._do(tx, StateBackend.retry_work_item, item, detail["error"])
             return isinstance(again, DeadLetter)
-        self._do(tx, StateBackend.park_work_item, item)
+        self._do(tx, StateBackend.park_work_item, item, delay=delay)
         self._set_status(tx, item.id, status)
         return False
 
@@ -8505,6 +8508,10 @@ class Runs(_BlockRuns):
                 # It was raised for the suspension itself, as the result of a branch. Or it has
                 # another cause: then it is raised again when a wait has ended.
                 return None
+            if isinstance(failure, StoreBusy):
+                # A transaction of the function's lost a race: nothing was written, and to be beaten
+                # by others' runs is no failed attempt.
+                return _End(item, delay=0.1)
             return _End(item, detail={"error": _error_text(failure)})
 
     def _is_of_function(self, error: BaseException) -> bool:
@@ -11467,7 +11474,10 @@ class _PostgresDb:
             self.db = psycopg.connect(engine.url, autocommit=True, client_encoding="UTF8")
         except psycopg.Error as error:
             says = " ".join(str(error).split())
-            passes = re.search("starting up|shutting down|recovery|too many|slots", says)
+            passing = "starting up|shutting down|recovery|too many|slots"
+            if engine.was_reached:
+                passing += "|refused|No such file|closed the connection|reset by"  # it restarts
+            passes = re.search(passing, says)
             kind = StoreBusy if passes else StorageError
             raise kind(f"{engine.target}: the server cannot be used: {says}") from error
         self.cursor = self.db.cursor()
@@ -11484,6 +11494,14 @@ class _PostgresDb:
                 "itself, or, where the pooler is in session mode, add ?pooler=session to the URL"
             )
         self.connected_at = self._do(f"{engine.settings}; SELECT now()")
+        encoding = self.db.info.parameter_status("server_encoding")
+        if encoding not in ("UTF8", "SQL_ASCII"):
+            self.close()
+            raise StorageError(
+                f"{engine.target}: the database has the encoding {encoding}, which lacks "
+                "characters: make one with ENCODING 'UTF8'"
+            )
+        engine.was_reached = True
 
     @property
     def in_transaction(self) -> bool:
@@ -11543,14 +11561,19 @@ class _PostgresDb:
         """Commit, and tell the listeners of news.
 
         NOTIFY is a transaction of its own behind it: as a part of it, NOTIFY would make commits
-        wait for each other."""
+        wait for each other. It may fail, since it waits for those of all databases."""
         if self.begins_before:  # the one statement was a transaction of its own
             return
         if self.db.info.transaction_status.name != "INTRANS":  # COMMIT would roll back, silently
             raise StorageError(
                 "the database ended this transaction, nothing of it was stored: run it again"
             )
-        self._do(f'COMMIT; NOTIFY "{self.engine.schema}"' if self.has_news else "COMMIT")
+        try:
+            self._do(f'COMMIT; NOTIFY "{self.engine.schema}"' if self.has_news else "COMMIT")
+        except StorageError:
+            status = f"SELECT pg_xact_status('{self.transaction_id}')"
+            if self.db.closed or not self.has_news or self._do(status) != "committed":
+                raise
 
     def rollback(self) -> None:
         """Roll back what is open, if anything; StoreBusy where the connection is lost."""
@@ -11589,7 +11612,9 @@ class _PostgresDb:
         facts = error.diag
         says = " ".join(str(facts.message_primary or error).split())
         ours = facts.schema_name == self.engine.schema and facts.table_name in _TABLE_NAMES
-        # In a table of ours, another transaction has added or dropped a row since this one looked.
+        # In a table of ours, another transaction has added or dropped a row since this one looked;
+        # or in the catalog, which CREATE TABLE IF NOT EXISTS has looked into.
+        ours |= facts.schema_name == "pg_catalog"
         lost_race = ours and state in ("23503", "23505")
         if self.db.closed or lost_race or state in ("40001", "40P01", "55P03"):
             with contextlib.suppress(self.engine.psycopg.Error):
@@ -11690,6 +11715,7 @@ class _PostgresEngine(_Engine):
     failed_reads_end_transactions = True
     pool: _LimitedPool
     pool_type = _LimitedPool
+    was_reached = False  # a connection was made before
 
     def __init__(self, target: str, options: SimpleNamespace) -> None:
         import importlib
@@ -11713,7 +11739,8 @@ class _PostgresEngine(_Engine):
                 f"target: a schema's name is made of a-z, 0-9 and _, not {self.schema!r}"
             )
         self.settings = f"""SET search_path = "{self.schema}", pg_temp, public;
-            SET jit = off; SET enable_seqscan = off; SET plan_cache_mode = force_generic_plan;
+            SET jit = off; SET enable_seqscan = off; SET extra_float_digits = 1;
+            SET plan_cache_mode = force_generic_plan;
             SET lock_timeout = {max(1, int(min(options.busy_timeout, 2e6) * 1000))};
             SET synchronous_commit = {"on" if options.synchronous == "FULL" else "off"};
             SET default_transaction_read_only = {"on" if options.read_only else "off"}"""
@@ -11867,16 +11894,24 @@ class _PostgresEngine(_Engine):
 
     def wait(self, seen: int, seconds: float, tick: float = 0.0) -> Any:
         """Wait until the server tells of a commit. One caller listens, and wakes the others."""
+        import selectors
+
         self.refuse_closed()
         connection = self.writer.connection  # which no operation uses
-        if not connection.lock.acquire(blocking=False):
+        lock = connection.lock
+        # A signal handler may wait while the call that it has interrupted does.
+        if lock._is_owned() or not lock.acquire(blocking=False):  # type: ignore[attr-defined]
             return super().wait(seen, seconds)
         interval = min(seconds, self.poll_seconds)
         try:
             if connection.tx is None:  # what was committed until it listens may not have been seen
                 connection.use().db.execute(f'LISTEN "{self.schema}"')
             elif self.commits == seen:
-                for _ in connection.tx.db.db.notifies(timeout=interval, stop_after=1):
+                server = connection.tx.db.db
+                with selectors.DefaultSelector() as selector:  # psycopg would wait by frozen time
+                    selector.register(server.fileno(), selectors.EVENT_READ)
+                    selector.select(interval)
+                for _ in server.notifies(timeout=0):
                     self.commits += 1
         except (StorageError, self.psycopg.Error):
             connection.close()

@@ -13894,6 +13894,24 @@ def test_a_dead_letter_waits_for_no_event_any_more(store: Store, clock: Clock) -
     assert store.runs.result(id) == 7
 
 
+def test_a_lost_race_is_no_failed_attempt(store: Store, clock: Clock) -> None:
+    races = [StoreBusy("lost"), StoreBusy("lost"), None]
+
+    def race(run: Any, input: Any) -> int:
+        error = races.pop(0)
+        if error is not None:
+            raise error
+        return int(run.attempt)
+
+    id = store.runs.start(race, max_attempts=1)
+    for _ in range(2):
+        assert due(store, race) == 0
+        assert run_status(store, id) == ("pending", "pending")
+        clock.advance(0.1)
+    assert due(store, race) == 1
+    assert store.runs.result(id) == 0
+
+
 def test_a_lost_workers_run_goes_on_in_another(store: Store, clock: Clock, calls: Calls) -> None:
     def work(run: Any, input: Any) -> Any:
         return [run.step("one", calls, 1), run.step("two", calls, 2), run.attempt]
@@ -20166,6 +20184,10 @@ def test_acknowledged_writes_survive_a_crash_of_the_server_and_the_store_goes_on
                             return
 
                 threads = [Caller(partial(work, me)) for me in range(4)]
+                waiters = [
+                    Caller(partial(store.state.claim_work_item, "w", ["q"], wait=600.0)),
+                    Caller(partial(next, store.events.tail(execution_id="news"))),
+                ]
                 for _ in range(2):
                     before = len(stored)
                     while len(stored) < before + 100:
@@ -20177,12 +20199,117 @@ def test_acknowledged_writes_survive_a_crash_of_the_server_and_the_store_goes_on
                 done.set()
                 for thread in threads:
                     thread.result()
-                there = {one.id for one in store.events.read_all(limit=10**6)}
+                item = enqueue(store)
+                write(store, "news")
+                claimed, told = [waiter.result() for waiter in waiters]
+                assert (claimed.id, told.execution_id) == (item, "news")
+                there = {one.id for one in store.events.read_all(limit=10**6)} - {None}
                 assert there - doubtful == set(stored)
                 assert not store.events.execution_exists("block")
                 assert store.check() == []
         finally:
             server.stop("immediate")
+
+
+@postgres_only
+def test_a_commit_whose_listeners_cannot_be_told_is_a_commit(server: Store) -> None:
+    engine: Any = server._engine
+    engine.schema += '", ' + "'" + 9000 * "x" + "'--"  # more than NOTIFY takes
+    assert write(server, "e1") == 1
+    with server.transaction():
+        write(server, "e1")
+    assert server.events.count_events("e1") == 2
+
+
+@postgres_only
+def test_a_signal_handler_may_wait_while_the_call_that_it_interrupts_does(server: Store) -> None:
+    waited: list[object] = []
+
+    def wait(*_: object) -> None:
+        waited.append(server.state.claim_work_item("w", ["q"], wait=0.3))
+
+    before = signal.signal(signal.SIGALRM, wait)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        assert server.state.claim_work_item("w", ["q"], wait=1.5) is None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert waited == [None]
+
+
+def wait_for_a_server_in_frozen_time(target: str) -> None:
+    import freezegun
+
+    freezegun.freeze_time("2026-01-05").start()
+    with flowstore.open(target) as store:
+        calls: list[Call] = [
+            partial(store.state.claim_work_item, "w", ["q"], wait=0.2),
+            partial(list, store.events.tail(timeout=0.2)),
+        ]
+        for call in calls:
+            assert not Caller(call).outcome(20)
+
+
+@postgres_only
+def test_a_wait_for_a_server_ends_while_time_is_frozen(postgres: PostgresServer) -> None:
+    in_child(wait_for_a_server_in_frozen_time, postgres.target())
+
+
+@postgres_only
+def test_a_connection_that_was_not_made_is_not_kept(postgres: PostgresServer) -> None:
+    target = postgres.target()
+    flowstore.open(target).close()
+    with flowstore.open(target) as store:
+        pool = store._engine.pool
+        held = [pool.check_out() for _ in range(3)]
+        held[1].use()
+        for connection in held:
+            pool.check_in(connection)
+        assert held[1] in pool.idle
+        assert all(connection.tx is not None for connection in pool.idle)
+
+
+@postgres_only
+def test_settings_of_the_database_change_no_numbers(postgres: PostgresServer) -> None:
+    target = postgres.target() + "&options=-c%20extra_float_digits%3D0"
+    with flowstore.open(target) as store:
+        put(store, 3)
+        store.state.set_queue_policy(QueuePolicy(queue_type="q", rate=0.1 + 0.2, per_seconds=1 / 3))
+        policy = store.state.get_queue_policy("q")
+        assert policy is not None
+        assert (policy.rate, policy.per_seconds) == (0.1 + 0.2, 1 / 3)
+        claim(store)
+
+
+@postgres_only
+def test_a_database_that_lacks_characters_is_refused(postgres: PostgresServer) -> None:
+    with postgres.connected("postgres") as db:
+        db.execute(
+            "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+        )
+    with pytest.raises(StorageError, match="LATIN1"):
+        flowstore.open(f"{postgres.url}/latin")
+
+
+@postgres_only
+def test_of_two_that_create_a_table_one_is_busy(server: Store, postgres: PostgresServer) -> None:
+    create_mine = "CREATE TABLE IF NOT EXISTS mine (id INTEGER)"
+    created, other = threading.Event(), threading.Event()
+
+    def second() -> None:
+        assert created.wait(20)
+        with server.transaction() as tx:
+            other.set()
+            tx.execute(create_mine)
+
+    later = Caller(second)
+    with server.transaction() as tx:
+        tx.execute(create_mine)
+        created.set()
+        assert other.wait(20)
+        until(later.waits)
+    assert isinstance(later.outcome(), StoreBusy)
 
 
 @postgres_only
@@ -20506,7 +20633,12 @@ def test_a_read_that_fails_in_a_block_is_undone_alone_and_what_ends_the_block_is
     assert server.events.count_events("e1") == 1
     with server.transaction() as tx:
         write(server, "e1")
-        for refused in ("COPY flows FROM STDIN", "copy flows TO STDOUT", "ABORT"):
+        for refused in (
+            "COPY flows FROM STDIN",
+            "copy flows TO STDOUT",
+            "ABORT",
+            "PREPARE TRANSACTION 'z'",
+        ):
             with pytest.raises(StorageError, match="is not for a statement inside"):
                 tx.execute(refused)
         write(server, "e1")
