@@ -4467,6 +4467,7 @@ def _or_not_found(thing: T | None, kind: str, id: str) -> T:
 
 # --- pruning ---
 _PRUNED_AT_ONCE = 250  # rows in one transaction: a few milliseconds
+_PRUNED_BETWEEN_LOOKS = 25  # rows: then it looks at the time, since rows may be large
 _SWEPT_AT_FIRST = 50  # rows in one sweep of `keep=`
 _SWEPT_AT_MOST = 2000
 _SWEEP_SECONDS = 0.01
@@ -4622,17 +4623,25 @@ def _candidates(
         after = []
 
 
-def _drop(tx: _Tx, rule: _PruneRule, key: Sequence[Any], room: int) -> tuple[int, bool]:
-    """Drop a thing with its parts, as far as there is room; how many rows went, and whether it went
-    whole."""
+def _drop(tx: _Tx, rule: _PruneRule, key: Sequence[Any], room: int, end: float) -> tuple[int, bool]:
+    """Drop a thing with its parts, as far as there is room, until the time `end`; how many rows
+    went, and whether it went whole."""
     rows = 0
+    is_late = False
     for part in rule.parts:
         delete = tx.dialect.resolve(part.delete)
         if not part.select:
             rows += tx.run(delete, *[*key] * delete.count("?"))
-        elif keys := tx.rows(tx.dialect.resolve(part.select), *key, max(0, room - rows)):
-            rows += tx.run_many(delete, keys)
-    if rows >= room:
+            continue
+        select = tx.dialect.resolve(part.select)
+        while rows < room and not is_late:
+            some = min(_PRUNED_BETWEEN_LOOKS, room - rows) if rule.mark else room
+            keys = tx.rows(select, *key, some)
+            rows += tx.run_many(delete, keys) if keys else 0
+            if len(keys) < some:
+                break
+            is_late = _monotonic() > end
+    if rule.mark and (is_late or rows >= room):
         tx.run(rule.mark, *key)
         return rows, False
     columns = rule.key.replace(", ", " = ? AND ")
@@ -4640,12 +4649,12 @@ def _drop(tx: _Tx, rule: _PruneRule, key: Sequence[Any], room: int) -> tuple[int
 
 
 def _drop_or_keep(
-    tx: _Tx, rule: _PruneRule, key: Sequence[Any], room: int, keys: _ForeignKeys
+    tx: _Tx, rule: _PruneRule, key: Sequence[Any], room: int, keys: _ForeignKeys, end: float
 ) -> tuple[int, bool, str | None]:
     """As `_drop`; when a constraint of the user's tables refuses it, nothing goes, and the reason
     is returned."""
-    drop = functools.partial(_drop, tx, rule, key, room)
-    if not keys:
+    drop = functools.partial(_drop, tx, rule, key, room, end)
+    if not keys and tx.dialect is _SQLITE:  # a server may have tables that this user cannot see
         return *drop(), None
     try:
         return *_in_savepoint(tx, drop), None
@@ -4664,19 +4673,20 @@ def _prune_step(
     cursor: _PruneCursor,
     room: int = 0,
 ) -> _PruneStep:
-    """Drop what a rule names, from the cursor on, until `room` rows went; with 0, as many as the
-    rule allows."""
+    """Drop what a rule names, from the cursor on, until `room` rows went (with 0, as many as the
+    rule allows), or until it has taken some time: rows may be large."""
+    end = _monotonic() + _SWEEP_SECONDS
     room = room or rule.at_once or _PRUNED_AT_ONCE
     # Each part of a thing costs a statement, even if there is no row of it.
     most = room // (1 + len(rule.parts)) or 1
     step = _PruneStep(cursor)
     for number, candidate in enumerate(_candidates(tx, rule, keys, before, cursor, most + 1)):
         following, key, reason = candidate
-        if number == most or step.rows >= room:
+        if number == most or step.rows >= room or (number and _monotonic() > end):
             return step
         if reason is None:
             left = room - step.rows if rule.mark else _INT_MAX
-            dropped, went, reason = _drop_or_keep(tx, rule, key, left, keys)
+            dropped, went, reason = _drop_or_keep(tx, rule, key, left, keys, end)
             step.rows += dropped
             step.gone += went
             if not went and reason is None:
@@ -4692,7 +4702,7 @@ def _drop_whole(tx: _Tx, rule: _PruneRule, id: str, keys: _ForeignKeys) -> str |
     """Drop a thing, unless something refers to it: the name of that."""
     sql = f"SELECT {_holder_sql(keys, rule, rule.table)} FROM {rule.table} WHERE {rule.key} = ?"
     holder: str | None = tx.rows(sql, id)[0][0]
-    return _drop_or_keep(tx, rule, (id,), _INT_MAX, keys)[2] if holder is None else holder
+    return _drop_or_keep(tx, rule, (id,), _INT_MAX, keys, math.inf)[2] if holder is None else holder
 
 
 class _Retention:
@@ -7136,7 +7146,8 @@ class PersistenceProvider(_CommandFacet):
         tx.run_many(_POINTER_DELETE, [(workflow_id, id) for id in before])
         tx.run_many(_POINTER_WRITE, changed)
         if len(self._pointer_cache) * max(10, len(pointers)) >= _POINTER_CACHE_SIZE:
-            self._pointer_cache.clear()
+            for old in list(self._pointer_cache)[::2]:
+                self._pointer_cache.pop(old, None)
         if cacheable:
             self._pointer_cache[workflow_id, values["stamp"]] = after
 
@@ -7386,6 +7397,9 @@ _IS_RUN = """AND EXISTS (SELECT 1 FROM flowstore_work_items i
     WHERE i.id = flowstore_runs.execution_id AND i.execution_id = i.id
     AND i.node_id = flowstore_runs.workflow_id)"""
 # By the ids of waits: an earlier build gave them the times of others' subscriptions.
+_RUN_OUTCOME = _Sql(f"""SELECT status, (SELECT w.last_error FROM flowstore_work_items w
+    WHERE w.id = flowstore_runs.execution_id)
+    FROM flowstore_runs WHERE execution_id = ? {_IS_RUN} {{tenant}}""")
 _RUN_WAKE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
     SET available_at = ? WHERE id IN (
     SELECT workflow_id FROM event_subscriptions {by event_subscriptions_open}
@@ -7396,6 +7410,9 @@ _RUN_DUE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_wo
     SET available_at = ? WHERE id = ? AND lease_fence = ? AND status = 'pending' {tenant}""")
 _LAST_EMITTED = f"""SELECT COALESCE(MAX(event_time), {_FIRST_TIME})
     FROM events {{by events_processed}} WHERE is_processed = 1"""
+_EVENTS_AFTER = _Sql("""SELECT id FROM events {by events_by_key}
+    WHERE event_name = ? AND event_key = ? AND event_time > ? AND event_time <= ?
+    AND (is_processed = 1 OR event_time >= ?) ORDER BY event_time, id LIMIT ?""")
 # A wait that begins again has its old subscription and end, perhaps for another event.
 _SUBSCRIBE = f"""INSERT INTO event_subscriptions (id, workflow_id, step_id, execution_pointer_id,
     event_name, event_key, subscribe_as_of, subscription_data) VALUES (?, ?, 0, ?, ?, ?, ?, ?)
@@ -7405,7 +7422,7 @@ _SUBSCRIBE = f"""INSERT INTO event_subscriptions (id, workflow_id, step_id, exec
     THEN event_subscriptions.subscription_data ELSE excluded.subscription_data END
     RETURNING event_subscriptions.subscription_data"""
 _END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
-_SET_WAIT = "UPDATE event_subscriptions SET subscription_data = ? WHERE id = ?"
+_RUN_SET_WAIT = "UPDATE event_subscriptions SET subscription_data = ? WHERE id = ?"
 _RUN_WAITS = f"""SELECT id, subscription_data
     FROM event_subscriptions {{by event_subscriptions_open}}
     WHERE event_name = ? AND event_key = ? AND terminated_at IS NULL AND {_IS_RUN_WAIT}"""
@@ -7535,21 +7552,33 @@ class _Journal(_RunFacet):
         self._active_at = _monotonic()  # when a branch last began or ended something
         self._take: Callable[[], _Steps[Any]] | None = None  # of a completed run: it has no lease
         self._recorded: dict[str | None, Any] = {}  # events (None: there is none), by event_id
+        self._had: dict[str | None, str] = {}  # what the waits among them have waited for
         # Their event_id, where a record or its block was broken off. It may be stored or not.
         self._doubtful: set[str] = set()
         self._lock = threading.RLock()  # a signal handler may ask for a step, too
         self._taken: set[str] = set()  # steps that were asked for, and have not failed
-        self._next: dict[Any, int] = {}  # by name and kinds, an ordinal: those below are taken
+        # By name and kinds, an ordinal: those below are taken.
+        self._next: dict[str, dict[Any, int]] = {}
 
     def _recall(self, log: Iterable[StoredEvent]) -> None:
         """Find in the log what is recorded."""
-        self._recorded.update((stored.id, stored.event) for stored in log)
+        for stored in log:
+            self._remember(stored.id, stored.event)
+
+    def _remember(self, id: str | None, event: Any) -> None:
+        """Note an event of the log by its event_id; None: there is none."""
+        self._recorded[id] = event
+        if event is not None and event["type"] == "wait_completed":
+            self._had[id] = event["event"]
+        else:
+            self._had.pop(id, None)
 
     def _ask(self, name: str, *kinds: str) -> _Steps[tuple[str, Any]]:
         """The next step of a name, and its event if it is recorded."""
         if self._doubtful:
             found = yield self._look_again()
-            self._recorded.update(found)
+            for id, event in found.items():
+                self._remember(id, event)
             self._doubtful.difference_update(found)
         step, event = self._begin(name, *kinds)
         take = self._take
@@ -7577,7 +7606,12 @@ class _Journal(_RunFacet):
         self._branches.add(self._owner())
         self._active_at = _monotonic()
         with self._lock:
-            ordinal = self._next.get((name, kinds), 1)
+            count = len(self._branches)
+            if count & (count - 1) == 0:  # now and then: a task that has ended keeps its result
+                ended = {one for one in self._branches if not self._is_live(one)}
+                self._branches.difference_update(ended)
+            ordinals = self._next.setdefault(name, {})
+            ordinal = ordinals.get(kinds, 1)
             while True:
                 step = name if ordinal == 1 else f"{name}#{ordinal}"
                 event = self._recorded.get(f"step:{step}")
@@ -7585,14 +7619,17 @@ class _Journal(_RunFacet):
                 # What another kind of step has recorded is left to that one.
                 if step not in self._taken and (event is None or event["type"] in kinds):
                     self._taken.add(step)
-                    self._next[name, kinds] = ordinal
+                    ordinals[kinds] = ordinal
                     return step, event
 
     def _release(self, step: str) -> None:
         """Let the same name again be this step."""
         with self._lock:
             self._taken.discard(step)
-            self._next.clear()
+            name, _, number = step.partition("#")
+            ordinals = self._next.setdefault(name, {})
+            for kinds, ordinal in ordinals.items():
+                ordinals[kinds] = min(ordinal, int(number or 1))
 
     def _doubt(self, step: str) -> None:
         """Let the same name again be this step, if the log does not have it by then."""
@@ -7923,7 +7960,7 @@ class Run(_Journal):
             append(event)
             tx.run(_END_WAIT, tx.now(), id)
             # Now already: a wait beside this one, perhaps in the same group, takes another event.
-            self._recorded[f"step:{step}"] = event
+            self._remember(f"step:{step}", event)
         return event, wait
 
     def _outcome(self, tx: _Tx, wait: _Wait) -> dict[str, Any] | None:
@@ -7931,27 +7968,24 @@ class Run(_Journal):
         step, until, name, key, limit = wait
         is_late = tx.now() >= until
         if name is not None:
-            recorded = self._recorded | self._find_doubtful(tx)
-            recorded.pop(f"step:{step}", None)
-            waits = [one for one in recorded.values() if one and one["type"] == "wait_completed"]
-            had = {one["event"] for one in waits}
-            events = self._find(
+            doubtful = self._find_doubtful(tx)
+            left_out = {f"step:{step}", *doubtful}
+            had = {event for id, event in list(self._had.items()) if id not in left_out}
+            had |= {one["event"] for one in doubtful.values() if one and "event" in one}
+            ids = self._rows(
                 tx,
-                _EVENT,
-                """AND event_time > ? AND event_time <= ? AND (is_processed = 1 OR event_time >= ?)
-                ORDER BY event_time, id LIMIT ?""",
+                _EVENTS_AFTER,
+                name,
+                key,
                 self._item.payload["events_after"],
                 limit if is_late else _LAST_TIME,
                 self._item.payload.get("started_at", 0),  # for an event that `emit` has not stored
                 len(had) + 1,
-                index="events_by_key",
-                event_name=name,
-                event_key=key,
             )
-            for event in events:
-                if event.id not in had:
-                    end = {"type": "wait_completed", "step": step, "event": event.id}
-                    return end | {"data": event.event_data}
+            for (id,) in ids:
+                if id not in had:
+                    data = self._need(tx, _EVENT, id=id).event_data
+                    return {"type": "wait_completed", "step": step, "event": id, "data": data}
         return {"type": "wait_timed_out", "step": step} if is_late else None
 
 
@@ -8064,14 +8098,22 @@ class _RunRecords(_RunFacet):
     @_snapshot
     def _outcome_of(self, tx: _Tx, id: AnyId) -> dict[str, Any] | None:
         """The `result` of a completed run, None before its end. Raises RunFailed, RunCancelled."""
-        record, item = self._need_run(tx, id)
-        if not record.status.is_terminal:
+        key = _id(id, "id")
+        row = self._row(tx, _RUN_OUTCOME, key)
+        status, error = _or_not_found(row, "execution", key)
+        if not ExecutionStatus(status).is_terminal:
             return None
-        if record.status == "cancelled":
-            raise RunCancelled(item.id)
-        if record.status != "completed":
-            raise RunFailed(item.id, item.last_error or "")
-        return {"result": _result_in(self._events_after(tx, item.id, 0))}
+        if status == "cancelled":
+            raise RunCancelled(key)
+        if status != "completed":
+            raise RunFailed(key, error or "")
+        for limit in (10, _INT_MAX):  # nearly always it is the last event
+            rest = "ORDER BY sequence DESC LIMIT ?"
+            log = self._find(tx, _STORED, rest, limit, index=_LOG_KEY, execution_id=key)
+            for stored in log:
+                if stored.event["type"] == "execution_completed":
+                    return {"result": stored.event["result"]}
+        return {"result": None}
 
     @_write_row
     def _end_and_claim(self, tx: _Tx, crew: _Crew | None, end: _End | None) -> Any:
@@ -8180,7 +8222,7 @@ class _RunRecords(_RunFacet):
             for id, data in tx.rows(tx.dialect.resolve(_RUN_WAITS), *topic):
                 since, until, _ = json.loads(data)
                 if now <= until < stamp:
-                    tx.run(_SET_WAIT, json.dumps([since, until, stamp]), id)
+                    tx.run(_RUN_SET_WAIT, json.dumps([since, until, stamp]), id)
         self._run(tx, _RUN_WAKE, now, *topic, now)
         return stored.id
 

@@ -14648,6 +14648,68 @@ def test_the_wait_of_a_run_and_the_workflows_of_others_do_not_touch_each_other(
     assert host.get_subscriptions("paid", "7") == [later, own]
 
 
+def decoded(monkeypatch: pytest.MonkeyPatch, call: Call) -> int:
+    """How many JSON texts a call decodes."""
+    texts: list[str] = []
+    decode = flowstore._decode_json
+
+    def counted(text: str) -> Any:
+        texts.append(text)
+        return decode(text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flowstore, "_decode_json", counted)
+        patch.setattr(
+            flowstore,
+            "_DECODERS",
+            {name: counted if one is decode else one for name, one in flowstore._DECODERS.items()},
+        )
+        for mapper in (flowstore._STORED, flowstore._EVENT):
+            patch.setattr(
+                mapper,
+                "decoders",
+                {name: counted if one is decode else one for name, one in mapper.decoders.items()},
+            )
+        call()
+    return len(texts)
+
+
+def test_neither_a_wait_nor_a_result_reads_what_the_run_has_had(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chat(run: Any, input: Any) -> Any:
+        return [run.wait_for("m", "k") for _ in range(input)][-1]
+
+    with store.run("a") as run:
+        for number in range(100):
+            store.runs.emit("m", "k", number)
+            assert run.wait_for("m", "k") == number
+        store.runs.emit("m", "k", 100)
+        assert decoded(monkeypatch, lambda: run.wait_for("m", "k")) < 10
+        run.result = "end"
+    assert decoded(monkeypatch, lambda: store.runs.result("a")) < 12
+
+
+def test_the_result_is_found_behind_whatever_was_logged_since(store: Store) -> None:
+    with store.run("a") as run:
+        run.result = 7
+    for number in range(30):
+        store.events.append("a", "default", {"type": "later", "n": number})
+    assert store.runs.result("a") == 7
+    execute(store, 'UPDATE flowstore_log SET event = \'{"type":"gone"}\'')
+    assert store.runs.result("a") is None
+
+
+def test_a_run_does_not_keep_the_tasks_that_have_ended(in_loop: Loop) -> None:
+    async def body(store: Any) -> int:
+        async with store.run("a") as run:
+            for number in range(600):
+                await asyncio.create_task(run.step(str(number), str, number))
+            return len(run._branches)
+
+    assert in_loop(body) < 300
+
+
 def test_a_run_that_an_earlier_build_parked_goes_on(store: Store, clock: Clock) -> None:
     def wait(run: Any, input: Any) -> Any:
         return run.wait_for("e", timeout=60)
@@ -15957,6 +16019,23 @@ def test_prune_spares_what_ended_at_the_very_time_and_a_negative_span_counts_as_
         assert store.prune(span)["flows"] == 0
     assert store.flows.get(flow.id) is not None
     assert store.prune(store.now() + timedelta(seconds=1))["flows"] == 1
+
+
+def test_a_prune_of_large_rows_takes_few_of_them_in_one_transaction(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flowstore, "_SWEEP_SECONDS", -1.0)  # as if each look took too long
+    create(store, status="completed")
+    store.events.append_batch("e1", "default", [EVENT] * 240)
+    for number in range(40):
+        store.flows.insert(Flow(id=str(number), status=FlowStatus.FINISHED))
+    clock.advance(86400)
+    before = store._engine.commits
+    dropped = store.prune(seconds(1))
+    assert (dropped["executions"], dropped["flows"]) == (1, 40)
+    if store._engine.max_writers == 1:
+        assert store._engine.commits - before >= 240 // 25 + 40
+    assert store.check() == [] and not store.events.execution_exists("e1")
 
 
 def test_a_dry_run_of_a_prune_is_all_that_a_read_only_store_can_do(path: Path) -> None:
@@ -19588,7 +19667,11 @@ def test_every_row_of_the_bench_measures_something_and_one_that_misses_is_said(
 
 
 def test_the_bench_runs_where_neither_pytest_nor_hypothesis_is_installed(tmp_path: Path) -> None:
-    done = python("-S", __file__, "bench", "--quick", "--only", "4 processes", cwd=tmp_path)
+    command = [sys.executable, "-S", __file__, "bench", "--quick", "--only", "4 processes"]
+    path = {"PYTHONPATH": str(Path(flowstore.__file__).parent)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=os.environ | path
+    )
     assert done.stderr == ""
     assert re.search(
         r"^(holds |MISSES) 4 processes x 4 threads, FULL: [\d.]+ x plain FULL at [\d,]+/s "
@@ -20268,6 +20351,35 @@ def test_a_connection_that_was_not_made_is_not_kept(postgres: PostgresServer) ->
             pool.check_in(connection)
         assert held[1] in pool.idle
         assert all(connection.tx is not None for connection in pool.idle)
+
+
+@postgres_only
+def test_a_row_that_a_table_of_others_refers_to_is_kept_and_the_rest_goes(
+    postgres: PostgresServer,
+) -> None:
+    """The user of the store may not even see that table."""
+    target = postgres.target()
+    with flowstore.open(target) as store:
+        for id in ("billed", "free"):
+            store.flows.insert(Flow(id=id, status=FlowStatus.FINISHED))
+        schema = store._engine.schema
+    database, name = target.split("?")[0].rsplit("/", 1)[1], f"others_{schema}"
+    with postgres.connected(database) as db:
+        db.execute(f"CREATE SCHEMA {name}")
+        db.execute(f"CREATE TABLE {name}.bills (flow TEXT REFERENCES {schema}.flows (id))")
+        db.execute(f"INSERT INTO {name}.bills VALUES ('billed')")
+        db.execute(f"CREATE ROLE {name}")
+        db.execute(f"GRANT ALL ON SCHEMA {schema} TO {name}")
+        db.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA {schema} TO {name}")
+    later = Clock(datetime.now(UTC) + timedelta(days=2))
+    with flowstore.open(f"{target}&options=-c%20role%3D{name}", clock=later) as store:
+        assert store.prune(timedelta(days=1))["flows"] == 1
+        assert store.flows.get("billed") is not None
+        assert store.flows.get("free") is None
+    with postgres.connected(database) as db:
+        db.execute(f"DROP SCHEMA {name} CASCADE")
+        db.execute(f"DROP OWNED BY {name}")
+        db.execute(f"DROP ROLE {name}")
 
 
 @postgres_only
