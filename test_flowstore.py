@@ -14649,29 +14649,18 @@ def test_the_wait_of_a_run_and_the_workflows_of_others_do_not_touch_each_other(
 
 
 def decoded(monkeypatch: pytest.MonkeyPatch, call: Call) -> int:
-    """How many JSON texts a call decodes."""
-    texts: list[str] = []
-    decode = flowstore._decode_json
+    """How many rows a call makes into records."""
+    rows: list[object] = []
+    decode = flowstore._Mapper.decode
 
-    def counted(text: str) -> Any:
-        texts.append(text)
-        return decode(text)
+    def counted(mapper: Any, row: Any) -> Any:
+        rows.append(row)
+        return decode(mapper, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(flowstore, "_decode_json", counted)
-        patch.setattr(
-            flowstore,
-            "_DECODERS",
-            {name: counted if one is decode else one for name, one in flowstore._DECODERS.items()},
-        )
-        for mapper in (flowstore._STORED, flowstore._EVENT):
-            patch.setattr(
-                mapper,
-                "decoders",
-                {name: counted if one is decode else one for name, one in mapper.decoders.items()},
-            )
+        patch.setattr(flowstore._Mapper, "decode", counted)
         call()
-    return len(texts)
+    return len(rows)
 
 
 def test_neither_a_wait_nor_a_result_reads_what_the_run_has_had(
@@ -15616,7 +15605,8 @@ store = flowstore.open(sys.argv[1], lease_seconds=2, backoff=lambda attempt: 0.0
 
 def note(run, step):  # outside a transaction: at least once
     with store.transaction() as tx:
-        tx.execute("INSERT INTO begun VALUES (?, ?, ?, ?)", (run.id, run._item.lease_fence, step, os.getpid()))
+        row = run.id, run._item.lease_fence, step, os.getpid(), time.time_ns()
+        tx.execute("INSERT INTO begun VALUES (?, ?, ?, ?, ?)", row)
     time.sleep(random.random() * 0.005)
     return [os.getpid(), step]
 
@@ -15638,7 +15628,8 @@ def check_killed_workers(target: str, runs: int, kills: int, pause: float) -> No
         with flowstore.open(target, lease_seconds=2) as store:
             with store.transaction() as tx:
                 tx.execute(
-                    "CREATE TABLE begun (run TEXT, fence INTEGER, step INTEGER, worker INTEGER)"
+                    "CREATE TABLE begun"
+                    " (run TEXT, fence INTEGER, step INTEGER, worker INTEGER, at BIGINT)"
                 )
                 tx.execute("CREATE TABLE once (run TEXT)")
             ids = [store.runs.start("work", 5, max_attempts=1000) for _ in range(runs)]
@@ -15657,7 +15648,7 @@ def check_killed_workers(target: str, runs: int, kills: int, pause: float) -> No
             with store.transaction() as tx:
                 assert sorted(tx.execute("SELECT run FROM once")) == sorted((id,) for id in ids)
                 # Under one fence there is one worker, and no step comes twice.
-                rows = tx.execute("SELECT run, fence, step, worker FROM begun")
+                rows = tx.execute("SELECT run, fence, step, worker FROM begun ORDER BY at")
             assert len({row[:3] for row in rows}) == len(rows)
             assert len({(row[0], row[1], row[3]) for row in rows}) == len({row[:2] for row in rows})
             last: dict[str, int] = {}
