@@ -6105,9 +6105,10 @@ class _Claims(_Items):
     ) -> Any:
         """`_claimable`, unless another waiter has just looked: then that one claims."""
         what = self._tenant, tuple(queues), tuple(functions)
-        return not self._engine.listeners.is_looked_for(what, waiter) and self._claimable(
-            queues, functions
-        )
+        is_shared = self._engine.max_writers == 1  # on a server, waiters claim side by side
+        if is_shared and self._engine.listeners.is_looked_for(what, waiter):
+            return False
+        return self._claimable(queues, functions)
 
     @_snapshot
     def _claimable(self, tx: _Tx, queues: list[str], functions: Collection[str] = ()) -> bool:

@@ -8374,6 +8374,7 @@ def test_what_only_a_commit_can_end_is_looked_for_after_commits_alone(
     assert isinstance(waiter.outcome(), flowstore.RunCancelled)
 
 
+@sqlite_only
 def test_of_many_that_wait_for_the_same_work_one_looks(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
