@@ -2748,7 +2748,7 @@ class _CommitListeners:
         """Count what other processes have committed since the last poll, as one commit."""
         engine = self.engine
         poller = engine.poller
-        polls = engine.counts_all_commits and not engine.in_memory
+        polls = engine.counts_all_commits() and not engine.in_memory
         if not polls or not poller.lock.acquire(blocking=False):
             return
         try:
@@ -4103,7 +4103,6 @@ class _Engine(_Database):
         is time to poll for other processes' commits."""
         self.listeners.wait(seen, seconds, tick)
 
-    @property
     def counts_all_commits(self) -> bool:
         """Whether `commits` counts those of other processes, too."""
         return not (self.cannot_lock or self.log_may_vanish)
@@ -5184,7 +5183,7 @@ class _LogFacet(_Facet):
                     return result
                 tick = 0.25 if due == _LAST_TIME else 0.0
                 yield engine.wait(commits, min(left, threading.TIMEOUT_MAX), tick)
-                if due is None or engine.commits != commits or not engine.counts_all_commits:
+                if due is None or engine.commits != commits or not engine.counts_all_commits():
                     break
                 if due < _LAST_TIME and _since_epoch(engine.now()) >= due:
                     break
@@ -11933,7 +11932,9 @@ class _PostgresEngine(_Engine):
             time.sleep(0.05)
         raise StorageError(_IN_DOUBT)
 
-    counts_all_commits = False  # the server tells of those that callers may be waiting for
+    def counts_all_commits(self) -> bool:
+        """The server tells of those that callers may be waiting for."""
+        return False
 
     def wait(self, seen: int, seconds: float, tick: float = 0.0) -> Any:
         """Wait until the server tells of a commit. One caller listens, and wakes the others."""
