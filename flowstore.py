@@ -8219,8 +8219,8 @@ class _RunRecords(_RunFacet):
         stored = _insert_record(tx, _EVENT, event)
         topic = stored.event_name, stored.event_key
         if stamp > now:  # in time all the same, for these
-            for id, data in tx.rows(tx.dialect.resolve(_RUN_WAITS), *topic):
-                since, until, _ = json.loads(data)
+            for id, wait in tx.rows(tx.dialect.resolve(_RUN_WAITS), *topic):
+                since, until, _ = json.loads(wait)
                 if now <= until < stamp:
                     tx.run(_RUN_SET_WAIT, json.dumps([since, until, stamp]), id)
         self._run(tx, _RUN_WAKE, now, *topic, now)
