@@ -2747,22 +2747,19 @@ class _CommitListeners:
     def count_others_commits(self) -> None:
         """Count what other processes have committed since the last poll, as one commit."""
         engine = self.engine
-        poller = engine.poller
         polls = engine.counts_all_commits() and not engine.in_memory
-        if not polls or not poller.lock.acquire(blocking=False):
+        if not polls or _monotonic() < self.next_poll:
             return
-        try:
-            now = _monotonic()
-            if now >= self.next_poll:
-                tx = poller.use()
+        with engine.poller.lock:
+            version: Any = object()
+            with contextlib.suppress(StorageError):  # else the waiters look, who try again
+                tx = engine.poller.use()
                 version = tx, tx.rows("PRAGMA data_version")
-                self.next_poll = now + engine.poll_seconds / 2
-                if version != self.version:
-                    self.version = version
-                    engine.commits += 1
-                    self.notify()
-        finally:
-            poller.lock.release()
+            self.next_poll = _monotonic() + engine.poll_seconds / 2
+            if version != self.version:
+                self.version = version
+                engine.commits += 1
+                self.notify()
 
     def is_looked_for(self, what: Any, waiter: object) -> bool:
         """Whether another waiter has just looked for the same thing, since the last commit. Else it
@@ -4674,13 +4671,15 @@ def _prune_step(
 ) -> _PruneStep:
     """Drop what a rule names, from the cursor on, until `room` rows went (with 0, as many as the
     rule allows), or until it has taken some time: rows may be large."""
-    end = _monotonic() + _SWEEP_SECONDS
+    end = math.inf
     room = room or rule.at_once or _PRUNED_AT_ONCE
     # Each part of a thing costs a statement, even if there is no row of it.
     most = room // (1 + len(rule.parts)) or 1
     step = _PruneStep(cursor)
     for number, candidate in enumerate(_candidates(tx, rule, keys, before, cursor, most + 1)):
         following, key, reason = candidate
+        if number == 0:  # to find the first ones may take long, and would again
+            end = _monotonic() + _SWEEP_SECONDS
         if number == most or step.rows >= room or (number and _monotonic() > end):
             return step
         if reason is None:
@@ -5185,6 +5184,8 @@ class _LogFacet(_Facet):
                 yield engine.wait(commits, min(left, threading.TIMEOUT_MAX), tick)
                 if due is None or engine.commits != commits or not engine.counts_all_commits():
                     break
+                if _monotonic() >= deadline:
+                    break  # a last look: a commit may have come since the last poll
                 if due < _LAST_TIME and _since_epoch(engine.now()) >= due:
                     break
 
@@ -7419,7 +7420,8 @@ _SUBSCRIBE = f"""INSERT INTO event_subscriptions (id, workflow_id, step_id, exec
     ON CONFLICT (id) DO UPDATE SET terminated_at = NULL, event_name = excluded.event_name,
     event_key = excluded.event_key, subscribe_as_of = excluded.subscribe_as_of,
     subscription_data = CASE WHEN event_subscriptions.{_IS_RUN_WAIT}
-    THEN event_subscriptions.subscription_data ELSE excluded.subscription_data END
+    THEN event_subscriptions.subscription_data ELSE '[0, ' || event_subscriptions.subscription_data
+    || ', ' || event_subscriptions.subscription_data || ']' END
     RETURNING event_subscriptions.subscription_data"""
 _END_WAIT = "UPDATE event_subscriptions SET terminated_at = ? WHERE id = ?"
 _RUN_SET_WAIT = "UPDATE event_subscriptions SET subscription_data = ? WHERE id = ?"
@@ -7568,7 +7570,8 @@ class _Journal(_RunFacet):
     def _remember(self, id: str | None, event: Any) -> None:
         """Note an event of the log by its event_id; None: there is none."""
         self._recorded[id] = event
-        if event is not None and event["type"] == "wait_completed":
+        is_ours = id is not None and id.startswith("step:")  # the log may have the user's, too
+        if is_ours and event is not None and event["type"] == "wait_completed":
             self._had[id] = event["event"]
         else:
             self._had.pop(id, None)
@@ -7608,7 +7611,7 @@ class _Journal(_RunFacet):
         with self._lock:
             count = len(self._branches)
             if count & (count - 1) == 0:  # now and then: a task that has ended keeps its result
-                ended = {one for one in self._branches if not self._is_live(one)}
+                ended = {one for one in list(self._branches) if not self._is_live(one)}
                 self._branches.difference_update(ended)
             ordinals = self._next.setdefault(name, {})
             ordinal = ordinals.get(kinds, 1)
@@ -8259,13 +8262,13 @@ class _BlockRuns(_RunRecords):
         block.lease = self._lease(block.lease)
         block.wait = _none_or(_span, block.wait, "wait")
         record, item = yield from self._hold(block)
+        run: Run = self._run_type(self._engine, record, item)
         try:
             log = yield self._read_chunk(item.id, 0, _INT_MAX)
+            run._recall(log)
         except BaseException:
             yield from self._give_back(item)
             raise
-        run: Run = self._run_type(self._engine, record, item)
-        run._recall(log)
         block.branches |= run._branches
         run._branches = block.branches
         block.run = run
@@ -8550,7 +8553,10 @@ class Runs(_BlockRuns):
                 # It was raised for the suspension itself, as the result of a branch. Or it has
                 # another cause: then it is raised again when a wait has ended.
                 return None
-            if isinstance(failure, StoreBusy):
+            others: object = type(failure) is not StoreBusy
+            if isinstance(failure, BaseExceptionGroup):
+                others = failure.split(StoreBusy)[1]
+            if not others:
                 # A transaction of the function's lost a race: nothing was written, and to be beaten
                 # by others' runs is no failed attempt.
                 return _End(item, delay=0.1)
@@ -9045,7 +9051,7 @@ class _AsyncEngine:
             return
         listening = self._listening.get(tick)
         if listening is None or listening.done():
-            pause = max(tick, self._tasks_waiting / 1000)
+            pause = max(tick, min(0.05, self._tasks_waiting / 1000))
             listening = self.in_thread(self.engine.wait, seen, seconds, pause)
             listening.add_done_callback(asyncio.Future.exception)
             self._listening[tick] = listening
@@ -11537,7 +11543,7 @@ class _PostgresDb:
             )
         self.connected_at = self._do(f"{engine.settings}; SELECT now()")
         encoding = self.db.info.parameter_status("server_encoding")
-        if encoding not in ("UTF8", "SQL_ASCII"):
+        if encoding != "UTF8":
             self.close()
             raise StorageError(
                 f"{engine.target}: the database has the encoding {encoding}, which lacks "
@@ -11790,13 +11796,15 @@ class _PostgresEngine(_Engine):
 
     def _without_password(self, target: str) -> str:
         """The target as messages show it. Raises InvalidData for one of which that is not sure."""
-        shown = re.sub(":[^/]*(?=@)|(?<=password=)[^&]*", "", target)
-        parse = self.psycopg.conninfo.conninfo_to_dict
+        address, _, query = target.partition("?")
+        shown = re.sub(":[^/]*(?=@)", "", address)
+        if "schema=" in query:
+            shown += f"?schema={self.schema}"
         try:
-            parts = parse(self.url)
-            if parse(re.sub("(?<=[?&])(schema|pooler)=[^&]*&?", "", shown)).get("password"):
+            parts = self.psycopg.conninfo.conninfo_to_dict(self.url)
+            if re.search("[&=?]", parts.get("host") or ""):
                 raise ValueError
-            login, _, database = re.sub(r"^\w+://|\?.*", "", target).partition("/")
+            login, _, database = re.sub(r"^\w+://", "", address).partition("/")
             if "@" in database or login.count("@") > 1:
                 raise ValueError
             if not re.fullmatch("[0-9,]*", parts.get("port") or ""):
@@ -11944,10 +11952,12 @@ class _PostgresEngine(_Engine):
         connection = self.writer.connection  # which no operation uses
         lock = connection.lock
         # A signal handler may wait while the call that it has interrupted does.
-        if lock._is_owned() or not lock.acquire(blocking=False):  # type: ignore[attr-defined]
+        if lock._is_owned():  # type: ignore[attr-defined]
             return super().wait(seen, seconds)
         interval = min(seconds, self.poll_seconds)
         try:
+            if not lock.acquire(blocking=False):
+                return super().wait(seen, seconds)
             if connection.tx is None:  # what was committed until it listens may not have been seen
                 connection.use().db.execute(f'LISTEN "{self.schema}"')
             elif self.commits == seen:
@@ -11961,8 +11971,10 @@ class _PostgresEngine(_Engine):
             connection.close()
             time.sleep(interval)
         finally:
-            connection.lock.release()
-            self.listeners.notify()  # another caller listens now
+            if lock._is_owned():  # type: ignore[attr-defined]
+                lock.release()
+                self.listeners.notify()  # another caller listens now
+        return None
 
     # --- the whole store ---
     def sizes(self, tx: _Tx) -> dict[str, int]:

@@ -8352,6 +8352,56 @@ def test_nobody_checkpoints_without_the_write_lock(path: Path) -> None:
 
 
 @sqlite_only
+def test_a_poll_that_fails_lets_the_waiters_look(
+    file_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = file_store.runs.start("work")
+
+    def fail() -> None:
+        raise StorageError("no descriptor is left")
+
+    monkeypatch.setattr(file_store._engine.poller, "use", fail)
+    waiter = Caller(lambda: file_store.runs.result(id, timeout=20))
+    until(waiter.waits)
+    in_child(cancel_run, file_store.target, id)
+    assert isinstance(waiter.outcome(), flowstore.RunCancelled)
+
+
+def cancel_run(path: str, id: str) -> None:
+    with flowstore.open(path) as store:
+        store.runs.cancel(id)
+
+
+@sqlite_only
+def test_an_interrupted_wait_leaves_the_poll_to_others(file_store: Store) -> None:
+    class Struck(Exception):
+        pass
+
+    def strike(*_: object) -> None:
+        raise Struck
+
+    id = file_store.runs.start("work")
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        for number in range(60):
+            with suppress(Struck, TimeoutError):
+                signal.setitimer(signal.ITIMER_REAL, 0.02 + number % 10 * 1e-4)
+                file_store.runs.result(id, timeout=0.1)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    def is_free() -> bool:
+        lock = file_store._engine.poller.lock
+        found = bool(lock.acquire(timeout=5))
+        if found:
+            lock.release()
+        return found
+
+    assert Caller(is_free).outcome() is True
+
+
+@sqlite_only
 def test_what_only_a_commit_can_end_is_looked_for_after_commits_alone(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -13896,7 +13946,8 @@ def test_a_dead_letter_waits_for_no_event_any_more(store: Store, clock: Clock) -
 
 
 def test_a_lost_race_is_no_failed_attempt(store: Store, clock: Clock) -> None:
-    races = [StoreBusy("lost"), StoreBusy("lost"), None]
+    lost = StoreBusy("lost")
+    races = [lost, ExceptionGroup("", [lost, ExceptionGroup("", [lost])]), None]
 
     def race(run: Any, input: Any) -> int:
         error = races.pop(0)
@@ -14715,8 +14766,22 @@ def test_a_run_that_an_earlier_build_parked_goes_on(store: Store, clock: Clock) 
     execute(store, """UPDATE flowstore_work_items SET payload = '{"events_after": 0}'""")
     clock.advance(30)
     store.runs.emit("e", data="in time")
+    clock.advance(40)
     assert due(store, wait) == 1
     assert store.runs.result(id) == "in time"
+
+
+def test_events_of_the_users_own_in_the_log_of_a_run_are_left_alone(store: Store) -> None:
+    def wait(run: Any, input: Any) -> Any:
+        return run.wait_for("e")
+
+    id = store.runs.start(wait)
+    store.events.append(id, "default", {"type": "wait_completed"})
+    assert due(store, wait) == 0
+    store.runs.emit("e", data=1)
+    assert due(store, wait) == 1
+    with store.run(id, workflow_id="wait") as run:
+        assert run.result == 1
 
 
 def test_an_event_from_before_the_start_ends_no_wait(store: Store, clock: Clock) -> None:
@@ -20388,12 +20453,14 @@ def test_settings_of_the_database_change_no_numbers(postgres: PostgresServer) ->
 
 @postgres_only
 def test_a_database_that_lacks_characters_is_refused(postgres: PostgresServer) -> None:
-    with postgres.connected("postgres") as db:
-        db.execute(
-            "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
-        )
-    with pytest.raises(StorageError, match="LATIN1"):
-        flowstore.open(f"{postgres.url}/latin")
+    for encoding in ("LATIN1", "SQL_ASCII"):
+        with postgres.connected("postgres") as db:
+            db.execute(
+                f"CREATE DATABASE {encoding} ENCODING '{encoding}' TEMPLATE template0 "
+                "LC_COLLATE 'C' LC_CTYPE 'C'"
+            )
+        with pytest.raises(StorageError, match=encoding):
+            flowstore.open(f"{postgres.url}/{encoding.lower()}")
 
 
 @postgres_only
@@ -20980,6 +21047,8 @@ def test_no_password_is_told(
         "postgresql://u:a@secret@127.0.0.1:1/x",
         "postgresql://u:secret",
         "postgresql://127.0.0.1:1/x?passw%6frd=secret",
+        "postgresql://127.0.0.1:1/x?sslpassword=secret",
+        "postgresql://127.0.0.1:1?user=a@b&password=secret",
         "postgresql://127.0.0.1:1/x?PASSWORD=secret",
         " postgresql://u:secret@127.0.0.1:1/x",
         "postgresql://u:secret@127.0.0.1:1/x%40y",
