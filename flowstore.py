@@ -4784,6 +4784,7 @@ _ENDED = "completed", "failed", "cancelled", "limit_exceeded"
 # may use the same names and ids, finds it.
 _RUN_WAIT_AS_OF = _LAST_TIME + 1
 _IS_RUN_WAIT = f"subscribe_as_of > {_LAST_TIME}"
+_IS_NO_RUN_WAIT = f"AND NOT {_IS_RUN_WAIT}"
 _WORKFLOW_TIME = "COALESCE(complete_time, create_time)"
 _PRUNED: dict[str, _PruneRule] = {
     "errors": _rule_without_parts(
@@ -4808,7 +4809,7 @@ _PRUNED: dict[str, _PruneRule] = {
                 "event_subscriptions",
                 "event_subscriptions_by_workflow",
                 "workflow_id",
-                rest=f"AND NOT {_IS_RUN_WAIT}",
+                rest=_IS_NO_RUN_WAIT,
             ),
             _part(
                 "execution_pointers",
@@ -6855,7 +6856,7 @@ _SUBSCRIPTION_FREE = "(external_token IS NULL OR external_token_expiry <= ?)"
 _SUBSCRIPTION_TAKE = _update(
     _SUBSCRIPTION,
     "external_token = ?, external_worker_id = ?, external_token_expiry = ?",
-    f"AND terminated_at IS NULL AND {_SUBSCRIPTION_FREE} AND NOT {_IS_RUN_WAIT}",
+    f"AND terminated_at IS NULL AND {_SUBSCRIPTION_FREE} {_IS_NO_RUN_WAIT}",
 )
 _SUBSCRIPTION_CLEAR = _update(
     _SUBSCRIPTION,
@@ -7237,12 +7238,12 @@ class PersistenceProvider(_CommandFacet):
     @_read
     def get_subscription(self, tx: _Tx, id: AnyId) -> EventSubscription:
         """A subscription, terminated ones too. Raises NotFound."""
-        return self._need(tx, _SUBSCRIPTION, f"AND NOT {_IS_RUN_WAIT}", id=id)
+        return self._need(tx, _SUBSCRIPTION, _IS_NO_RUN_WAIT, id=id)
 
     @_write
     def terminate_subscription(self, tx: _Tx, id: AnyId) -> None:
         """End a subscription; again has no effect. Raises NotFound."""
-        self._need(tx, _SUBSCRIPTION, f"AND NOT {_IS_RUN_WAIT}", id=id)
+        self._need(tx, _SUBSCRIPTION, _IS_NO_RUN_WAIT, id=id)
         self._change(tx, _SUBSCRIPTION, "terminated_at = COALESCE(terminated_at, ?)", id, tx.now())
 
     @_read
@@ -7288,7 +7289,7 @@ class PersistenceProvider(_CommandFacet):
         lease = _text(token, "token"), _id(worker_id, "worker_id"), _microseconds(expiry, "expiry")
         if self._run(tx, _SUBSCRIPTION_TAKE, *lease, key, tx.now()):
             return True
-        self._need(tx, _SUBSCRIPTION, f"AND terminated_at IS NULL AND NOT {_IS_RUN_WAIT}", id=id)
+        self._need(tx, _SUBSCRIPTION, f"AND terminated_at IS NULL {_IS_NO_RUN_WAIT}", id=id)
         return False
 
     @_write_row
@@ -7397,10 +7398,10 @@ _RUN_STATUS = _update(
 _IS_RUN = """AND EXISTS (SELECT 1 FROM flowstore_work_items i
     WHERE i.id = flowstore_runs.execution_id AND i.execution_id = i.id
     AND i.node_id = flowstore_runs.workflow_id)"""
-# By the ids of waits: an earlier build gave them the times of others' subscriptions.
 _RUN_OUTCOME = _Sql(f"""SELECT status, (SELECT w.last_error FROM flowstore_work_items w
     WHERE w.id = flowstore_runs.execution_id)
     FROM flowstore_runs WHERE execution_id = ? {_IS_RUN} {{tenant}}""")
+# By the ids of waits: an earlier build gave them the times of others' subscriptions.
 _RUN_WAKE = _Sql("""UPDATE flowstore_work_items {by sqlite_autoindex_flowstore_work_items_1}
     SET available_at = ? WHERE id IN (
     SELECT workflow_id FROM event_subscriptions {by event_subscriptions_open}
@@ -7494,13 +7495,13 @@ def _last_emitted(tx: _Tx) -> int:
     return int(tx.rows(tx.dialect.resolve(_LAST_EMITTED))[0][0])
 
 
-def _result_in(log: Iterable[StoredEvent]) -> Any:
-    """The result of a completed run, by its log."""
-    result = None  # so it stays where the status was set by hand
+def _completion(log: Iterable[StoredEvent]) -> dict[str, Any] | None:
+    """The event of a run's completion, the last one; None where the status was set by hand."""
+    found = None
     for stored in log:
         if stored.event["type"] == "execution_completed":
-            result = stored.event["result"]
-    return result
+            found = stored.event
+    return found
 
 
 class _RunFacet(_LogFacet):
@@ -8110,13 +8111,10 @@ class _RunRecords(_RunFacet):
             raise RunCancelled(key)
         if status != "completed":
             raise RunFailed(key, error or "")
-        for limit in (10, _INT_MAX):  # nearly always it is the last event
-            rest = "ORDER BY sequence DESC LIMIT ?"
-            log = self._find(tx, _STORED, rest, limit, index=_LOG_KEY, execution_id=key)
-            for stored in log:
-                if stored.event["type"] == "execution_completed":
-                    return {"result": stored.event["result"]}
-        return {"result": None}
+        rest = "ORDER BY sequence DESC LIMIT 10"  # nearly always it is the last event
+        newest = self._find(tx, _STORED, rest, index=_LOG_KEY, execution_id=key)
+        end = _completion(reversed(newest)) or _completion(self._events_after(tx, key, 0))
+        return {"result": end and end["result"]}
 
     @_write_row
     def _end_and_claim(self, tx: _Tx, crew: _Crew | None, end: _End | None) -> Any:
@@ -8273,7 +8271,8 @@ class _BlockRuns(_RunRecords):
         run._branches = block.branches
         block.run = run
         if block.hold is None:
-            run.result = _result_in(log)
+            end = _completion(log)
+            run.result = end and end["result"]
             run._take = functools.partial(self._hold, block, True)
         return run
 
@@ -8502,7 +8501,7 @@ class Runs(_BlockRuns):
                 if found_none:  # what is due is locked: by its run, whose lease has run out
                     yield self._engine.wait(self._engine.commits, 1.0)
                 found_none = True
-                yield self._poll(self._has_work, math.inf, crew, owner)
+                yield self._poll(self._has_work, math.inf, crew, object())
                 if crew.is_over():
                     return
                 crew.idle.discard(owner)
@@ -8553,12 +8552,10 @@ class Runs(_BlockRuns):
                 # It was raised for the suspension itself, as the result of a branch. Or it has
                 # another cause: then it is raised again when a wait has ended.
                 return None
-            others: object = type(failure) is not StoreBusy
+            has_lost = isinstance(failure, StoreBusy)
             if isinstance(failure, BaseExceptionGroup):
-                others = failure.split(StoreBusy)[1]
-            if not others:
-                # A transaction of the function's lost a race: nothing was written, and to be beaten
-                # by others' runs is no failed attempt.
+                has_lost = failure.split(StoreBusy)[1] is None
+            if has_lost:  # a transaction of the function's did, to others' runs: no failed attempt
                 return _End(item, delay=0.1)
             return _End(item, detail={"error": _error_text(failure)})
 
@@ -9631,8 +9628,8 @@ class _Kind(NamedTuple):
         return f"{self.mapper.table} {{by {index}}} WHERE {column} = '{status}' {{tenant}}"
 
 
-_OPEN_WAITS = f"""event_subscriptions {{by event_subscriptions_by_workflow}}
-    WHERE workflow_id = ? AND terminated_at IS NULL AND {_IS_RUN_WAIT} ORDER BY workflow_id"""
+_open_subscriptions = """event_subscriptions {{by event_subscriptions_by_workflow}}
+    WHERE workflow_id = ? AND terminated_at IS NULL AND {} ORDER BY workflow_id""".format
 _EXECUTIONS = _Kind(
     "executions",
     _LogFacet,
@@ -9651,7 +9648,7 @@ _EXECUTIONS = _Kind(
             """flowstore_work_items {by flowstore_items_by_execution}
             WHERE execution_id = ? {tenant} ORDER BY id DESC""",
         ),
-        "waits": (_SUBSCRIPTION, _OPEN_WAITS),
+        "waits": (_SUBSCRIPTION, _open_subscriptions(_IS_RUN_WAIT)),
     },
 )
 _FLOWS = _Kind(
@@ -9686,7 +9683,7 @@ _WORKFLOWS = _Kind(
             """execution_pointers {by execution_pointers_in_order} WHERE workflow_id = ?
             ORDER BY place DESC, id DESC""",
         ),
-        "subscriptions": (_SUBSCRIPTION, _OPEN_WAITS.replace(_IS_RUN_WAIT, f"NOT {_IS_RUN_WAIT}")),
+        "subscriptions": (_SUBSCRIPTION, _open_subscriptions(f"NOT {_IS_RUN_WAIT}")),
         "errors": (
             _ERROR,
             """execution_errors {by execution_errors_by_workflow} WHERE workflow_id = ?
@@ -11946,35 +11943,37 @@ class _PostgresEngine(_Engine):
 
     def wait(self, seen: int, seconds: float, tick: float = 0.0) -> Any:
         """Wait until the server tells of a commit. One caller listens, and wakes the others."""
-        import selectors
-
         self.refuse_closed()
         connection = self.writer.connection  # which no operation uses
         lock = connection.lock
         # A signal handler may wait while the call that it has interrupted does.
-        if lock._is_owned():  # type: ignore[attr-defined]
-            return super().wait(seen, seconds)
-        interval = min(seconds, self.poll_seconds)
+        interrupts = lock._is_owned()  # type: ignore[attr-defined]
         try:
-            if not lock.acquire(blocking=False):
-                return super().wait(seen, seconds)
+            if not interrupts and lock.acquire(blocking=False):
+                self._listen(connection, seen, min(seconds, self.poll_seconds))
+                return
+        finally:
+            if not interrupts and lock._is_owned():  # type: ignore[attr-defined]
+                lock.release()
+                self.listeners.notify()  # another caller listens now
+        super().wait(seen, seconds)
+
+    def _listen(self, connection: _Connection, seen: int, seconds: float) -> None:
+        import selectors
+
+        try:
             if connection.tx is None:  # what was committed until it listens may not have been seen
                 connection.use().db.execute(f'LISTEN "{self.schema}"')
             elif self.commits == seen:
                 server = connection.tx.db.db
                 with selectors.DefaultSelector() as selector:  # psycopg would wait by frozen time
                     selector.register(server.fileno(), selectors.EVENT_READ)
-                    selector.select(interval)
+                    selector.select(seconds)
                 for _ in server.notifies(timeout=0):
                     self.commits += 1
         except (StorageError, self.psycopg.Error):
             connection.close()
-            time.sleep(interval)
-        finally:
-            if lock._is_owned():  # type: ignore[attr-defined]
-                lock.release()
-                self.listeners.notify()  # another caller listens now
-        return None
+            time.sleep(seconds)
 
     # --- the whole store ---
     def sizes(self, tx: _Tx) -> dict[str, int]:

@@ -8401,19 +8401,25 @@ def test_an_interrupted_wait_leaves_the_poll_to_others(file_store: Store) -> Non
     assert Caller(is_free).outcome() is True
 
 
+def watched_calls(monkeypatch: pytest.MonkeyPatch, facet: Any, name: str) -> list[object]:
+    """The arguments of each call of a facet's method from now on."""
+    calls: list[object] = []
+    method = getattr(facet, name)
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return method(*args)
+
+    monkeypatch.setitem(facet.__dict__, name, counted)
+    return calls
+
+
 @sqlite_only
 def test_what_only_a_commit_can_end_is_looked_for_after_commits_alone(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     id = store.runs.start("work")
-    looks: list[object] = []
-    look = store.runs._outcome_of
-
-    def counted(*args: Any) -> Any:
-        looks.append(args)
-        return look(*args)
-
-    monkeypatch.setitem(store.runs.__dict__, "_outcome_of", counted)
+    looks = watched_calls(monkeypatch, store.runs, "_outcome_of")
     waiter = Caller(lambda: store.runs.result(id, timeout=20))
     until(lambda: looks)
     time.sleep(0.3)
@@ -8428,14 +8434,7 @@ def test_what_only_a_commit_can_end_is_looked_for_after_commits_alone(
 def test_of_many_that_wait_for_the_same_work_one_looks(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looks: list[object] = []
-    look = store.state._claimable
-
-    def counted(*args: Any) -> Any:
-        looks.append(args)
-        return look(*args)
-
-    monkeypatch.setitem(store.state.__dict__, "_claimable", counted)
+    looks = watched_calls(monkeypatch, store.state, "_claimable")
     waiters = [
         Caller(partial(store.state.claim_work_item, "w", ["q"], wait=20.0)) for _ in range(20)
     ]
